@@ -1,0 +1,43 @@
+"""litmini: finetune language models whose every part one can read. Importing this imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from litmini.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+
+def load(
+    checkpoint_dir: str | Path, adapter_dir: str | Path | None = None, dtype: str = "bf16", device: str = "cpu"
+) -> tuple[nn.Module, Tokenizer]:
+    """The model of a checkpoint directory, with an adapter if given, and its tokenizer.
+
+    Args:
+        dtype: "bf16" or "fp32".
+
+    Raises:
+        litmini.config.UserError: a directory is missing, incomplete or damaged, or the adapter is of another base.
+    """
+    from litmini.adapters import load_adapter
+    from litmini.checkpoint import load_model, parse_dtype
+    from litmini.tokenizer import Tokenizer
+
+    model = load_model(checkpoint_dir, parse_dtype(dtype), device)
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir)
+        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+            return model, Tokenizer(adapter_dir)
+    return model, Tokenizer(checkpoint_dir)
+
+
+def generate(*args: Any, **options: Any) -> str | list[int]:
+    """See `litmini.generate.generate`."""
+    from litmini.generate import generate
+
+    return generate(*args, **options)

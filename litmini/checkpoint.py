@@ -1,0 +1,279 @@
+"""Checkpoints on disk: Hugging Face directories in and out, always written aside, checked and renamed.
+
+A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tokenizer files, chat template and
+`generation_config.json`. Weights are read from safetensors only; nothing in a checkpoint is ever run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from litmini.config import UserError
+from litmini.models import family
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+
+
+@contextmanager
+def write_aside(directory: Path) -> Iterator[Path]:
+    """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
+
+    When the block fails, or the process dies, `directory` is as it was before.
+    """
+    aside = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            _flush(path)
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+            aside.rename(directory)
+            shutil.rmtree(old)
+        else:
+            aside.rename(directory)
+        _flush(directory.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader, or a crash, never meets half of it."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _flush(aside)
+    aside.rename(path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+
+
+def check_checkpoint_dir(directory: str | Path) -> Path:
+    """`directory` as a path if it holds a complete checkpoint.
+
+    Raises:
+        UserError: it does not; says what is missing, which checkpoints are there, and the command to type next.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        problem = f"checkpoint directory not found: {path}"
+    else:
+        missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(_weight_map(index).values()))
+            missing += [name for name in shards if not (path / name).is_file()]
+        elif not (path / "model.safetensors").is_file():
+            missing.append("model.safetensors")
+        if not missing:
+            return path
+        problem = f"checkpoint directory {path} is incomplete: it lacks {', '.join(missing)}"
+    here = sorted(str(p.parent) for p in Path("checkpoints").glob("*/*/config.json"))
+    there = "Checkpoints here: " + ", ".join(here) if here else "There are no checkpoints in checkpoints/ yet"
+    name = "/".join(path.parts[-2:])
+    raise UserError(f"{problem}. {there}. To get it: python scripts/download.py {name}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map.")
+    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+        raise UserError(f"{index} names a file outside its directory: {outside[0]}")
+    return weight_map
+
+
+def shards(directory: Path) -> list[Path]:
+    """The weight files of a checkpoint or adapter directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(_weight_map(index).values()))]
+    return [directory / "model.safetensors"]
+
+
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of some safetensors files, one tensor in memory at a time.
+
+    Raises:
+        UserError: a file is missing, truncated or not safetensors; names the file.
+    """
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    yield name, opened.get_tensor(name)
+        except FileNotFoundError:
+            raise UserError(f"weight file not found: {file}") from None
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
+
+
+def read_config(directory: Path) -> tuple[ModuleType, Any]:
+    """The family module and the `Config` of a checkpoint."""
+    file = directory / "config.json"
+    raw = read_json(file)
+    try:
+        module = family(raw.get("model_type", ""))
+        return module, module.config_from_hf(raw)
+    except KeyError as error:
+        raise UserError(f"{file} lacks the key {error}.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: {error}.") from None
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    progress: Callable[..., Any] | None = None,
+) -> nn.Module:
+    """The model of a checkpoint directory, in evaluation mode, every parameter in `dtype` on `device`.
+
+    Strict: all missing, unexpected and misshapen tensors are reported in one error.
+    """
+    path = check_checkpoint_dir(directory)
+    module, config = read_config(path)
+    with torch.device("meta"):
+        model = module.Model(config)
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}  # name -> every place which holds that parameter (ties)
+    first_name: dict[nn.Parameter, str] = {}
+    for prefix, submodule in model.named_modules():
+        for leaf, parameter in submodule.named_parameters(recurse=False):
+            name = first_name.setdefault(parameter, f"{prefix}.{leaf}" if prefix else leaf)
+            owners.setdefault(name, []).append((submodule, leaf))
+    problems, seen = [], set()
+    stream: Iterable[tuple[str, Tensor]] = read_tensors(shards(path))
+    if hasattr(module, "from_hf"):
+        stream = module.from_hf(stream, config)
+    tied = {f"{p}.{leaf}" for p, m in model.named_modules() for leaf, _ in m.named_parameters(recurse=False)} - set(owners)
+    for name, tensor in progress(stream, total=len(owners)) if progress else stream:
+        if name in tied or name.endswith("rotary_emb.inv_freq"):  # a second copy, or a buffer of old exports
+            continue
+        if name not in owners:
+            problems.append(f"unexpected {name} {tuple(tensor.shape)}")
+            continue
+        seen.add(name)
+        expected = owners[name][0][0].get_parameter(owners[name][0][1]).shape
+        if tensor.shape != expected:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, config.json implies {tuple(expected)}")
+            continue
+        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
+        for submodule, leaf in owners[name]:
+            setattr(submodule, leaf, parameter)
+    problems += [f"missing {name}" for name in owners if name not in seen]
+    if problems:
+        listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
+        raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
+    return model.eval()
+
+
+def save_model(
+    directory: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    side_files: Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Hugging Face directory (into `directory`, which exists): weights in shards, one shard in memory at a time.
+
+    Args:
+        config: what `config.json` shall hold; `dtype` is added from the tensors.
+        tensors: (name, tensor) in any order, already in the dtype to save.
+        side_files: a directory whose tokenizer, template and generation files are copied.
+        max_shard_bytes: a tensor larger than this gets a shard of its own.
+    """
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total = 0
+    written: list[tuple[Path, list[str]]] = []
+    dtypes: dict[str, int] = {}
+
+    def write() -> None:
+        file = directory / f"shard-{len(written):05d}.safetensors"
+        save_file({n: t.contiguous().cpu() for n, t in pending.items()}, file, metadata={"format": "pt"})
+        written.append((file, list(pending)))
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > max_shard_bytes:
+            write()
+            pending, pending_bytes = {}, 0
+        pending[name], pending_bytes, total = tensor, pending_bytes + size, total + size
+        dtypes[str(tensor.dtype).removeprefix("torch.")] = dtypes.get(str(tensor.dtype), 0) + size
+    write()
+    if len(written) == 1:
+        written[0][0].rename(directory / "model.safetensors")
+    else:
+        weight_map = {}
+        for i, (file, names) in enumerate(written, 1):
+            final = f"model-{i:05d}-of-{len(written):05d}.safetensors"
+            file.rename(directory / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+    write_json(directory / "config.json", {**config, "dtype": max(dtypes, key=lambda name: dtypes[name])})
+    if side_files is not None:
+        copy_side_files(side_files, directory)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what travels with the weights: tokenizer, chat template, generation settings, licence."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of "bf16" or "fp32".
+
+    Raises:
+        UserError: it is neither.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise UserError(f"dtype {name!r}; expected bf16 or fp32")
+    return dtypes[name]
+
+
+def model_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors as they go to disk: each once (a tied head is not repeated), in `dtype`."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach().to(dtype)

@@ -1,0 +1,42 @@
+"""Processes, devices and precision: the one place that makes a Fabric."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from litmini.config import FinetuneConfig, UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def make_fabric(config: FinetuneConfig) -> Fabric:
+    """A launched and seeded Fabric. Weights have the dtype that the script loads them in; Fabric only autocasts.
+
+    With `bf16-mixed` products run in bf16 under autocast. With `bf16-true` and `32-true` nothing is cast: adapters are in
+    fp32 over frozen weights in bf16 or fp32.
+    """
+    from lightning.fabric import Fabric
+
+    if config.strategy == "auto" and config.devices * config.num_nodes > 1:
+        raise UserError(f"{config.devices} x {config.num_nodes} devices need --strategy ddp.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
+        fabric = Fabric(
+            accelerator="auto",
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
+        )
+        fabric.launch()
+    torch.manual_seed(config.seed)  # initial adapter weights, the same on every rank
+    return fabric
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """The dtype in which a checkpoint's weights are loaded."""
+    return torch.bfloat16 if precision == "bf16-true" else torch.float32

@@ -1,0 +1,81 @@
+"""The language model loss: head and cross entropy together, in chunks, on target rows only, summed.
+
+Whole logits (rows x vocabulary) never exist. The caller divides the sum by the targets of the whole optimizer step.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+CHUNK = 1024  # rows of logits in memory at once
+
+
+def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of `head(hidden)` against `labels`.
+
+    Args:
+        hidden: (B, T, dim).
+        head: a plain `nn.Linear`, or any module that gives logits (an adapted head, say).
+        labels: (B, T) int64, `IGNORE` where there is no target.
+        chunk: rows of logits in memory at once.
+
+    Returns:
+        The sum in fp32, an exact zero with a graph when there is no target, and the number of targets (int64), both 0-d.
+    """
+    targets = labels != IGNORE
+    rows, wanted = hidden[targets], labels[targets]  # (n, dim), (n,); CPU-GPU sync point
+    if type(head) is nn.Linear and head.bias is None:
+        dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
+        with torch.autocast(rows.device.type, enabled=False):
+            loss = _PlainHead.apply(rows.to(dtype), head.weight, wanted, chunk)
+        return loss, targets.sum()
+    total = rows.sum() * 0.0
+    for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):
+        if len(want):
+            total = total + checkpoint(_chunk_loss, part, head, want, use_reentrant=False)
+    return total.float(), targets.sum()
+
+
+def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor) -> Tensor:
+    return F.cross_entropy(head(rows).float(), wanted, reduction="sum")
+
+
+class _PlainHead(torch.autograd.Function):
+    """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, wanted: Tensor, chunk: int) -> Tensor:  # type: ignore[override,no-untyped-def]
+        need_rows, need_weight = ctx.needs_input_grad[:2]
+        cast = weight.to(rows.dtype)
+        d_rows = torch.empty_like(rows) if need_rows else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        for start in range(0, len(rows), chunk):
+            part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
+            logits = (part @ cast.T).float()  # (c, vocab)
+            log_sum = logits.logsumexp(-1, keepdim=True)  # (c, 1)
+            total += (log_sum - logits.gather(1, want)).sum()
+            if not (need_rows or need_weight):
+                continue
+            d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
+            d_logits.scatter_add_(1, want, torch.full_like(log_sum, -1.0))
+            d_logits = d_logits.to(rows.dtype)
+            if d_rows is not None:
+                d_rows[start : start + chunk] = d_logits @ cast
+            if d_weight is not None:
+                d_weight += d_logits.T @ part
+        ctx.save_for_backward(d_rows, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override,no-untyped-def]
+        d_rows, d_weight = ctx.saved_tensors
+        return (
+            None if d_rows is None else d_rows * upstream.to(d_rows.dtype),
+            None if d_weight is None else (d_weight * upstream).to(ctx.weight_dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,308 @@
+"""Llama 1 to 3.3, TinyLlama, SmolLM2 and Mistral, in one file.
+
+Features: RMSNorm before attention and MLP, rotary embedding on the whole head (half-split layout, optional llama3 or
+linear scaling), grouped-query attention, SwiGLU, optional biases, optional sliding window (Mistral 7B v0.1), head tied
+to the embedding or not. Module names and shapes are Hugging Face's, so checkpoints load as they are.
+
+Papers: LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral 7B (2310.06825).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litmini.attention import Mask, attend, make_mask
+from litmini.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length of pretraining."""
+
+    kind: str  # "linear" or "llama3"
+    factor: float
+    low_freq_factor: float = 1.0  # these three are llama3's
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    attn_bias: bool = False  # on q, k, v and o
+    mlp_bias: bool = False  # on gate, up and down
+    window: int | None = None  # keys that a query sees, itself included
+    model_type: str = "llama"
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window {self.window} is below 1")
+
+
+_LLAMA31 = RopeScaling("llama3", factor=8.0)
+_LLAMA32 = RopeScaling("llama3", factor=32.0)
+
+# fmt: off
+PRESETS = {
+    "tiny": Config(512, 64, 2, 4, 2, 16, 128, 256),  # for tests
+    "HuggingFaceTB/SmolLM2-135M": Config(49152, 576, 30, 9, 3, 64, 1536, 8192, 100_000.0, tied=True),
+    "HuggingFaceTB/SmolLM2-360M": Config(49152, 960, 32, 15, 5, 64, 2560, 8192, 100_000.0, tied=True),  # wider
+    "HuggingFaceTB/SmolLM2-1.7B": Config(49152, 2048, 24, 32, 32, 64, 8192, 8192, 130_000.0, tied=True),  # no GQA
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": Config(32000, 2048, 22, 32, 4, 64, 5632, 2048),
+    "meta-llama/Llama-2-7b-hf": Config(32000, 4096, 32, 32, 32, 128, 11008, 4096),
+    "meta-llama/Llama-2-13b-hf": Config(32000, 5120, 40, 40, 40, 128, 13824, 4096),
+    "meta-llama/Llama-2-70b-hf": Config(32000, 8192, 80, 64, 8, 128, 28672, 4096),  # GQA
+    "meta-llama/Meta-Llama-3-8B": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500_000.0),
+    "meta-llama/Llama-3.1-8B": Config(128256, 4096, 32, 32, 8, 128, 14336, 131072, 500_000.0, _LLAMA31),  # + scaling
+    "meta-llama/Llama-3.1-70B": Config(128256, 8192, 80, 64, 8, 128, 28672, 131072, 500_000.0, _LLAMA31),
+    "meta-llama/Llama-3.2-1B": Config(128256, 2048, 16, 32, 8, 64, 8192, 131072, 500_000.0, _LLAMA32, tied=True),
+    "meta-llama/Llama-3.2-3B": Config(128256, 3072, 28, 24, 8, 128, 8192, 131072, 500_000.0, _LLAMA32, tied=True),
+    "meta-llama/Llama-3.3-70B-Instruct": Config(128256, 8192, 80, 64, 8, 128, 28672, 131072, 500_000.0, _LLAMA31),
+    "mistralai/Mistral-7B-v0.1": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, window=4096, model_type="mistral"),
+    "mistralai/Mistral-7B-v0.3": Config(32768, 4096, 32, 32, 8, 128, 14336, 32768, 1e6, model_type="mistral"),
+}
+# fmt: on
+
+
+def config_from_hf(hf: dict[str, Any]) -> Config:
+    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+
+    Raises:
+        ValueError: it asks for something that this file does not implement; the message names key and value.
+    """
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if kind == "llama3":
+        scaling = RopeScaling(
+            kind,
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    elif kind == "linear":
+        scaling = RopeScaling(kind, float(rope["factor"]))
+    mistral = hf["model_type"] == "mistral"
+    implemented = {
+        "hidden_act": hf.get("hidden_act", "silu") == "silu",
+        "rope_type": kind in ("default", "linear", "llama3"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) == 1.0,
+        "pretraining_tp": hf.get("pretraining_tp", 1) == 1,
+        "attention_dropout": hf.get("attention_dropout", 0.0) == 0.0,
+        "quantization_config": hf.get("quantization_config") is None,
+        "sliding_window": mistral or hf.get("sliding_window") is None,
+        "layer_types": len(set(hf.get("layer_types") or [None])) == 1,
+    }
+    found = {**hf, "rope_type": kind}
+    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
+        raise ValueError(f"not implemented in llama.py: {', '.join(lacking)}")
+    return Config(
+        vocab_size=hf["vocab_size"],
+        dim=hf["hidden_size"],
+        n_layers=hf["num_hidden_layers"],
+        n_heads=hf["num_attention_heads"],
+        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        ffn_dim=hf["intermediate_size"],
+        max_positions=hf.get("max_position_embeddings", 2048),
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
+        rope_scaling=scaling,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tied=hf.get("tie_word_embeddings", False),
+        attn_bias=hf.get("attention_bias", False),
+        mlp_bias=hf.get("mlp_bias", False),
+        window=hf.get("sliding_window") if mistral else None,
+        model_type=hf["model_type"],
+    )
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` of a model, readable by transformers 4 and 5."""
+    s = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": s.kind if s else "default", "rope_theta": config.rope_theta}
+    if s:
+        rope["factor"] = s.factor
+    if s and s.kind == "llama3":
+        rope["low_freq_factor"], rope["high_freq_factor"] = s.low_freq_factor, s.high_freq_factor
+        rope["original_max_position_embeddings"] = s.original_positions
+    mistral = config.model_type == "mistral"
+    return {
+        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if s else None,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tied,
+        **(
+            {"sliding_window": config.window}
+            if mistral
+            else {"attention_bias": config.attn_bias, "mlp_bias": config.mlp_bias}
+        ),
+    }
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)  # Llama rounds before it multiplies
+
+
+def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
+    s = config.rope_scaling
+    if s and s.kind == "linear":
+        frequencies = frequencies / s.factor
+    elif s:  # llama3: long waves are stretched, short ones kept, those between blended
+        turns = s.original_positions * frequencies / (2 * math.pi)
+        blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        frequencies = frequencies * (blend + (1 - blend) / s.factor)
+    with torch.autocast(positions.device.type, enabled=False):
+        angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2)
+        angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.attn_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.attn_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.attn_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.attn_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Any) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, n_kv_heads, S, head_dim)
+        y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Any = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                "norm": RMSNorm(config.dim, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Embeddings and linears: normal, std 0.02; biases: 0; norms: 1."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+
+        Args:
+            tokens: (B, T) int64.
+            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
+            documents: (B, T) ints; tokens see only tokens of their own document.
+            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            labels: (B, T) int64, the target after each token; -100 where there is none.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mask = make_mask(positions, documents, cache, self.config.window)
+        x = self.model["embed_tokens"](tokens)  # (B, T, dim)
+        rope = rotary(positions, self.config, x.dtype)
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, rope, mask, None if cache is None else cache[i])
+        x = self.model["norm"](x)
+        if labels is not None:
+            return linear_cross_entropy(x, self.lm_head, labels)
+        return self.lm_head(x)  # (B, T, vocab_size)

@@ -1,0 +1,231 @@
+"""A run's directory: configuration, metrics, checkpoints, loss curve and manifest; and what is restored on resuming."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+import litmini
+from litmini.checkpoint import read_json, read_tensors, write_aside, write_json
+from litmini.config import FinetuneConfig, UserError
+from litmini.data import Examples, file_hash
+from litmini.tokenizer import Tokenizer
+from litmini.train import Progress
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
+MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
+    r"(resume|dry_run|show_masks|download_from|out_dir|eval\.\w+|train\.(log_every|eval_every|save_every|keep_last))"
+)
+
+
+class Run:
+    """The directory of one run, `out/<name>/`.
+
+    Raises:
+        UserError: it holds a run already and `config.resume` does not say to go on with it, or says so where nothing is
+            to go on with, or the settings differ in what the run means.
+    """
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.directory = Path(config.out_dir)
+        self.config = config
+        self.results: dict[str, Any] = {}
+        self.restart_from: Path | None = None
+        holds_run = (self.directory / "config.yaml").exists() or any(self.directory.glob("step-*"))
+        if config.resume is False:
+            if holds_run and not (config.dry_run or config.show_masks):
+                raise UserError(
+                    f"{self.directory} holds a run already. Go on with it: --resume auto. Or start another: "
+                    f"--out_dir {self._free_name()}"
+                )
+        elif config.resume in (True, "auto"):
+            self.restart_from = max(self.directory.glob("step-*"), key=lambda p: p.name, default=None)
+        else:
+            self.restart_from = Path(str(config.resume))
+            if not (self.restart_from / "training_state.json").is_file():
+                there = ", ".join(str(p) for p in sorted(self.directory.glob("step-*"))) or "none"
+                raise UserError(f"{self.restart_from} is no training checkpoint; those of {self.directory}: {there}")
+        if self.restart_from:
+            self._check_same_meaning(self.restart_from.parent / "config.yaml")
+
+    def _free_name(self) -> Path:
+        return next(p for n in range(2, 10**6) if not (p := self.directory.with_name(f"{self.directory.name}-{n}")).exists())
+
+    def _check_same_meaning(self, file: Path) -> None:
+        before, now = _flat(yaml.safe_load(file.read_text())), _flat(plain(self.config))
+        changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
+        if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
+            raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
+
+    def begin(self, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Make the directory, or restore the state of the checkpoint to go on from."""
+        self.fabric, self.model, self.optimizer = fabric, model, optimizer
+        progress = Progress()
+        if self.restart_from:
+            progress = load_state(self.restart_from, model, optimizer)
+            self.results = read_json(self.restart_from.parent / "manifest.json").get("results", {})
+            fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
+        if fabric.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            settings = {**plain(self.config), "resume": False}
+            (self.directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            self._keep_metrics(progress.step)
+        return progress
+
+    def _keep_metrics(self, step: int) -> None:
+        """Drop the rows of steps that a killed run did after its last checkpoint; they are done again."""
+        file = self.directory / "metrics.csv"
+        rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append a row to metrics.csv."""
+        if self.fabric.is_global_zero:
+            with (self.directory / "metrics.csv").open("a", newline="") as opened:
+                csv.DictWriter(opened, COLUMNS).writerow(metrics)
+
+    def checkpoint(self, progress: Progress, save_weights: Callable[[Path], None]) -> Path:
+        """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go."""
+        directory = self.directory / f"step-{progress.step:06d}"
+        if self.fabric.is_global_zero:
+            with write_aside(directory) as aside:
+                save_weights(aside)
+                save_state(aside, progress, self.model, self.optimizer)
+            for old in sorted(self.directory.glob("step-*"))[: -self.config.train.keep_last]:
+                shutil.rmtree(old)
+        self.fabric.barrier()
+        return directory
+
+    def save_final(self, save_weights: Callable[[Path], None]) -> Path:
+        """Write `final/`, the product of the run."""
+        directory = self.directory / "final"
+        if self.fabric.is_global_zero:
+            with write_aside(directory) as aside:
+                save_weights(aside)
+            plot_metrics(self.directory / "metrics.csv", self.directory / "loss.png")
+        self.fabric.barrier()
+        return directory
+
+    def write_manifest(self, tokenizer: Tokenizer, train: Examples, **results: Any) -> None:
+        """Write `manifest.json`: what was run, on what, and what was measured."""
+        self.results.update(results)
+        if not self.fabric.is_global_zero:
+            return
+        config, source = self.config, Path(self.config.checkpoint_dir) / "source.json"
+        files = [config.data.path] + ([config.data.val_path] if config.data.val_path else [])
+        packages = ("torch", "lightning", "safetensors", "tokenizers", "jinja2")
+        template = tokenizer.chat_template
+        manifest = {
+            "litmini": litmini.__version__,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "hardware": {"device": str(self.fabric.device), "processes": self.fabric.world_size, "machine": platform.machine()},
+            "base": {"checkpoint_dir": config.checkpoint_dir, "source": read_json(source) if source.is_file() else None},
+            "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
+            "data": {file: {"sha256": file_hash(file)} for file in files},
+            "statistics": train.statistics,
+            "seed": config.seed,
+            "results": self.results,
+        }
+        write_json(self.directory / "manifest.json", manifest)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary of what YAML can hold."""
+    return {k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v for k, v in vars(config).items()}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state."""
+    tensors, scalars = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{key}/{name}"] = value.detach().cpu().clone().contiguous()
+                else:
+                    scalars[f"{key}/{name}"] = value
+    save_file(tensors, directory / "training_state.safetensors")
+    write_json(directory / "training_state.json", {"progress": dataclasses.asdict(progress), "optimizer": scalars})
+
+
+def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore what `save_state` wrote, bit by bit.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    saved = read_json(directory / "training_state.json")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state: dict[str, dict[str, Any]] = {name: {} for name in trainable}
+    found = set()
+    scalars = ((key, value) for key, value in saved["optimizer"].items())
+    for entry, value in [*read_tensors([directory / "training_state.safetensors"]), *scalars]:
+        key, _, name = entry.partition("/")
+        if name not in trainable or (key == "parameter" and value.shape != trainable[name].shape):
+            raise UserError(f"{directory} is of another model: {name} does not fit.")
+        if key == "parameter":
+            found.add(name)
+            trainable[name].data.copy_(value)
+        else:
+            state[name][key] = value
+    if missing := sorted(trainable.keys() - found):
+        raise UserError(f"{directory} is of another model: it lacks {', '.join(missing[:5])}.")
+    for name, parameter in trainable.items():
+        if state[name]:
+            optimizer.state[parameter] = {
+                k: v.to(parameter.device) if isinstance(v, torch.Tensor) and v.dim() else v for k, v in state[name].items()
+            }
+    return Progress(**saved["progress"])
+
+
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def plot_metrics(file: Path, image: Path) -> None:
+    """Draw the loss curve of a metrics.csv."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(file)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a target token)", title=file.parent.name)
+    axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label="training", linewidth=1.2)
+    held_out = [r for r in rows if r["val_loss"]]
+    if held_out:
+        axes.plot([int(r["step"]) for r in held_out], [float(r["val_loss"]) for r in held_out], "o-", label="held-out")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(image, dpi=120)

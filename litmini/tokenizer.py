@@ -1,0 +1,155 @@
+"""The tokenizer, stop ids and chat template that travel with a checkpoint.
+
+One code path serves finetuning, generation and export: text rendered by a template is tokenised as it is, raw text gets
+the special tokens (BOS) that the tokenizer itself adds.
+"""
+
+import json
+import re
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Encoding
+from tokenizers import Tokenizer as FastTokenizer
+
+from litmini.checkpoint import SIDE_FILES, read_json, write_json
+from litmini.config import UserError, existing_file
+
+Message = dict[str, Any]
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint or adapter directory.
+
+    Args:
+        directory: holds `tokenizer.json` and, where there are, `tokenizer_config.json`, `chat_template.jinja`,
+            `generation_config.json` and `config.json`.
+        chat_template: "auto" for the checkpoint's own, "none" for none, or the path of a template file.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path, chat_template: str = "auto") -> None:
+        self.directory = Path(directory)
+        file = self.directory / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{self.directory} has no tokenizer.json; a SentencePiece tokenizer.model alone is not read.")
+        try:
+            exact = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', file.read_text(encoding="utf-8"))
+            self.fast = FastTokenizer.from_str(exact)  # offsets that cover white space too; ids are the same
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"{file} is damaged: {error}") from None
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.settings = self._optional("tokenizer_config.json")
+        self.generation = self._optional("generation_config.json")
+        self.special_ids = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        self.chat_template = self._find_template(chat_template)
+        eos = [self._token("eos_token"), self.generation.get("eos_token_id"), self._optional("config.json").get("eos_token_id")]
+        ids = [self.fast.token_to_id(eos[0])] if eos[0] else []
+        for found in eos[1:]:
+            ids += found if isinstance(found, list) else [found]
+        if self.chat_template:
+            ids.append(self._turn_end())
+        self.stop_ids: list[int] = list(dict.fromkeys(i for i in ids if i is not None))
+        if not self.stop_ids:
+            raise UserError(f"{self.directory} names no end token in tokenizer_config.json or generation_config.json.")
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        file = self.directory / name
+        return read_json(file) if file.is_file() else {}
+
+    def _token(self, key: str) -> str | None:
+        token = self.settings.get(key)
+        return token["content"] if isinstance(token, dict) else token
+
+    def _find_template(self, choice: str) -> str | None:
+        if choice == "none":
+            return None
+        if choice != "auto":
+            return existing_file(choice, "chat template").read_text(encoding="utf-8")
+        file = self.directory / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        found = self.settings.get("chat_template")
+        if isinstance(found, list):  # several named ones
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        return found
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template puts after an assistant's turn, whatever the files call it."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        _, _, tail = self.apply_template(turns).rpartition("answer")
+        return next((i for i in self.encode(tail, special=False) if i in self.special_ids), None)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        def fail(message: str) -> None:
+            raise TemplateError(message)
+
+        def tojson(value: Any, indent: int | None = None) -> str:
+            return json.dumps(value, ensure_ascii=False, indent=indent)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = tojson  # jinja's own escapes HTML
+        environment.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
+        try:
+            return environment.from_string(self.chat_template or "")
+        except TemplateError as error:
+            raise UserError(f"the chat template of {self.directory} is not valid jinja: {error}") from None
+
+    def apply_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """Messages ({"role": ..., "content": ...}) as the text that the model was trained on.
+
+        Raises:
+            UserError: there is no template, or it refuses these messages.
+        """
+        if self.chat_template is None:
+            raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
+        special = {key: self._token(key) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+        except Exception as error:  # a template can fail in any way, and it is data, not our code
+            raise UserError(f"the chat template of {self.directory} fails on these messages: {error}") from None
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; with `special` as the tokenizer itself frames raw text (BOS), without the end token."""
+        ids = self.fast.encode(text, add_special_tokens=special).ids
+        while special and ids and ids[-1] in self.stop_ids and not text.endswith(self.fast.id_to_token(ids[-1])):
+            ids.pop()
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+        """Encodings (ids, offsets) without special tokens, on all cores."""
+        return self.fast.encode_batch(texts, add_special_tokens=False)
+
+    def encode_prompt(self, prompt: str | list[Message]) -> list[int]:
+        """What the model sees before its answer: messages, or text as a user's turn; raw text without a template."""
+        if self.chat_template is None:
+            if not isinstance(prompt, str):
+                raise UserError(f"{self.directory} has no chat template: give the prompt as text.")
+            return self.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.encode(self.apply_template(messages, add_generation_prompt=True), special=False)
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        return self.fast.decode(ids, skip_special_tokens=skip_special)
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer, the template in use and all stop ids into `directory`, so that they travel with the weights."""
+        for name in SIDE_FILES:
+            if (self.directory / name).is_file():
+                (directory / name).write_bytes((self.directory / name).read_bytes())
+        settings = {k: v for k, v in self.settings.items() if k != "chat_template"}
+        write_json(directory / "tokenizer_config.json", settings)
+        template = directory / "chat_template.jinja"
+        template.unlink(missing_ok=True)
+        if self.chat_template is not None:
+            template.write_text(self.chat_template, encoding="utf-8")
+        stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
+        write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})

