@@ -14,7 +14,9 @@ from torch import Tensor
 
 from litmini.cache import KVCache
 
-EXPLICIT_LENGTH = 512  # on the CPU, up to here two products and a softmax beat the fused kernel (bf16, forward + backward)
+EXPLICIT_LENGTH = (
+    512  # on the CPU, up to here two products and a softmax beat the fused kernel (bf16, forward + backward)
+)
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,24 @@ class Mask:
 
     allowed: Tensor | None = None
     """(B, 1, T, S) bool: query t may see key s."""
-    groups: tuple[tuple[Tensor, Tensor], ...] | None = None
-    """Documents of similar length: flat token indices (n, L) into the B * T tokens, and which of them are real."""
+    documents: "Documents | None" = None
+    """Documents packed into rows; then `allowed` is not used."""
     window: int | None = None
-    """With groups: how many keys a query sees, itself included."""
+    """With documents: how many keys a query sees, itself included."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the tokens of packed documents stand when each document has a row of its own, similar lengths together."""
+
+    index: Tensor
+    """(M,) for each place in the new rows, which of the B * T tokens stands there; any one where it is padding."""
+    real: Tensor
+    """(M, 1, 1) bool: the place is no padding."""
+    inverse: Tensor
+    """(B * T,) for each token, its place in the new rows."""
+    shapes: list[tuple[int, int]]
+    """(documents, length) of each group of rows; their places follow each other."""
 
 
 def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
@@ -49,9 +65,11 @@ def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None
                 return Mask(torch.ones((), dtype=torch.bool, device=keys.device).expand(1, 1, 1, keys.shape[1]))
         return Mask(_allowed(positions, keys, window))
     if documents is None:
-        return Mask() if window is None or positions.shape[1] <= window else Mask(_allowed(positions, positions, window))
+        return (
+            Mask() if window is None or positions.shape[1] <= window else Mask(_allowed(positions, positions, window))
+        )
     if documents.device.type == "cpu":
-        return Mask(groups=_group(documents), window=window)
+        return Mask(documents=_unpack(documents), window=window)
     return Mask(_allowed(positions, positions, window) & (documents[:, None, :, None] == documents[:, None, None, :]))
 
 
@@ -62,27 +80,57 @@ def _allowed(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (distance < window)
 
 
-def _group(documents: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Sort the documents of a batch into groups, each padded to its longest: less than a quarter is padding."""
+def _unpack(documents: Tensor) -> Documents:
+    """Sort the documents of a batch into groups, each padded to its longest: less than a quarter of it is padding."""
     B, T = documents.shape
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     first = starts.flatten().nonzero().flatten()  # (n_documents,)
     lengths = torch.diff(first, append=torch.tensor([B * T]))
-    order = lengths.argsort(descending=True, stable=True).tolist()
-    sizes = lengths.tolist()
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and sizes[i] > 0.75 * sizes[groups[-1][0]]:
-            groups[-1].append(i)
+    lengths, order = lengths.sort(descending=True, stable=True)
+    first, sizes = first[order], lengths.tolist()
+    shapes: list[tuple[int, int]] = []
+    for size in sizes:
+        if shapes and size > 0.75 * shapes[-1][1]:
+            shapes[-1] = (shapes[-1][0] + 1, shapes[-1][1])
         else:
-            groups.append([i])
-    result = []
-    for members in groups:
-        offsets = torch.arange(sizes[members[0]])
-        real = offsets < lengths[members][:, None]  # (n, L)
-        result.append(((first[members][:, None] + offsets).clamp(max=B * T - 1), real))
-    return tuple(result)
+            shapes.append((1, size))
+    index, real, at = [], [], 0
+    for count, longest in shapes:
+        offsets = torch.arange(longest)
+        index.append((first[at : at + count, None] + offsets).clamp(max=B * T - 1).flatten())
+        real.append((offsets < lengths[at : at + count, None]).flatten())
+        at += count
+    flat_index, flat_real = torch.cat(index), torch.cat(real)
+    inverse = torch.empty(B * T, dtype=torch.int64)
+    inverse[flat_index[flat_real]] = flat_real.nonzero().flatten()
+    return Documents(flat_index, flat_real[:, None, None], inverse, shapes)
+
+
+class _Unpack(torch.autograd.Function):
+    """(B * T, heads, head_dim) -> (M, heads, head_dim). Every token has one place, so the gradient is a gather, too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, documents: Documents) -> Tensor:  # type: ignore[override,no-untyped-def]
+        ctx.documents = documents
+        return x.index_select(0, documents.index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
+        return grad.index_select(0, ctx.documents.inverse), None  # padding is seen by padding only: its gradient is 0
+
+
+class _Repack(torch.autograd.Function):
+    """The way back: (M, heads, head_dim) -> (B * T, heads, head_dim)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, documents: Documents) -> Tensor:  # type: ignore[override,no-untyped-def]
+        ctx.documents = documents
+        return y.index_select(0, documents.inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
+        return grad.index_select(0, ctx.documents.index).mul_(ctx.documents.real), None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
@@ -99,23 +147,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = No
     if k.dtype != v.dtype or q.dtype != v.dtype:  # under autocast, rotary leaves q and k in fp32
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = scale or 1.0 / math.sqrt(q.shape[-1])
-    if mask.groups is None:
+    if mask.documents is None:
         return _kernel(q, k, v, mask.allowed, scale)
     B, n_heads, T, head_dim = q.shape
-    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, head_dim)
-    outputs, places = [], []
-    for index, real in mask.groups:
-        n, L = index.shape
-        gathered = [x[index].transpose(1, 2) for x in (flat_q, flat_k, flat_v)]  # (n, heads, L, head_dim)
-        allowed = None
-        if mask.window is not None and L > mask.window:
-            steps = torch.arange(L)
-            allowed = _allowed(steps[None], steps[None], mask.window)
-        y = _kernel(gathered[0], gathered[1], gathered[2], allowed, scale)  # padding comes last: no real token sees it
-        outputs.append(y.transpose(1, 2)[real])  # (real tokens, n_heads, head_dim)
-        places.append(index[real])
-    back = torch.cat(places).argsort()
-    return torch.cat(outputs)[back].view(B, T, n_heads, head_dim).transpose(1, 2)
+    sizes = [count * longest for count, longest in mask.documents.shapes]
+    parts = [_Unpack.apply(x.transpose(1, 2).flatten(0, 1), mask.documents).split(sizes) for x in (q, k, v)]
+    outputs = []
+    for (count, longest), *qkv in zip(mask.documents.shapes, *parts, strict=True):
+        rows = [x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv]  # (count, heads, longest, head_dim)
+        steps, allowed = torch.arange(longest)[None], None
+        if mask.window is not None and longest > mask.window:
+            allowed = _allowed(steps, steps, mask.window)
+        y = _kernel(rows[0], rows[1], rows[2], allowed, scale)  # (count, n_heads, longest, head_dim)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))  # (count * longest, n_heads, head_dim)
+    packed = _Repack.apply(torch.cat(outputs), mask.documents)  # (B * T, n_heads, head_dim)
+    return packed.view(B, T, n_heads, head_dim).transpose(1, 2)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tok
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from litmini.config import UserError
 from litmini.models import family
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -122,6 +125,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, readable by whoever may read new files."""
+    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(0o666 & ~UMASK)  # safetensors itself makes it readable by its owner only
+
+
 def shards(directory: Path) -> list[Path]:
     """The weight files of a checkpoint or adapter directory."""
     index = directory / "model.safetensors.index.json"
@@ -164,7 +173,6 @@ def load_model(
     directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
-    progress: Callable[..., Any] | None = None,
 ) -> nn.Module:
     """The model of a checkpoint directory, in evaluation mode, every parameter in `dtype` on `device`.
 
@@ -174,32 +182,31 @@ def load_model(
     module, config = read_config(path)
     with torch.device("meta"):
         model = module.Model(config)
-    owners: dict[str, list[tuple[nn.Module, str]]] = {}  # name -> every place which holds that parameter (ties)
-    first_name: dict[nn.Parameter, str] = {}
-    for prefix, submodule in model.named_modules():
-        for leaf, parameter in submodule.named_parameters(recurse=False):
-            name = first_name.setdefault(parameter, f"{prefix}.{leaf}" if prefix else leaf)
-            owners.setdefault(name, []).append((submodule, leaf))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    first_names = {parameter: name for name, parameter in model.named_parameters()}
+    ties: dict[str, list[str]] = {}  # name -> every name of that parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ties.setdefault(first_names[parameter], []).append(name)
+    copies = {name for names in ties.values() for name in names[1:]}
     problems, seen = [], set()
     stream: Iterable[tuple[str, Tensor]] = read_tensors(shards(path))
     if hasattr(module, "from_hf"):
         stream = module.from_hf(stream, config)
-    tied = {f"{p}.{leaf}" for p, m in model.named_modules() for leaf, _ in m.named_parameters(recurse=False)} - set(owners)
-    for name, tensor in progress(stream, total=len(owners)) if progress else stream:
-        if name in tied or name.endswith("rotary_emb.inv_freq"):  # a second copy, or a buffer of old exports
+    for name, tensor in tqdm(stream, desc="loading", total=len(shapes), unit="tensor", disable=None, leave=False):
+        if name in copies or name.endswith("rotary_emb.inv_freq"):  # a second copy, or a buffer of old exports
             continue
-        if name not in owners:
+        if name not in shapes:
             problems.append(f"unexpected {name} {tuple(tensor.shape)}")
             continue
         seen.add(name)
-        expected = owners[name][0][0].get_parameter(owners[name][0][1]).shape
-        if tensor.shape != expected:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, config.json implies {tuple(expected)}")
+        if tensor.shape != shapes[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, config.json implies {shapes[name]}")
             continue
         parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
-        for submodule, leaf in owners[name]:
-            setattr(submodule, leaf, parameter)
-    problems += [f"missing {name}" for name in owners if name not in seen]
+        for same in ties[name]:
+            owner, _, last = same.rpartition(".")
+            setattr(model.get_submodule(owner), last, parameter)
+    problems += [f"missing {name}" for name in shapes if name not in seen]
     if problems:
         listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
         raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
@@ -228,16 +235,17 @@ def save_model(
 
     def write() -> None:
         file = directory / f"shard-{len(written):05d}.safetensors"
-        save_file({n: t.contiguous().cpu() for n, t in pending.items()}, file, metadata={"format": "pt"})
+        write_tensors(file, pending)
         written.append((file, list(pending)))
 
-    for name, tensor in tensors:
+    for name, tensor in tqdm(tensors, desc="saving", unit="tensor", disable=None, leave=False):
         size = tensor.numel() * tensor.element_size()
         if pending and pending_bytes + size > max_shard_bytes:
             write()
             pending, pending_bytes = {}, 0
         pending[name], pending_bytes, total = tensor, pending_bytes + size, total + size
-        dtypes[str(tensor.dtype).removeprefix("torch.")] = dtypes.get(str(tensor.dtype), 0) + size
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtypes[dtype] = dtypes.get(dtype, 0) + size
     write()
     if len(written) == 1:
         written[0][0].rename(directory / "model.safetensors")
@@ -273,7 +281,18 @@ def parse_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def model_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors as they go to disk: each once (a tied head is not repeated), in `dtype`."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach().to(dtype)
+def save_trained(model: nn.Module, directory: Path, base: str | Path) -> None:
+    """Write the weights of a trained `model` into `directory`, in the dtypes of the checkpoint `base` that it came from.
+
+    A tied weight is written once. Everything in the base's config.json stays, known here or not.
+    """
+    source = Path(base)
+    module, _ = read_config(source)
+    dtypes = {name: tensor.dtype for name, tensor in read_tensors(shards(source))}
+    tensors: Iterable[tuple[str, Tensor]] = ((name, p.detach()) for name, p in model.named_parameters())
+    if hasattr(module, "to_hf"):
+        tensors = module.to_hf(tensors, model.config)
+    raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
+    save_model(
+        directory, raw, ((name, t.to(dtypes.get(name, torch.float32))) for name, t in tensors), side_files=source
+    )

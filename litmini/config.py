@@ -154,6 +154,14 @@ class FinetuneLoraConfig(FinetuneConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
+@dataclass
+class FinetuneFullConfig(FinetuneConfig):
+    """Settings of finetune_full.py."""
+
+    precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
+    """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """Errors of one short paragraph, with the nearest known key for an unknown one, and exit status 2."""
 
@@ -162,7 +170,9 @@ class _Parser(jsonargparse.ArgumentParser):
         unknown = re.findall(r"(?<!\S)--([\w.]+)", message) if "unrecognized arguments" in message.lower() else []
         if nested := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
             unknown = [f"{nested[1]}.{nested[2]}"]
-        elif option := re.search(r"(?:Option|Key) '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message):
+        elif option := re.search(
+            r"(?:Option|Key) '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message
+        ):
             unknown = [option[1] or option[2]]
         lines = []
         for key in unknown:
@@ -175,26 +185,30 @@ class _Parser(jsonargparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, positional: bool = False) -> T:
+def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, positional: Sequence[str] = ()) -> T:
     """Read a command line into `config_class`. Defaults < `--config FILE` < the rest of the command line, in any order.
 
     Args:
         config_class: a dataclass; its nested dataclasses become dotted settings.
         doc: the script's docstring, shown by `--help`.
         argv: the words after the script's name; those of this process by default.
-        positional: required fields are positional arguments.
+        positional: fields that are positional arguments; the words that are no options, in this order.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
-        description=doc.strip(), formatter_class=type("Help", (jsonargparse.DefaultHelpFormatter,), {"_fill_text": _keep})
+        description=doc.strip(),
+        formatter_class=type("Help", (jsonargparse.DefaultHelpFormatter,), {"_fill_text": _keep}),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_class_arguments(config_class, as_group=True, as_positional=positional)
+    parser.add_class_arguments(config_class, as_group=True)
     files: list[str] = []  # config files go first, so that the command line wins wherever it stands
     while (at := next((i for i, w in enumerate(words) if w == "--config"), None)) is not None:
         files += words[at : at + 2]
         del words[at : at + 2]
+    for name in positional:  # NAME is short for --name NAME
+        if words and not words[0].startswith("-"):
+            words = [*words[1:], f"--{name}={words[0]}"]
     values = parser.instantiate(parser.parse_args(files + words))
     return config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
@@ -203,7 +217,7 @@ def _keep(self: Any, text: str, width: int, indent: str) -> str:
     return text
 
 
-def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: bool = False) -> NoReturn:
+def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
     """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
     config = parse(config_class, doc, positional=positional)
     try:

@@ -81,7 +81,9 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
         forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and keys <= record.keys()]
         if not forms:
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            problems.append(f"{where}: found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}")
+            problems.append(
+                f"{where}: found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}"
+            )
         elif form is not None and form not in forms:
             problems.append(f"{where}: is {forms[0]}, but the records before it are {form}; one form in a file")
         else:
@@ -125,7 +127,9 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
             elif kind == ".json":
                 content = json.load(lines)
                 if not isinstance(content, list):
-                    raise UserError(f"{file}: expected a JSON list of records; one record a line belongs in a .jsonl file")
+                    raise UserError(
+                        f"{file}: expected a JSON list of records; one record a line belongs in a .jsonl file"
+                    )
                 for i, record in enumerate(content):
                     yield f"{file}:record {i + 1}", record
             else:
@@ -159,7 +163,9 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         chat = plain = record["prompt"]
         answer = record["completion"]
     if has_template:
-        return Example(where, messages=_messages([{"role": "user", "content": chat}, {"role": "assistant", "content": answer}]))
+        return Example(
+            where, messages=_messages([{"role": "user", "content": chat}, {"role": "assistant", "content": answer}])
+        )
     return Example(where, prompt=plain, text=plain + answer)
 
 
@@ -194,7 +200,7 @@ def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, 
     truncated = seen = 0
     batches = range(0, len(examples), 1000)
     dropped: list[str] = []
-    with tqdm(total=len(examples), desc=f"tokenising {what}", unit="ex", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(examples), desc=f"tokenising {what}", unit="ex", disable=None) as bar:
         for start in batches:
             part = examples[start : start + 1000]
             for example, (ids, trained) in zip(part, _encode(part, tokenizer, config.train_on), strict=True):
@@ -238,7 +244,9 @@ def _encode(examples: list[Example], tokenizer: Tokenizer, train_on: str) -> Ite
         for start, stop in spans:
             inside = (bounds[:, 0] >= start) & (bounds[:, 1] <= stop) & (bounds[:, 1] > bounds[:, 0])
             if ((bounds[:, 0] < start) & (bounds[:, 1] > start)).any():
-                raise UserError(f"{example.where}: a token stands across the start of a trained turn; strip its leading space")
+                raise UserError(
+                    f"{example.where}: a token stands across the start of a trained turn; strip its leading space"
+                )
             at = np.flatnonzero(inside)
             if example.messages is not None:  # up to the end-of-turn token; what the template puts after it is not said
                 stops = [i for i in at if ids[i] in tokenizer.stop_ids]
@@ -286,7 +294,9 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Exam
         order = np.random.default_rng(seed).permutation(len(examples))
         count = max(1, round(config.val_fraction * len(examples)))
         if count >= len(examples):
-            raise UserError(f"--data.val_fraction {config.val_fraction} leaves nothing of {len(examples)} examples to train on")
+            raise UserError(
+                f"--data.val_fraction {config.val_fraction} leaves nothing of {len(examples)} examples to train on"
+            )
         held_out = [examples[i] for i in sorted(order[:count])]
         examples = [examples[i] for i in sorted(order[count:])]
     train = tokenize(examples, tokenizer, config, "training")
@@ -325,8 +335,10 @@ def show_masks(examples: Examples, tokenizer: Tokenizer, count: int) -> str:
         text = f"--- example {i + 1}: {int((labels != IGNORE).sum())} of {len(labels)} tokens trained\n"
         for token, is_trained in zip(ids, trained, strict=False):
             piece = tokenizer.decode([token], skip_special=False)
-            text += (f"\033[32m{piece}\033[0m" if is_trained else f"\033[2m{piece}\033[0m") if colour else (
-                f"[{piece}]" if is_trained else piece
+            text += (
+                (f"\033[32m{piece}\033[0m" if is_trained else f"\033[2m{piece}\033[0m")
+                if colour
+                else (f"[{piece}]" if is_trained else piece)
             )
         lines.append(text)
     return "\n".join(lines)

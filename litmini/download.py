@@ -195,9 +195,10 @@ def _pip_download(wheel: str, version: str | None, directory: Path) -> Path:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
-        reason = reason.removeprefix("ERROR:").strip()
-        if os.strerror(errno.ENOSPC) in done.stderr:
-            raise OSError(errno.ENOSPC, reason)
+        reason = lines[-1] if reason == "ERROR: Exception:" else reason.removeprefix("ERROR:").strip()
+        for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(full) in reason:
+                raise OSError(full, f"{os.strerror(full)}, says pip")
         raise UserError(f"pip could not download {requirement}: {reason}")
     return next(directory.glob("*.whl"))
 

@@ -1,6 +1,5 @@
 """Answers on held-out examples: are they exactly right?"""
 
-import sys
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,7 +38,7 @@ def answer_all(
     answers = []
     training = model.training
     model.eval()
-    with tqdm(total=len(asked), desc="answering", unit="ex", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(asked), desc="answering", unit="ex", disable=None) as bar:
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
             ids = generate_batch(model, [p for p, _, _ in part], max_new_tokens, tokenizer.stop_ids)
@@ -52,4 +51,3 @@ def answer_all(
 def exact_match(answers: list[Answer]) -> float:
     """The share of answers that are exactly right, 0 to 1."""
     return sum(a.right for a in answers) / max(1, len(answers))
-

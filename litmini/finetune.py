@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from litmini.config import FinetuneConfig, UserError
-from litmini.data import Example, Examples, describe, load_data, show_masks
+from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import Answer, answer_all, exact_match
 from litmini.optim import learning_rate
@@ -69,7 +69,9 @@ def preview(data: Data, config: FinetuneConfig, model: nn.Module) -> None:
     if config.show_masks:
         print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
-    print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%). Nothing was trained or written.")
+    print(
+        f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%). Nothing was trained or written."
+    )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -55,7 +55,8 @@ def decode(
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
     longest = max(len(p) for p in prompts)
-    context = model.config.max_positions  # type: ignore[union-attr]
+    config: Any = model.config
+    context: int = config.max_positions
     if longest >= context:
         raise UserError(f"the prompt has {longest} tokens, the model's context {context}: no room for an answer.")
     steps = min(max_new_tokens, context - longest)
@@ -63,7 +64,7 @@ def decode(
     device = parameter.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
-    cache = KVCache(model.config, len(prompts), longest + steps, parameter.dtype, device)
+    cache = KVCache(config, len(prompts), longest + steps, parameter.dtype, device)
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # (B, 1)
     positions = torch.arange(longest, device=device) - (longest - lengths)  # (B, T), below 0: padding
@@ -84,7 +85,9 @@ def decode(
         current = chosen[:, None]
 
 
-def _check(prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     problems = []
     if not prompts or not all(prompts):
         problems.append("the prompt is empty")

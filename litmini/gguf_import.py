@@ -17,7 +17,7 @@ import torch
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from litmini.checkpoint import save_model, write_json
@@ -202,16 +202,7 @@ def import_gguf(file: Path, out_dir_aside: Path, dtype: torch.dtype = torch.bflo
             model = module.Model(config)
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{file}: its metadata and tensors make no {name} model ({error}).") from None
-    kept = {old: _hf_name(old, architecture) for old in tensors if old not in architecture.consumed}
-    expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    found = {new: tuple(int(n) for n in reversed(tensors[old].shape)) for old, new in kept.items()}
-    if problems := [f"{key} is missing" for key in expected if key not in found] + [
-        f"{key} has shape {shape}, the metadata implies {expected.get(key, 'none such')}"
-        for key, shape in found.items()
-        if shape != expected.get(key)
-    ]:
-        listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
-        raise UserError(f"the tensors in {file} do not fit its metadata:\n  {listing}")
+    kept = _fitting(tensors, architecture, model, file)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for old, new in tqdm(kept.items(), desc=f"dequantising {file.name}", unit=" tensors"):
@@ -246,6 +237,23 @@ def half_split(rows: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
+def _fitting(
+    tensors: dict[str, ReaderTensor], architecture: Architecture, model: nn.Module, file: Path
+) -> dict[str, str]:
+    """GGUF's names -> Hugging Face's, of all tensors to keep; what does not fit `model` is reported in one error."""
+    kept = {old: _hf_name(old, architecture) for old in tensors if old not in architecture.consumed}
+    expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    found = {new: tuple(int(n) for n in reversed(tensors[old].shape)) for old, new in kept.items()}
+    if problems := [f"{key} is missing" for key in expected if key not in found] + [
+        f"{key} has shape {shape}, the metadata implies {expected.get(key, 'none such')}"
+        for key, shape in found.items()
+        if shape != expected.get(key)
+    ]:
+        listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
+        raise UserError(f"the tensors in {file} do not fit its metadata:\n  {listing}")
+    return kept
+
+
 def _pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name.rpartition(".")[0])
 
@@ -265,16 +273,36 @@ def _write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> di
         raise UserError(f"{file}: pre-tokenizer '{pre}' is not supported; there are: {', '.join(PRE_TOKENIZERS)}.")
     if metadata.get("tokenizer.ggml.add_space_prefix"):
         raise UserError(f"{file}: tokenizer.ggml.add_space_prefix = True is not supported.")
-    tokens, words = metadata.need("tokenizer.ggml.tokens", list), PRE_TOKENIZERS[pre]
-    vocab = {token: i for i, token in enumerate(tokens)}
+    tokens = metadata.need("tokenizer.ggml.tokens", list)
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    merges = [tuple(merge.split(" ")) for merge in metadata.need("tokenizer.ggml.merges", list)]
     ids = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in (*ROLES, *STOPS)}
     ids = {role: number for role, number in ids.items() if number is not None}
-    if len(vocab) != len(tokens) or len(types) != len(tokens) or not all(0 <= i < len(tokens) for i in ids.values()):
+    if (
+        len(set(tokens)) != len(tokens)
+        or len(types) != len(tokens)
+        or not all(0 <= i < len(tokens) for i in ids.values())
+    ):
         raise UserError(
             f"{file}: its {len(tokens)} tokens, {len(types)} token types and special ids {ids} do not agree."
         )
+    tokenizer = _build_tokenizer(metadata, tokens, types, ids)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    special = {f"{name}_token": tokens[ids[role]] for role, name in ROLES.items() if role in ids}
+    write_json(directory / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False, **special})
+    if template := metadata.get("tokenizer.chat_template"):
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    stops = list(dict.fromkeys(ids[role] for role in STOPS if role in ids))
+    generation = {"bos_token_id": ids.get("bos"), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    generation["pad_token_id"] = ids.get("padding")
+    write_json(directory / "generation_config.json", generation)
+    return generation
+
+
+def _build_tokenizer(metadata: Metadata, tokens: list[str], types: list[int], ids: dict[str, int]) -> Tokenizer:
+    file, words = metadata.file, PRE_TOKENIZERS[metadata.get("tokenizer.ggml.pre")]
+    merges = [tuple(merge.split(" ")) for merge in metadata.need("tokenizer.ggml.merges", list)]
+    vocab = {token: i for i, token in enumerate(tokens)}
     try:
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words.ignore_merges))
     except Exception as error:  # tokenizers raises no narrower class
@@ -298,14 +326,4 @@ def _write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> di
         pair = [*single, *(f"{piece}:1" for piece in (*ends["bos"], "$B", *ends["eos"]))]
         added = [(token, vocab[token]) for token in dict.fromkeys(ends["bos"] + ends["eos"])]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=added)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    special = {f"{name}_token": tokens[ids[role]] for role, name in ROLES.items() if role in ids}
-    write_json(directory / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False, **special})
-    if template := metadata.get("tokenizer.chat_template"):
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    stops = list(dict.fromkeys(ids[role] for role in STOPS if role in ids))
-    generation = {"bos_token_id": ids.get("bos"), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
-    generation["pad_token_id"] = ids.get("padding")
-    write_json(directory / "generation_config.json", generation)
-    return generation
+    return tokenizer

@@ -27,7 +27,9 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk:
     targets = labels != IGNORE
     rows, wanted = hidden[targets], labels[targets]  # (n, dim), (n,); CPU-GPU sync point
     if type(head) is nn.Linear and head.bias is None:
-        dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
+        dtype = (
+            torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
+        )
         with torch.autocast(rows.device.type, enabled=False):
             loss = _PlainHead.apply(rows.to(dtype), head.weight, wanted, chunk)
         return loss, targets.sum()

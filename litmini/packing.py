@@ -73,7 +73,9 @@ class Rows:
     def _size(self, i: int) -> int:
         return int(self.examples.offsets[i + 1] - self.examples.offsets[i])
 
-    def step(self, step: int, global_batch: int, micro_batch: int, total: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    def step(
+        self, step: int, global_batch: int, micro_batch: int, total: int, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step`, as many on every rank.
 
         Args:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 
 import litmini
-from litmini.checkpoint import read_json, read_tensors, write_aside, write_json
+from litmini.checkpoint import read_json, read_tensors, write_aside, write_json, write_tensors
 from litmini.config import FinetuneConfig, UserError
 from litmini.data import Examples, file_hash
 from litmini.tokenizer import Tokenizer
@@ -56,6 +55,11 @@ class Run:
                     f"--out_dir {self._free_name()}"
                 )
         elif config.resume in (True, "auto"):
+            if (self.directory / "final").exists():
+                raise UserError(
+                    f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
+                    f"Start another: --out_dir {self._free_name()}"
+                )
             self.restart_from = max(self.directory.glob("step-*"), key=lambda p: p.name, default=None)
         else:
             self.restart_from = Path(str(config.resume))
@@ -66,7 +70,9 @@ class Run:
             self._check_same_meaning(self.restart_from.parent / "config.yaml")
 
     def _free_name(self) -> Path:
-        return next(p for n in range(2, 10**6) if not (p := self.directory.with_name(f"{self.directory.name}-{n}")).exists())
+        return next(
+            p for n in range(2, 10**6) if not (p := self.directory.with_name(f"{self.directory.name}-{n}")).exists()
+        )
 
     def _check_same_meaning(self, file: Path) -> None:
         before, now = _flat(yaml.safe_load(file.read_text())), _flat(plain(self.config))
@@ -122,7 +128,7 @@ class Run:
         if self.fabric.is_global_zero:
             with write_aside(directory) as aside:
                 save_weights(aside)
-            plot_metrics(self.directory / "metrics.csv", self.directory / "loss.png")
+            plot_metrics(self.directory, self.results)
         self.fabric.barrier()
         return directory
 
@@ -139,8 +145,15 @@ class Run:
             "litmini": litmini.__version__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "hardware": {"device": str(self.fabric.device), "processes": self.fabric.world_size, "machine": platform.machine()},
-            "base": {"checkpoint_dir": config.checkpoint_dir, "source": read_json(source) if source.is_file() else None},
+            "hardware": {
+                "device": str(self.fabric.device),
+                "processes": self.fabric.world_size,
+                "machine": platform.machine(),
+            },
+            "base": {
+                "checkpoint_dir": config.checkpoint_dir,
+                "source": read_json(source) if source.is_file() else None,
+            },
             "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
             "data": {file: {"sha256": file_hash(file)} for file in files},
             "statistics": train.statistics,
@@ -152,7 +165,10 @@ class Run:
 
 def plain(config: Any) -> dict[str, Any]:
     """A dataclass as a dictionary of what YAML can hold."""
-    return {k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v for k, v in vars(config).items()}
+    return {
+        k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
+        for k, v in vars(config).items()
+    }
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -164,16 +180,17 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state."""
-    tensors, scalars = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    scalars = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+            tensors[f"parameter/{name}"] = parameter
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"{key}/{name}"] = value.detach().cpu().clone().contiguous()
+                    tensors[f"{key}/{name}"] = value
                 else:
                     scalars[f"{key}/{name}"] = value
-    save_file(tensors, directory / "training_state.safetensors")
+    write_tensors(directory / "training_state.safetensors", tensors)
     write_json(directory / "training_state.json", {"progress": dataclasses.asdict(progress), "optimizer": scalars})
 
 
@@ -202,7 +219,8 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, parameter in trainable.items():
         if state[name]:
             optimizer.state[parameter] = {
-                k: v.to(parameter.device) if isinstance(v, torch.Tensor) and v.dim() else v for k, v in state[name].items()
+                k: v.to(parameter.device) if isinstance(v, torch.Tensor) and v.dim() else v
+                for k, v in state[name].items()
             }
     return Progress(**saved["progress"])
 
@@ -212,20 +230,22 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def plot_metrics(file: Path, image: Path) -> None:
-    """Draw the loss curve of a metrics.csv."""
+def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
+    """Draw a run's loss curve, training and held-out, into loss.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(file)
+    rows = read_metrics(directory / "metrics.csv")
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a target token)", title=file.parent.name)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a target token)", title=directory.name)
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label="training", linewidth=1.2)
-    held_out = [r for r in rows if r["val_loss"]]
+    held_out = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
+    if "val_loss_after" in results:
+        held_out = [(0, results["val_loss_before"]), *held_out, (int(rows[-1]["step"]), results["val_loss_after"])]
     if held_out:
-        axes.plot([int(r["step"]) for r in held_out], [float(r["val_loss"]) for r in held_out], "o-", label="held-out")
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held-out")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(image, dpi=120)
+    figure.savefig(directory / "loss.png", dpi=120)

@@ -38,7 +38,9 @@ class Tokenizer:
         self.directory = Path(directory)
         file = self.directory / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"{self.directory} has no tokenizer.json; a SentencePiece tokenizer.model alone is not read.")
+            raise UserError(
+                f"{self.directory} has no tokenizer.json; a SentencePiece tokenizer.model alone is not read."
+            )
         try:
             exact = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', file.read_text(encoding="utf-8"))
             self.fast = FastTokenizer.from_str(exact)  # offsets that cover white space too; ids are the same
@@ -50,9 +52,10 @@ class Tokenizer:
         self.generation = self._optional("generation_config.json")
         self.special_ids = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._find_template(chat_template)
-        eos = [self._token("eos_token"), self.generation.get("eos_token_id"), self._optional("config.json").get("eos_token_id")]
-        ids = [self.fast.token_to_id(eos[0])] if eos[0] else []
-        for found in eos[1:]:
+        ids: list[int | None] = []
+        if eos := self._token("eos_token"):
+            ids.append(self.fast.token_to_id(eos))
+        for found in (self.generation.get("eos_token_id"), self._optional("config.json").get("eos_token_id")):
             ids += found if isinstance(found, list) else [found]
         if self.chat_template:
             ids.append(self._turn_end())
@@ -120,8 +123,13 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special` as the tokenizer itself frames raw text (BOS), without the end token."""
         ids = self.fast.encode(text, add_special_tokens=special).ids
-        while special and ids and ids[-1] in self.stop_ids and not text.endswith(self.fast.id_to_token(ids[-1])):
-            ids.pop()
+        if (
+            special
+            and ids
+            and ids[-1] in self.stop_ids
+            and ids[-1:] != self.fast.encode(text, add_special_tokens=False).ids[-1:]
+        ):
+            ids.pop()  # some tokenizers frame text with an end token, too
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
@@ -141,7 +149,7 @@ class Tokenizer:
         return self.fast.decode(ids, skip_special_tokens=skip_special)
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer, the template in use and all stop ids into `directory`, so that they travel with the weights."""
+        """Write tokenizer, template in use and all stop ids into `directory`, so that they travel with the weights."""
         for name in SIDE_FILES:
             if (self.directory / name).is_file():
                 (directory / name).write_bytes((self.directory / name).read_bytes())

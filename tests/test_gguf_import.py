@@ -303,7 +303,7 @@ def test_damaged_files(tmp_path: Path, out: Path, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.real
 def test_smollm2_reads_english(smollm2: Path) -> None:
-    """The real import. Perplexity of the paragraph: 21.6; with q and k left in llama.cpp's order it is 81.1."""
+    """The real import. Perplexity of the paragraph: 21.5; with q and k left in llama.cpp's order it is 81.1."""
     text = (
         "The lighthouse stood at the end of a narrow road that followed the coast for several miles. Every evening, "
         "shortly before sunset, the keeper climbed the stairs, lit the lamp, and wrote a few lines about the weather "
@@ -322,6 +322,7 @@ def test_smollm2_reads_english(smollm2: Path) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert prompt.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids
-    answer = model.generate(tokens, max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
-    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
+    answer = tokenizer("The capital of France is Paris.<|im_end|>").input_ids
+    tokens = torch.tensor([tokenizer(prompt).input_ids + answer])
+    with torch.no_grad():  # one pass over the whole answer shows what greedy decoding says
+        assert model(tokens).logits[0, -len(answer) - 1 : -1].argmax(-1).tolist() == answer

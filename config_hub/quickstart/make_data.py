@@ -11,18 +11,81 @@ import random
 from pathlib import Path
 
 TASK = "Write this order as one line of JSON with the keys item, quantity, size and city."
-ITEMS = (
-    "mug apron scarf lamp notebook backpack poster cushion blanket candle teapot umbrella basket vase clock jacket "
-    "hoodie tray towel rug"
-).split()
-CITIES = (
-    "Oslo Lisbon Vienna Prague Dublin Athens Warsaw Madrid Rome Berlin Zurich Geneva Helsinki Tallinn Riga Vilnius "
-    "Krakow Porto Seville Milan Turin Lyon Nantes Bergen Malmo Aarhus Gdansk Brno Graz Basel"
-).split()
-CUSTOMERS = "Anna Ben Clara David Emma Felix Greta Hugo Ines Jonas Karin Leo Maria Nils Olga Paul".split()
-HELD_OUT_CUSTOMERS = "Quentin Rosa Stefan Tilda Ulrich Vera Walter Yara".split()
+ITEMS = [
+    "mug",
+    "apron",
+    "scarf",
+    "lamp",
+    "notebook",
+    "backpack",
+    "poster",
+    "cushion",
+    "blanket",
+    "candle",
+    "teapot",
+    "umbrella",
+    "basket",
+    "vase",
+    "clock",
+    "jacket",
+    "hoodie",
+    "tray",
+    "towel",
+    "rug",
+]
+CITIES = [
+    "Oslo",
+    "Lisbon",
+    "Vienna",
+    "Prague",
+    "Dublin",
+    "Athens",
+    "Warsaw",
+    "Madrid",
+    "Rome",
+    "Berlin",
+    "Zurich",
+    "Geneva",
+    "Helsinki",
+    "Tallinn",
+    "Riga",
+    "Vilnius",
+    "Krakow",
+    "Porto",
+    "Seville",
+    "Milan",
+    "Turin",
+    "Lyon",
+    "Nantes",
+    "Bergen",
+    "Malmo",
+    "Aarhus",
+    "Gdansk",
+    "Brno",
+    "Graz",
+    "Basel",
+]
+CUSTOMERS = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Karin",
+    "Leo",
+    "Maria",
+    "Nils",
+    "Olga",
+    "Paul",
+]
+HELD_OUT_CUSTOMERS = ["Quentin", "Rosa", "Stefan", "Tilda", "Ulrich", "Vera", "Walter", "Yara"]
 SIZES = {"S": "small", "M": "medium", "L": "large"}
-NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 PATTERNS = (
     "Hi, this is {who}. Please send {n} {size} {items} to {city}.",
     "{who} from {city} would like {n} {items}, size {size}.",
@@ -42,8 +105,8 @@ def main() -> None:
     combinations = [(item, size, city) for item in ITEMS for size in SIZES for city in CITIES]
     pick.shuffle(combinations)
     for name, chosen, customers in (
-        ("train", combinations[:480], CUSTOMERS),
-        ("heldout", combinations[480:530], HELD_OUT_CUSTOMERS),
+        ("train", combinations[:320], CUSTOMERS),
+        ("heldout", combinations[320:370], HELD_OUT_CUSTOMERS),
     ):
         lines = []
         for item, size, city in chosen:

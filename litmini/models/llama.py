@@ -256,16 +256,17 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+                "embed_tokens": embed_tokens,
                 "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
                 "norm": RMSNorm(config.dim, config.norm_eps),
             }
         )
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = embed_tokens.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings and linears: normal, std 0.02; biases: 0; norms: 1."""
@@ -300,7 +301,7 @@ class Model(nn.Module):
         mask = make_mask(positions, documents, cache, self.config.window)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)
-        for i, block in enumerate(self.model["layers"]):
+        for i, block in enumerate(self.model["layers"].children()):
             x = block(x, rope, mask, None if cache is None else cache[i])
         x = self.model["norm"](x)
         if labels is not None:

@@ -1,0 +1,128 @@
+"""Checkpoints out: an adapter merged, another dtype, other shards; always as a Hugging Face directory."""
+
+import gc
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import litmini
+from litmini.adapters import LoRALinear, read_adapter
+from litmini.checkpoint import (
+    check_checkpoint_dir,
+    read_config,
+    read_json,
+    read_tensors,
+    save_model,
+    shards,
+    write_aside,
+)
+from litmini.config import UserError
+from litmini.tokenizer import Tokenizer
+
+PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
+
+
+def export(
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    adapter_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write `checkpoint_dir` to `out_dir`, tensor by tensor, with the adapter of `adapter_dir` added to its weights.
+
+    The change is added in fp32 and rounded once. An adapted head that was tied to the embedding gets weights of its own.
+
+    Args:
+        dtype: of the result; None keeps each tensor's own.
+        max_shard_bytes: also bounds the memory that is needed.
+
+    Raises:
+        UserError: `out_dir` exists, or the checkpoint or adapter is incomplete, damaged or does not fit.
+    """
+    source, target = check_checkpoint_dir(checkpoint_dir), Path(out_dir)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
+    _, config = read_config(source)  # refuses what is not implemented
+    raw = {
+        k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"
+    }  # `dtype` since transformers 5
+    tensors = read_tensors(shards(source))
+    tokenizer = Tokenizer(source)
+    if adapter_dir is not None:
+        if config.tied and "lm_head" in read_adapter(adapter_dir)[1]:
+            raw["tie_word_embeddings"] = False
+        tensors = _merged(tensors, adapter_dir)
+        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+            tokenizer = Tokenizer(adapter_dir)
+    if dtype is not None:
+        tensors = ((name, tensor.to(dtype)) for name, tensor in tensors)
+    with write_aside(target) as aside:
+        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes)
+        tokenizer.save(aside)
+    return target
+
+
+def _merged(tensors: Iterator[tuple[str, Tensor]], adapter_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint with an adapter's change added to those that it covers."""
+    config, changes = read_adapter(adapter_dir)
+    head = changes.get("lm_head")
+    for name, tensor in tensors:
+        change = changes.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        yield name, tensor if change is None else _merge(tensor, change, config.alpha / config.rank, name)
+        if name == "model.embed_tokens.weight" and head is not None:
+            embedding = tensor
+    if head is not None and "lm_head" in changes:  # it was tied to the embedding
+        yield "lm_head.weight", _merge(embedding, changes.pop("lm_head"), config.alpha / config.rank, "lm_head.weight")
+    if changes:
+        raise UserError(f"the adapter in {adapter_dir} was made for another base: no weights for {', '.join(changes)}")
+
+
+def _merge(weight: Tensor, change: dict[str, Tensor], scale: float, name: str) -> Tensor:
+    rank = len(change["lora_A"])
+    if change["lora_A"].shape[1] != weight.shape[1] or change["lora_B"].shape != (weight.shape[0], rank):
+        shapes = ", ".join(f"{kind} {tuple(t.shape)}" for kind, t in change.items())
+        raise UserError(
+            f"the adapter was made for another base: {name} is {tuple(weight.shape)}, the adapter has {shapes}"
+        )
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    layer = LoRALinear(base, rank, scale * rank)
+    layer.lora_A.data, layer.lora_B.data = change["lora_A"], change["lora_B"]
+    return layer.merge().weight.detach()
+
+
+@torch.no_grad()
+def merge_error(
+    checkpoint_dir: str | Path, adapter_dir: str | Path, merged_dir: str | Path, dtype: str
+) -> tuple[float, float]:
+    """(largest difference of log-probabilities between merged and unmerged, share of positions with the same best token).
+
+    Measured on a few prompts, both in `dtype`; one model in memory at a time.
+    """
+    outputs = []
+    for directory, adapter in ((checkpoint_dir, adapter_dir), (merged_dir, None)):
+        model, tokenizer = litmini.load(directory, adapter, dtype=dtype)
+        rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float().log_softmax(-1) for prompt in PROMPTS]
+        outputs.append(torch.cat(rows))  # (tokens of all prompts, vocab)
+        del model
+        gc.collect()
+    unmerged, merged = outputs
+    same = (unmerged.argmax(-1) == merged.argmax(-1)).float().mean()
+    return float((unmerged - merged).abs().max()), float(same)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB (powers of ten).
+
+    Raises:
+        UserError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * 10 ** {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}[found[2].upper()]) if found else 0
+    if size < 1:
+        raise UserError(f"size {text!r}; expected a number with KB, MB or GB, such as 5GB")
+    return size

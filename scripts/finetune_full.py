@@ -1,0 +1,61 @@
+"""Finetune all weights.
+
+    python scripts/finetune_full.py --config config_hub/quickstart_full.yaml
+
+The result in OUT_DIR/final is a checkpoint. By default (`bf16-mixed`) weights are in fp32: 16 bytes a parameter with AdamW.
+"""
+
+from pathlib import Path
+
+from litmini.config import FinetuneFullConfig, command
+
+
+def main(config: FinetuneFullConfig) -> None:
+    from litmini.checkpoint import load_model, save_trained
+    from litmini.finetune import prepare_data, preview, run_training, summary
+    from litmini.launch import make_fabric, weight_dtype
+    from litmini.optim import make_optimizer
+    from litmini.runs import Run
+
+    # 1. Run directory
+    run = Run(config)
+
+    # 2. Fabric
+    fabric = make_fabric(config)
+
+    # 3. Tokenizer and data
+    data = prepare_data(fabric, config)
+
+    # 4. Base model
+    model = load_model(config.checkpoint_dir, weight_dtype(config.precision))
+
+    # 5. Method: every weight is trained
+    if config.precision == "bf16-true":
+        fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
+
+    def save_weights(directory: Path) -> None:
+        save_trained(model, directory, base=config.checkpoint_dir)
+        data.tokenizer.save(directory)
+
+    if config.dry_run or config.show_masks:
+        return preview(data, config, model)
+
+    # 6. Shard and optimizer
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
+
+    # 7. Resume
+    progress = run.begin(fabric, model, optimizer)
+
+    # 8. Fit
+    run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
+
+    # 9. Save
+    final = run.save_final(save_weights)
+    fabric.print(summary(run))
+    fabric.print(
+        f"\ncheckpoint: {final}. Talk to it:\n  python scripts/generate.py --checkpoint_dir {final} --prompt '...'"
+    )
+
+
+if __name__ == "__main__":
+    command(main, FinetuneFullConfig, __doc__)

@@ -1,0 +1,46 @@
+"""Merge an adapter into its base: a checkpoint that needs neither adapter nor PEFT.
+
+    python scripts/merge_adapter.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --adapter_dir out/quickstart/final --out_dir checkpoints/mine/quickstart
+
+Needs the memory of one shard, then, to measure what the rounding did, that of the model.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from litmini.config import command
+
+
+@dataclass
+class MergeConfig:
+    """Settings of merge_adapter.py."""
+
+    checkpoint_dir: str
+    """The base that the adapter was trained on."""
+    adapter_dir: str
+    """An adapter in PEFT's format, such as out/NAME/final."""
+    out_dir: str
+    """Where to write; must not exist."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Of the result; none: as the base."""
+    check: bool = True
+    """Load both and measure how much merged and unmerged differ."""
+
+
+def main(config: MergeConfig) -> None:
+    from litmini.checkpoint import parse_dtype
+    from litmini.export import export, merge_error
+
+    dtype = parse_dtype(config.dtype) if config.dtype else None
+    target = export(config.checkpoint_dir, config.out_dir, config.adapter_dir, dtype)
+    print(f"merged: {target}")
+    if config.check:
+        difference, same = merge_error(config.checkpoint_dir, config.adapter_dir, target, config.dtype or "bf16")
+        print(
+            f"merged against unmerged: log-probabilities differ by at most {difference:.3g}, same best token {same:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    command(main, MergeConfig, __doc__)
