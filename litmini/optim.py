@@ -1,5 +1,6 @@
 """Optimizers by name, their parameter groups, and the learning rate as a pure function of the step."""
 
+import logging
 import math
 
 import torch
@@ -33,6 +34,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if config.name == "adamw8bit":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, lr=config.lr, betas=config.betas)

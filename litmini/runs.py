@@ -181,13 +181,15 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state."""
     tensors: dict[str, torch.Tensor] = {}
-    scalars = {}
+    scalars, pointers = {}, set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"parameter/{name}"] = parameter
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"{key}/{name}"] = value
+                    seen = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps: one copy each
+                    tensors[f"{key}/{name}"] = value.clone() if seen else value
+                    pointers.add(value.data_ptr())
                 else:
                     scalars[f"{key}/{name}"] = value
     write_tensors(directory / "training_state.safetensors", tensors)

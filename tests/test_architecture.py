@@ -1,0 +1,64 @@
+"""What the design promises about the code itself."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "litmini").rglob("*.py"))
+FAMILY_FILES = sorted(p for p in (ROOT / "litmini/models").glob("*.py") if p.name != "__init__.py")
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            found.add(str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("file", FAMILY_FILES, ids=lambda p: p.name)
+def test_a_family_file_is_read_alone(file):
+    outside = {name for name in imports(file) if name.split(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in outside if name.split(".")[0] != "torch"} <= {"litmini.attention", "litmini.loss"}
+
+
+def test_the_loop_knows_no_families_adapters_or_formats():
+    ours = {name for name in imports(ROOT / "litmini/train.py") if name.startswith("litmini")}
+    assert ours <= {"litmini.config", "litmini.loss"}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_reference_library_and_no_script_is_imported(file):
+    assert not {name.split(".")[0] for name in imports(file)} & {"transformers", "peft", "scripts"}
+
+
+def test_every_module_imports_with_base_dependencies_only():
+    """Optional packages are imported where they are needed, not on top."""
+    modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES]
+    blocked = ["transformers", "peft", "pyarrow", "pytest", "accelerate"]
+    code = f"import sys, importlib\nfor n in {blocked}: sys.modules[n] = None\nfor n in {modules}: importlib.import_module(n)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_pickle_and_no_remote_code():
+    """Requirement 26."""
+    for file in [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))]:
+        text = file.read_text()
+        assert "trust_remote_code" not in text, file
+        assert "import pickle" not in text, file
+        assert "torch.load(" not in text or "weights_only=True" in text, file
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "config_hub").rglob("*.yaml")), ids=lambda p: p.name)
+def test_configurations_are_short(file):
+    assert len(file.read_text().splitlines()) <= 25
+    assert yaml.safe_load(file.read_text())["out_dir"] == f"out/{file.stem.replace('_', '-')}"

@@ -1,0 +1,400 @@
+"""The loop: weights of tokens, schedule, ranks, evaluation, exact resume, signals."""
+
+import csv
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import load_file
+from torch import nn
+
+from litmini.adapters import LoRALinear, add_adapters
+from litmini.checkpoint import load_model
+from litmini.config import LoraConfig, OptimConfig, TrainConfig, UserError
+from litmini.loss import IGNORE
+from litmini.models import llama
+from litmini.optim import learning_rate, make_optimizer
+from litmini.train import Progress, evaluate, fit, rehearse
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "config_hub/quickstart"
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def ragged(rows: int, length: int = 24) -> dict[str, torch.Tensor]:
+    """A batch whose rows have 1 to 20 targets each."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, 512, (rows, length), generator=generator)
+    labels = torch.roll(tokens, -1, 1)
+    for row in range(rows):
+        labels[row, : length - 1 - (row * 7) % 20] = IGNORE
+    return {
+        "tokens": tokens,
+        "positions": torch.arange(length).expand(rows, length).contiguous(),
+        "documents": torch.ones(rows, length, dtype=torch.int64),
+        "labels": labels,
+    }
+
+
+def split(batch, size):
+    parts = range(0, len(batch["tokens"]), size)
+    return [{k: v[i : i + size] for k, v in batch.items()} for i in parts]
+
+
+def run(fabric, model, micro_batches, steps=1, rate=1.0, gradients=None, **options):
+    """`steps` of plain SGD; returns (metrics, progress). The gradients of each step are added to the list `gradients`."""
+    rows = []
+    plain = make_optimizer(model, OptimConfig(name="sgd"))
+    if gradients is not None:
+        plain.register_step_pre_hook(
+            lambda *_: gradients.append({n: p.grad.clone() for n, p in model.named_parameters()}) or None
+        )
+    wrapped, optimizer = fabric.setup(model, plain)
+    settings = dict(total_steps=steps, config=TrainConfig(), seed=0, log=rows.append, checkpoint=lambda p: "step")
+    progress = fit(
+        fabric,
+        wrapped,
+        optimizer,
+        batches=lambda step: micro_batches,
+        learning_rate=lambda step: rate,
+        progress=Progress(),
+        **{**settings, "max_grad_norm": None, **options},
+    )
+    return rows, progress
+
+
+def tiny_model():
+    model = llama.Model(llama.PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def test_accumulation_weighs_tokens_not_micro_batches(fabric):
+    """Requirement 1: gradients of 8x1, 1x8 and 3 + 3 + 2 with ragged masks agree."""
+    batch, gradients, losses = ragged(8), [], []
+    for size in (8, 1, 3):
+        rows, _ = run(fabric, tiny_model(), split(batch, size), gradients=gradients)
+        losses.append(rows[0]["loss"])
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    logits = tiny_model()(batch["tokens"])
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    assert losses[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_micro_batch_without_targets_changes_nothing(fabric):
+    """Requirement 4."""
+    batch = ragged(4)
+    empty = {**ragged(2), "labels": torch.full((2, 24), IGNORE)}
+    results = []
+    for micro_batches in ([batch], [batch, empty], [empty, batch]):
+        model = tiny_model()
+        rows, progress = run(fabric, model, micro_batches)
+        assert progress.targets == int((batch["labels"] != IGNORE).sum())
+        results.append((rows[0]["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])))
+    for loss, weights in results[1:]:
+        assert loss == results[0][0]
+        assert torch.equal(weights, results[0][1])
+
+
+def test_evaluation_does_not_depend_on_batch_size(fabric):
+    """Requirement 3."""
+    model, batch = tiny_model(), ragged(8)
+    losses = [evaluate(fabric, model, split(batch, size)) for size in (8, 3, 1)]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedule(schedule):
+    """Requirement 23: a pure function of the step; warm-up starts above zero."""
+    config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4, schedule=schedule)
+    rates = [learning_rate(step, 20, config) for step in range(20)]
+    assert rates == [learning_rate(step, 20, config) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    middle = {"cosine": 0.55, "linear": 0.55, "constant": 1.0}[schedule]
+    assert rates[12] == pytest.approx(middle)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[-1] >= 0.1
+
+
+def test_schedule_moves_once_a_step_whatever_the_accumulation(fabric):
+    seen = []
+    for size in (8, 1):
+        config = OptimConfig(lr=0.1, warmup_steps=2)
+        rows = []
+        model = tiny_model()
+        wrapped, optimizer = fabric.setup(model, make_optimizer(model, config))
+        rate = lambda step, c=config: learning_rate(step, 5, c)  # noqa: E731
+        batches = split(ragged(8), size)
+        fit(
+            fabric,
+            wrapped,
+            optimizer,
+            lambda step, b=batches: b,
+            rate,
+            5,
+            TrainConfig(),
+            Progress(),
+            0,
+            rows.append,
+            print,
+        )
+        seen.append([row["lr"] for row in rows])
+    assert seen[0] == seen[1] == [learning_rate(step, 5, OptimConfig(lr=0.1, warmup_steps=2)) for step in range(5)]
+
+
+def test_gradients_are_clipped_together(fabric):
+    model = tiny_model()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    rows, _ = run(fabric, model, [ragged(4)], max_grad_norm=0.01)
+    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert rows[0]["grad_norm"] > 0.1
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_is_not_taken(fabric):
+    model = tiny_model()
+    model.model["norm"].weight.data[0] = math.nan
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(UserError, match="step 1: loss nan.*not finite"):
+        run(fabric, model, [ragged(2)])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(7), before[name].nan_to_num(7))
+
+
+def test_vectors_do_not_decay():
+    groups = make_optimizer(tiny_model(), OptimConfig(weight_decay=0.1)).param_groups
+    assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
+
+
+def test_rehearsal_leaves_no_trace(fabric):
+    results = []
+    for rehearsed in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(tiny_model(), dropout=0.3)
+        wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
+        if rehearsed:
+            rehearse(fabric, wrapped, optimizer, ragged(4))
+            assert all(p.grad is None for p in model.parameters())
+        fit(fabric, wrapped, optimizer, lambda s: [ragged(4)], lambda s: 1e-2, 2, TrainConfig(), Progress(), 0, id, id)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+def add_lora(model, dropout=0.0):
+    add_adapters(model, LoraConfig(rank=4, dropout=dropout))
+    return model
+
+
+def test_dropout_is_a_function_of_the_step(fabric):
+    """What happens between steps (evaluation, sampling) does not change the run."""
+    results = []
+    for disturb in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(tiny_model(), dropout=0.3)
+        wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
+
+        def validate(disturb=disturb):
+            torch.rand(7 if disturb else 1)
+            return 0.0
+
+        config = TrainConfig(eval_every=1)
+        fit(
+            fabric,
+            wrapped,
+            optimizer,
+            lambda s: [ragged(4)],
+            lambda s: 1e-2,
+            3,
+            config,
+            Progress(),
+            5,
+            id,
+            id,
+            validate,
+        )
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+    assert any(m.dropout.p for m in model.modules() if isinstance(m, LoRALinear))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_leaves(fabric, number):
+    saved = []
+
+    def log(row):
+        if row["step"] == 2:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(UserError, match=f"{number.name} after step 2.*--resume auto"):
+        checkpoint = lambda p: saved.append(dataclasses.replace(p)) or "there"  # noqa: E731
+        run(fabric, tiny_model(), [ragged(2)], steps=10, rate=1e-3, log=log, checkpoint=checkpoint)
+    assert [p.step for p in saved] == [2]
+
+
+def command(script, tiny_dir, out_dir, *words):
+    return [
+        *(sys.executable, str(ROOT / f"scripts/{script}.py"), "--checkpoint_dir", str(tiny_dir)),
+        *("--out_dir", str(out_dir), "--data.path", str(DATA / "train.jsonl"), "--data.max_seq_len", "256"),
+        *("--data.val_path", str(DATA / "heldout.jsonl"), "--precision", "32-true", "--optim.lr", "1e-2"),
+        *("--train.global_batch_size", "4", "--train.micro_batch_size", "2", "--eval.samples", "0"),
+        *("--train.max_steps", "12", *words),
+    ]
+
+
+def losses(out_dir):
+    rows = list(csv.DictReader((Path(out_dir) / "metrics.csv").open()))
+    return [(r["step"], r["tokens"], r["loss"], r["lr"], r["grad_norm"], r["val_loss"]) for r in rows]
+
+
+@pytest.mark.parametrize("script", ["finetune_lora", "finetune_full"])
+def test_killed_and_resumed_equals_undisturbed(tiny_dir, tmp_path, script):
+    """Requirement 22: bit by bit, with dropout, shuffling, packing and accumulation, over two epochs."""
+    words = ["--train.save_every", "3", "--train.eval_every", "4"]
+    words += ["--lora.dropout", "0.2", "--lora.rank", "4"] if script == "finetune_lora" else []
+    subprocess.run(command(script, tiny_dir, tmp_path / "whole", *words), check=True, capture_output=True)
+    words[0:2] = ["--train.save_every", "3"]
+    victim = subprocess.Popen(command(script, tiny_dir, tmp_path / "killed", *words), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/step-000003").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert victim.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (tmp_path / "killed/final").exists()
+    resumed = command(script, tiny_dir, tmp_path / "killed", *words, "--resume", "auto")
+    output = subprocess.run(resumed, check=True, capture_output=True, text=True).stdout
+    assert "going on from" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    weights = "adapter_model.safetensors" if script == "finetune_lora" else "model.safetensors"
+    killed, whole = (load_file(tmp_path / name / "final" / weights) for name in ("killed", "whole"))
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    states = [load_file(tmp_path / name / "step-000012/training_state.safetensors") for name in ("killed", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert any(name.startswith("exp_avg_sq/") for name in states[1])
+
+
+def test_two_processes_equal_one(tiny_dir, tmp_path):
+    """Requirement 2: ranks with more targets weigh more; the last step has fewer rows than ranks want."""
+    for name, words in (("one", []), ("two", ["--devices", "2", "--strategy", "ddp"])):
+        words = [*words, "--train.micro_batch_size", "1", "--train.global_batch_size", "3", "--lora.rank", "4"]
+        words += ["--train.eval_every", "5", "--data.pack", "false"]
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            command("finetune_lora", tiny_dir, tmp_path / name, *words), capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [row[:2] for row in one] == [row[:2] for row in two]
+    for a, b in zip(one, two, strict=True):
+        assert float(a[2]) == pytest.approx(float(b[2]), rel=1e-5)
+        assert float(a[5] or 0) == pytest.approx(float(b[5] or 0), rel=1e-5)
+    adapters = [load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two")]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_resuming_with_other_settings_is_refused(tiny_dir, tmp_path):
+    words = ["--train.save_every", "1", "--train.max_steps", "2"]
+    subprocess.run(command("finetune_lora", tiny_dir, tmp_path / "run", *words), check=True, capture_output=True)
+    shutil.rmtree(tmp_path / "run/final")
+    words += ["--resume", "auto", "--seed", "2", "--optim.lr", "1e-3", "--train.log_every", "2"]
+    done = subprocess.run(command("finetune_lora", tiny_dir, tmp_path / "run", *words), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "seed: 1337 -> 2" in done.stderr
+    assert "optim.lr: 0.01 -> 0.001" in done.stderr
+    assert "log_every" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_tiny_model_overfits_and_stops(tiny_dir, tmp_path):
+    """Requirement 5: the end of the turn is learnt, through the whole way of the data."""
+    import litmini
+
+    data = tmp_path / "one.jsonl"
+    data.write_text(
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Send 5 mugs"}]}\n'
+    )
+    words = [
+        "--data.path",
+        str(data),
+        "--data.val_path",
+        str(data),
+        "--data.max_seq_len",
+        "32",
+        "--train.max_steps",
+        "60",
+    ]
+    words += ["--eval.exact_match", "true", "--optim.lr", "3e-3", "--train.global_batch_size", "1"]
+    done = subprocess.run(command("finetune_full", tiny_dir, tmp_path / "run", *words), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "exact match  0% -> 100%" in done.stdout
+    model, tokenizer = litmini.load(tmp_path / "run/final", dtype="fp32")
+    assert litmini.generate(model, tokenizer, "Hi", max_new_tokens=200) == "Send 5 mugs"
+
+
+def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
+    from litmini.runs import load_state, save_state
+
+    def start():
+        torch.manual_seed(0)
+        config = dataclasses.replace(llama.PRESETS["tiny"], dim=128, head_dim=32)  # small tensors stay in 32 bits
+        model = llama.Model(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+        return model, *fabric.setup(model, make_optimizer(model, OptimConfig(name="adamw8bit")))
+
+    def go(wrapped, optimizer, progress, steps):
+        rows = []
+        fit(
+            fabric,
+            wrapped,
+            optimizer,
+            lambda s: [ragged(4)],
+            lambda s: 1e-3,
+            steps,
+            TrainConfig(),
+            progress,
+            0,
+            rows.append,
+            id,
+        )
+        return rows
+
+    model, wrapped, optimizer = start()
+    rows = go(wrapped, optimizer, Progress(), 4)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    whole = torch.cat([p.detach().flatten() for p in model.parameters()])
+    model, wrapped, optimizer = start()
+    progress = Progress()
+    go(wrapped, optimizer, progress, 2)
+    save_state(tmp_path, progress, model, optimizer)
+    assert any(t.dtype == torch.uint8 for t in load_file(tmp_path / "training_state.safetensors").values())
+    model, wrapped, optimizer = start()
+    go(wrapped, optimizer, load_state(tmp_path, model, optimizer), 4)
+    assert torch.equal(whole, torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+
+def test_full_state_is_of_this_model(fabric, tiny_dir, tmp_path):
+    from litmini.runs import load_state, save_state
+
+    model = add_lora(load_model(tiny_dir, torch.float32))
+    save_state(tmp_path, Progress(), model, make_optimizer(model, OptimConfig()))
+    other = load_model(tiny_dir, torch.float32)
+    with pytest.raises(UserError, match="of another model"):
+        load_state(tmp_path, other, make_optimizer(other, OptimConfig()))
