@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -128,7 +129,7 @@ def test_schedule(schedule):
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     middle = {"cosine": 0.55, "linear": 0.55, "constant": 1.0}[schedule]
     assert rates[12] == pytest.approx(middle)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
     assert rates[-1] >= 0.1
 
 
