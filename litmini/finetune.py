@@ -17,8 +17,9 @@ from litmini.config import FinetuneConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import Answer, answer_all, exact_match
+from litmini.launch import checkpoint_activations
 from litmini.optim import learning_rate
-from litmini.packing import Rows
+from litmini.packing import Batch, Rows
 from litmini.runs import Run
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
@@ -49,7 +50,9 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     train, val, held_out = load_data(config.data, tokenizer, config.seed)
     rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed)
     batch = config.train.global_batch_size
-    problems = [f"train.{k} is {v}" for k, v in vars(config.train).items() if v is not None and v <= 0]
+    problems = [
+        f"train.{k} is {v}" for k, v in vars(config.train).items() if v is not None and v is not False and v <= 0
+    ]
     if problems:
         raise UserError(f"{', '.join(problems)}; expected above 0 (leave out what you do not want).")
     steps = config.train.max_steps or math.ceil(config.train.epochs * len(rows) / batch)
@@ -96,11 +99,16 @@ def run_training(
         save_weights: writes the method's product into a directory.
     """
     config, tokenizer, examples = run.config, data.tokenizer, data.train.examples
-    micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    rank, world = fabric.global_rank, fabric.world_size
+
+    def batches(step: int) -> list[Batch]:
+        numbers = range(data.total_rows)[step * batch : (step + 1) * batch]  # the last step may have fewer
+        return list(data.train.batches(numbers, micro, rank, world))
 
     def val_loss() -> float:
         assert data.val is not None
-        return evaluate(fabric, wrapped, (data.val.batch(rows) for rows in data.val.in_order(micro, rank, world)))
+        return evaluate(fabric, wrapped, data.val.batches(range(len(data.val)), micro, rank, world))
 
     def measure(when: str) -> list[Answer]:
         results: dict[str, Any] = {}
@@ -118,6 +126,8 @@ def run_training(
 
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
+    if config.train.checkpoint_activations:
+        checkpoint_activations(model)
     if progress.step == 0:
         measure("before")
         if not config.data.pack:
@@ -126,7 +136,7 @@ def run_training(
         fabric,
         wrapped,
         optimizer,
-        batches=lambda step: data.train.step(step, config.train.global_batch_size, micro, data.total_rows, rank, world),
+        batches=batches,
         learning_rate=lambda step: learning_rate(step, data.total_steps, config.optim),
         total_steps=data.total_steps,
         config=config.train,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from litmini.config import FinetuneConfig, UserError
 
@@ -40,3 +43,13 @@ def make_fabric(config: FinetuneConfig) -> Fabric:
 def weight_dtype(precision: str) -> torch.dtype:
     """The dtype in which a checkpoint's weights are loaded."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let every `Block` of a model keep only its input for the backward pass and compute the rest again.
+
+    Dropout draws the same mask again: the random state is preserved.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Block":
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]

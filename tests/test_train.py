@@ -21,6 +21,7 @@ from torch import nn
 from litmini.adapters import LoRALinear, add_adapters
 from litmini.checkpoint import load_model
 from litmini.config import LoraConfig, OptimConfig, TrainConfig, UserError
+from litmini.launch import checkpoint_activations
 from litmini.loss import IGNORE
 from litmini.models import llama
 from litmini.optim import learning_rate, make_optimizer
@@ -232,6 +233,23 @@ def test_dropout_is_a_function_of_the_step(fabric):
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results)
     assert any(m.dropout.p for m in model.modules() if isinstance(m, LoRALinear))
+
+
+def test_recomputed_activations_give_equal_gradients_with_dropout(fabric):
+    """Requirement 16."""
+    gradients, saved = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(tiny_model(), dropout=0.5).requires_grad_(True)
+        if recompute:
+            checkpoint_activations(model)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            run(fabric, model, split(ragged(4), 2), gradients=gradients)
+        saved.append(sum(sizes))
+    assert saved[1] < saved[0] / 2
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
