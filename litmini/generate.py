@@ -21,15 +21,16 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    ordered, index = logits.sort(descending=True, stable=True)  # equal logits stay in order, as in argmax
     if top_k is not None:
-        kept = logits.topk(min(top_k, logits.shape[-1])).values
-        logits = logits.masked_fill(logits < kept[:, -1:], float("-inf"))
+        ordered[:, top_k:] = float("-inf")
     if top_p is not None:  # the fewest tokens that together have at least top_p; always the first
-        ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         ordered = ordered.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, float("-inf"))
-        logits = torch.full_like(logits, float("-inf")).scatter(1, index, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    chosen = torch.multinomial(ordered.softmax(-1), 1, generator=generator)  # (B, 1), places in that order
+    return index.gather(1, chosen)[:, 0]
 
 
 @torch.inference_mode()
@@ -93,7 +94,7 @@ def _check(
         problems.append("the prompt is empty")
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
-    if temperature < 0:
+    if not temperature >= 0:  # nan is neither
         problems.append(f"temperature is {temperature}, expected 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         problems.append(f"top_k is {top_k}, expected 1 or more")

@@ -30,14 +30,14 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk:
         dtype = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
         )
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead does not see no_grad
         with torch.autocast(rows.device.type, enabled=False):
-            loss = _PlainHead.apply(rows.to(dtype), head.weight, wanted, chunk)
+            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, chunk)
         return loss, targets.sum()
-    total = rows.sum() * 0.0
-    for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):
-        if len(want):
-            total = total + checkpoint(_chunk_loss, part, head, want, use_reentrant=False)
-    return total.float(), targets.sum()
+    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):  # no target: one empty chunk
+        total = total + checkpoint(_chunk_loss, part, head, want, use_reentrant=False)
+    return total, targets.sum()
 
 
 def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _PlainHead(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):  # type: ignore[override,no-untyped-def]
         d_rows, d_weight = ctx.saved_tensors
         return (
-            None if d_rows is None else d_rows * upstream.to(d_rows.dtype),
+            None if d_rows is None else (d_rows.float() * upstream).to(d_rows.dtype),  # 1 / targets is not rounded
             None if d_weight is None else (d_weight * upstream).to(ctx.weight_dtype),
             None,
             None,

@@ -1,7 +1,7 @@
 """Tokenised examples -> rows -> batches. Which examples make which batch is a pure function of the seed and the step."""
 
 import bisect
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -14,22 +14,25 @@ from litmini.loss import IGNORE
 Batch = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
 class Rows:
-    """Rows of `length` tokens, each of one or more examples, shuffled anew each epoch."""
+    """Rows of up to `length` tokens, each of one or more examples, shuffled anew each epoch.
 
-    examples: Examples
-    length: int
-    pack: bool
-    seed: int
-    shuffle: bool = True
+    Args:
+        examples: none is longer than `length`.
+        pack: several examples in a row; else one.
+        shuffle: else each epoch has the examples in their order (or, packed, the rows as `pack` makes them).
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_plan", lru_cache(maxsize=2)(self._make_plan))
+    def __init__(self, examples: Examples, length: int, pack: bool, seed: int, shuffle: bool = True) -> None:
+        self.examples, self.length, self.pack, self.seed, self.shuffle = examples, length, pack, seed, shuffle
+        self.sizes = np.diff(examples.offsets)
+        assert self.sizes.max() <= length, (self.sizes.max(), length)
+        self._plan = lru_cache(maxsize=1)(self._make_plan)  # rows are asked for in order: one epoch is enough
+        self._count = len(self._plan(0))
 
     def __len__(self) -> int:
         """Rows in one epoch, the same in every epoch."""
-        return len(self._plan(0))  # type: ignore[attr-defined]
+        return self._count
 
     def _make_plan(self, epoch: int) -> list[list[int]]:
         """The example numbers in each row of an epoch, in order."""
@@ -38,29 +41,28 @@ class Rows:
         order = random.permutation(count) if self.shuffle else np.arange(count)
         if not self.pack:
             return [[int(i)] for i in order]
-        rows = pack(np.diff(self.examples.offsets), self.length, order)
+        rows = pack(self.sizes, self.length, order)
         return [rows[i] for i in random.permutation(len(rows))] if self.shuffle else rows
 
     def row(self, number: int) -> list[int]:
         """The examples of row `number`, counted through all epochs."""
         epoch, index = divmod(number, len(self))
-        return self._plan(epoch)[index]  # type: ignore[attr-defined]
+        return self._plan(epoch)[index]
 
     def batch(self, rows: list[list[int]]) -> Batch:
-        """Tensors (len(rows), T): tokens, positions, documents and labels.
+        """Tensors (len(rows), T) int64: tokens, positions, documents and labels.
 
-        Packed rows have T = `length`; others are as long as the longest. Padding has no labels and, like an example,
-        is a document of its own. Rows without examples are all padding.
+        Packed rows have T = `length`; others are as long as the longest. The examples of a row are documents 1, 2, ...;
+        padding is document 0 and has no labels. Rows without examples are all padding.
         """
-        longest = max((sum(self._size(i) for i in row) for row in rows), default=1)
-        T = self.length if self.pack else max(1, longest)
-        tokens, labels = np.zeros((len(rows), T), dtype=np.int64), np.full((len(rows), T), IGNORE, dtype=np.int64)
-        positions, documents = np.zeros((len(rows), T), dtype=np.int64), np.zeros((len(rows), T), dtype=np.int64)
+        T = self.length if self.pack else max([1, *(int(self.sizes[row].sum()) for row in rows if row)])
+        tokens, positions, documents = np.zeros((3, len(rows), T), dtype=np.int64)
+        labels = np.full((len(rows), T), IGNORE, dtype=np.int64)
         for r, row in enumerate(rows):
             at = 0
             for number, i in enumerate(row, 1):
-                size = self._size(i)
-                source, target = slice(self.examples.offsets[i], self.examples.offsets[i + 1]), slice(at, at + size)
+                size = self.sizes[i]
+                source, target = slice(*self.examples.offsets[i : i + 2]), slice(at, at + size)
                 tokens[r, target] = self.examples.inputs[source]
                 labels[r, target] = self.examples.labels[source]
                 positions[r, target] = np.arange(size)
@@ -70,42 +72,25 @@ class Rows:
         arrays = {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _size(self, i: int) -> int:
-        return int(self.examples.offsets[i + 1] - self.examples.offsets[i])
+    def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """This rank's share of the rows `numbers` (see `row`), in micro-batches, as many on every rank.
 
-    def step(
-        self, step: int, global_batch: int, micro_batch: int, total: int, rank: int = 0, world: int = 1
-    ) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`, as many on every rank.
-
-        Args:
-            total: rows in the whole run; the last step may have fewer than `global_batch`.
+        Where the rows do not suffice for all ranks, a micro-batch is one row of padding.
         """
-        numbers = range(step * global_batch, min((step + 1) * global_batch, total))
-        count = -(-len(numbers) // (micro_batch * world))
-        mine = [self.row(n) for n in numbers[rank::world]]
-        parts = [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(count)]
-        return [self.batch(part or [[]]) for part in parts]
-
-    def in_order(self, micro_batch: int, rank: int = 0, world: int = 1) -> list[list[list[int]]]:
-        """All rows of one epoch in micro-batches for evaluation, as many on every rank; `batch` makes tensors of each."""
-        count = -(-len(self) // (micro_batch * world))
-        mine = [self.row(n) for n in range(rank, len(self), world)]
-        return [mine[i * micro_batch : (i + 1) * micro_batch] or [[]] for i in range(count)]
+        mine = numbers[rank::world]
+        for i in range(-(-len(numbers) // (micro_batch * world))):
+            yield self.batch([self.row(n) for n in mine[i * micro_batch : (i + 1) * micro_batch]] or [[]])
 
     def longest_batch(self, micro_batch: int) -> Batch:
-        """The micro-batch that needs most memory: the one to run first."""
-        sizes = np.diff(self.examples.offsets)
-        if not self.pack:
-            return self.batch([[int(i)] for i in np.argsort(-sizes, kind="stable")[:micro_batch]])
-        plan = self._plan(0)  # type: ignore[attr-defined]
-        return self.batch(sorted(plan, key=lambda row: -max(sizes[i] for i in row))[:micro_batch])
+        """A micro-batch of the longest examples, which needs most memory: the one to run first."""
+        return self.batch([[int(i)] for i in np.argsort(-self.sizes, kind="stable")[:micro_batch]])
 
 
 def pack(lengths: np.ndarray, capacity: int, order: np.ndarray) -> list[list[int]]:
     """Put examples into rows of `capacity` tokens: longest first, each into the fullest row that it fits (best fit).
 
-    Ties go by `order`, so each epoch has other neighbours but the same number of rows. O(n log capacity).
+    Examples of one length change places by `order`, so another order has other neighbours but as many rows.
+    O(n log n + n log capacity).
     """
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # tokens left -> rows

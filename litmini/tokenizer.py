@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
@@ -20,6 +22,16 @@ from litmini.checkpoint import SIDE_FILES, read_json, write_json
 from litmini.config import UserError, existing_file
 
 Message = dict[str, Any]
+
+
+class _GenerationTag(Extension):
+    """{% generation %} ... {% endgeneration %}, with which some templates mark what an assistant says: the text as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Tokenizer:
@@ -87,18 +99,22 @@ class Tokenizer:
     def _turn_end(self) -> int | None:
         """The special token that the template puts after an assistant's turn, whatever the files call it."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        _, _, tail = self.apply_template(turns).rpartition("answer")
-        return next((i for i in self.encode(tail, special=False) if i in self.special_ids), None)
+        _, found, tail = self.apply_template(turns).rpartition("answer")
+        ids = self.encode(tail, special=False) if found else []
+        return next((i for i in ids if i in self.special_ids), None)
 
     @cached_property
     def _compiled(self) -> Any:
         def fail(message: str) -> None:
             raise TemplateError(message)
 
-        def tojson(value: Any, indent: int | None = None) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent)
+        def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # Settings, filters and variables are those of transformers, for which templates are written
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+        )
         environment.filters["tojson"] = tojson  # jinja's own escapes HTML
         environment.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
         try:
@@ -114,23 +130,22 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
-        special = {key: self._token(key) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        tokens = {key: self._token(key) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        settings = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+            return self._compiled.render(messages=messages, **tokens, **settings)
         except Exception as error:  # a template can fail in any way, and it is data, not our code
             raise UserError(f"the chat template of {self.directory} fails on these messages: {error}") from None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`; with `special` as the tokenizer itself frames raw text (BOS), without the end token."""
-        ids = self.fast.encode(text, add_special_tokens=special).ids
-        if (
-            special
-            and ids
-            and ids[-1] in self.stop_ids
-            and ids[-1:] != self.fast.encode(text, add_special_tokens=False).ids[-1:]
-        ):
-            ids.pop()  # some tokenizers frame text with an end token, too
-        return ids
+        """Token ids of `text`; with `special` after what the tokenizer itself puts before raw text (BOS)."""
+        ids = self.fast.encode(text, add_special_tokens=False).ids
+        return [*self._before_text, *ids] if special else ids
+
+    @cached_property
+    def _before_text(self) -> list[int]:
+        framed = self.fast.encode("a")
+        return framed.ids[: framed.special_tokens_mask.index(0)]
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         """Encodings (ids, offsets) without special tokens, on all cores."""

@@ -89,7 +89,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     Raises:
         ValueError: it asks for something that this file does not implement; the message names key and value.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = None
     if kind == "llama3":
@@ -103,17 +103,18 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     elif kind == "linear":
         scaling = RopeScaling(kind, float(rope["factor"]))
     mistral = hf["model_type"] == "mistral"
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     implemented = {
         "hidden_act": hf.get("hidden_act", "silu") == "silu",
         "rope_type": kind in ("default", "linear", "llama3"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) == 1.0,
-        "pretraining_tp": hf.get("pretraining_tp", 1) == 1,
-        "attention_dropout": hf.get("attention_dropout", 0.0) == 0.0,
+        "partial_rotary_factor": partial == 1.0,
+        "pretraining_tp": (hf.get("pretraining_tp") or 1) == 1,
+        "attention_dropout": not hf.get("attention_dropout"),
         "quantization_config": hf.get("quantization_config") is None,
         "sliding_window": mistral or hf.get("sliding_window") is None,
         "layer_types": len(set(hf.get("layer_types") or [None])) == 1,
     }
-    found = {**hf, "rope_type": kind}
+    found = {**hf, "rope_type": kind, "partial_rotary_factor": partial}
     if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
         raise ValueError(f"not implemented in llama.py: {', '.join(lacking)}")
     return Config(
@@ -131,7 +132,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
         tied=hf.get("tie_word_embeddings", False),
         attn_bias=hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
-        window=hf.get("sliding_window") if mistral else None,
+        window=hf.get("sliding_window", 4096) if mistral else None,
         model_type=hf["model_type"],
     )
 
@@ -194,10 +195,9 @@ def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tenso
         turns = s.original_positions * frequencies / (2 * math.pi)
         blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         frequencies = frequencies * (blend + (1 - blend) / s.factor)
-    with torch.autocast(positions.device.type, enabled=False):
-        angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2)
-        angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

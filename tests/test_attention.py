@@ -1,0 +1,244 @@
+"""Who sees whom: packed documents, windows, caches and kernels against a definition by brute force."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import litmini.attention as attention
+from litmini.attention import Mask, _allowed, _Repack, _Unpack, _unpack, attend, make_mask
+from litmini.cache import KVCache
+from litmini.models import llama
+
+ROWS = [[5, 1, 9, 9, 13], [37], [1, 2, 3, 4, 5, 6, 7, 9], [20, 17]]  # lengths of the documents in each row
+PADDING = [0, 0, 0, 3]  # how many tokens at the end of the last documents are padding, document 0
+T, HEAD_DIM = 37, 8
+HEADS = [(4, 2), (3, 3), (6, 1), (6, 2)]
+
+
+@pytest.fixture(params=["explicit", "sdpa", "both"])
+def kernel(request, monkeypatch) -> str:
+    """Which kernel is used; "both": the explicit one for short documents only."""
+    monkeypatch.setattr(attention, "EXPLICIT_LENGTH", {"explicit": 512, "sdpa": 0, "both": 6}[request.param])
+    return request.param
+
+
+def packed() -> tuple[torch.Tensor, torch.Tensor]:
+    """documents and positions, (rows, T)."""
+    documents, positions = torch.zeros(len(ROWS), T, dtype=torch.int64), torch.zeros(len(ROWS), T, dtype=torch.int64)
+    for row, (lengths, padding) in enumerate(zip(ROWS, PADDING, strict=True)):
+        at = 0
+        lengths = [*lengths[:-1], lengths[-1] - padding, padding]
+        for number, length in enumerate(lengths, 1):
+            documents[row, at : at + length] = 0 if number == len(lengths) else number
+            positions[row, at : at + length] = torch.arange(length)
+            at += length
+        assert at == T
+    return documents, positions
+
+
+def by_definition(positions, documents, window) -> torch.Tensor:
+    """(B, T, T) bool, with loops."""
+    p, d = positions.tolist(), torch.zeros_like(positions).tolist() if documents is None else documents.tolist()
+    near = len(p[0]) if window is None else window
+    return torch.tensor(
+        [
+            [
+                [e == f and s <= t < s + near for s, f in zip(row, ids, strict=True)]
+                for t, e in zip(row, ids, strict=True)
+            ]
+            for row, ids in zip(p, d, strict=True)
+        ]
+    )
+
+
+def plain_attention(q, k, v, seen, scale=HEAD_DIM**-0.5) -> torch.Tensor:
+    """`seen` is (B, T, S)."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) * scale
+    return scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1) @ v
+
+
+def random_qkv(heads=(4, 2), B=4, length=T) -> list[torch.Tensor]:
+    shapes = [(B, heads[0], length, HEAD_DIM)] + [(B, heads[1], length, HEAD_DIM)] * 2
+    return [(2 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
+
+
+def assert_same(found, expected, inputs, kept=None) -> None:
+    """Outputs, and gradients of the inputs, where `kept` (B, T) is true."""
+    direction = torch.randn_like(expected)
+    if kept is not None:
+        direction = direction * kept[:, None, :, None]
+        found, expected = (x * kept[:, None, :, None] for x in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    both = [torch.autograd.grad((y * direction).sum(), inputs) for y in (found, expected)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 50])
+def test_packed_documents_by_definition(heads, window, kernel):
+    documents, positions = packed()
+    qkv = random_qkv(heads)
+    found = attend(*qkv, make_mask(positions, documents, None, window))
+    assert found.shape == qkv[0].shape
+    assert_same(found, plain_attention(*qkv, by_definition(positions, documents, window)), qkv)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_documents_equal_documents_alone(window, kernel):
+    documents, positions = packed()
+    qkv = random_qkv()
+    parts = [torch.zeros_like(qkv[0])]
+    for row, number in {(r, int(d)) for r in range(len(ROWS)) for d in documents[r]}:
+        where = (documents[row] == number).nonzero().flatten()
+        mask = make_mask(positions[row : row + 1, where], None, None, window)
+        alone = attend(*(x[row : row + 1, :, where] for x in qkv), mask)
+        part = torch.zeros_like(qkv[0])
+        part[row, :, where] = alone[0]
+        parts.append(part)
+    assert_same(attend(*qkv, make_mask(positions, documents, None, window)), sum(parts), qkv)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 50])
+def test_dense_masks_equal_grouped_documents(window, kernel):
+    """The way of an accelerator and that of the CPU."""
+    documents, positions = packed()
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    dense = Mask(_allowed(positions, positions, window) & same)
+    assert torch.equal(dense.allowed[:, 0], by_definition(positions, documents, window))
+    grouped = make_mask(positions, documents, None, window)
+    assert grouped.documents is not None
+    qkv = random_qkv()
+    assert_same(attend(*qkv, grouped), attend(*qkv, dense), qkv)
+
+
+def test_groups_hold_every_token_once_and_little_padding():
+    documents, _ = packed()
+    groups = _unpack(documents)
+    places = groups.index[groups.real.flatten()]
+    assert torch.equal(places.sort().values, torch.arange(documents.numel()))
+    assert torch.equal(groups.index[groups.inverse], torch.arange(documents.numel()))
+    assert groups.real[groups.inverse].all()
+    assert sum(count for count, _ in groups.shapes) == 17  # 16 documents and one of padding
+    assert sum(count * longest for count, longest in groups.shapes) == len(groups.index) < documents.numel() / 0.75
+    at = 0
+    for count, longest in groups.shapes:  # each row of a group is one document
+        for row in groups.index[at : at + count * longest].view(count, longest):
+            real = groups.real.flatten()[at : at + longest]
+            assert len(documents.flatten()[row[real]].unique()) == 1 and real[0]
+            at += longest
+
+
+def test_unpack_and_repack_are_plain_indexing():
+    groups = _unpack(packed()[0])
+    tokens = len(groups.inverse)
+    x = torch.randn(tokens, 2, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(len(groups.index), 2, 3, dtype=torch.float64, requires_grad=True)
+    for function, plain, source in (
+        (_Unpack.apply, lambda z: z[groups.index], x),
+        (_Repack.apply, lambda z: z[groups.inverse], y),
+    ):
+        found, expected = function(source, groups), plain(source)
+        assert torch.equal(found, expected)
+        upstream = torch.randn_like(found)
+        if source is x:  # what comes back to padding is zero: nothing real sees it
+            upstream = upstream * groups.real
+        one, other = (torch.autograd.grad(z, source, upstream)[0] for z in (found, expected))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 1, 7, T - 1, T, T + 1])
+def test_whole_rows_by_definition(heads, window, kernel):
+    positions = torch.arange(T).expand(len(ROWS), T)
+    qkv = random_qkv(heads)
+    mask = make_mask(positions, None, None, window)
+    assert (mask.allowed is None) == (window is None or window >= T)
+    assert_same(attend(*qkv, mask), plain_attention(*qkv, by_definition(positions, None, window)), qkv)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_left_padding_by_definition(window, kernel):
+    positions = torch.arange(T) - torch.tensor([[0], [1], [30], [11]])
+    qkv = random_qkv()
+    padding = positions < 0
+    seen = by_definition(positions, padding.long(), window)  # padding keeps to itself
+    for mask in (make_mask(positions, None, None, window), Mask(_allowed(positions, positions, window))):
+        assert_same(attend(*qkv, mask), plain_attention(*qkv, seen), qkv, kept=~padding)
+        assert attend(*qkv, mask).isfinite().all()
+
+
+def test_scale(kernel):
+    qkv = random_qkv()
+    seen = by_definition(torch.arange(T).expand(len(ROWS), T), None, None)
+    assert_same(attend(*qkv, Mask(), scale=0.7), plain_attention(*qkv, seen, scale=0.7), qkv)
+
+
+def test_mixed_dtypes_end_in_that_of_the_values(kernel):
+    """Under autocast rotary leaves q and k in fp32."""
+    q, k, v = (x.detach() for x in random_qkv())
+    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), Mask())
+    found = attend(q.float(), k.float(), v.bfloat16(), Mask())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 6), (3, 9)])
+@pytest.mark.parametrize("chunks", [[13, 1, 1, 1, 1, 1, 1, 1], [5, 4, 8, 1, 2], [20]])
+def test_cached_attention_by_definition(window, padding, chunks, kernel):
+    positions = torch.arange(20) - torch.tensor(padding)[:, None]
+    qkv = [x.detach() for x in random_qkv(B=2, length=20)]
+    real = positions >= 0
+    expected = plain_attention(*qkv, by_definition(positions, real.long(), window))
+    config = replace(llama.PRESETS["tiny"], n_layers=1, n_kv_heads=2, head_dim=HEAD_DIM)
+    cache, outputs = KVCache(config, 2, 21, torch.float64), []
+    for part in torch.arange(20).split(chunks):
+        mask = make_mask(positions[:, part], None, cache, window)
+        q, k, v = (x[:, :, part] for x in qkv)
+        k, v = cache[0].update(k, v)
+        assert k.shape[2] == cache.length == part[-1] + 1
+        outputs.append(attend(q, k, v, mask))
+    found = torch.cat(outputs, dim=2)
+    assert found.isfinite().all()
+    kept = real[:, None, :, None]
+    torch.testing.assert_close(found * kept, expected * kept, rtol=0, atol=1e-10)
+
+
+def test_a_full_cache_and_documents_with_a_cache_raise():
+    cache = KVCache(llama.PRESETS["tiny"], 1, 4, torch.float32)
+    make_mask(torch.arange(3)[None], None, cache, None)
+    with pytest.raises(ValueError, match="the cache holds 4 tokens, 5 are needed"):
+        make_mask(torch.arange(3, 5)[None], None, cache, None)
+    with pytest.raises(ValueError, match="documents and cache"):
+        make_mask(torch.arange(1)[None], torch.ones(1, 1), cache, None)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_loss_and_gradients_of_a_model_equal_those_of_documents_alone(window, kernel):
+    """Requirement 9."""
+    config = replace(llama.PRESETS["tiny"], vocab_size=64, dim=32, head_dim=8, ffn_dim=48, window=window, tied=True)
+    model = llama.Model(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
+    documents, positions = packed()
+    tokens = torch.randint(0, 64, documents.shape)
+    labels = torch.randint(0, 64, documents.shape).masked_fill(documents == 0, -100)
+    model(tokens, positions, documents, labels=labels)[0].backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    loss, n_targets = model(tokens, positions, documents, labels=labels)
+
+    model.zero_grad()
+    total, count = 0.0, 0
+    for row, number in sorted({(r, int(d)) for r in range(len(ROWS)) for d in documents[r] if d > 0}):
+        where = documents[row] == number
+        alone, n = model(tokens[row, where][None], labels=labels[row, where][None])
+        alone.backward()
+        total, count = total + alone.item(), count + int(n)
+    assert n_targets == count
+    assert loss.item() == pytest.approx(total, rel=1e-6)  # the loss itself is summed in fp32
+    for name, parameter in model.named_parameters():
+        error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-6, f"{name}: {error:.1e}"

@@ -1,0 +1,470 @@
+"""Llama and Mistral are numerically those of transformers, and their checkpoints go in and out unchanged."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from litmini import attention
+from litmini.checkpoint import load_model, save_model
+from litmini.config import UserError
+from litmini.models import llama
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}  # within a head of 16: kept, blended and stretched frequencies
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+CASES = {
+    "gqa": {},
+    "mqa-tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "mha-biases": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2},
+    "attention-bias-tied": {"attention_bias": True, "tie_word_embeddings": True},
+    "wide-heads": {"head_dim": 24},
+    "narrow-heads-of-three": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4},
+    "linear": {"rope_parameters": LINEAR},
+    "llama3": {"rope_parameters": LLAMA3, "num_hidden_layers": 3},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 7},
+    "mistral-window-linear-tied": {
+        "model_type": "mistral",
+        "sliding_window": 16,
+        "head_dim": 8,
+        "rope_parameters": LINEAR,
+        "tie_word_embeddings": True,
+    },
+}
+VOCAB, T = 97, 61  # T: several windows, and twice the length that llama3's scaling starts from
+
+
+def reference(**changes) -> LlamaForCausalLM | MistralForCausalLM:
+    """transformers' model in fp32 with every parameter away from its default."""
+    settings = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, **changes}
+    mistral = settings.pop("model_type", "llama") == "mistral"
+    config = (MistralConfig if mistral else LlamaConfig)(**settings, attn_implementation="eager")
+    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            else:
+                sharp = 2.0 if "q_proj" in name or "k_proj" in name else 1.0  # so that attention is far from even
+                parameter.normal_(std=sharp / math.sqrt(parameter.shape[1]))
+    return model
+
+
+def ours(theirs) -> llama.Model:
+    model = llama.Model(llama.config_from_hf(json.loads(theirs.config.to_json_string())))
+    model.load_state_dict(theirs.state_dict(), strict=True)
+    return model.eval()
+
+
+def random_batch(rows: int = 2, length: int = T) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and labels shifted by one with some of them left out."""
+    tokens = torch.randint(0, VOCAB, (rows, length))
+    labels = torch.cat((tokens[:, 1:], torch.full((rows, 1), -100)), 1)
+    return tokens, labels.masked_fill(torch.rand(labels.shape) < 0.2, -100)
+
+
+def assert_gradients_equal(model, theirs, bound: float = 1e-5) -> None:
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and found
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):  # exactly 0 but for rotary, so often tiny: measured against the largest
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound * largest)
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert error <= bound, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_logits_loss_and_gradients_are_those_of_transformers(case, kernel, monkeypatch):
+    monkeypatch.setattr(attention, "EXPLICIT_LENGTH", 512 if kernel == "eager" else 0)
+    theirs = reference(**CASES[case])
+    theirs.set_attn_implementation(kernel)
+    model, (tokens, labels) = ours(theirs), random_batch()
+
+    expected = theirs(tokens, use_cache=False).logits
+    assert expected.abs().max() > 1  # the bound below means something
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
+
+    loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten())
+    loss.backward()
+    loss_sum, n_targets = model(tokens, labels=labels)
+    assert n_targets == (labels != -100).sum()
+    torch.testing.assert_close(loss_sum / n_targets, loss, rtol=1e-6, atol=0)
+    (loss_sum / n_targets).backward()
+    assert_gradients_equal(model, theirs)
+
+
+def test_transformers_really_applies_the_window_that_we_are_compared_with():
+    theirs = reference(**CASES["mistral-window"])
+    tokens, _ = random_batch()
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    for weights in theirs(tokens, output_attentions=True).attentions:
+        assert torch.equal((weights > 0).all(0).all(0), (distance >= 0) & (distance < 7))
+
+
+@pytest.mark.parametrize("case", ["linear", "llama3"])
+def test_rope_scaling_matters_in_the_comparison(case):
+    """Otherwise the comparison with transformers would not notice a scaling that is ignored."""
+    model, (tokens, _) = ours(reference(**CASES[case])), random_batch()
+    plain = llama.Model(replace(model.config, rope_scaling=None))
+    plain.load_state_dict(model.state_dict())
+    assert (model(tokens) - plain(tokens)).abs().max() > 0.1
+    if case == "llama3":
+        one = torch.ones(1, 1, dtype=torch.int64)
+        ratios = torch.asin(llama.rotary(one, model.config, torch.float32)[1])
+        ratios = ratios / torch.asin(llama.rotary(one, plain.config, torch.float32)[1])
+        ratios = ratios[0, 0, 0, :8]
+        torch.testing.assert_close(ratios[0], torch.tensor(1.0))
+        assert 1 / 8 + 0.01 < ratios[1] < 0.99
+        torch.testing.assert_close(ratios[3:], torch.full((5,), 1 / 8))
+
+
+@pytest.mark.parametrize("case", ["gqa", "llama3", "mistral-window"])
+def test_right_padded_batch(case):
+    theirs = reference(**CASES[case])
+    model, (tokens, labels) = ours(theirs), random_batch(3)
+    lengths = torch.tensor([T, 33, 5])[:, None]
+    real = torch.arange(T) < lengths
+    labels = labels.masked_fill(~(torch.arange(T) < lengths - 1), -100)
+    expected = theirs(tokens, attention_mask=real.long(), use_cache=False).logits
+    loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+
+    positions = torch.where(real, torch.arange(T), torch.arange(T) - lengths)
+    batch = {"positions": positions, "documents": real.long()}
+    torch.testing.assert_close(model(tokens, **batch)[real], expected[real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(tokens)[real], expected[real], rtol=0, atol=1e-5)  # causal: padding comes after
+    found, _ = model(tokens, **batch, labels=labels)
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    found.backward()
+    assert_gradients_equal(model, theirs)
+
+
+@pytest.mark.parametrize("case", ["gqa", "mistral-window"])
+def test_left_padded_batch_without_a_cache(case):
+    theirs = reference(**CASES[case])
+    model, (tokens, _) = ours(theirs), random_batch()
+    padding = torch.tensor([[0], [20]])
+    positions = torch.arange(T) - padding  # below 0: padding
+    real = positions >= 0
+    expected = theirs(tokens, attention_mask=real.long(), position_ids=positions.clamp(min=0), use_cache=False).logits
+    torch.testing.assert_close(model(tokens, positions)[real], expected[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gqa", "mha-biases", "llama3", "mistral-window"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bf16_is_as_near_to_fp32_as_that_of_transformers(case, mixed, tmp_path):
+    """Root mean square error of logits, at most 1.5 times theirs; mixed: fp32 weights under autocast."""
+    reference(**CASES[case]).bfloat16().save_pretrained(tmp_path)
+    load = partial(AutoModelForCausalLM.from_pretrained, tmp_path, attn_implementation="eager")
+    exact, dtype = load(dtype=torch.float32), torch.float32 if mixed else torch.bfloat16
+    theirs = load(dtype=dtype)
+    assert theirs.model.rotary_emb.inv_freq.dtype == torch.float32  # a fair reference
+    model, (tokens, _) = ours(theirs).to(dtype), random_batch(4)
+    with torch.no_grad():
+        expected = exact(tokens).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logits, their_logits = model(tokens), theirs(tokens).logits
+    error, allowed = ((x.float() - expected).square().mean().sqrt() for x in (logits, their_logits))
+    assert logits.dtype == torch.bfloat16
+    assert 0 < error <= 1.5 * allowed, f"error {error:.4f}, that of transformers {allowed:.4f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_rounds_where_that_of_transformers_does(dtype):
+    x, weight = torch.randn(4, 9, 64).to(dtype), torch.empty(64).uniform_(0.5, 1.5).to(dtype)
+    theirs, norm = LlamaRMSNorm(64, 1e-3).to(dtype), llama.RMSNorm(64, 1e-3).to(dtype)
+    for one in (theirs, norm):
+        one.weight.data.copy_(weight)
+    assert torch.equal(norm(x), theirs(x))
+
+
+POSITIONS = torch.cat((torch.arange(64), torch.arange(8190, 8254), torch.tensor([16_384, 65_535, 131_071])))[None]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "HuggingFaceTB/SmolLM2-1.7B", "meta-llama/Llama-3.2-1B"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rotary_of_a_bf16_model_is_computed_in_fp32(preset, autocast):
+    small = replace(llama.PRESETS["tiny"], n_layers=1)
+    numbers = llama.PRESETS[preset]
+    config = replace(small, rope_theta=numbers.rope_theta, rope_scaling=numbers.rope_scaling, head_dim=64)
+    model, seen = llama.Model(config).bfloat16(), []
+    model.model["layers"][0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(torch.zeros_like(POSITIONS), POSITIONS, documents=torch.ones_like(POSITIONS))
+    fp32 = llama.rotary(POSITIONS, config, torch.float32)
+    for found, exact in zip(seen[0], fp32, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, exact.bfloat16())
+
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**{**llama.config_to_hf(config), "max_position_embeddings": 131_072}))
+    for found, expected in zip(fp32, theirs(torch.zeros(1), POSITIONS), strict=True):
+        bound = 0 if config.rope_scaling is None else 1e-4  # the blend may round the other way, in one ulp
+        torch.testing.assert_close(found[:, 0], expected, rtol=0, atol=bound)
+
+
+def test_rotary_far_away_is_near_to_float64():
+    """bf16 angles are off by whole turns out there; fp32 ones by the rounding of one product."""
+    config = llama.PRESETS["HuggingFaceTB/SmolLM2-135M"]
+    positions = torch.arange(8192, 16_384)[None]
+    exponents = torch.arange(0, 64, 2, dtype=torch.float64) / 64
+    angles = positions[:, None, :, None].double() / config.rope_theta**exponents
+    for found, exact in zip(llama.rotary(positions, config, torch.float32), (angles.cos(), angles.sin()), strict=True):
+        torch.testing.assert_close(found.double(), torch.cat((exact, exact), -1), rtol=0, atol=2e-3)
+
+
+# Configurations
+
+
+def old_generation(config: dict, type_key: str) -> dict:
+    """The same `config.json` as transformers 4 wrote it."""
+    rope = dict(config["rope_parameters"])
+    old = {key: value for key, value in config.items() if key != "rope_parameters"}
+    old["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    return {**old, "rope_scaling": None if kind == "default" else {type_key: kind, **rope}}
+
+
+@pytest.mark.parametrize("case", ["gqa", "linear", "llama3", "mistral-window-linear-tied"])
+@pytest.mark.parametrize("type_key", ["type", "rope_type"])
+def test_both_generations_of_config_json(case, type_key):
+    theirs = reference(**CASES[case]).config
+    new = json.loads(theirs.to_json_string())
+    config = llama.config_from_hf(new)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (config.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
+    old = old_generation(new, type_key)
+    assert "rope_parameters" not in old
+    assert llama.config_from_hf(old) == config
+
+
+def test_values_that_old_files_leave_out_are_those_of_transformers():
+    shape = {"vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 8}
+    for kind, theirs in (("llama", LlamaConfig(**shape)), ("mistral", MistralConfig(**shape, num_key_value_heads=4))):
+        config = llama.config_from_hf({"model_type": kind, **shape, "num_key_value_heads": None})
+        everything = llama.config_from_hf(theirs.to_dict())
+        assert config == replace(everything, max_positions=config.max_positions)
+    assert config.window == 4096
+
+
+def test_rope_scaling_added_by_hand_wins_as_in_transformers():
+    raw = llama.config_to_hf(llama.PRESETS["tiny"])
+    raw |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5}
+    config = llama.config_from_hf(raw)
+    assert config == llama.config_from_hf(LlamaConfig(**raw).to_dict())
+    assert config.rope_scaling == llama.RopeScaling("linear", 2.0) and config.rope_theta == 5e5
+
+
+def test_null_is_the_default():
+    raw = llama.config_to_hf(llama.PRESETS["tiny"])
+    nulls = dict.fromkeys(("head_dim", "pretraining_tp", "attention_dropout", "partial_rotary_factor", "rope_scaling"))
+    assert llama.config_from_hf({**raw, **nulls}) == llama.PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("name", llama.PRESETS)
+def test_config_survives_the_way_out_and_in(name):
+    config = llama.PRESETS[name]
+    raw = json.loads(json.dumps(llama.config_to_hf(config)))
+    assert llama.config_from_hf(raw) == config
+    assert llama.config_from_hf(old_generation(raw, "rope_type")) == config
+    assert llama.config_from_hf({k: v for k, v in raw.items() if k != "rope_parameters"}) == config  # transformers 4
+    family = MistralConfig if config.model_type == "mistral" else LlamaConfig
+    assert llama.config_from_hf(family(**raw).to_dict()) == config  # and transformers 5 reads the same from it
+
+
+def test_config_with_every_field_changed_survives():
+    scaling = llama.RopeScaling("llama3", 4.0, 2.0, 8.0, 64)
+    config = llama.Config(96, 64, 3, 4, 1, 24, 80, 512, 123.0, scaling, 1e-3, True, True, True)
+    assert llama.config_from_hf(llama.config_to_hf(config)) == config
+    assert llama.config_from_hf(LlamaConfig(**llama.config_to_hf(config)).to_dict()) == config
+
+
+UNKNOWN = {
+    "hidden_act = 'gelu'": {"hidden_act": "gelu"},
+    "rope_type = 'yarn'": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "rope_type = 'dynamic'": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "rope_type = 'longrope'": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": []}},
+    "partial_rotary_factor = 0.5": {"partial_rotary_factor": 0.5},
+    "partial_rotary_factor = 0.25": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+    "quantization_config = {'quant_method': 'gptq'}": {"quantization_config": {"quant_method": "gptq"}},
+    "sliding_window = 64": {"sliding_window": 64},
+    "attention_dropout = 0.1": {"attention_dropout": 0.1},
+    "pretraining_tp = 2": {"pretraining_tp": 2},
+    "layer_types = ['full_attention', 'sliding_attention']": {"layer_types": ["full_attention", "sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("message", UNKNOWN)
+def test_what_is_not_implemented_raises(message):
+    raw = {**llama.config_to_hf(llama.PRESETS["tiny"]), "rope_parameters": None, **UNKNOWN[message]}
+    with pytest.raises(ValueError) as error:
+        llama.config_from_hf(raw)
+    assert message in str(error.value)
+
+
+def test_everything_not_implemented_is_in_one_error():
+    raw = {**llama.config_to_hf(llama.PRESETS["tiny"]), "hidden_act": "relu", "pretraining_tp": 4}
+    with pytest.raises(ValueError, match=r"hidden_act = 'relu', pretraining_tp = 4"):
+        llama.config_from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"window": 0}, "window 0 is below 1"),
+    ],
+)
+def test_impossible_values_raise(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(llama.PRESETS["tiny"], **change)
+
+
+COUNTS = {
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+}
+
+
+def test_parameter_counts_are_the_published_ones():
+    assert COUNTS.keys() == llama.PRESETS.keys() - {"tiny"}
+    for name, count in COUNTS.items():
+        with torch.device("meta"):
+            model = llama.Model(llama.PRESETS[name])
+        assert sum(p.numel() for p in model.parameters()) == count, name
+
+
+def test_forward_on_the_meta_device():
+    """Shapes and costs of any size can be had without its memory."""
+    with torch.device("meta"):
+        model = llama.Model(llama.PRESETS["mistralai/Mistral-7B-v0.1"]).bfloat16()
+        logits = model(torch.zeros(2, 5000, dtype=torch.int64))
+    assert logits.shape == (2, 5000, 32_000) and logits.dtype == torch.bfloat16
+
+
+def test_init_weights():
+    config = replace(llama.PRESETS["tiny"], vocab_size=4096, attn_bias=True, mlp_bias=True)
+    model, again = llama.Model(config), llama.Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    model.init_weights(torch.Generator().manual_seed(3))
+    again.init_weights(torch.Generator().manual_seed(3))
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        if "norm" in name:
+            assert (p == 1).all()
+        elif name.endswith("bias"):
+            assert (p == 0).all()
+        else:
+            assert abs(p.std() - 0.02) < 1e-3 and abs(p.mean()) < 2e-3, name
+
+
+# Checkpoints
+
+
+def save_theirs(theirs, directory: Path, tokenizer_dir: Path) -> dict[str, torch.Tensor]:
+    """A sharded checkpoint written by transformers; returns its tensors."""
+    theirs.save_pretrained(directory, max_shard_size="20KB")
+    shutil.copyfile(tokenizer_dir / "tokenizer.json", directory / "tokenizer.json")
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", ["mha-biases", "mqa-tied", "llama3", "mistral-window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
+def test_import_and_export_are_bit_identical(case, dtype, shard_bytes, tmp_path, tokenizer_dir):
+    theirs = reference(**CASES[case]).to(dtype)
+    before = save_theirs(theirs, tmp_path / "in", tokenizer_dir)
+    model = load_model(tmp_path / "in", dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype} and not model.training
+    assert (model.lm_head.weight is model.model["embed_tokens"].weight) == model.config.tied
+    (tmp_path / "out").mkdir()
+    tensors = model.named_parameters()
+    save_model(tmp_path / "out", llama.config_to_hf(model.config), tensors, tmp_path / "in", shard_bytes)
+
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 if shard_bytes == 20_000 else len(files) == 1
+    after = {k: v for file in files for k, v in load_file(file).items()}
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    assert loaded.dtype == dtype
+    tokens, _ = random_batch()
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "in", attn_implementation="eager")
+    assert torch.equal(loaded(tokens).logits, exact(tokens).logits)
+    assert llama.config_from_hf(loaded.config.to_dict()) == model.config
+
+
+def test_weights_that_do_not_fit_the_config_are_all_in_one_error(tmp_path, tokenizer_dir):
+    save_theirs(reference(), tmp_path, tokenizer_dir)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps({**raw, "intermediate_size": 88, "num_hidden_layers": 1, "mlp_bias": True}))
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path, torch.float32)
+    for expected in (
+        "model.layers.0.mlp.gate_proj.weight has shape (80, 64), config.json implies (88, 64)",
+        "model.layers.0.mlp.down_proj.weight has shape (64, 80), config.json implies (64, 88)",
+        "unexpected model.layers.1.mlp.up_proj.weight (80, 64)",
+        "unexpected model.layers.1.input_layernorm.weight (64,)",
+        "missing model.layers.0.mlp.gate_proj.bias",
+    ):
+        assert expected in str(error.value)
+
+
+@pytest.mark.real
+def test_the_real_smollm2_equals_transformers(smollm2):
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="eager")
+    model = load_model(smollm2, torch.float32)
+    trained = ("layers.0.self_attn.k_proj.weight", "layers.14.mlp.down_proj.weight", "model.norm.weight")
+    trained += ("layers.29.input_layernorm.weight",)
+    for one in (theirs, model):
+        one.requires_grad_(False)
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(name.endswith(trained))
+    tokens = torch.randint(0, 49_152, (1, 48))
+    expected = theirs(tokens, labels=tokens, use_cache=False)
+    torch.testing.assert_close(model(tokens), expected.logits, rtol=0, atol=5e-4)
+    expected.loss.backward()
+    labels = torch.cat((tokens[:, 1:], torch.full((1, 1), -100)), 1)
+    loss_sum, n_targets = model(tokens, labels=labels)
+    (loss_sum / n_targets).backward()
+    torch.testing.assert_close((loss_sum / n_targets).detach(), expected.loss.detach(), rtol=1e-5, atol=0)
+    assert sum(p.grad is not None for p in model.parameters()) == len(trained)
+    assert_gradients_equal(model, theirs, bound=1e-4)
