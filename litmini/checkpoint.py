@@ -7,7 +7,7 @@ A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tok
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -42,9 +42,11 @@ SIDE_FILES = (
 def write_aside(directory: Path) -> Iterator[Path]:
     """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
 
-    When the block fails, or the process dies, `directory` is as it was before.
+    When the block fails, or the process dies, `directory` is as it was before. Should it die between the two renames that
+    replace an old directory, the next `write_aside` or `check_checkpoint_dir` brings that one back.
     """
     aside = directory.with_name(f".{directory.name}.partial")
+    restore(directory)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -52,7 +54,7 @@ def write_aside(directory: Path) -> Iterator[Path]:
         for path in [*aside.rglob("*"), aside]:
             _flush(path)
         if directory.exists():
-            old = directory.with_name(f".{directory.name}.old")
+            old = _old(directory)
             shutil.rmtree(old, ignore_errors=True)
             directory.rename(old)
             aside.rename(directory)
@@ -63,6 +65,16 @@ def write_aside(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def restore(directory: Path) -> None:
+    """Bring `directory` back if a process died while it replaced it."""
+    if not directory.exists() and _old(directory).is_dir():
+        _old(directory).rename(directory)
+
+
+def _old(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.old")
 
 
 def _flush(path: Path) -> None:
@@ -81,13 +93,21 @@ def write_json(path: Path, content: Any) -> None:
     aside.rename(path)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
+    return content
 
 
 def check_checkpoint_dir(directory: str | Path) -> Path:
@@ -97,6 +117,7 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
         UserError: it does not; says what is missing, which checkpoints are there, and the command to type next.
     """
     path = Path(directory)
+    restore(path)
     if not path.is_dir():
         problem = f"checkpoint directory not found: {path}"
     else:
@@ -118,8 +139,8 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index} has no weight_map.")
+    if not (isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
+        raise UserError(f"{index} has no weight_map of file names.")
     if outside := [name for name in weight_map.values() if Path(name).name != name]:
         raise UserError(f"{index} names a file outside its directory: {outside[0]}")
     return weight_map
@@ -139,6 +160,19 @@ def shards(directory: Path) -> list[Path]:
     return [directory / "model.safetensors"]
 
 
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except FileNotFoundError:
+        raise UserError(f"weight file not found: {file}") from None
+    except OSError as error:
+        raise UserError(f"weight file {file} cannot be read: {error}") from None
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
+
+
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of some safetensors files, one tensor in memory at a time.
 
@@ -146,14 +180,22 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
         UserError: a file is missing, truncated or not safetensors; names the file.
     """
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a dict)
-                    yield name, opened.get_tensor(name)
-        except FileNotFoundError:
-            raise UserError(f"weight file not found: {file}") from None
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                yield name, opened.get_tensor(name)
+
+
+def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of some safetensors files, from their headers.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
+    shapes = {}
+    for file in files:
+        with _open(file) as opened:
+            shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+    return shapes
 
 
 def read_config(directory: Path) -> tuple[ModuleType, Any]:
@@ -165,8 +207,48 @@ def read_config(directory: Path) -> tuple[ModuleType, Any]:
         return module, module.config_from_hf(raw)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}.") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: {error}.") from None
+
+
+def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
+    """The family module and the model of a checkpoint, with all parameters on the meta device."""
+    module, config = read_config(directory)
+    try:
+        with torch.device("meta"):
+            return module, module.Model(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
+
+
+def _names(model: nn.Module) -> dict[str, list[str]]:
+    """The first name of each parameter -> all its names: a tied one has several."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[first[parameter]].append(name)
+    return names
+
+
+def check_fit(path: Path, model: nn.Module, found: Mapping[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:
+    """Compare the tensors found in a checkpoint, name -> shape, with the parameters of `model`.
+
+    Raises:
+        UserError: they differ; lists everything missing, unexpected and misshapen, and further `problems`.
+    """
+    names = _names(model)
+    copies = {copy for same in names.values() for copy in same[1:]}  # tied: the first one counts
+    problems = list(problems)
+    for name, shape in found.items():
+        if name in names:
+            if shape != (expected := tuple(model.get_parameter(name).shape)):
+                problems.append(f"{name} has shape {shape}, config.json implies {expected}")
+        elif name not in copies and not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
+            problems.append(f"unexpected {name} {shape}")
+    problems += [f"missing {name}" for name in names if name not in found]
+    if problems:
+        listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
+        raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
 
 
 def load_model(
@@ -179,37 +261,25 @@ def load_model(
     Strict: all missing, unexpected and misshapen tensors are reported in one error.
     """
     path = check_checkpoint_dir(directory)
-    module, config = read_config(path)
-    with torch.device("meta"):
-        model = module.Model(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    first_names = {parameter: name for name, parameter in model.named_parameters()}
-    ties: dict[str, list[str]] = {}  # name -> every name of that parameter
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        ties.setdefault(first_names[parameter], []).append(name)
-    copies = {name for names in ties.values() for name in names[1:]}
-    problems, seen = [], set()
+    module, model = empty_model(path)
+    names = _names(model)
+    problems: list[str] = []
+    found: dict[str, tuple[int, ...]] = {}
     stream: Iterable[tuple[str, Tensor]] = read_tensors(shards(path))
     if hasattr(module, "from_hf"):
-        stream = module.from_hf(stream, config)
-    for name, tensor in tqdm(stream, desc="loading", total=len(shapes), unit="tensor", disable=None, leave=False):
-        if name in copies or name.endswith("rotary_emb.inv_freq"):  # a second copy, or a buffer of old exports
-            continue
-        if name not in shapes:
-            problems.append(f"unexpected {name} {tuple(tensor.shape)}")
-            continue
-        seen.add(name)
-        if tensor.shape != shapes[name]:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, config.json implies {shapes[name]}")
-            continue
-        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
-        for same in ties[name]:
-            owner, _, last = same.rpartition(".")
-            setattr(model.get_submodule(owner), last, parameter)
-    problems += [f"missing {name}" for name in shapes if name not in seen]
-    if problems:
-        listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
-        raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
+        stream = module.from_hf(stream, model.config)
+    for name, tensor in tqdm(stream, desc="loading", total=len(names), unit="tensor", disable=None, leave=False):
+        if name in found:
+            problems.append(f"{name} is there twice")
+        found[name] = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        elif name in names and tensor.shape == model.get_parameter(name).shape:
+            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
+            for same in names[name]:
+                owner, _, last = same.rpartition(".")
+                setattr(model.get_submodule(owner), last, parameter)
+    check_fit(path, model, found, problems)
     return model.eval()
 
 

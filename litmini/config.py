@@ -6,21 +6,31 @@ Nothing heavy is imported here, so that `--help` answers at once: a script impor
 import dataclasses
 import difflib
 import errno
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import jsonargparse
+import yaml
 
 T = TypeVar("T")
 
 
 class UserError(Exception):
     """A mistake that the user can mend. Says what was found, what was expected and what to type next."""
+
+
+def check(group: str, config: Any, **fine: bool) -> None:
+    """Refuse settings out of range, all of a group at once: name -> whether its value is possible."""
+    wrong = [f"{group}{name} is {getattr(config, name)!r}" for name, ok in fine.items() if not ok]
+    if wrong:
+        raise UserError(f"out of range: {', '.join(wrong)}. See --help.")
 
 
 @dataclass
@@ -57,6 +67,8 @@ class TrainConfig:
     """Rows in one optimizer step, over all devices."""
     micro_batch_size: int = 4
     """Rows in one forward pass on one device."""
+    checkpoint_activations: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None
@@ -88,6 +100,18 @@ class OptimConfig:
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; none: do not."""
 
+    def __post_init__(self) -> None:
+        check(
+            "optim.",
+            self,
+            lr=self.lr >= 0,
+            min_lr=self.min_lr >= 0,
+            warmup_steps=self.warmup_steps >= 0,
+            weight_decay=self.weight_decay >= 0,
+            betas=all(0 <= beta < 1 for beta in self.betas),
+            max_grad_norm=self.max_grad_norm is None or self.max_grad_norm > 0,
+        )
+
 
 @dataclass
 class LoraConfig:
@@ -102,6 +126,9 @@ class LoraConfig:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Leaf names such as q_proj, or all-linear: every linear but the head."""
 
+    def __post_init__(self) -> None:
+        check("lora.", self, rank=self.rank > 0, alpha=self.alpha > 0, dropout=0 <= self.dropout < 1)
+
 
 @dataclass
 class EvalConfig:
@@ -113,6 +140,9 @@ class EvalConfig:
     """Longest answer."""
     samples: int = 2
     """How many answers to print."""
+
+    def __post_init__(self) -> None:
+        check("eval.", self, max_new_tokens=self.max_new_tokens > 0, samples=self.samples >= 0)
 
 
 @dataclass
@@ -146,6 +176,18 @@ class FinetuneConfig:
     show_masks: int = 0
     """Print this many training examples, coloured by what is trained, and stop."""
 
+    def __post_init__(self) -> None:
+        check(
+            "",
+            self,
+            checkpoint_dir=bool(self.checkpoint_dir),
+            out_dir=bool(self.out_dir),
+            devices=self.devices > 0,
+            num_nodes=self.num_nodes > 0,
+            seed=0 <= self.seed < 2**32,
+            show_masks=self.show_masks >= 0,
+        )
+
 
 @dataclass
 class FinetuneLoraConfig(FinetuneConfig):
@@ -166,7 +208,8 @@ class _Parser(jsonargparse.ArgumentParser):
     """Errors of one short paragraph, with the nearest known key for an unknown one, and exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [a.dest for a in self._actions if a.dest not in ("help", "print_config") and a.option_strings]
+        kinds = {a.dest: getattr(a, "_typehint", None) for a in self._actions}
+        known = [key for key, kind in kinds.items() if kind and not dataclasses.is_dataclass(kind)]
         unknown = re.findall(r"(?<!\S)--([\w.]+)", message) if "unrecognized arguments" in message.lower() else []
         if nested := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
             unknown = [f"{nested[1]}.{nested[2]}"]
@@ -174,15 +217,38 @@ class _Parser(jsonargparse.ArgumentParser):
             r"(?:Option|Key) '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message
         ):
             unknown = [option[1] or option[2]]
-        lines = []
-        for key in unknown:
-            leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            near = near or [leaves[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)]
-            hint = f"did you mean '{near[0]}'?" if near else "see --help for those there are."
-            lines.append(f"unknown setting '{key}': {hint}")
-        print(f"error: {chr(10).join(lines) or message}", file=sys.stderr)
+        wrong = re.search(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)
+        if unknown:
+            message = "\n".join(f"unknown setting '{key}': {_nearest(key, known)}" for key in unknown)
+        elif wrong and wrong[1] in known:
+            message = f"{wrong[1]} is {wrong[2] or 'empty'}; expected {_describe(kinds[wrong[1]])}."
+        elif group := re.search(r'Parser key "([\w.]+)":\s+Unable to load config', message):
+            inside = [key for key in known if key.startswith(f"{group[1]}.")]
+            message = f"{group[1]} is a group of settings, expected {', '.join(inside)}."
+        elif found := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
+            message = f"unexpected words: {found[1]}; settings are written --name value."
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """A hint for an unknown setting: the most similar one, by its whole name or by the last part."""
+    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+    leaf = key.rsplit(".", 1)[-1]
+    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f"did you mean '{near[0]}'?" if near else "see --help for those there are."
+
+
+def _describe(kind: Any) -> str:
+    """A field's type in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_describe(part) for part in get_args(kind))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
+    return words.get(kind) or str(kind)
 
 
 def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, positional: Sequence[str] = ()) -> T:
@@ -194,23 +260,57 @@ def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, po
         argv: the words after the script's name; those of this process by default.
         positional: fields that are positional arguments; the words that are no options, in this order.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
+        allow_abbrev=False,
         description=doc.strip(),
         formatter_class=type("Help", (jsonargparse.DefaultHelpFormatter,), {"_fill_text": _keep}),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(config_class, as_group=True)
-    files: list[str] = []  # config files go first, so that the command line wins wherever it stands
-    while (at := next((i for i, w in enumerate(words) if w == "--config"), None)) is not None:
-        files += words[at : at + 2]
-        del words[at : at + 2]
-    for name in positional:  # NAME is short for --name NAME
-        if words and not words[0].startswith("-"):
-            words = [*words[1:], f"--{name}={words[0]}"]
-    values = parser.instantiate(parser.parse_args(files + words))
-    return config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    switches = [f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool]
+    words = _arrange(list(sys.argv[1:] if argv is None else argv), switches, positional)
+    for word in words:
+        if word.startswith("--config="):
+            _check_yaml(word.removeprefix("--config="), parser)
+    try:
+        values = parser.instantiate(parser.parse_args(words))
+        return config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    except UserError as error:  # a value out of range
+        parser.error(str(error))
+
+
+def _check_yaml(path: str, parser: _Parser) -> None:
+    try:
+        file = existing_file(path, "config file")
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UserError as error:
+        parser.error(str(error))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{path} is not valid YAML: {error}")
+    if not isinstance(settings, dict):
+        parser.error(f"{path} holds no settings; expected lines such as out_dir: out/NAME")
+
+
+def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
+    """The words of a command line as `--name=value`, config files first, so that the rest wins wherever they stand.
+
+    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true.
+    """
+    files: list[str] = []
+    rest: list[str] = []
+    free = list(positional)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and "=" not in word and word not in ("--help", "--print_config"):
+            if words and not words[0].startswith("--"):
+                word += f"={words.pop(0)}"
+            elif word in switches:
+                word += "=true"
+        elif not word.startswith("-") and free:
+            word = f"--{free.pop(0)}={word}"
+        (files if word.startswith("--config=") else rest).append(word)
+    return files + rest
 
 
 def _keep(self: Any, text: str, width: int, indent: str) -> str:
@@ -227,10 +327,18 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
     except KeyboardInterrupt:
         print("\ninterrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever read our output has gone, as in `generate.py ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            problem = (
+                f"the disk is full ({error}). Nothing finished was lost; free some space and run the command again."
+            )
+        elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
+            problem = f"{error.strerror}: {error.filename}"
+        else:
             raise
-        problem = f"the disk is full ({error}). Nothing finished was lost; free some space and run the command again."
     else:
         sys.exit(0)
     print(f"error: {problem}", file=sys.stderr)
@@ -250,6 +358,8 @@ def existing_file(path: str, what: str) -> Path:
     file = Path(path)
     if file.is_file():
         return file
+    if file.is_dir():
+        raise UserError(f"{what} expected, but {file} is a directory.")
     beside = sorted(p.name for p in file.parent.glob("*")) if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, beside, n=3) or beside[:5]
     where = f"{file.parent}/ holds {', '.join(near)}" if near else f"{file.parent}/ is empty or missing"

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import litmini
-from litmini.adapters import LoRALinear, read_adapter
+from litmini.adapters import LoRALinear, load_adapter, read_adapter
 from litmini.checkpoint import (
     check_checkpoint_dir,
-    read_config,
+    check_fit,
+    empty_model,
     read_json,
+    read_shapes,
     read_tensors,
     save_model,
     shards,
@@ -46,16 +48,18 @@ def export(
     source, target = check_checkpoint_dir(checkpoint_dir), Path(out_dir)
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
-    _, config = read_config(source)  # refuses what is not implemented
-    raw = {
-        k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"
-    }  # `dtype` since transformers 5
+    module, model = empty_model(source)  # refuses what is not implemented
+    if not hasattr(module, "from_hf"):  # names and shapes are those of the files
+        check_fit(source, model, read_shapes(shards(source)))
+    raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}  # since v5: `dtype`
     tensors = read_tensors(shards(source))
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
-        if config.tied and "lm_head" in read_adapter(adapter_dir)[1]:
+        load_adapter(model, adapter_dir)  # refuses one of another base
+        config, changes = read_adapter(adapter_dir)
+        if "lm_head" in changes:
             raw["tie_word_embeddings"] = False
-        tensors = _merged(tensors, adapter_dir)
+        tensors = _merged(tensors, config.alpha / config.rank, changes, dtype)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
@@ -66,33 +70,32 @@ def export(
     return target
 
 
-def _merged(tensors: Iterator[tuple[str, Tensor]], adapter_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint with an adapter's change added to those that it covers."""
-    config, changes = read_adapter(adapter_dir)
+def _merged(
+    tensors: Iterator[tuple[str, Tensor]],
+    scale: float,
+    changes: dict[str, dict[str, Tensor]],
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint with an adapter's changes, by linear, added to those that they cover."""
     head = changes.get("lm_head")
     for name, tensor in tensors:
         change = changes.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
-        yield name, tensor if change is None else _merge(tensor, change, config.alpha / config.rank, name)
+        yield name, tensor if change is None else _merge(tensor, change, scale, dtype)
         if name == "model.embed_tokens.weight" and head is not None:
             embedding = tensor
     if head is not None and "lm_head" in changes:  # it was tied to the embedding
-        yield "lm_head.weight", _merge(embedding, changes.pop("lm_head"), config.alpha / config.rank, "lm_head.weight")
-    if changes:
-        raise UserError(f"the adapter in {adapter_dir} was made for another base: no weights for {', '.join(changes)}")
+        yield "lm_head.weight", _merge(embedding, changes.pop("lm_head"), scale, dtype)
+    assert not changes, f"no weights for {', '.join(changes)}"
 
 
-def _merge(weight: Tensor, change: dict[str, Tensor], scale: float, name: str) -> Tensor:
+def _merge(weight: Tensor, change: dict[str, Tensor], scale: float, dtype: torch.dtype | None) -> Tensor:
+    """The change is added in fp32 and rounded once, to `dtype` or the weight's own."""
     rank = len(change["lora_A"])
-    if change["lora_A"].shape[1] != weight.shape[1] or change["lora_B"].shape != (weight.shape[0], rank):
-        shapes = ", ".join(f"{kind} {tuple(t.shape)}" for kind, t in change.items())
-        raise UserError(
-            f"the adapter was made for another base: {name} is {tuple(weight.shape)}, the adapter has {shapes}"
-        )
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
+    base.weight = nn.Parameter(weight.float(), requires_grad=False)
     layer = LoRALinear(base, rank, scale * rank)
     layer.lora_A.data, layer.lora_B.data = change["lora_A"], change["lora_B"]
-    return layer.merge().weight.detach()
+    return layer.merge().weight.detach().to(dtype or weight.dtype)
 
 
 @torch.no_grad()

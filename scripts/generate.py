@@ -8,7 +8,7 @@ Where the checkpoint has a chat template, the prompt is a user's turn.
 from dataclasses import dataclass
 from typing import Literal
 
-from litmini.config import command
+from litmini.config import UserError, check, command
 
 
 @dataclass
@@ -42,6 +42,12 @@ class GenerateConfig:
     device: str = "auto"
     """auto: a GPU where there is one, else the CPU."""
 
+    def __post_init__(self) -> None:
+        text = self.prompt + (self.system or "")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError("the prompt is not UTF-8 text.")
+        check("", self, seed=self.seed is None or 0 <= self.seed < 2**63)
+
 
 def main(config: GenerateConfig) -> None:
     import sys
@@ -56,6 +62,10 @@ def main(config: GenerateConfig) -> None:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device)
     if config.chat_template != "auto":
         tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
@@ -77,7 +87,8 @@ def main(config: GenerateConfig) -> None:
         print(piece, end="", flush=True)
         count += 1
     seconds = time.perf_counter() - started
-    print(f"\n[{count} pieces in {seconds:.1f} s]", file=sys.stderr)
+    print(flush=True)
+    print(f"[{count} pieces in {seconds:.1f} s]", file=sys.stderr)
 
 
 if __name__ == "__main__":
