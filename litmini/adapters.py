@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.checkpoint import read_json, read_tensors, write_json, write_tensors
+from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import LoraConfig, UserError
+from litmini.files import read_json, write_json
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
@@ -173,8 +174,11 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, dict[str,
         )
     if not any(pair["lora_B"].any() for pair in tensors.values()):
         raise UserError(f"the adapter in {path} does nothing: every lora_B is zero. Was it saved before training?")
-    rank = int(settings["r"])
-    config = LoraConfig(rank, float(settings["lora_alpha"]), 0.0, sorted({leaf(n) for n in tensors}))
+    try:
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}/adapter_config.json: r or lora_alpha is missing or no number.") from None
+    config = LoraConfig(rank, alpha, 0.0, sorted({leaf(n) for n in tensors}))
     return config, tensors
 
 

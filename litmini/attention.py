@@ -21,8 +21,12 @@ EXPLICIT_LENGTH = (
 
 @dataclass(frozen=True)
 class Mask:
-    """Who sees whom. With neither field set: causal over the whole row."""
+    """Who sees whom. With neither `allowed` nor `documents`: causal over the whole row."""
 
+    queries: Tensor
+    """(B, T) int64 positions."""
+    keys: Tensor
+    """(B, S) int64 positions."""
     allowed: Tensor | None = None
     """(B, 1, T, S) bool: query t may see key s."""
     documents: "Documents | None" = None
@@ -51,26 +55,30 @@ def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None
     Args:
         positions: (B, T) int64 within each document, rising; below 0 is padding, seen by padding only.
         documents: (B, T) ints, equal for tokens of one document, which stand side by side; None: one per row.
-        cache: advanced by T slots here.
+        cache: advanced by these T positions already.
         window: keys that a query sees, itself included; None: all.
     """
+    T = positions.shape[1]
     if cache is not None:
         if documents is not None:
             raise ValueError("documents and cache do not go together: generation has one document per row")
-        start, keys = cache.length, cache.advance(positions)
+        keys = cache.positions[:, : cache.length]  # (B, S)
         if not cache.padded and (window is None or cache.length <= window):
-            if start == 0:
-                return Mask()
-            if positions.shape[1] == 1:
-                return Mask(torch.ones((), dtype=torch.bool, device=keys.device).expand(1, 1, 1, keys.shape[1]))
-        return Mask(_allowed(positions, keys, window))
+            if cache.length == T:
+                return Mask(positions, keys)
+            if T == 1:
+                return Mask(
+                    positions, keys, torch.ones((), dtype=torch.bool, device=keys.device).expand(1, 1, 1, len(keys[0]))
+                )
+        return Mask(positions, keys, _allowed(positions, keys, window))
     if documents is None:
-        fits = window is None or positions.shape[1] <= window
+        fits = window is None or window >= T
         padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # a sync point; training gives documents
-        return Mask() if fits and not padded else Mask(_allowed(positions, positions, window))
+        return Mask(positions, positions, None if fits and not padded else _allowed(positions, positions, window))
     if documents.device.type == "cpu":
-        return Mask(documents=_unpack(documents), window=window)
-    return Mask(_allowed(positions, positions, window) & (documents[:, None, :, None] == documents[:, None, None, :]))
+        return Mask(positions, positions, documents=_unpack(documents), window=window)
+    same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
+    return Mask(positions, positions, _allowed(positions, positions, window) & same)
 
 
 def _allowed(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -133,22 +141,32 @@ class _Repack(torch.autograd.Function):
         return grad.index_select(0, ctx.documents.index).mul_(ctx.documents.real), None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T * scale) v over the keys that `mask` allows.
 
     Args:
         q: (B, n_heads, T, head_dim).
         k, v: (B, n_kv_heads, S, head_dim); query head i uses key head i * n_kv_heads // n_heads.
         scale: 1 / sqrt(head_dim) by default.
+        softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2.
+        slopes: (n_heads,) fp32; slope * (query - key position) is taken off each score (ALiBi, arXiv 2108.12409).
 
     Returns:
-        (B, n_heads, T, head_dim), in q's dtype.
+        (B, n_heads, T, head_dim), in v's dtype.
     """
     if k.dtype != v.dtype or q.dtype != v.dtype:  # under autocast, rotary leaves q and k in fp32
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = scale or 1.0 / math.sqrt(q.shape[-1])
     if mask.documents is None:
-        return _kernel(q, k, v, mask.allowed, scale)
+        return _kernel(q, k, v, mask.allowed, scale, softcap, _alibi(mask.queries, mask.keys, slopes))
     B, n_heads, T, head_dim = q.shape
     sizes = [count * longest for count, longest in mask.documents.shapes]
     parts = [_Unpack.apply(x.transpose(1, 2).flatten(0, 1), mask.documents).split(sizes) for x in (q, k, v)]
@@ -158,26 +176,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = No
         steps, allowed = torch.arange(longest)[None], None
         if mask.window is not None and longest > mask.window:
             allowed = _allowed(steps, steps, mask.window)
-        y = _kernel(rows[0], rows[1], rows[2], allowed, scale)  # (count, n_heads, longest, head_dim)
+        # padding comes last: no real token sees it
+        y = _kernel(rows[0], rows[1], rows[2], allowed, scale, softcap, _alibi(steps, steps, slopes))
         outputs.append(y.transpose(1, 2).flatten(0, 1))  # (count * longest, n_heads, head_dim)
     packed = _Repack.apply(torch.cat(outputs), mask.documents)  # (B * T, n_heads, head_dim)
     return packed.view(B, T, n_heads, head_dim).transpose(1, 2)
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+def _alibi(queries: Tensor, keys: Tensor, slopes: Tensor | None) -> Tensor | None:
+    """(B, n_heads, T, S) fp32, to be added to scores, from positions (B, T) and (B, S)."""
+    if slopes is None:
+        return None
+    return slopes[:, None, None] * (keys[:, None, None, :] - queries[:, None, :, None])
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None
+) -> Tensor:
     """One product of attention; `allowed` None means causal."""
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
-    if q.device.type != "cpu" or max(T, S) > EXPLICIT_LENGTH:
+    plain = softcap is None and bias is None
+    if plain and (q.device.type != "cpu" or max(T, S) > EXPLICIT_LENGTH):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=n_heads != n_kv_heads
         )
     if allowed is None:
-        allowed = torch.ones(T, S, dtype=torch.bool).tril()
-    bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))  # (B or 1, 1, T, S)
+        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
     repeats = n_heads // n_kv_heads
     q = q.reshape(B * n_kv_heads, repeats * T, head_dim)  # the heads that share a key head stand below each other
     k, v = k.reshape(B * n_kv_heads, S, head_dim), v.reshape(B * n_kv_heads, S, head_dim)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(B, n_heads, T, S) * scale + bias
-    weights = torch.softmax(scores, dim=-1)  # in fp32 inside, rounded to q's dtype
+    scores = torch.bmm(q, k.transpose(1, 2)).view(B, n_heads, T, S) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    weights = torch.softmax(scores + hidden, dim=-1).to(v.dtype)  # in fp32 inside
     return torch.bmm(weights.view(B * n_kv_heads, repeats * T, S), v).view(B, n_heads, T, head_dim)

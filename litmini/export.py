@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,15 +13,17 @@ from litmini.adapters import LoRALinear, load_adapter, read_adapter
 from litmini.checkpoint import (
     check_checkpoint_dir,
     check_fit,
+    disk_tensors,
     empty_model,
-    read_json,
+    model_tensors,
+    parameter_names,
     read_shapes,
     read_tensors,
     save_model,
     shards,
-    write_aside,
 )
 from litmini.config import UserError
+from litmini.files import read_json, write_aside
 from litmini.tokenizer import Tokenizer
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
@@ -49,17 +51,19 @@ def export(
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
     module, model = empty_model(source)  # refuses what is not implemented
-    if not hasattr(module, "from_hf"):  # names and shapes are those of the files
-        check_fit(source, model, read_shapes(shards(source)))
+    empty = ((name, torch.empty(shape, device="meta")) for name, shape in read_shapes(shards(source)).items())
+    check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}  # since v5: `dtype`
-    tensors = read_tensors(shards(source))
+    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source))
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
+        ties = {copy: first for first, *copies in parameter_names(model).values() for copy in copies}
         load_adapter(model, adapter_dir)  # refuses one of another base
         config, changes = read_adapter(adapter_dir)
-        if "lm_head" in changes:
+        if any(name.removesuffix(".weight") in changes for name in ties):
             raw["tie_word_embeddings"] = False
-        tensors = _merged(tensors, config.alpha / config.rank, changes, dtype)
+        merged = _merged(model_tensors(module, model.config, tensors), config.alpha / config.rank, changes, ties, dtype)
+        tensors = disk_tensors(module, model.config, merged)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
@@ -71,20 +75,24 @@ def export(
 
 
 def _merged(
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
     scale: float,
     changes: dict[str, dict[str, Tensor]],
+    ties: dict[str, str],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint with an adapter's changes, by linear, added to those that they cover."""
-    head = changes.get("lm_head")
+    """The tensors of a model with an adapter's changes, by linear, added to those that they cover.
+
+    Args:
+        ties: further name -> first name of a parameter; a changed one is written beside the one that it was tied to.
+    """
     for name, tensor in tensors:
-        change = changes.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
-        yield name, tensor if change is None else _merge(tensor, change, scale, dtype)
-        if name == "model.embed_tokens.weight" and head is not None:
-            embedding = tensor
-    if head is not None and "lm_head" in changes:  # it was tied to the embedding
-        yield "lm_head.weight", _merge(embedding, changes.pop("lm_head"), scale, dtype)
+        for same in [name, *(copy for copy, first in ties.items() if first == name)]:
+            change = changes.pop(same.removesuffix(".weight"), None)
+            if change is not None:
+                yield same, _merge(tensor, change, scale, dtype)
+            elif same == name:
+                yield name, tensor
     assert not changes, f"no weights for {', '.join(changes)}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import resource
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from litmini.config import FinetuneConfig, UserError
+from litmini.checkpoint import read_config
+from litmini.config import FinetuneConfig, OptimConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import Answer, answer_all, exact_match
@@ -47,16 +49,26 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     with fabric.rank_zero_first():
         ensure_checkpoint(config.checkpoint_dir, config.download_from)
     tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template)
+    _, base = read_config(Path(config.checkpoint_dir))
+    if config.data.max_seq_len > base.max_positions:
+        raise UserError(
+            f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
+            f"use --data.max_seq_len {base.max_positions} or less."
+        )
     train, val, held_out = load_data(config.data, tokenizer, config.seed)
     rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed)
     batch = config.train.global_batch_size
-    problems = [
-        f"train.{k} is {v}" for k, v in vars(config.train).items() if v is not None and v is not False and v <= 0
-    ]
-    if problems:
-        raise UserError(f"{', '.join(problems)}; expected above 0 (leave out what you do not want).")
     steps = config.train.max_steps or math.ceil(config.train.epochs * len(rows) / batch)
     total_rows = steps * batch if config.train.max_steps else math.ceil(config.train.epochs * len(rows))
+    idle = {
+        "train.eval_every": config.train.eval_every is not None and not val,
+        "eval.exact_match": config.eval.exact_match and not held_out,
+        "optim.betas": config.optim.name == "sgd" and config.optim.betas != OptimConfig().betas,
+        "optim.min_lr": config.optim.min_lr > config.optim.lr,
+        f"optim.warmup_steps beyond the {steps} steps of the run": config.optim.warmup_steps >= steps,
+    }
+    if found := [name for name, has_no_effect in idle.items() if has_no_effect]:
+        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
@@ -161,8 +173,8 @@ def run_training(
     )
 
 
-def summary(run: Run) -> str:
-    """What a person wants to know at the end of a run."""
+def summary(run: Run, checkpoint_dir: str | Path, adapter_dir: Path | None = None) -> str:
+    """What a person wants to know at the end of a run, and what to type next."""
     r = run.results
     lines = []
     for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
@@ -177,6 +189,9 @@ def summary(run: Run) -> str:
         f"training took {r['training_seconds']:.0f} s at {r['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {r['peak_memory_mib']:,.0f} MiB"
     )
+    adapter = ["--adapter_dir", str(adapter_dir)] if adapter_dir else []
+    words = ["python", "scripts/generate.py", "--checkpoint_dir", str(checkpoint_dir), *adapter, "--prompt", "..."]
+    lines.append(f"\nThe result is {adapter_dir or checkpoint_dir}. Talk to it:\n  {shlex.join(words)}")
     return "\n".join(lines)
 
 

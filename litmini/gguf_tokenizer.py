@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from litmini.checkpoint import write_json
 from litmini.config import UserError
+from litmini.files import write_json
 
 if TYPE_CHECKING:
     from litmini.gguf_import import Metadata

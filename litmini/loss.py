@@ -12,13 +12,16 @@ IGNORE = -100
 CHUNK = 1024  # rows of logits in memory at once
 
 
-def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of `head(hidden)` against `labels`.
 
     Args:
         hidden: (B, T, dim).
         head: a plain `nn.Linear`, or any module that gives logits (an adapted head, say).
         labels: (B, T) int64, `IGNORE` where there is no target.
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         chunk: rows of logits in memory at once.
 
     Returns:
@@ -32,23 +35,26 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk:
         )
         weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead does not see no_grad
         with torch.autocast(rows.device.type, enabled=False):
-            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, chunk)
+            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk)
         return loss, targets.sum()
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):  # no target: one empty chunk
-        total = total + checkpoint(_chunk_loss, part, head, want, use_reentrant=False)
+        total = total + checkpoint(_chunk_loss, part, head, want, softcap, use_reentrant=False)
     return total, targets.sum()
 
 
-def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor) -> Tensor:
-    return F.cross_entropy(head(rows).float(), wanted, reduction="sum")
+def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor, softcap: float | None) -> Tensor:
+    logits = head(rows).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, wanted, reduction="sum")
 
 
 class _PlainHead(torch.autograd.Function):
     """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, wanted: Tensor, chunk: int) -> Tensor:  # type: ignore[override,no-untyped-def]
+    def forward(ctx, rows: Tensor, weight: Tensor, wanted: Tensor, softcap: float | None, chunk: int) -> Tensor:  # type: ignore[override,no-untyped-def]
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
         d_rows = torch.empty_like(rows) if need_rows else None
@@ -57,12 +63,18 @@ class _PlainHead(torch.autograd.Function):
         for start in range(0, len(rows), chunk):
             part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
             logits = (part @ cast.T).float()  # (c, vocab)
+            if softcap is not None:
+                bent = torch.tanh_(logits.div_(softcap))
+                slope = 1 - bent.square()  # of the softcap, (c, vocab)
+                logits = bent.mul_(softcap)
             log_sum = logits.logsumexp(-1, keepdim=True)  # (c, 1)
             total += (log_sum - logits.gather(1, want)).sum()
             if not (need_rows or need_weight):
                 continue
             d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
             d_logits.scatter_add_(1, want, torch.full_like(log_sum, -1.0))
+            if softcap is not None:
+                d_logits.mul_(slope)
             d_logits = d_logits.to(rows.dtype)
             if d_rows is not None:
                 d_rows[start : start + chunk] = d_logits @ cast
@@ -78,6 +90,7 @@ class _PlainHead(torch.autograd.Function):
         return (
             None if d_rows is None else (d_rows.float() * upstream).to(d_rows.dtype),  # 1 / targets is not rounded
             None if d_weight is None else (d_weight * upstream).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litmini.config import UserError, existing_file
+from litmini.config import UserError
+from litmini.files import existing_file
 from litmini.tokenizer import Message
 
 FORMS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import platform
 import re
 import shutil
@@ -19,9 +20,10 @@ import yaml
 from torch import nn
 
 import litmini
-from litmini.checkpoint import read_json, read_tensors, write_aside, write_json, write_tensors
+from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
 from litmini.data import Examples, file_hash
+from litmini.files import existing_file, read_json, restore, write_aside, write_json, write_text
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
@@ -47,7 +49,8 @@ class Run:
         self.config = config
         self.results: dict[str, Any] = {}
         self.restart_from: Path | None = None
-        holds_run = (self.directory / "config.yaml").exists() or any(self.directory.glob("step-*"))
+        steps = self._steps()
+        holds_run = (self.directory / "config.yaml").exists() or bool(steps)
         if config.resume is False:
             if holds_run and not (config.dry_run or config.show_masks):
                 raise UserError(
@@ -60,22 +63,36 @@ class Run:
                     f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
                     f"Start another: --out_dir {self._free_name()}"
                 )
-            self.restart_from = max(self.directory.glob("step-*"), key=lambda p: p.name, default=None)
+            self.restart_from = steps[-1] if steps else None
         else:
             self.restart_from = Path(str(config.resume))
             if not (self.restart_from / "training_state.json").is_file():
-                there = ", ".join(str(p) for p in sorted(self.directory.glob("step-*"))) or "none"
+                there = ", ".join(str(p) for p in steps) or "none"
                 raise UserError(f"{self.restart_from} is no training checkpoint; those of {self.directory}: {there}")
         if self.restart_from:
-            self._check_same_meaning(self.restart_from.parent / "config.yaml")
+            self._check_same_meaning(self.restart_from.parent)
+
+    def _steps(self) -> list[Path]:
+        """The checkpoints of this run, the oldest first."""
+        for old in self.directory.glob(".step-*.old"):  # a process died while it replaced one
+            restore(self.directory / old.name[1:].removesuffix(".old"))
+        return sorted((p for p in self.directory.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
     def _free_name(self) -> Path:
         return next(
             p for n in range(2, 10**6) if not (p := self.directory.with_name(f"{self.directory.name}-{n}")).exists()
         )
 
-    def _check_same_meaning(self, file: Path) -> None:
-        before, now = _flat(yaml.safe_load(file.read_text())), _flat(plain(self.config))
+    def _check_same_meaning(self, run: Path) -> None:
+        """Refuse to go on with other settings or data than those that the run in `run` began with."""
+        try:
+            before, now = _flat(yaml.safe_load((run / "config.yaml").read_text())), _flat(plain(self.config))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
+        self.results = read_json(run / "manifest.json").get("results", {})
+        for name, entry in read_json(run / "manifest.json").get("data", {}).items():
+            if file_hash(str(existing_file(name, "data file"))) != entry["sha256"]:
+                raise UserError(f"cannot resume {self.restart_from}: {name} was changed since the run began.")
         changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
         if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
             raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
@@ -86,12 +103,13 @@ class Run:
         progress = Progress()
         if self.restart_from:
             progress = load_state(self.restart_from, model, optimizer)
-            self.results = read_json(self.restart_from.parent / "manifest.json").get("results", {})
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
         if fabric.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             settings = {**plain(self.config), "resume": False}
-            (self.directory / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             self._keep_metrics(progress.step)
         return progress
 
@@ -99,16 +117,17 @@ class Run:
         """Drop the rows of steps that a killed run did after its last checkpoint; they are done again."""
         file = self.directory / "metrics.csv"
         rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(file, text.getvalue())
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append a row to metrics.csv."""
         if self.fabric.is_global_zero:
             with (self.directory / "metrics.csv").open("a", newline="") as opened:
-                csv.DictWriter(opened, COLUMNS).writerow(metrics)
+                csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
 
     def checkpoint(self, progress: Progress, save_weights: Callable[[Path], None]) -> Path:
         """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go."""
@@ -117,7 +136,7 @@ class Run:
             with write_aside(directory) as aside:
                 save_weights(aside)
                 save_state(aside, progress, self.model, self.optimizer)
-            for old in sorted(self.directory.glob("step-*"))[: -self.config.train.keep_last]:
+            for old in self._steps()[: -self.config.train.keep_last]:
                 shutil.rmtree(old)
         self.fabric.barrier()
         return directory
@@ -202,12 +221,15 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         UserError: the checkpoint is damaged or of another model.
     """
-    saved = read_json(directory / "training_state.json")
+    try:
+        saved = read_json(directory / "training_state.json")
+        progress, numbers = Progress(**saved["progress"]), dict(saved["optimizer"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state: dict[str, dict[str, Any]] = {name: {} for name in trainable}
     found = set()
-    scalars = ((key, value) for key, value in saved["optimizer"].items())
-    for entry, value in [*read_tensors([directory / "training_state.safetensors"]), *scalars]:
+    for entry, value in [*read_tensors([directory / "training_state.safetensors"]), *numbers.items()]:
         key, _, name = entry.partition("/")
         if name not in trainable or (key == "parameter" and value.shape != trainable[name].shape):
             raise UserError(f"{directory} is of another model: {name} does not fit.")
@@ -224,7 +246,7 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 k: v.to(parameter.device) if isinstance(v, torch.Tensor) and v.dim() else v
                 for k, v in state[name].items()
             }
-    return Progress(**saved["progress"])
+    return progress
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

@@ -18,8 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.checkpoint import SIDE_FILES, read_json, write_json
-from litmini.config import UserError, existing_file
+from litmini.checkpoint import SIDE_FILES
+from litmini.config import UserError
+from litmini.files import existing_file, read_json, write_json
 
 Message = dict[str, Any]
 
@@ -87,7 +88,10 @@ class Tokenizer:
         if choice == "none":
             return None
         if choice != "auto":
-            return existing_file(choice, "chat template").read_text(encoding="utf-8")
+            try:
+                return existing_file(choice, "chat template").read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"chat template {choice} is not UTF-8 text: {error}") from None
         file = self.directory / "chat_template.jinja"
         if file.is_file():
             return file.read_text(encoding="utf-8")

@@ -43,6 +43,10 @@ class Progress:
 class Interrupted(UserError):
     """SIGTERM or Ctrl-C, after the step was finished and saved."""
 
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.status = 128 + signal.Signals[name]
+
 
 def fit(
     fabric: Fabric,
@@ -137,7 +141,8 @@ def fit(
                 saved = checkpoint(progress)
             if received and step + 1 < total_steps:
                 raise Interrupted(
-                    f"stopped by {received[0]} after step {step + 1}; saved {saved}. Go on with --resume auto"
+                    received[0],
+                    f"stopped by {received[0]} after step {step + 1}; saved {saved}. Go on with --resume auto",
                 )
     return progress
 

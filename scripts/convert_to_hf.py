@@ -9,7 +9,7 @@ A checkpoint of litmini is a Hugging Face directory already: without an adapter 
 from dataclasses import dataclass
 from typing import Literal
 
-from litmini.config import command
+from litmini.cli import command
 
 
 @dataclass

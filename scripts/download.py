@@ -10,7 +10,7 @@ goes on when the command is repeated. Memory: 0.3 GB; pypi: 0.6 GB and the size 
 from dataclasses import dataclass
 from pathlib import Path
 
-from litmini.config import command
+from litmini.cli import command
 
 
 @dataclass

@@ -7,7 +7,8 @@ The result in OUT_DIR/final is a checkpoint. By default (`bf16-mixed`) weights a
 
 from pathlib import Path
 
-from litmini.config import FinetuneFullConfig, command
+from litmini.cli import command
+from litmini.config import FinetuneFullConfig
 
 
 def main(config: FinetuneFullConfig) -> None:
@@ -51,10 +52,7 @@ def main(config: FinetuneFullConfig) -> None:
 
     # 9. Save
     final = run.save_final(save_weights)
-    fabric.print(summary(run))
-    fabric.print(
-        f"\ncheckpoint: {final}. Talk to it:\n  python scripts/generate.py --checkpoint_dir {final} --prompt '...'"
-    )
+    fabric.print(summary(run, checkpoint_dir=final))
 
 
 if __name__ == "__main__":

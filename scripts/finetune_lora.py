@@ -7,7 +7,8 @@ The result in OUT_DIR/final is an adapter in PEFT's format.
 
 from pathlib import Path
 
-from litmini.config import FinetuneLoraConfig, command
+from litmini.cli import command
+from litmini.config import FinetuneLoraConfig
 
 
 def main(config: FinetuneLoraConfig) -> None:
@@ -51,11 +52,7 @@ def main(config: FinetuneLoraConfig) -> None:
 
     # 9. Save
     final = run.save_final(save_weights)
-    fabric.print(summary(run))
-    fabric.print(
-        f"\nadapter: {final}. Talk to it:\n  python scripts/generate.py --checkpoint_dir {config.checkpoint_dir} "
-    )
-    fabric.print(f"    --adapter_dir {final} --prompt '...'")
+    fabric.print(summary(run, config.checkpoint_dir, adapter_dir=final))
 
 
 if __name__ == "__main__":

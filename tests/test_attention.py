@@ -16,6 +16,9 @@ T, HEAD_DIM = 37, 8
 HEADS = [(4, 2), (3, 3), (6, 1), (6, 2)]
 
 
+CAUSAL = Mask(torch.arange(T)[None], torch.arange(T)[None])
+
+
 @pytest.fixture(params=["explicit", "sdpa", "both"])
 def kernel(request, monkeypatch) -> str:
     """Which kernel is used; "both": the explicit one for short documents only."""
@@ -107,7 +110,7 @@ def test_dense_masks_equal_grouped_documents(window, kernel):
     """The way of an accelerator and that of the CPU."""
     documents, positions = packed()
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    dense = Mask(_allowed(positions, positions, window) & same)
+    dense = Mask(positions, positions, _allowed(positions, positions, window) & same)
     assert torch.equal(dense.allowed[:, 0], by_definition(positions, documents, window))
     grouped = make_mask(positions, documents, None, window)
     assert grouped.documents is not None
@@ -166,7 +169,10 @@ def test_left_padding_by_definition(window, kernel):
     qkv = random_qkv()
     padding = positions < 0
     seen = by_definition(positions, padding.long(), window)  # padding keeps to itself
-    for mask in (make_mask(positions, None, None, window), Mask(_allowed(positions, positions, window))):
+    for mask in (
+        make_mask(positions, None, None, window),
+        Mask(positions, positions, _allowed(positions, positions, window)),
+    ):
         assert_same(attend(*qkv, mask), plain_attention(*qkv, seen), qkv, kept=~padding)
         assert attend(*qkv, mask).isfinite().all()
 
@@ -174,15 +180,58 @@ def test_left_padding_by_definition(window, kernel):
 def test_scale(kernel):
     qkv = random_qkv()
     seen = by_definition(torch.arange(T).expand(len(ROWS), T), None, None)
-    assert_same(attend(*qkv, Mask(), scale=0.7), plain_attention(*qkv, seen, scale=0.7), qkv)
+    assert_same(attend(*qkv, CAUSAL, scale=0.7), plain_attention(*qkv, seen, scale=0.7), qkv)
 
 
 def test_mixed_dtypes_end_in_that_of_the_values(kernel):
     """Under autocast rotary leaves q and k in fp32."""
     q, k, v = (x.detach() for x in random_qkv())
-    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), Mask())
-    found = attend(q.float(), k.float(), v.bfloat16(), Mask())
+    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), CAUSAL)
+    found = attend(q.float(), k.float(), v.bfloat16(), CAUSAL)
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+def bent_attention(q, k, v, seen, positions, softcap, slopes) -> torch.Tensor:
+    """Softcap and ALiBi by their definitions."""
+    repeats = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * HEAD_DIM**-0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * (positions[:, None, :, None] - positions[:, None, None, :])
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    return weights @ v.repeat_interleave(repeats, 1)
+
+
+@pytest.mark.parametrize("packed_rows", [False, True])
+@pytest.mark.parametrize(("softcap", "alibi"), [(2.0, False), (None, True), (2.0, True)])
+def test_softcap_and_alibi_by_definition(packed_rows, softcap, alibi, kernel):
+    documents, positions = packed()
+    if not packed_rows:
+        positions, documents = torch.arange(T).expand(len(ROWS), T), None
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
+    qkv = random_qkv()
+    seen = by_definition(positions, documents, None)
+    found = attend(*qkv, make_mask(positions, documents, None, None), softcap=softcap, slopes=slopes)
+    expected = bent_attention(*qkv, seen, positions, softcap, slopes)
+    kept = None if documents is None else documents > 0
+    assert_same(found, expected, qkv, kept=kept)
+    plain = plain_attention(*qkv, seen)
+    assert (plain - expected).abs().max() > 0.01
+
+
+def test_softcap_and_alibi_with_a_cache():
+    positions, softcap, slopes = torch.arange(20).expand(2, 20), 2.0, torch.tensor([0.5, 0.25, 0.1, 0.01])
+    qkv = [x.detach() for x in random_qkv(B=2, length=20)]
+    expected = attend(*qkv, make_mask(positions, None, None, None), softcap=softcap, slopes=slopes)
+    config = replace(llama.PRESETS["tiny"], n_layers=1, n_kv_heads=2, head_dim=HEAD_DIM)
+    cache, outputs = KVCache(config, 2, 20, torch.float64), []
+    for part in torch.arange(20).split([13, 1, 1, 5]):
+        cache.advance(positions[:, part])
+        q, k, v = (x[:, :, part] for x in qkv)
+        mask = make_mask(positions[:, part], None, cache, None)
+        outputs.append(attend(q, *cache[0].update(k, v), mask, softcap=softcap, slopes=slopes))
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16])
@@ -196,6 +245,7 @@ def test_cached_attention_by_definition(window, padding, chunks, kernel):
     config = replace(llama.PRESETS["tiny"], n_layers=1, n_kv_heads=2, head_dim=HEAD_DIM)
     cache, outputs = KVCache(config, 2, 21, torch.float64), []
     for part in torch.arange(20).split(chunks):
+        cache.advance(positions[:, part])
         mask = make_mask(positions[:, part], None, cache, window)
         q, k, v = (x[:, :, part] for x in qkv)
         k, v = cache[0].update(k, v)
@@ -209,9 +259,9 @@ def test_cached_attention_by_definition(window, padding, chunks, kernel):
 
 def test_a_full_cache_and_documents_with_a_cache_raise():
     cache = KVCache(llama.PRESETS["tiny"], 1, 4, torch.float32)
-    make_mask(torch.arange(3)[None], None, cache, None)
+    cache.advance(torch.arange(3)[None])
     with pytest.raises(ValueError, match="the cache holds 4 tokens, 5 are needed"):
-        make_mask(torch.arange(3, 5)[None], None, cache, None)
+        cache.advance(torch.arange(3, 5)[None])
     with pytest.raises(ValueError, match="documents and cache"):
         make_mask(torch.arange(1)[None], torch.ones(1, 1), cache, None)
 

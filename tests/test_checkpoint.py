@@ -23,15 +23,13 @@ from litmini.checkpoint import (
     check_checkpoint_dir,
     load_model,
     parse_dtype,
-    read_json,
     read_tensors,
     save_model,
     save_trained,
     shards,
-    write_aside,
-    write_json,
 )
 from litmini.config import UserError
+from litmini.files import read_json, write_aside, write_json
 from litmini.models import llama
 
 INDEX = "model.safetensors.index.json"
@@ -378,7 +376,8 @@ def test_the_dtype_in_config_is_that_of_most_bytes(tmp_path):
 def test_files_follow_the_umask(tmp_path):
     code = (
         "import os, sys; os.umask(0o027)\nfrom pathlib import Path\nimport torch\n"
-        "from litmini.checkpoint import save_model, write_aside\n"
+        "from litmini.checkpoint import save_model\n"
+        "from litmini.files import write_aside\n"
         "with write_aside(Path(sys.argv[1])) as aside: save_model(aside, {}, [('a', torch.zeros(1))])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True)
@@ -430,7 +429,7 @@ FULL_DISK = """
 import resource, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
-from litmini.config import command
+from litmini.cli import command
 
 @dataclass
 class C:
@@ -438,7 +437,8 @@ class C:
 
 def main(config):
     import torch
-    from litmini.checkpoint import save_model, write_aside
+    from litmini.checkpoint import save_model
+    from litmini.files import write_aside
     with write_aside(Path(config.out_dir)) as aside:
         save_model(aside, {}, [(f"t{i}", torch.zeros(100_000)) for i in range(4)], max_shard_bytes=SHARD)
 

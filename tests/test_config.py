@@ -12,16 +12,9 @@ from types import ModuleType
 import pytest
 import yaml
 
-from litmini.config import (
-    FinetuneConfig,
-    FinetuneFullConfig,
-    FinetuneLoraConfig,
-    UserError,
-    command,
-    existing_file,
-    is_disk_full,
-    parse,
-)
+from litmini.cli import command, parse
+from litmini.config import FinetuneConfig, FinetuneFullConfig, FinetuneLoraConfig, UserError
+from litmini.files import existing_file, is_disk_full
 from litmini.runs import plain
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +322,7 @@ def test_success_is_status_zero(monkeypatch):
 
 def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
     code = (
-        "from dataclasses import dataclass\nfrom litmini.config import command\n"
+        "from dataclasses import dataclass\nfrom litmini.cli import command\n"
         "@dataclass\nclass C:\n    x: int = 0\n"
         "def main(c):\n    for _ in range(100_000): print('line')\n"
         "command(main, C, 'doc')"

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import litmini
 from litmini.adapters import LoRALinear, add_adapters, save_adapter
-from litmini.checkpoint import load_model, read_json, read_tensors, save_model, shards
+from litmini.checkpoint import load_model, read_tensors, save_model, shards
 from litmini.config import LoraConfig, UserError
 from litmini.export import export, merge_error, parse_size
+from litmini.files import read_json
 from litmini.models import llama
 from litmini.tokenizer import Tokenizer
 

@@ -54,12 +54,30 @@ def test_loss_and_gradients_are_the_plain_ones(chunk, kind):
     trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     assert len(trained) == {"plain": 2, "bias": 3, "lora": 3}[kind]
     expected = plain_loss(hidden, head, labels)
-    loss, n_targets = linear_cross_entropy(hidden, head, labels, chunk)
+    loss, n_targets = linear_cross_entropy(hidden, head, labels, chunk=chunk)
     assert n_targets == (labels != IGNORE).sum() and n_targets.dtype == torch.int64
     assert loss.shape == n_targets.shape == () and loss.dtype == torch.float32
     assert_near(loss, expected)
     for found, exact in zip(gradients(loss, trained), gradients(expected, trained), strict=True):
         assert_near(found, exact)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_softcap(kind, chunk):
+    hidden, head, labels = problem()
+    if kind == "lora":
+        head = adapt(head)
+    trained = [hidden, *head.parameters()]
+    bent = 0.7 * torch.tanh(head(hidden) / 0.7)
+    expected = F.cross_entropy(bent.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE)
+    loss, _ = linear_cross_entropy(hidden, head, labels, softcap=0.7, chunk=chunk)
+    assert_near(loss, expected)
+    for found, exact in zip(gradients(loss, trained), gradients(expected, trained), strict=True):
+        assert_near(found, exact, 2e-6)
+    with torch.no_grad():
+        assert_near(linear_cross_entropy(hidden, head, labels, softcap=0.7)[0], expected)
+    assert (plain_loss(hidden, head, labels) - expected).abs() > 0.1
 
 
 def test_a_chunk_that_divides_the_targets():

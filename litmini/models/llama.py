@@ -298,6 +298,8 @@ class Model(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if cache is not None:
+            cache.advance(positions)
         mask = make_mask(positions, documents, cache, self.config.window)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)
