@@ -147,7 +147,6 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, dict[str,
     plain: dict[str, Any] = {
         "peft_type": "LORA",
         "bias": "none",
-        "fan_in_fan_out": False,
         "use_dora": False,
         "use_rslora": False,
         "modules_to_save": None,
@@ -156,7 +155,14 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, dict[str,
         "layers_to_transform": None,
         "trainable_token_indices": None,
         "target_parameters": None,
+        "lora_bias": False,
+        "alora_invocation_tokens": None,
     }
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise UserError(
+            f"{path}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base itself; "
+            f"convert it with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
     if lacking := [f"{k} = {settings[k]!r}" for k, v in plain.items() if settings.get(k) and settings[k] != v]:
         raise UserError(f"{path}/adapter_config.json uses what litmini does not implement: {', '.join(lacking)}")
     tensors: dict[str, dict[str, Tensor]] = {}

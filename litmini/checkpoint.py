@@ -62,7 +62,12 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
     here = sorted(str(p.parent) for p in Path("checkpoints").glob("*/*/config.json"))
     there = "Checkpoints here: " + ", ".join(here) if here else "There are no checkpoints in checkpoints/ yet"
     name = "/".join(path.parts[-2:])
-    raise UserError(f"{problem}. {there}. To get it: python scripts/download.py {name}")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} is an adapter, no checkpoint: give it as --adapter_dir, with its base as --checkpoint_dir."
+        )
+    get = f". To get it: python scripts/download.py {name}" if path.parts[:-2] == ("checkpoints",) else ""
+    raise UserError(f"{problem}. {there}{get}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The settings that scripts share, and the error for what a user can mend. Nothing heavy is imported here."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,15 @@ class DataConfig:
     max_dropped: float = 0.01
     """Largest share of examples that may be without any trained token before it is an error."""
 
+    def __post_init__(self) -> None:
+        check(
+            "data.",
+            self,
+            val_fraction=0 <= self.val_fraction < 1,
+            max_seq_len=self.max_seq_len > 0,
+            max_dropped=0 <= self.max_dropped <= 1,
+        )
+
 
 @dataclass
 class TrainConfig:
@@ -65,7 +75,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, bool)}
-        check("train.", self, **{name: value > 0 for name, value in numbers.items()})
+        check("train.", self, **{name: 0 < value < math.inf for name, value in numbers.items()})
 
 
 @dataclass
@@ -93,7 +103,7 @@ class OptimConfig:
         check(
             "optim.",
             self,
-            lr=self.lr >= 0,
+            lr=0 <= self.lr < math.inf,
             min_lr=self.min_lr >= 0,
             warmup_steps=self.warmup_steps >= 0,
             weight_decay=self.weight_decay >= 0,

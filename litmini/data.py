@@ -1,10 +1,8 @@
 """Examples -> tokens and labels. `records.py` reads them from files; `packing.py` makes rows and batches of them."""
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,15 +156,8 @@ def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str,
 
 def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Examples, Examples | None, list[Example]]:
     """Tokenised training and held-out examples, and the held-out ones as they were read."""
-    problems = []
-    if config.max_seq_len < 1:
-        problems.append(f"data.max_seq_len is {config.max_seq_len}, expected 1 or more")
-    if not 0 <= config.val_fraction < 1:
-        problems.append(f"data.val_fraction is {config.val_fraction}, expected 0 or more and less than 1")
     if config.val_path and config.val_fraction:
-        problems.append("data.val_path and data.val_fraction are both given, expected one of them")
-    if problems:
-        raise UserError("; ".join(problems) + ".")
+        raise UserError("data.val_path and data.val_fraction are both given, expected one of them.")
     has_template = tokenizer.chat_template is not None
     examples = read_examples(config.path, has_template)
     held_out: list[Example] = []
@@ -183,15 +174,6 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Exam
         examples = [examples[i] for i in sorted(order[count:])]
     train = tokenize(examples, tokenizer, config, "training")
     return train, tokenize(held_out, tokenizer, config, "held-out") if held_out else None, held_out
-
-
-def file_hash(path: str) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def describe(name: str, examples: Examples) -> str:

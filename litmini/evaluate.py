@@ -1,6 +1,7 @@
 """Answers on held-out examples: are they exactly right?"""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -35,7 +36,9 @@ def answer_all(
         elif len(example.messages) > 1 and example.messages[-1]["role"] == "assistant":
             *before, last = example.messages
             asked.append((tokenizer.encode_prompt(before), before[-1]["content"], last["content"]))
-    answers = []
+    room: Any = model.config
+    answers = [Answer(q, a, "") for prompt, q, a in asked if len(prompt) >= room.max_positions]  # nothing can be said
+    asked = [entry for entry in asked if len(entry[0]) < room.max_positions]
     training = model.training
     model.eval()
     with tqdm(total=len(asked), desc="answering", unit="ex", disable=None) as bar:

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -109,3 +110,12 @@ def existing_file(path: str, what: str) -> Path:
     near = difflib.get_close_matches(file.name, beside, n=3) or beside[:5]
     where = f"{file.parent}/ holds {', '.join(near)}" if near else f"{file.parent}/ is empty or missing"
     raise UserError(f"{what} not found: {file} (in {Path.cwd()}); {where}.")
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

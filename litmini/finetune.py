@@ -18,11 +18,11 @@ from litmini.checkpoint import read_config
 from litmini.config import FinetuneConfig, OptimConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
-from litmini.evaluate import Answer, answer_all, exact_match
+from litmini.evaluate import answer_all, exact_match
 from litmini.launch import checkpoint_activations
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
-from litmini.runs import Run
+from litmini.runs import Run, plot_metrics
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
 
@@ -72,7 +72,7 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
-    filled = 100 * train.statistics["tokens"] / (len(rows) * rows.length) if rows.pack else None
+    filled = 100 * train.statistics["tokens"] / (len(rows) * rows.length)
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
     held_out_rows = Rows(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
@@ -104,46 +104,28 @@ def run_training(
     progress: Progress,
     save_weights: Callable[[Path], None],
 ) -> None:
-    """Measure, train, measure again, and write what was found into the run's manifest.
+    """Measure the model as it is, then train it.
 
     Args:
         wrapped: `model` as `fabric.setup` returned it.
-        save_weights: writes the method's product into a directory.
+        save_weights: writes the method's product into a directory, for checkpoints.
     """
-    config, tokenizer, examples = run.config, data.tokenizer, data.train.examples
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    rank, world = fabric.global_rank, fabric.world_size
-
-    def batches(step: int) -> list[Batch]:
-        numbers = range(data.total_rows)[step * batch : (step + 1) * batch]  # the last step may have fewer
-        return list(data.train.batches(numbers, micro, rank, world))
-
-    def val_loss() -> float:
-        assert data.val is not None
-        return evaluate(fabric, wrapped, data.val.batches(range(len(data.val)), micro, rank, world))
-
-    def measure(when: str) -> list[Answer]:
-        results: dict[str, Any] = {}
-        answers: list[Answer] = []
-        if data.val:
-            results[f"val_loss_{when}"] = val_loss()
-        if data.held_out and (config.eval.exact_match or config.eval.samples):
-            asked = data.held_out if config.eval.exact_match else data.held_out[: config.eval.samples]
-            answers = answer_all(model, tokenizer, asked, config.eval.max_new_tokens)
-            results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
-        if config.eval.exact_match and answers:
-            results[f"exact_match_{when}"] = exact_match(answers)
-        run.write_manifest(tokenizer, examples, **results)
-        return answers
-
+    config = run.config
+    micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if progress.step == 0:
-        measure("before")
-        if not config.data.pack:
+        measure(fabric, wrapped, model, data, run, "before")
+        if not config.data.pack:  # packed rows are all of one length
             rehearse(fabric, wrapped, optimizer, data.train.longest_batch(micro))
+
+    def batches(step: int) -> list[Batch]:
+        batch = config.train.global_batch_size
+        rows = range(step * batch, min((step + 1) * batch, data.total_rows))
+        return list(data.train.batches(rows, micro, rank, world))
+
     fit(
         fabric,
         wrapped,
@@ -156,34 +138,64 @@ def run_training(
         seed=config.seed,
         log=run.log,
         checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
-        validate=val_loss if data.val else None,
+        validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
         max_grad_norm=config.optim.max_grad_norm,
     )
-    measure("after")
-    run.write_manifest(
-        tokenizer,
-        examples,
-        trained_parameters=trained,
-        steps=progress.step,
-        tokens=progress.tokens,
-        target_tokens=progress.targets,
-        training_seconds=progress.seconds,
-        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        peak_memory_mib=peak_memory_mib(fabric.device),
-    )
+    run.results |= {
+        "trained_parameters": trained,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "target_tokens": progress.targets,
+        "training_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+    }
 
 
-def summary(run: Run, checkpoint_dir: str | Path, adapter_dir: Path | None = None) -> str:
-    """What a person wants to know at the end of a run, and what to type next."""
+def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: FinetuneConfig) -> float:
+    """Mean loss a target token over all held-out rows."""
+    assert data.val is not None
+    micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
+    return evaluate(fabric, wrapped, data.val.batches(range(len(data.val)), micro, rank, world))
+
+
+def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, run: Run, when: str) -> None:
+    """Held-out loss, answers and exact match into the run's manifest, under names that end in `when`."""
+    config = run.config
+    results: dict[str, Any] = {}
+    if data.val:
+        results[f"val_loss_{when}"] = held_out_loss(fabric, wrapped, data, config)
+    asked = data.held_out if config.eval.exact_match else data.held_out[: config.eval.samples]
+    if asked:
+        answers = answer_all(model, data.tokenizer, asked, config.eval.max_new_tokens)
+        results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
+        if config.eval.exact_match:
+            results[f"exact_match_{when}"] = exact_match(answers)
+    run.write_manifest(data.tokenizer, data.train.examples, **results)
+
+
+def finish(
+    fabric: Fabric,
+    wrapped: nn.Module,
+    model: nn.Module,
+    data: Data,
+    run: Run,
+    checkpoint_dir: str | Path,
+    adapter_dir: Path | None = None,
+) -> str:
+    """Measure what was trained and saved, draw the curve, and say what a person wants to know, and what to type next."""
+    run.results["peak_memory_mib"] = peak_memory_mib(fabric.device)
+    measure(fabric, wrapped, model, data, run, "after")
+    if fabric.is_global_zero:
+        plot_metrics(run.directory, run.results)
     r = run.results
     lines = []
     for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
         lines += [f"\nquestion  {before['question']}", f"expected  {before['expected']}"]
         lines += [f"before    {before['given']}", f"after     {after['given']}"]
     lines.append("")
-    if "val_loss_after" in r:
+    if {"val_loss_before", "val_loss_after"} <= r.keys():
         lines.append(f"held-out loss         {r['val_loss_before']:.3f} -> {r['val_loss_after']:.3f}")
-    if "exact_match_after" in r:
+    if {"exact_match_before", "exact_match_after"} <= r.keys():
         lines.append(f"held-out exact match  {r['exact_match_before']:.0%} -> {r['exact_match_after']:.0%}")
     lines.append(
         f"training took {r['training_seconds']:.0f} s at {r['tokens_per_second']:,.0f} tokens/s, "

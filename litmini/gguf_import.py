@@ -181,7 +181,7 @@ def import_gguf(file: Path, out_dir_aside: Path, dtype: torch.dtype = torch.bflo
     kept = _fitting(tensors, architecture, model, file)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for old, new in tqdm(kept.items(), desc=f"dequantising {file.name}", unit=" tensors"):
+        for old, new in tqdm(kept.items(), desc=f"dequantising {file.name}", unit=" tensors", disable=None):
             array = dequantize(tensors[old].data, tensors[old].tensor_type)
             values = torch.from_numpy(np.require(array, requirements=["C", "W"]))
             if _pattern(old) in architecture.interleaved:

@@ -50,6 +50,8 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     Dropout draws the same mask again: the random state is preserved.
     """
-    for module in model.modules():
-        if type(module).__name__ == "Block":
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
+    if not blocks:
+        raise UserError("train.checkpoint_activations: this model has no class named Block.")
+    for module in blocks:
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]

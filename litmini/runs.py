@@ -22,8 +22,8 @@ from torch import nn
 import litmini
 from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
-from litmini.data import Examples, file_hash
-from litmini.files import existing_file, read_json, restore, write_aside, write_json, write_text
+from litmini.data import Examples
+from litmini.files import existing_file, file_hash, read_json, restore, write_aside, write_json, write_text
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
@@ -57,18 +57,20 @@ class Run:
                     f"{self.directory} holds a run already. Go on with it: --resume auto. Or start another: "
                     f"--out_dir {self._free_name()}"
                 )
+        elif (self.directory / "final").exists():
+            raise UserError(
+                f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
+                f"Start another: --out_dir {self._free_name()}"
+            )
         elif config.resume in (True, "auto"):
-            if (self.directory / "final").exists():
-                raise UserError(
-                    f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
-                    f"Start another: --out_dir {self._free_name()}"
-                )
             self.restart_from = steps[-1] if steps else None
         else:
             self.restart_from = Path(str(config.resume))
             if not (self.restart_from / "training_state.json").is_file():
                 there = ", ".join(str(p) for p in steps) or "none"
                 raise UserError(f"{self.restart_from} is no training checkpoint; those of {self.directory}: {there}")
+            if holds_run and self.restart_from.resolve().parent != self.directory.resolve():
+                raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
         if self.restart_from:
             self._check_same_meaning(self.restart_from.parent)
 
@@ -97,11 +99,23 @@ class Run:
         if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
             raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
 
-    def begin(self, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Make the directory, or restore the state of the checkpoint to go on from."""
+    def begin(
+        self, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer
+    ) -> Progress:
+        """Make the directory, or restore the state of the checkpoint to go on from.
+
+        Raises:
+            UserError: the checkpoint does not fit, or the chat template is another than when the run began.
+        """
         self.fabric, self.model, self.optimizer = fabric, model, optimizer
         progress = Progress()
         if self.restart_from:
+            if read_json(self.restart_from.parent / "manifest.json")["chat_template_sha256"] != _template_hash(
+                tokenizer
+            ):
+                raise UserError(
+                    f"cannot resume {self.restart_from}: the chat template was changed since the run began."
+                )
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
         if fabric.is_global_zero:
@@ -137,7 +151,8 @@ class Run:
                 save_weights(aside)
                 save_state(aside, progress, self.model, self.optimizer)
             for old in self._steps()[: -self.config.train.keep_last]:
-                shutil.rmtree(old)
+                if old != directory:  # newer ones are there where a run went back to an older step
+                    shutil.rmtree(old)
         self.fabric.barrier()
         return directory
 
@@ -147,7 +162,6 @@ class Run:
         if self.fabric.is_global_zero:
             with write_aside(directory) as aside:
                 save_weights(aside)
-            plot_metrics(self.directory, self.results)
         self.fabric.barrier()
         return directory
 
@@ -159,7 +173,6 @@ class Run:
         config, source = self.config, Path(self.config.checkpoint_dir) / "source.json"
         files = [config.data.path] + ([config.data.val_path] if config.data.val_path else [])
         packages = ("torch", "lightning", "safetensors", "tokenizers", "jinja2")
-        template = tokenizer.chat_template
         manifest = {
             "litmini": litmini.__version__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -173,13 +186,18 @@ class Run:
                 "checkpoint_dir": config.checkpoint_dir,
                 "source": read_json(source) if source.is_file() else None,
             },
-            "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
+            "chat_template_sha256": _template_hash(tokenizer),
             "data": {file: {"sha256": file_hash(file)} for file in files},
             "statistics": train.statistics,
             "seed": config.seed,
             "results": self.results,
         }
         write_json(self.directory / "manifest.json", manifest)
+
+
+def _template_hash(tokenizer: Tokenizer) -> str | None:
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -243,8 +261,7 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, parameter in trainable.items():
         if state[name]:
             optimizer.state[parameter] = {
-                k: v.to(parameter.device) if isinstance(v, torch.Tensor) and v.dim() else v
-                for k, v in state[name].items()
+                k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()
             }
     return progress
 

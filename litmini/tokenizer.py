@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.checkpoint import SIDE_FILES
+from litmini.checkpoint import copy_side_files
 from litmini.config import UserError
 from litmini.files import existing_file, read_json, write_json
 
@@ -169,9 +169,7 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer, template in use and all stop ids into `directory`, so that they travel with the weights."""
-        for name in SIDE_FILES:
-            if (self.directory / name).is_file():
-                (directory / name).write_bytes((self.directory / name).read_bytes())
+        copy_side_files(self.directory, directory)
         settings = {k: v for k, v in self.settings.items() if k != "chat_template"}
         write_json(directory / "tokenizer_config.json", settings)
         template = directory / "chat_template.jinja"

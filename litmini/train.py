@@ -43,8 +43,9 @@ class Progress:
 class Interrupted(UserError):
     """SIGTERM or Ctrl-C, after the step was finished and saved."""
 
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, received: list[str], message: str) -> None:
+        name = (received or ["SIGTERM"])[0]  # none: another rank received it
+        super().__init__(f"{name}: {message}")
         self.status = 128 + signal.Signals[name]
 
 
@@ -88,8 +89,12 @@ def fit(
             started = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
             micro_batches = batches(step)
-            counts = torch.tensor([_targets(micro_batches), _tokens(micro_batches)], device=fabric.device)
-            targets, tokens = (int(n) for n in fabric.all_reduce(counts, reduce_op="sum"))
+            counts = torch.tensor(
+                [_targets(micro_batches), _tokens(micro_batches), len(received)], device=fabric.device
+            )
+            targets, tokens, stop = (
+                int(n) for n in fabric.all_reduce(counts, reduce_op="sum")
+            )  # all ranks stop together
             rate = learning_rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -129,7 +134,7 @@ def fit(
             if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
                 metrics["val_loss"] = validate()
                 model.train()
-            if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
+            if "val_loss" in metrics or (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 log(metrics)
             line = f"loss {loss_value:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s"
             bar.set_postfix_str(line)
@@ -137,13 +142,11 @@ def fit(
             if bar.disable and (step + 1) % max(1, total_steps // 20) == 0:  # for log files
                 fabric.print(f"step {step + 1} of {total_steps}: {line}")
             due = config.save_every and (step + 1) % config.save_every == 0
-            if due or (received and step + 1 < total_steps):
+            stop = bool(stop or (received and fabric.world_size == 1))
+            if due or stop:
                 saved = checkpoint(progress)
-            if received and step + 1 < total_steps:
-                raise Interrupted(
-                    received[0],
-                    f"stopped by {received[0]} after step {step + 1}; saved {saved}. Go on with --resume auto",
-                )
+            if stop:
+                raise Interrupted(received, f"stopped after step {step + 1}; saved {saved}. Go on with --resume auto")
     return progress
 
 

@@ -13,7 +13,7 @@ from litmini.config import FinetuneFullConfig
 
 def main(config: FinetuneFullConfig) -> None:
     from litmini.checkpoint import load_model, save_trained
-    from litmini.finetune import prepare_data, preview, run_training, summary
+    from litmini.finetune import finish, prepare_data, preview, run_training
     from litmini.launch import make_fabric, weight_dtype
     from litmini.optim import make_optimizer
     from litmini.runs import Run
@@ -45,14 +45,14 @@ def main(config: FinetuneFullConfig) -> None:
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
 
     # 7. Resume
-    progress = run.begin(fabric, model, optimizer)
+    progress = run.begin(fabric, model, optimizer, data.tokenizer)
 
     # 8. Fit
     run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
 
-    # 9. Save
+    # 9. Save and measure
     final = run.save_final(save_weights)
-    fabric.print(summary(run, checkpoint_dir=final))
+    fabric.print(finish(fabric, wrapped, model, data, run, checkpoint_dir=final))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from litmini.config import FinetuneLoraConfig
 def main(config: FinetuneLoraConfig) -> None:
     from litmini.adapters import add_adapters, save_adapter
     from litmini.checkpoint import load_model
-    from litmini.finetune import prepare_data, preview, run_training, summary
+    from litmini.finetune import finish, prepare_data, preview, run_training
     from litmini.launch import make_fabric, weight_dtype
     from litmini.optim import make_optimizer
     from litmini.runs import Run
@@ -45,14 +45,14 @@ def main(config: FinetuneLoraConfig) -> None:
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
 
     # 7. Resume
-    progress = run.begin(fabric, model, optimizer)
+    progress = run.begin(fabric, model, optimizer, data.tokenizer)
 
     # 8. Fit
     run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
 
-    # 9. Save
+    # 9. Save and measure
     final = run.save_final(save_weights)
-    fabric.print(summary(run, config.checkpoint_dir, adapter_dir=final))
+    fabric.print(finish(fabric, wrapped, model, data, run, config.checkpoint_dir, adapter_dir=final))
 
 
 if __name__ == "__main__":

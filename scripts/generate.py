@@ -73,7 +73,7 @@ def main(config: GenerateConfig) -> None:
     prompt: str | list[Message] = sys.stdin.read() if config.prompt == "-" else config.prompt
     if config.system is not None:
         prompt = [{"role": "system", "content": config.system}, {"role": "user", "content": prompt}]
-    started, count = time.perf_counter(), 0
+    started = time.perf_counter()
     for piece in stream(
         model,
         tokenizer,
@@ -86,10 +86,9 @@ def main(config: GenerateConfig) -> None:
         **({"stop_ids": []} if config.ignore_eos else {}),
     ):
         print(piece, end="", flush=True)
-        count += 1
     seconds = time.perf_counter() - started
     print(flush=True)
-    print(f"[{count} pieces in {seconds:.1f} s]", file=sys.stderr)
+    print(f"[{seconds:.1f} s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,14 @@ class MergeConfig:
 def main(config: MergeConfig) -> None:
     from litmini.checkpoint import parse_dtype
     from litmini.export import export, merge_error
+    from litmini.files import read_json
 
     dtype = parse_dtype(config.dtype) if config.dtype else None
     target = export(config.checkpoint_dir, config.out_dir, config.adapter_dir, dtype)
     print(f"merged: {target}")
     if config.check:
-        difference, same = merge_error(config.checkpoint_dir, config.adapter_dir, target, config.dtype or "bf16")
+        written = "fp32" if read_json(target / "config.json")["dtype"] == "float32" else "bf16"
+        difference, same = merge_error(config.checkpoint_dir, config.adapter_dir, target, written)
         print(
             f"merged against unmerged: log-probabilities differ by at most {difference:.3g}, same best token {same:.1%}"
         )

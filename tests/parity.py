@@ -62,6 +62,8 @@ class FamilyTests:
     """preset -> published number of parameters, tied ones counted once; every preset but `tiny`."""
     bound: ClassVar[float] = 1e-5
     """Of fp32 logits, absolute, and of gradients, relative to each one's norm."""
+    mended: ClassVar[tuple[str, ...]] = ()
+    """Cases in which transformers itself is wrong and mended by a fixture; left out of the README's table."""
 
     @pytest.fixture
     def directory(self, tmp_path, tokenizer_dir):

@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import FamilyTests
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -44,13 +46,17 @@ CASES = {
 VOCAB, T = 97, 61  # T: several windows, and twice the length that llama3's scaling starts from
 
 
-def reference(**changes) -> LlamaForCausalLM | MistralForCausalLM:
-    """transformers' model in fp32 with every parameter away from its default."""
+def hf_config(**changes) -> LlamaConfig | MistralConfig:
     settings = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, **changes}
     mistral = settings.pop("model_type", "llama") == "mistral"
-    config = (MistralConfig if mistral else LlamaConfig)(**settings, attn_implementation="eager")
-    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).eval()
+    return (MistralConfig if mistral else LlamaConfig)(**settings, attn_implementation="eager")
+
+
+def reference(**changes) -> LlamaForCausalLM | MistralForCausalLM:
+    """transformers' model in fp32 with every parameter away from its default."""
+    config = hf_config(**changes)
+    model = (MistralForCausalLM if config.model_type == "mistral" else LlamaForCausalLM)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -61,6 +67,13 @@ def reference(**changes) -> LlamaForCausalLM | MistralForCausalLM:
                 sharp = 2.0 if "q_proj" in name or "k_proj" in name else 1.0  # so that attention is far from even
                 parameter.normal_(std=sharp / math.sqrt(parameter.shape[1]))
     return model
+
+
+class LlamaCases(FamilyTests):
+    """For the README's table; the tests are those of this file, which came first and go further."""
+
+    module = llama
+    cases: ClassVar = {name: hf_config(**changes) for name, changes in CASES.items()}
 
 
 def ours(theirs) -> llama.Model:

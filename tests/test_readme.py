@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import litmini
+import litmini.models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -118,3 +119,14 @@ def test_python_block(workplace, outputs):
         [sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True, env=environment
     )
     assert '"city": "Oslo"' in result.stdout, result.stderr[-2000:]
+
+
+def test_the_table_of_families_is_that_of_the_registry():
+    """All but the measured column, which the parity tests bound."""
+    import family_table
+
+    rows = family_table.in_readme().removeprefix(family_table.HEAD).splitlines(keepends=True)
+    measured = [line.split("|")[-2].strip() for line in rows]
+    names = sorted({litmini.models.family(model_type).__name__ for model_type in litmini.models.FAMILIES})
+    assert rows == [family_table.row(name, shown) for name, shown in zip(names, measured, strict=True)]
+    assert all(float(shown) <= 1e-5 for shown in measured)

@@ -223,7 +223,7 @@ def test_sigterm_saves_and_resuming_ends_as_if_nothing_had_been(place, tmp_path)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in error
-    assert "stopped by SIGTERM after step" in error and "--resume auto" in error
+    assert "SIGTERM: stopped after step" in error and "--resume auto" in error
     assert not (tmp_path / "run/final").exists()
     words = [str(word) for word in command[2:]]
     run("finetune_lora.py", *words, "--resume", "auto")

@@ -1,0 +1,228 @@
+"""GPT-2, 124M to 1.5B, and models of its shape such as nanoGPT's.
+
+Features: learned positions added to the embedding, LayerNorm with bias before attention and MLP, q, k and v from one
+fused linear, all heads with keys of their own, GELU (tanh form), biases in every linear, head tied to the embedding.
+
+Differs from llama.py in: positions (a table of `max_positions` rows, not rotary), norm, the fused linear, the MLP without
+gate, biases, smaller initial weights where a block ends. Hugging Face keeps these linears as "Conv1D", (in, out):
+`from_hf` and `to_hf` transpose them. Dropout of the pretraining (0.1) is left out: finetuning has that of its adapters.
+
+Paper: Language Models are Unsupervised Multitask Learners (Radford et al. 2019).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litmini.attention import Mask, attend, make_mask
+from litmini.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    ffn_dim: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+PRESETS = {
+    "tiny": Config(512, 64, 2, 4, 256, 256),  # for tests
+    "openai-community/gpt2": Config(50257, 768, 12, 12, 3072, 1024),
+    "openai-community/gpt2-medium": Config(50257, 1024, 24, 16, 4096, 1024),  # wider, twice as deep
+    "openai-community/gpt2-large": Config(50257, 1280, 36, 20, 5120, 1024),
+    "openai-community/gpt2-xl": Config(50257, 1600, 48, 25, 6400, 1024),
+}
+
+
+def config_from_hf(hf: dict[str, Any]) -> Config:
+    """Read `config.json`; its names for sizes are GPT-2's own, the same in transformers 4 and 5.
+
+    Raises:
+        ValueError: it asks for something that this file does not implement; the message names key and value.
+    """
+    implemented = {
+        "activation_function": hf.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": hf.get("scale_attn_weights", True),
+        "scale_attn_by_inverse_layer_idx": not hf.get("scale_attn_by_inverse_layer_idx"),
+        "reorder_and_upcast_attn": not hf.get("reorder_and_upcast_attn"),
+        "add_cross_attention": not hf.get("add_cross_attention"),
+        "quantization_config": hf.get("quantization_config") is None,
+    }  # embd_pdrop, attn_pdrop and resid_pdrop, 0.1 in every published file, change nothing but pretraining
+    if lacking := [f"{key} = {hf.get(key)!r}" for key, ok in implemented.items() if not ok]:
+        raise ValueError(f"not implemented in gpt2.py: {', '.join(lacking)}")
+    dim = hf.get("n_embd", 768)
+    return Config(
+        vocab_size=hf["vocab_size"],
+        dim=dim,
+        n_layers=hf.get("n_layer", 12),
+        n_heads=hf.get("n_head", 12),
+        ffn_dim=hf.get("n_inner") or 4 * dim,
+        max_positions=hf.get("n_positions", 1024),
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        tied=hf.get("tie_word_embeddings", True),
+    )
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` of a model, readable by transformers 4 and 5."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_embd": config.dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.ffn_dim,
+        "n_positions": config.max_positions,
+        "n_ctx": config.max_positions,  # the older name
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_eps,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.c_attn = nn.Linear(config.dim, 3 * config.dim)
+        self.c_proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, mask: Mask, cache: Any) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, -1, self.head_dim)  # first all heads of q, then of k, then of v
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_heads, T, head_dim) each
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, n_heads, S, head_dim)
+        y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.dim, config.ffn_dim)
+        self.c_proj = nn.Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Mask, cache: Any = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        wte = nn.Embedding(config.vocab_size, config.dim)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": wte,
+                "wpe": nn.Embedding(config.max_positions, config.dim),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                "ln_f": nn.LayerNorm(config.dim, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = wte.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Embeddings and linears: normal, std 0.02, divided by sqrt(2 n_layers) in c_proj; biases: 0; norms: 1."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "ln_" in name:
+                nn.init.ones_(parameter)
+            else:  # 2 n_layers of c_proj add up in the residual stream
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if "c_proj" in name else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+
+        Args:
+            tokens: (B, T) int64.
+            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
+            documents: (B, T) ints; tokens see only tokens of their own document.
+            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            labels: (B, T) int64, the target after each token; -100 where there is none.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            stop = start + tokens.shape[1]
+            if stop > self.config.max_positions:  # else a GPU would stop in the middle of a kernel
+                raise ValueError(f"{stop} tokens, but there are learned positions for {self.config.max_positions}")
+            positions = torch.arange(start, stop, device=tokens.device).expand_as(tokens)
+        if cache is not None:
+            cache.advance(positions)
+        mask = make_mask(positions, documents, cache, window=None)
+        # (B, T, dim); padding has no row in the table: any will do, no real token sees it
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions.clamp(min=0))
+        for i, block in enumerate(self.transformer["h"].children()):
+            x = block(x, mask, None if cache is None else cache[i])
+        x = self.transformer["ln_f"](x)
+        if labels is not None:
+            return linear_cross_entropy(x, self.lm_head, labels)
+        return self.lm_head(x)  # (B, T, vocab_size)
+
+
+CONV1D = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+
+
+def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's tensors as the model has them; also of the first files, which lack `transformer.` in names."""
+    for name, tensor in tensors:
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, in old files
+            continue
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        yield name, tensor.T.contiguous() if name.endswith(CONV1D) else tensor
+
+
+def to_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The way back: Conv1D keeps its weight as (in, out)."""
+    for name, tensor in tensors:
+        yield name, tensor.T.contiguous() if name.endswith(CONV1D) else tensor

@@ -1,0 +1,250 @@
+"""MPT of MosaicML: 7B and 30B, base, instruct, chat and StoryWriter, in one file.
+
+Features: LayerNorm without bias before attention and MLP, no positional embedding but ALiBi (each head takes its own
+slope times the distance off its scores), q, k and v in one linear, optionally clipped, GELU MLP, no biases at all, head
+tied to the embedding. Module names and shapes are Hugging Face's, so checkpoints load as they are.
+
+Differs from llama.py in ALiBi for rotary, LayerNorm for RMSNorm, fused Wqkv for three linears, no grouped attention, and
+an MLP without gate, four times as wide as the model.
+
+StoryWriter sets alibi_bias_max to 16: MosaicML's code, vLLM and this file heed it; transformers 5.23 computes with 8.
+
+Papers: MPT-7B (databricks.com/blog/mpt-7b), ALiBi (arXiv 2108.12409).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litmini.attention import Mask, attend, make_mask
+from litmini.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    max_positions: int  # of pretraining; ALiBi itself goes on beyond
+    alibi_max: int = 8  # the steepest head takes 2 ** -(8 / n_heads) per position, the flattest 2 ** -8
+    clip_qkv: float | None = None  # q, k and v are clamped to [-clip_qkv, clip_qkv]
+    norm_eps: float = 1e-5
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if self.clip_qkv is not None and self.clip_qkv <= 0:
+            raise ValueError(f"clip_qkv {self.clip_qkv} is not above 0")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+# fmt: off
+PRESETS = {
+    "tiny": Config(512, 64, 2, 4, 256),  # for tests
+    "mosaicml/mpt-7b": Config(50432, 4096, 32, 32, 2048),
+    "mosaicml/mpt-7b-instruct": Config(50432, 4096, 32, 32, 2048),
+    "mosaicml/mpt-7b-chat": Config(50432, 4096, 32, 32, 2048),
+    "mosaicml/mpt-7b-storywriter": Config(50432, 4096, 32, 32, 65536, alibi_max=16, clip_qkv=6.0),  # flatter slopes
+    "mosaicml/mpt-30b": Config(50432, 7168, 48, 64, 8192),  # wider and deeper; heads of 112
+    "mosaicml/mpt-30b-instruct": Config(50432, 7168, 48, 64, 8192),
+    "mosaicml/mpt-30b-chat": Config(50432, 7168, 48, 64, 8192),
+}
+# fmt: on
+
+
+def config_from_hf(hf: dict[str, Any]) -> Config:
+    """Read `config.json`, of transformers or of MosaicML's own code.
+
+    Raises:
+        ValueError: it asks for something that this file does not implement; the message names key and value.
+    """
+    attn = hf.get("attn_config") or {}
+    found = {**hf, **{f"attn_config.{key}": value for key, value in attn.items()}}
+    implemented = {
+        "attn_config.attn_type": attn.get("attn_type", "multihead_attention") == "multihead_attention",
+        "attn_config.alibi": attn.get("alibi", True),  # with it, MosaicML's code ignores learned_pos_emb
+        "attn_config.rope": not attn.get("rope"),
+        "attn_config.qk_ln": not attn.get("qk_ln"),
+        "attn_config.qk_gn": not attn.get("qk_gn"),
+        "attn_config.prefix_lm": not attn.get("prefix_lm"),
+        "attn_config.softmax_scale": attn.get("softmax_scale") is None,
+        "attn_config.attn_uses_sequence_id": not attn.get("attn_uses_sequence_id"),
+        "attn_config.sliding_window_size": attn.get("sliding_window_size", -1) == -1,
+        "attn_config.attn_pdrop": not attn.get("attn_pdrop"),
+        "resid_pdrop": not hf.get("resid_pdrop"),
+        "emb_pdrop": not hf.get("emb_pdrop"),
+        "expansion_ratio": hf.get("expansion_ratio", 4) == 4,
+        "ffn_config": (hf.get("ffn_config") or {}).get("ffn_type", "mptmlp") == "mptmlp",
+        "norm_type": hf.get("norm_type", "layernorm") in ("layernorm", "low_precision_layernorm"),
+        "no_bias": hf.get("no_bias", True),
+        "logit_scale": hf.get("logit_scale") is None,
+        "embedding_fraction": hf.get("embedding_fraction", 1.0) == 1.0,
+        "quantization_config": hf.get("quantization_config") is None,
+    }
+    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
+        raise ValueError(f"not implemented in mpt.py: {', '.join(lacking)}")
+    clip = attn.get("clip_qkv")
+    return Config(
+        vocab_size=hf["vocab_size"],
+        dim=hf["d_model"],
+        n_layers=hf["n_layers"],
+        n_heads=hf["n_heads"],
+        max_positions=hf.get("max_seq_len", 2048),
+        alibi_max=attn.get("alibi_bias_max", 8),
+        clip_qkv=float(clip) if clip else None,  # 0 is none, too
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        tied=hf.get("tie_word_embeddings", True),
+    )
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` of a model, readable by transformers 4 and 5."""
+    return {
+        "architectures": ["MptForCausalLM"],
+        "model_type": "mpt",
+        "vocab_size": config.vocab_size,
+        "d_model": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "expansion_ratio": 4,
+        "max_seq_len": config.max_positions,
+        "attn_config": {
+            "attn_type": "multihead_attention",
+            "attn_impl": "torch",
+            "attn_pdrop": 0,
+            "attn_uses_sequence_id": False,
+            "alibi": True,
+            "alibi_bias_max": config.alibi_max,
+            "clip_qkv": config.clip_qkv,
+            "prefix_lm": False,
+            "qk_ln": False,
+            "softmax_scale": None,
+        },
+        "learned_pos_emb": False,
+        "no_bias": True,
+        "norm_type": "low_precision_layernorm",
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def alibi_slopes(config: Config, device: torch.device) -> Tensor:
+    """What each head takes off its scores per position of distance, (n_heads,) fp32."""
+    n = 2 ** math.ceil(math.log2(config.n_heads))  # the next power of two
+    slopes = 1.0 / 2 ** (torch.arange(1, n + 1, dtype=torch.float32, device=device) * (config.alibi_max / n))
+    if n != config.n_heads:  # every second slope first, then those between, as far as there are heads
+        slopes = torch.cat((slopes[1::2], slopes[::2]))[: config.n_heads]
+    return slopes
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.clip_qkv = config.clip_qkv
+        self.Wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)  # all of q, then all of k, then all of v
+        self.out_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, slopes: Tensor, mask: Mask, cache: Any) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.Wqkv(x)  # (B, T, 3 * dim)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        q, k, v = qkv.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, n_heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, n_heads, S, head_dim)
+        y = attend(q, k, v, mask, slopes=slopes)  # (B, n_heads, T, head_dim)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        self.down_proj = nn.Linear(4 * config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.dim, config.norm_eps, bias=False)
+        self.attn = Attention(config)
+        self.norm_2 = nn.LayerNorm(config.dim, config.norm_eps, bias=False)
+        self.ffn = MLP(config)
+
+    def forward(self, x: Tensor, slopes: Tensor, mask: Mask, cache: Any = None) -> Tensor:
+        x = x + self.attn(self.norm_1(x), slopes, mask, cache)
+        return x + self.ffn(self.norm_2(x))
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        wte = nn.Embedding(config.vocab_size, config.dim)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": wte,
+                "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                "norm_f": nn.LayerNorm(config.dim, config.norm_eps, bias=False),
+            }
+        )
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = wte.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Embedding and linears: normal, std 0.02; norms: 1."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+
+        Args:
+            tokens: (B, T) int64.
+            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
+            documents: (B, T) ints; tokens see only tokens of their own document.
+            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            labels: (B, T) int64, the target after each token; -100 where there is none.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if cache is not None:
+            cache.advance(positions)
+        mask = make_mask(positions, documents, cache, None)
+        x = self.transformer["wte"](tokens)  # (B, T, dim)
+        slopes = alibi_slopes(self.config, x.device)
+        for i, block in enumerate(self.transformer["blocks"].children()):
+            x = block(x, slopes, mask, None if cache is None else cache[i])
+        x = self.transformer["norm_f"](x)
+        if labels is not None:
+            return linear_cross_entropy(x, self.lm_head, labels)
+        return self.lm_head(x)  # (B, T, vocab_size)

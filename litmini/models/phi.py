@@ -1,0 +1,248 @@
+"""Phi-1, Phi-1.5 and Phi-2.
+
+Features: attention and MLP side by side, both reading the same LayerNorm and added to the same residual, rotary embedding
+on the first `rotary_pct` of each head (half-split layout), all heads with keys of their own, GELU (tanh form), biases
+everywhere, in the head too, which has weights of its own; Phi-2 was trained with dropout on what its blocks add.
+
+Differs from llama.py in: the parallel block with one norm, LayerNorm for RMSNorm, part of a head rotated, biases, MLP
+without gate. Differs from gpt_neox.py in: one norm a block for two, q, k and v apart, GELU's tanh form, the head's bias.
+
+Papers: Textbooks Are All You Need (arXiv 2306.11644), Phi-1.5 (2309.05463).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litmini.attention import Mask, attend, make_mask
+from litmini.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    ffn_dim: int
+    max_positions: int = 2048
+    rope_theta: float = 10_000.0
+    rotary_pct: float = 0.5  # the share of each head that is rotated
+    norm_eps: float = 1e-5
+    dropout: float = 0.0  # on the outputs of attention and MLP, while training
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_pct {self.rotary_pct} of head_dim {self.head_dim} is {self.rotary_dim}: rotary turns pairs"
+            )
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_pct)
+
+    @property
+    def tied(self) -> bool:
+        return False
+
+
+PRESETS = {
+    "tiny": Config(512, 64, 2, 4, 256, 256),  # for tests
+    "microsoft/phi-1": Config(51200, 2048, 24, 32, 8192),
+    "microsoft/phi-1_5": Config(51200, 2048, 24, 32, 8192),  # other data
+    "microsoft/phi-2": Config(51200, 2560, 32, 32, 10240, rotary_pct=0.4, dropout=0.1),  # 32 of 80 rotated
+}
+
+
+def config_from_hf(hf: dict[str, Any]) -> Config:
+    """Read `config.json`, of transformers 4 (`rope_theta`, `partial_rotary_factor`) or 5 (`rope_parameters`).
+
+    Raises:
+        ValueError: it asks for something that this file does not implement; the message names key and value.
+    """
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    implemented = {
+        "hidden_act": hf.get("hidden_act", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh"),
+        "rope_type": kind == "default",
+        "qk_layernorm": not hf.get("qk_layernorm"),
+        "num_key_value_heads": hf.get("num_key_value_heads") in (None, hf["num_attention_heads"]),
+        "attention_dropout": not hf.get("attention_dropout"),
+        "embd_pdrop": not hf.get("embd_pdrop"),
+        "tie_word_embeddings": not hf.get("tie_word_embeddings"),
+        "quantization_config": hf.get("quantization_config") is None,
+    }
+    found = {**hf, "rope_type": kind}
+    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
+        raise ValueError(f"not implemented in phi.py: {', '.join(lacking)}")
+    return Config(
+        vocab_size=hf["vocab_size"],
+        dim=hf["hidden_size"],
+        n_layers=hf["num_hidden_layers"],
+        n_heads=hf["num_attention_heads"],
+        ffn_dim=hf["intermediate_size"],
+        max_positions=hf.get("max_position_embeddings", 2048),
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
+        rotary_pct=rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 0.5)),
+        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        dropout=hf.get("resid_pdrop", 0.0),
+    )
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` of a model, readable by transformers 4 and 5."""
+    return {
+        "architectures": ["PhiForCausalLM"],
+        "model_type": "phi",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "intermediate_size": config.ffn_dim,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": config.norm_eps,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": 0.0,
+        "attention_dropout": 0.0,
+        "qk_layernorm": False,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "partial_rotary_factor": config.rotary_pct,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "partial_rotary_factor": config.rotary_pct,
+        },
+        "tie_word_embeddings": False,
+    }
+
+
+def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T)."""
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions.device) / config.rotary_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # (rotary_dim / 2,)
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, rotary_dim / 2); autocast lets it be
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, rotary_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + rotary_dim / 2]) by its angle; the rest of x (B, heads, T, head_dim) stays."""
+    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    x1, x2 = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.dim)
+        self.k_proj = nn.Linear(config.dim, config.dim)
+        self.v_proj = nn.Linear(config.dim, config.dim)
+        self.dense = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Any) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, n_heads, S, head_dim)
+        y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
+        return self.dense(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Any = None) -> Tensor:
+        h = self.input_layernorm(x)
+        return self.dropout(self.self_attn(h, rope, mask, cache)) + self.dropout(self.mlp(h)) + x
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                "final_layernorm": nn.LayerNorm(config.dim, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.dim, config.vocab_size)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Embeddings and linears: normal, std 0.02; biases: 0; norms: 1."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+
+        Args:
+            tokens: (B, T) int64.
+            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
+            documents: (B, T) ints; tokens see only tokens of their own document.
+            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            labels: (B, T) int64, the target after each token; -100 where there is none.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if cache is not None:
+            cache.advance(positions)
+        mask = make_mask(positions, documents, cache, window=None)
+        x = self.model["embed_tokens"](tokens)  # (B, T, dim)
+        rope = rotary(positions, self.config, x.dtype)
+        for i, block in enumerate(self.model["layers"].children()):
+            x = block(x, rope, mask, None if cache is None else cache[i])
+        x = self.model["final_layernorm"](x)
+        if labels is not None:
+            return linear_cross_entropy(x, self.lm_head, labels)
+        return self.lm_head(x)  # (B, T, vocab_size)

@@ -1,0 +1,295 @@
+"""Qwen 3 (dense): 0.6B to 32B, their base models and the 2507 editions, in one file.
+
+Features: RMSNorm before attention and MLP and on each head of q and k (before rotary), heads of a size of their own
+(n_heads * head_dim need not be dim), rotary embedding on the whole head (half-split layout, optional YaRN for long
+contexts), grouped-query attention, SwiGLU, no biases, head tied to the embedding in the small models.
+
+Differs from qwen2.py in the norms of q and k, which replace the biases, and has no window; from llama.py in these norms
+and in YaRN.
+
+Papers: Qwen3 (arXiv 2505.09388), YaRN (2309.00071).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litmini.attention import Mask, attend, make_mask
+from litmini.loss import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """How rotary frequencies are stretched beyond the length of pretraining: slow ones by `factor`, fast ones kept."""
+
+    factor: float
+    original_positions: int
+    attention_factor: float  # on cos and sin, so attention scores are larger by its square
+    beta_fast: float = 32.0  # turns within the original length: kept from here on
+    beta_slow: float = 1.0  # stretched up to here
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    max_positions: int
+    rope_theta: float = 1_000_000.0
+    yarn: Yarn | None = None
+    norm_eps: float = 1e-6
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+
+
+# fmt: off
+PRESETS = {
+    "tiny": Config(512, 64, 2, 4, 2, 32, 128, 256),  # for tests
+    "Qwen/Qwen3-0.6B": Config(151936, 1024, 28, 16, 8, 128, 3072, 40960, tied=True),
+    "Qwen/Qwen3-1.7B": Config(151936, 2048, 28, 16, 8, 128, 6144, 40960, tied=True),  # wider
+    "Qwen/Qwen3-4B": Config(151936, 2560, 36, 32, 8, 128, 9728, 40960, tied=True),  # deeper, q wider than the model
+    "Qwen/Qwen3-4B-Instruct-2507": Config(151936, 2560, 36, 32, 8, 128, 9728, 262144, 5_000_000.0, tied=True),
+    "Qwen/Qwen3-8B": Config(151936, 4096, 36, 32, 8, 128, 12288, 40960),  # untied from here on
+    "Qwen/Qwen3-14B": Config(151936, 5120, 40, 40, 8, 128, 17408, 40960),
+    "Qwen/Qwen3-32B": Config(151936, 5120, 64, 64, 8, 128, 25600, 40960),  # q wider than the model again
+}
+# fmt: on
+
+
+def config_from_hf(hf: dict[str, Any]) -> Config:
+    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+
+    Raises:
+        ValueError: it asks for something that this file does not implement; the message names key and value.
+    """
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    max_positions = hf.get("max_position_embeddings", 32768)
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    implemented = {
+        "hidden_act": hf.get("hidden_act", "silu") == "silu",
+        "rope_type": kind in ("default", "yarn"),
+        "mscale": not rope.get("mscale"),
+        "truncate": rope.get("truncate", True),
+        "partial_rotary_factor": partial == 1.0,
+        "attention_bias": not hf.get("attention_bias"),
+        "use_sliding_window": not hf.get("use_sliding_window"),
+        "layer_types": set(hf.get("layer_types") or []) <= {"full_attention"},
+        "dual_chunk_attention_config": hf.get("dual_chunk_attention_config") is None,  # for a million tokens
+        "attention_dropout": not hf.get("attention_dropout"),
+        "quantization_config": hf.get("quantization_config") is None,
+    }
+    found = {**hf, **rope, "rope_type": kind, "partial_rotary_factor": partial}
+    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
+        raise ValueError(f"not implemented in qwen3.py: {', '.join(lacking)}")
+    yarn = None
+    if kind == "yarn":
+        factor, original = float(rope["factor"]), rope.get("original_max_position_embeddings") or max_positions
+        yarn = Yarn(
+            factor=factor,
+            original_positions=int(original),
+            attention_factor=float(rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0),
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+        )
+    return Config(
+        vocab_size=hf["vocab_size"],
+        dim=hf["hidden_size"],
+        n_layers=hf["num_hidden_layers"],
+        n_heads=hf["num_attention_heads"],
+        n_kv_heads=hf.get("num_key_value_heads", 32) or hf["num_attention_heads"],
+        head_dim=hf.get("head_dim", 128),
+        ffn_dim=hf["intermediate_size"],
+        max_positions=max_positions,
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
+        yarn=yarn,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tied=hf.get("tie_word_embeddings", False),
+    )
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` of a model, readable by transformers 4 and 5."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if y := config.yarn:
+        rope = {"rope_type": "yarn", "factor": y.factor, "original_max_position_embeddings": y.original_positions}
+        rope |= {"attention_factor": y.attention_factor, "beta_fast": y.beta_fast, "beta_slow": y.beta_slow}
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.yarn else None,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tied,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": config.n_layers,
+    }
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)  # Llama rounds before it multiplies
+
+
+def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
+    attention_factor = 1.0
+    if y := config.yarn:
+        # the pair of the head whose frequency makes so many turns within the original length
+        first, last = (
+            config.head_dim * math.log(y.original_positions / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            for turns in (y.beta_fast, y.beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), config.head_dim - 1)
+        pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=positions.device)
+        stretched = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # 0: kept, 1: all of it
+        frequencies = frequencies * (1 - stretched) + frequencies / y.factor * stretched
+        attention_factor = y.attention_factor
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
+    return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)  # one weight for all heads
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Any) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, n_kv_heads, S, head_dim)
+        y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Any = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": embed_tokens,
+                "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                "norm": RMSNorm(config.dim, config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = embed_tokens.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Embeddings and linears: normal, std 0.02; norms: 1."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+
+        Args:
+            tokens: (B, T) int64.
+            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
+            documents: (B, T) ints; tokens see only tokens of their own document.
+            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            labels: (B, T) int64, the target after each token; -100 where there is none.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if cache is not None:
+            cache.advance(positions)
+        mask = make_mask(positions, documents, cache, None)
+        x = self.model["embed_tokens"](tokens)  # (B, T, dim)
+        rope = rotary(positions, self.config, x.dtype)
+        for i, block in enumerate(self.model["layers"].children()):
+            x = block(x, rope, mask, None if cache is None else cache[i])
+        x = self.model["norm"](x)
+        if labels is not None:
+            return linear_cross_entropy(x, self.lm_head, labels)
+        return self.lm_head(x)  # (B, T, vocab_size)
