@@ -62,3 +62,34 @@ def test_no_pickle_and_no_remote_code():
 def test_configurations_are_short(file):
     assert len(file.read_text().splitlines()) <= 25
     assert yaml.safe_load(file.read_text())["out_dir"] == f"out/{file.stem.replace('_', '-')}"
+
+
+SAME = {
+    "rotate": ["llama", "falcon", "gemma", "gemma2", "gemma3", "mixtral", "qwen2", "qwen3", "qwen3_moe"],
+    "rotate of a part": ["gpt_neox", "phi"],
+    "rotary": ["mixtral", "falcon", "gemma", "gemma2", "qwen3_moe"],
+    "rotary of a part": ["gpt_neox", "phi"],
+    "rotary with yarn": ["qwen2", "qwen3"],
+    "Yarn": ["qwen2", "qwen3", "olmo2"],
+    "RMSNorm": ["llama", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"],
+    "RMSNorm of 1 + weight": ["gemma", "gemma2", "gemma3"],
+    "MLP": ["qwen2", "qwen3", "olmo2"],
+    "MLP with gelu": ["gemma", "gemma2", "gemma3"],
+    "Attention": ["gemma", "mixtral"],
+    "Block": ["llama", "gemma", "phi3", "qwen2", "qwen3"],
+    "Block with four norms": ["gemma2", "gemma3"],
+    "Experts": ["mixtral", "qwen3_moe"],
+    "SparseMoE": ["mixtral", "qwen3_moe"],
+    "balance_loss": ["mixtral", "qwen3_moe"],
+}
+
+
+@pytest.mark.parametrize("part", SAME)
+def test_what_is_repeated_is_repeated_to_the_letter(part):
+    """A mend in one family file must reach the others that have the same part."""
+    sources = {}
+    for name in SAME[part]:
+        text = (ROOT / f"litmini/models/{name}.py").read_text()
+        (node,) = [n for n in ast.parse(text).body if getattr(n, "name", None) == part.split()[0]]
+        sources[name] = ast.get_source_segment(text, node)
+    assert len(set(sources.values())) == 1, f"{part} differs between {', '.join(sources)}"
