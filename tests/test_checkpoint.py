@@ -135,8 +135,8 @@ def test_a_broken_config_is_named(tiny, content):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "DROP"}, "model_type '' is not implemented; there are: llama, mistral"),
-        ({"model_type": "gpt9"}, "model_type 'gpt9' is not implemented; there are: llama, mistral"),
+        ({"model_type": "DROP"}, "model_type '' is not implemented; there are: falcon, gemma, gemma2"),
+        ({"model_type": "gpt9"}, "model_type 'gpt9' is not implemented; there are: falcon, gemma, gemma2"),
         ({"model_type": ["llama"]}, "config.json"),
         ({"hidden_size": "DROP"}, "lacks the key 'hidden_size'"),
         ({"hidden_act": "gelu"}, "not implemented in llama.py: hidden_act = 'gelu'"),
