@@ -89,46 +89,24 @@ def fit(
             started = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
             micro_batches = batches(step)
-            counts = torch.tensor(
-                [_targets(micro_batches), _tokens(micro_batches), len(received)], device=fabric.device
-            )
-            targets, tokens, stop = (
-                int(n) for n in fabric.all_reduce(counts, reduce_op="sum")
-            )  # all ranks stop together
+            local = [_targets(micro_batches), _tokens(micro_batches), len(received)]
+            counts: Any = fabric.all_reduce(torch.tensor(local, device=fabric.device), reduce_op="sum")
+            targets, tokens, stop = counts.tolist()  # so all ranks stop after the same step
             rate = learning_rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss_sum = torch.zeros((), device=fabric.device)
-            for i, batch in enumerate(micro_batches):
-                with fabric.no_backward_sync(model, enabled=i + 1 < len(micro_batches)):
-                    loss, _ = model(**fabric.to_device(batch))
-                    fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
-                loss_sum += loss.detach()
-            norm: Any = fabric.clip_gradients(
-                model, optimizer, max_norm=max_grad_norm or math.inf, error_if_nonfinite=False
-            )
-            total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
-            loss_value = float(total) / max(1, targets)  # CPU-GPU sync point
-            if not (math.isfinite(loss_value) and math.isfinite(float(norm))):
-                raise UserError(
-                    f"step {step + 1}: loss {loss_value}, gradient norm {float(norm)}: not finite, so the step was not "
-                    f"taken. Try a lower --optim.lr, or look at the data of this step."
-                )
-            optimizer.step()
-            optimizer.zero_grad()
+            loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, f"step {step + 1}")
             seconds = time.perf_counter() - started
-            progress.step, progress.tokens, progress.targets = (
-                step + 1,
-                progress.tokens + tokens,
-                progress.targets + targets,
-            )
+            progress.step = step + 1
+            progress.tokens += tokens
+            progress.targets += targets
             progress.seconds += seconds
             metrics = {
                 "step": step + 1,
                 "tokens": progress.tokens,
-                "loss": loss_value,
+                "loss": loss,
                 "lr": rate,
-                "grad_norm": float(norm),
+                "grad_norm": norm,
                 "tokens_per_second": tokens / seconds,
             }
             if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
@@ -136,7 +114,7 @@ def fit(
                 model.train()
             if "val_loss" in metrics or (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 log(metrics)
-            line = f"loss {loss_value:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s"
+            line = f"loss {loss:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s"
             bar.set_postfix_str(line)
             bar.update()
             if bar.disable and (step + 1) % max(1, total_steps // 20) == 0:  # for log files
@@ -148,6 +126,43 @@ def fit(
             if stop:
                 raise Interrupted(received, f"stopped after step {step + 1}; saved {saved}. Go on with --resume auto")
     return progress
+
+
+def _take_step(
+    fabric: Fabric,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    targets: int,
+    max_grad_norm: float | None,
+    name: str,
+) -> tuple[float, float]:
+    """One optimizer step; returns its loss a target and its gradient norm before clipping, over all ranks.
+
+    Args:
+        targets: of all micro-batches on all ranks.
+
+    Raises:
+        UserError: one of the two is not finite; the step is not taken.
+    """
+    loss_sum = torch.zeros((), device=fabric.device)
+    for i, batch in enumerate(micro_batches):
+        with fabric.no_backward_sync(model, enabled=i + 1 < len(micro_batches)):
+            loss, _ = model(**fabric.to_device(batch))
+            fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
+        loss_sum += loss.detach()
+    clip = max_grad_norm or math.inf
+    norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False))  # type: ignore[arg-type]
+    total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
+    mean = float(total) / max(1, targets)  # CPU-GPU sync point
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        raise UserError(
+            f"{name}: loss {mean}, gradient norm {norm}: not finite, so the step was not taken. "
+            f"Try a lower --optim.lr, or look at the data of this step."
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean, norm
 
 
 @torch.no_grad()

@@ -286,7 +286,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny_dir, tmp_path, script):
     """Requirement 22: bit by bit, with dropout, shuffling, packing and accumulation, over two epochs."""
     words = ["--train.save_every", "3", "--train.eval_every", "4"]
     words += ["--lora.dropout", "0.2", "--lora.rank", "4"] if script == "finetune_lora" else []
-    subprocess.run(command(script, tiny_dir, tmp_path / "whole", *words), check=True, capture_output=True)
+    subprocess.run(command(script, tiny_dir, tmp_path / "whole", *words), check=True, capture_output=True, timeout=900)
     words[0:2] = ["--train.save_every", "3"]
     victim = subprocess.Popen(command(script, tiny_dir, tmp_path / "killed", *words), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -297,7 +297,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny_dir, tmp_path, script):
     assert victim.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (tmp_path / "killed/final").exists()
     resumed = command(script, tiny_dir, tmp_path / "killed", *words, "--resume", "auto")
-    output = subprocess.run(resumed, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(resumed, check=True, capture_output=True, timeout=900, text=True).stdout
     assert "going on from" in output
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     weights = "adapter_model.safetensors" if script == "finetune_lora" else "model.safetensors"
@@ -331,7 +331,9 @@ def test_two_processes_equal_one(tiny_dir, tmp_path):
 
 def test_resuming_with_other_settings_is_refused(tiny_dir, tmp_path):
     words = ["--train.save_every", "1", "--train.max_steps", "2"]
-    subprocess.run(command("finetune_lora", tiny_dir, tmp_path / "run", *words), check=True, capture_output=True)
+    subprocess.run(
+        command("finetune_lora", tiny_dir, tmp_path / "run", *words), check=True, capture_output=True, timeout=900
+    )
     shutil.rmtree(tmp_path / "run/final")
     words += ["--resume", "auto", "--seed", "2", "--optim.lr", "1e-3", "--train.log_every", "2"]
     done = subprocess.run(command("finetune_lora", tiny_dir, tmp_path / "run", *words), capture_output=True, text=True)
