@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from litmini.config import UserError
 from litmini.files import read_json, restore, write_json
-from litmini.models import family
+from litmini.models import FAMILIES, family
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -135,6 +135,13 @@ def read_config(directory: Path) -> tuple[ModuleType, Any]:
     """The family module and the `Config` of a checkpoint."""
     file = directory / "config.json"
     raw = read_json(file)
+    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key)]:
+        text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
+        works = f"; a text-only checkpoint of model_type '{text}' would work" if text in FAMILIES else ""
+        raise UserError(
+            f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
+            f"There are: {', '.join(sorted(FAMILIES))}."
+        )
     try:
         module = family(raw.get("model_type", ""))
         return module, module.config_from_hf(raw)
