@@ -86,10 +86,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> list[str]:
     if not names:
         raise UserError(f"lora.targets is empty; there are: {', '.join(leaves)}, or all-linear.")
     smallest = min(min(there[n].in_features, there[n].out_features) for n in names)
-    if not 1 <= config.rank <= smallest:
+    if config.rank > smallest:
         raise UserError(f"lora.rank {config.rank} is outside 1..{smallest}, the smallest size of the targeted linears.")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"lora.dropout {config.dropout} is outside 0..1.")
     model.requires_grad_(False)
     for name in names:
         replace_module(model, name, LoRALinear(there[name], config.rank, config.alpha, config.dropout))

@@ -46,7 +46,8 @@ def test_every_module_imports_with_base_dependencies_only():
     modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES]
     blocked = ["transformers", "peft", "pyarrow", "pytest", "accelerate"]
     code = f"import sys, importlib\nfor n in {blocked}: sys.modules[n] = None\nfor n in {modules}: importlib.import_module(n)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_no_pickle_and_no_remote_code():
@@ -54,8 +55,8 @@ def test_no_pickle_and_no_remote_code():
     for file in [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))]:
         text = file.read_text()
         assert "trust_remote_code" not in text, file
-        assert "import pickle" not in text, file
-        assert "torch.load(" not in text or "weights_only=True" in text, file
+        assert not {name.split(".")[0] for name in imports(file)} & {"pickle", "dill", "joblib"}, file
+        assert "torch.load(" not in text, f"{file}: weights are read from safetensors only"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "config_hub").rglob("*.yaml")), ids=lambda p: p.name)
