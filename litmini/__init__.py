@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,21 +14,29 @@ __version__ = "0.1.0"
 
 
 def load(
-    checkpoint_dir: str | Path, adapter_dir: str | Path | None = None, dtype: str = "bf16", device: str = "cpu"
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path | None = None,
+    dtype: str = "bf16",
+    device: str = "cpu",
+    bits: Literal[4, 16] = 16,
 ) -> tuple[nn.Module, Tokenizer]:
     """The model of a checkpoint directory, with an adapter if given, and its tokenizer.
 
     Args:
         dtype: "bf16" or "fp32".
+        bits: 4 puts the linears of the base into NF4 while they are loaded, as for QLoRA.
 
     Raises:
         litmini.config.UserError: a directory is missing, incomplete or damaged, or the adapter is of another base.
     """
-    from litmini.adapters import load_adapter
-    from litmini.checkpoint import load_model, parse_dtype
+    from litmini.checkpoint import parse_dtype
+    from litmini.config import QuantizeConfig
+    from litmini.peft_format import load_adapter, read_adapter
+    from litmini.quantize import load_quantized
     from litmini.tokenizer import Tokenizer
 
-    model = load_model(checkpoint_dir, parse_dtype(dtype), device)
+    double = read_adapter(adapter_dir).quantize.double if adapter_dir is not None else True
+    model = load_quantized(checkpoint_dir, QuantizeConfig(bits, double), parse_dtype(dtype), device)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training

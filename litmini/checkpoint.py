@@ -6,7 +6,7 @@ A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tok
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -171,7 +171,7 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def check_fit(path: Path, model: nn.Module, found: Mapping[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:
-    """Compare the tensors found in a checkpoint, name -> shape, with the parameters of `model`.
+    """Compare the tensors found in a checkpoint, name -> shape, with the parameters of `model` as `empty_model` makes it.
 
     Raises:
         UserError: they differ; lists everything missing, unexpected and misshapen, and further `problems`.
@@ -209,14 +209,18 @@ def load_model(
     directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
+    swap: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
     """The model of a checkpoint directory, in evaluation mode, every parameter in `dtype` on `device`.
 
     Strict: all missing, unexpected and misshapen tensors are reported in one error.
+
+    Args:
+        swap: (full name, module whose `weight` was just read) -> what takes its place, such as a 4-bit layer.
     """
     path = check_checkpoint_dir(directory)
     module, model = empty_model(path)
-    names = parameter_names(model)
+    names, shapes = parameter_names(model), {name: p.shape for name, p in model.named_parameters()}
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
     stream = model_tensors(module, model.config, read_tensors(shards(path)))
@@ -226,12 +230,15 @@ def load_model(
         found[name] = tuple(tensor.shape)
         if not tensor.is_floating_point():
             problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
-        elif name in names and tensor.shape == model.get_parameter(name).shape:
+        elif name in names and tensor.shape == shapes[name]:
             parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
             for same in names[name]:
                 owner, _, last = same.rpartition(".")
                 setattr(model.get_submodule(owner), last, parameter)
-    check_fit(path, model, found, problems)
+                if swap is not None and last == "weight":
+                    above, _, own = owner.rpartition(".")
+                    setattr(model.get_submodule(above), own, swap(owner, model.get_submodule(owner)))
+    check_fit(path, empty_model(path)[1], found, problems)
     return model.eval()
 
 

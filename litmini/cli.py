@@ -61,10 +61,11 @@ def _nearest(key: str, known: list[str]) -> str:
 def _describe(kind: Any) -> str:
     """A field's type in words."""
     if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
+        return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_describe(part) for part in get_args(kind))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    words |= {dict[str, int]: "names and numbers such as '{q_proj: 8}'", dict[str, float]: "such as '{q_proj: 8.0}'"}
     words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
     return words.get(kind) or str(kind)
 

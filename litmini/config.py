@@ -82,8 +82,8 @@ class TrainConfig:
 class OptimConfig:
     """Optimizer: AdamW, with its learning rate a pure function of the step."""
 
-    name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits (bitsandbytes)."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full."""
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -114,7 +114,7 @@ class OptimConfig:
 
 @dataclass
 class LoraConfig:
-    """LoRA: which linears get an adapter, and how large."""
+    """LoRA: which linears get an adapter, how large, and how it starts and learns."""
 
     rank: int = 16
     """Rows of A, columns of B."""
@@ -123,10 +123,41 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Leaf names such as q_proj, or all-linear: every linear but the head."""
+    """Leaf names such as q_proj, or all-linear: every linear but the head. Experts only where they are named."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some: name (or end of a name, or regular expression) of linears -> rank, as in PEFT."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    init: Literal["zero", "pissa"] = "zero"
+    """zero: B starts at 0, so the model starts as it is. pissa: the principal part of each weight is what is trained."""
+    plus_ratio: float = 1.0
+    """The learning rate of B is this many times that of A (LoRA+)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Leaf names of modules, such as embed_tokens or lm_head, that are trained in full beside the adapters."""
 
     def __post_init__(self) -> None:
-        check("lora.", self, rank=self.rank > 0, alpha=self.alpha > 0, dropout=0 <= self.dropout < 1)
+        check(
+            "lora.",
+            self,
+            rank=self.rank > 0,
+            alpha=self.alpha > 0,
+            dropout=0 <= self.dropout < 1,
+            rank_pattern=all(rank > 0 for rank in self.rank_pattern.values()),
+            alpha_pattern=all(alpha > 0 for alpha in self.alpha_pattern.values()),
+            plus_ratio=0 < self.plus_ratio < math.inf,
+        )
+
+
+@dataclass
+class QuantizeConfig:
+    """Quantisation of the frozen base."""
+
+    bits: Literal[4, 16] = 16
+    """4: linears inside of blocks in NF4 (QLoRA); 16: as --precision says."""
+    double: bool = True
+    """With 4 bits: the constants of each block in 8 bits, too, which saves 0.37 bits a weight."""
 
 
 @dataclass
@@ -193,6 +224,20 @@ class FinetuneLoraConfig(FinetuneConfig):
     """Settings of finetune_lora.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class FinetuneQloraConfig(FinetuneLoraConfig):
+    """Settings of finetune_qlora.py."""
+
+    quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
+
+
+@dataclass
+class FinetuneDoraConfig(FinetuneLoraConfig):
+    """Settings of finetune_dora.py."""
+
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
 @dataclass

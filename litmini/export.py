@@ -4,12 +4,13 @@ import gc
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import litmini
-from litmini.adapters import LoRALinear, load_adapter, read_adapter
+from litmini.adapters import dense
 from litmini.checkpoint import (
     check_checkpoint_dir,
     check_fit,
@@ -24,6 +25,8 @@ from litmini.checkpoint import (
 )
 from litmini.config import UserError
 from litmini.files import read_json, write_aside
+from litmini.peft_format import Adapter, check_adapter, read_adapter
+from litmini.quantize import NF4Linear, quantizable
 from litmini.tokenizer import Tokenizer
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
@@ -35,12 +38,14 @@ def export(
     adapter_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    base: Literal["trained", "original"] = "trained",
 ) -> Path:
     """Write `checkpoint_dir` to `out_dir`, tensor by tensor, with the adapter of `adapter_dir` added to its weights.
 
     The change is added in fp32 and rounded once. An adapted head that was tied to the embedding gets weights of its own.
 
     Args:
+        base: what an adapter that was trained on a 4-bit base is added to: the dequantised weights, or the original ones.
         dtype: of the result; None keeps each tensor's own.
         max_shard_bytes: also bounds the memory that is needed.
 
@@ -57,12 +62,13 @@ def export(
     tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source))
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
-        ties = {copy: first for first, *copies in parameter_names(model).values() for copy in copies}
-        load_adapter(model, adapter_dir)  # refuses one of another base
-        config, changes = read_adapter(adapter_dir)
-        if any(name.removesuffix(".weight") in changes for name in ties):
+        adapter = read_adapter(adapter_dir)
+        check_adapter(model, adapter)  # refuses one of another base
+        tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
+        if any(_changed(adapter, name) for name in tied):
             raw["tie_word_embeddings"] = False
-        merged = _merged(model_tensors(module, model.config, tensors), config.alpha / config.rank, changes, ties, dtype)
+        quantized = set(quantizable(model)) if adapter.quantize.bits == 4 and base == "trained" else set()
+        merged = _merged(model, model_tensors(module, model.config, tensors), adapter, quantized, dtype)
         tensors = disk_tensors(module, model.config, merged)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
             tokenizer = Tokenizer(adapter_dir)
@@ -74,49 +80,66 @@ def export(
     return target
 
 
+def _changed(adapter: Adapter, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return owner in adapter.full or (owner in adapter.layers and last == "weight")
+
+
 def _merged(
+    model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
-    scale: float,
-    changes: dict[str, dict[str, Tensor]],
-    ties: dict[str, str],
+    adapter: Adapter,
+    quantized: set[str],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model with an adapter's changes, by linear, added to those that they cover.
+    """The tensors of `model`, which is empty, with the adapter's changes added to those that it covers.
+
+    Of a tied parameter each name is written, if any of them is changed.
 
     Args:
-        ties: further name -> first name of a parameter; a changed one is written beside the one that it was tied to.
+        quantized: linears whose weight is taken as it is in 4 bits: that is what the adapter was trained on.
     """
+    names = parameter_names(model)
     for name, tensor in tensors:
-        for same in [name, *(copy for copy, first in ties.items() if first == name)]:
-            change = changes.pop(same.removesuffix(".weight"), None)
-            if change is not None:
-                yield same, _merge(tensor, change, scale, dtype)
-            elif same == name:
-                yield name, tensor
-    assert not changes, f"no weights for {', '.join(changes)}"
+        same = names.get(name, [name])
+        for own in same if any(_changed(adapter, n) for n in same) else [name]:
+            owner, _, last = own.rpartition(".")
+            if owner in adapter.full:
+                yield own, adapter.full[owner][last].to(dtype or tensor.dtype)
+            elif last == "weight" and (owner in adapter.layers or owner in quantized):
+                yield own, _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized, dtype)
+            else:
+                yield own, tensor
 
 
-def _merge(weight: Tensor, change: dict[str, Tensor], scale: float, dtype: torch.dtype | None) -> Tensor:
+def _merge(
+    base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantized: bool, dtype: torch.dtype | None
+) -> Tensor:
     """The change is added in fp32 and rounded once, to `dtype` or the weight's own."""
-    rank = len(change["lora_A"])
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight.float(), requires_grad=False)
-    layer = LoRALinear(base, rank, scale * rank)
-    layer.lora_A.data, layer.lora_B.data = change["lora_A"], change["lora_B"]
-    return layer.merge().weight.detach().to(dtype or weight.dtype)
+    empty = base.weight
+    base.weight = nn.Parameter(weight.to(adapter.dtype) if quantized else weight.float(), requires_grad=False)
+    layer: Any = NF4Linear(base, adapter.quantize.double) if quantized else base
+    merged = adapter.over(name, layer).merged_weight() if name in adapter.layers else dense(layer)  # type: ignore[operator]
+    base.weight = empty
+    return merged.detach().to(dtype or weight.dtype)
 
 
 @torch.no_grad()
 def merge_error(
-    checkpoint_dir: str | Path, adapter_dir: str | Path, merged_dir: str | Path, dtype: str
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path,
+    merged_dir: str | Path,
+    dtype: str,
 ) -> tuple[float, float]:
     """(largest difference of log-probabilities between merged and unmerged, share of positions with the same best token).
 
+    Unmerged is the adapter over the base that it was trained on, in 4 bits if it was.
     Measured on a few prompts, both in `dtype`; one model in memory at a time.
     """
+    bits = read_adapter(adapter_dir).quantize.bits
     outputs = []
     for directory, adapter in ((checkpoint_dir, adapter_dir), (merged_dir, None)):
-        model, tokenizer = litmini.load(directory, adapter, dtype=dtype)
+        model, tokenizer = litmini.load(directory, adapter, dtype=dtype, bits=bits if adapter else 16)
         rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float().log_softmax(-1) for prompt in PROMPTS]
         outputs.append(torch.cat(rows))  # (tokens of all prompts, vocab)
         del model

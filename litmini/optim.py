@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -21,21 +22,36 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * falling
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """An optimizer of the trainable parameters: matrices decay, vectors do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise UserError("nothing is trainable in this model.")
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    if config.name == "adamw8bit":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
-        from bitsandbytes.optim import AdamW8bit
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, ratios: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer of the trainable parameters: matrices decay, vectors do not.
 
-        return AdamW8bit(groups, lr=config.lr, betas=config.betas)
-    return torch.optim.SGD(groups, lr=config.lr)
+    Args:
+        ratios: parameter name -> its learning rate relative to the schedule's; 1 where it is not named. Each group's is
+            in its `lr_ratio`.
+
+    Raises:
+        UserError: nothing is trainable, or the optimizer needs a GPU.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (parameter.dim() >= 2, (ratios or {}).get(name, 1.0))
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise UserError("nothing is trainable in this model.")
+    named = [
+        {"params": params, "weight_decay": config.weight_decay * decays, "lr": config.lr * ratio, "lr_ratio": ratio}
+        for (decays, ratio), params in sorted(groups.items(), reverse=True, key=lambda item: item[0])
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(named, lr=config.lr, betas=config.betas, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(named, lr=config.lr)
+    if config.name == "paged_adamw8bit" and not torch.cuda.is_available():
+        raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return (AdamW8bit if config.name == "adamw8bit" else PagedAdamW8bit)(named, lr=config.lr, betas=config.betas)

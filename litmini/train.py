@@ -94,7 +94,7 @@ def fit(
             targets, tokens, stop = counts.tolist()  # so all ranks stop after the same step
             rate = learning_rate(step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_ratio"]
             loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, f"step {step + 1}")
             seconds = time.perf_counter() - started
             progress.step = step + 1

@@ -12,11 +12,12 @@ from litmini.config import FinetuneLoraConfig
 
 
 def main(config: FinetuneLoraConfig) -> None:
-    from litmini.adapters import add_adapters, save_adapter
+    from litmini.adapters import add_adapters, learning_rate_ratios
     from litmini.checkpoint import load_model
     from litmini.finetune import finish, prepare_data, preview, run_training
     from litmini.launch import make_fabric, weight_dtype
     from litmini.optim import make_optimizer
+    from litmini.peft_format import save_adapter
     from litmini.runs import Run
 
     # 1. Run directory
@@ -33,16 +34,17 @@ def main(config: FinetuneLoraConfig) -> None:
 
     # 5. Method: freeze everything, adapters over linears
     add_adapters(model, config.lora)
+    ratios = learning_rate_ratios(model, config.lora)
 
     def save_weights(directory: Path) -> None:
-        save_adapter(model, directory, config.lora, base=config.checkpoint_dir)
+        save_adapter(model, directory, config.checkpoint_dir, config.lora.dropout)
         data.tokenizer.save(directory)
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
 
     # 6. Shard and optimizer
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim, ratios))
 
     # 7. Resume
     progress = run.begin(fabric, model, optimizer, data.tokenizer)

@@ -24,6 +24,8 @@ class MergeConfig:
     """Where to write; must not exist."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Of the result; none: as the base."""
+    base: Literal["trained", "original"] = "trained"
+    """Of a QLoRA adapter: merge into the dequantised weights that it was trained on, or into the original ones."""
     check: bool = True
     """Load both and measure how much merged and unmerged differ."""
 
@@ -34,7 +36,7 @@ def main(config: MergeConfig) -> None:
     from litmini.files import read_json
 
     dtype = parse_dtype(config.dtype) if config.dtype else None
-    target = export(config.checkpoint_dir, config.out_dir, config.adapter_dir, dtype)
+    target = export(config.checkpoint_dir, config.out_dir, config.adapter_dir, dtype, base=config.base)
     print(f"merged: {target}")
     if config.check:
         written = "fp32" if read_json(target / "config.json")["dtype"] == "float32" else "bf16"

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import litmini
-from litmini.adapters import LoRALinear, add_adapters, linears, load_adapter, merge_adapters, save_adapter
+from litmini.adapters import LoRALinear, add_adapters, linears, merge_adapters, restore_adapters
 from litmini.checkpoint import load_model
 from litmini.config import LoraConfig, UserError
+from litmini.peft_format import load_adapter, save_adapter
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
 
@@ -50,7 +51,7 @@ def test_our_adapter_in_peft(tiny_dir, tmp_path):
     config = LoraConfig(rank=4, alpha=12, targets=["q_proj", "down_proj"])
     add_adapters(model, config)
     randomised(model)
-    save_adapter(model, tmp_path, config, base=str(tiny_dir))
+    save_adapter(model, tmp_path, base=str(tiny_dir))
     reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path).eval()
     with torch.no_grad():
@@ -127,9 +128,11 @@ def test_merged_equals_unmerged(tiny_dir):
     model = tiny(tiny_dir)
     add_adapters(model, LoraConfig(rank=4, targets=["all-linear", "lm_head"]))
     expected = randomised(model)(TOKENS)
-    merged = merge_adapters(model)
-    assert not any(isinstance(m, LoRALinear) for m in merged.modules())
-    torch.testing.assert_close(merged(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    replaced = merge_adapters(model)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    torch.testing.assert_close(model(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    restore_adapters(model, replaced)
+    assert torch.equal(model(TOKENS), expected)
 
 
 def test_merge_rounds_once():
@@ -165,7 +168,7 @@ def saved(tiny_dir, tmp_path):
     model = tiny(tiny_dir)
     config = LoraConfig(rank=4, alpha=8, targets=["q_proj"])
     add_adapters(model, config)
-    save_adapter(randomised(model), tmp_path, config, base="tiny")
+    save_adapter(randomised(model), tmp_path, base="tiny")
     return tmp_path
 
 
@@ -217,7 +220,7 @@ def test_an_adapter_that_does_nothing(tiny_dir, saved):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}]
+    "setting", [{"bias": "all"}, {"lora_bias": True}, {"use_qalora": True}, {"trainable_token_indices": [1]}]
 )
 def test_features_that_are_not_here_are_refused(tiny_dir, saved, setting):
     file = saved / "adapter_config.json"

@@ -79,6 +79,7 @@ SAME = {
     "Attention": ["gemma", "mixtral"],
     "Block": ["llama", "gemma", "phi3", "qwen2", "qwen3"],
     "Block with four norms": ["gemma2", "gemma3"],
+    "GroupedLinear": ["mixtral", "qwen3_moe"],
     "Experts": ["mixtral", "qwen3_moe"],
     "SparseMoE": ["mixtral", "qwen3_moe"],
     "balance_loss": ["mixtral", "qwen3_moe"],

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import litmini
-from litmini.adapters import LoRALinear, add_adapters, save_adapter
+from litmini.adapters import LoRALinear, add_adapters
 from litmini.checkpoint import load_model, read_tensors, save_model, shards
 from litmini.config import LoraConfig, UserError
 from litmini.export import export, merge_error, parse_size
 from litmini.files import read_json
 from litmini.models import llama
+from litmini.peft_format import save_adapter
 from litmini.tokenizer import Tokenizer
 
 TOKENS = torch.tensor([[5, 300, 17, 17, 260, 511, 4, 99]])
@@ -32,7 +33,7 @@ def make_adapter(
         if isinstance(module, LoRALinear):
             torch.nn.init.normal_(module.lora_B, std=std)
     directory.mkdir(parents=True)
-    save_adapter(model, directory, config, base=str(base))
+    save_adapter(model, directory, base=str(base))
     return directory
 
 

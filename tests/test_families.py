@@ -1,5 +1,6 @@
 """Every family of the registry goes through the real scripts: nothing outside its file knows which one it is."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_finetune_merge_and_generate(checkpoint, tmp_path, monkeypatch, capfd):
     data += ["--train.global_batch_size", 2, "--train.micro_batch_size", 1, "--precision", "32-true", "--optim.lr", 0.1]
     run(monkeypatch, "finetune_lora", "--checkpoint_dir", checkpoint, "--out_dir", tmp_path / "lora", *data)
     run(monkeypatch, "finetune_full", "--checkpoint_dir", checkpoint, "--out_dir", tmp_path / "full", *data)
+    run(monkeypatch, "finetune_qlora", "--checkpoint_dir", checkpoint, "--out_dir", tmp_path / "qlora", *data)
+    packed = [*data, "--quantize.bits", 4, "--lora.rank_stabilized", "true"]
+    run(monkeypatch, "finetune_dora", "--checkpoint_dir", checkpoint, "--out_dir", tmp_path / "dora", *packed)
+    for name in ("qlora", "dora"):
+        run(
+            monkeypatch,
+            "merge_adapter",
+            *("--checkpoint_dir", checkpoint, "--adapter_dir", tmp_path / name / "final"),
+            *("--out_dir", tmp_path / f"merged-{name}", "--dtype", "fp32"),
+        )
+        found = re.search(r"differ by at most (\S+),", capfd.readouterr().out)
+        assert found and float(found[1]) < 2e-3
     adapter = tmp_path / "lora/final"
     words = [
         "--checkpoint_dir",

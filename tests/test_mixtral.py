@@ -131,7 +131,7 @@ class TestMixtral(FamilyTests):
         model = load_model(directory(reference(self.cases[case])), torch.float32)
         complete = dict(self.module.to_hf(model.named_parameters(), model.config))
         up = next(name for name in complete if ".experts.3." in name and complete[name].shape[0] != model.config.dim)
-        stack = up.partition(".3.")[0] + ".gate_up_proj"
+        stack = up.partition(".3.")[0] + ".gate_up_proj.weight"
         for broken in ({n: t for n, t in complete.items() if n != up}, {**complete, up: complete[up][1:]}):
             monkeypatch.setattr("litmini.checkpoint.read_tensors", lambda _, broken=broken: iter(broken.items()))
             with pytest.raises(UserError) as error:
@@ -167,7 +167,7 @@ class TestMixtral(FamilyTests):
                 yield name, tensor
 
         for name, tensor in self.module.from_hf(stream(), model.config):
-            live -= len(tensor) * (2 if name.endswith("gate_up_proj") else ".experts." in name)
+            live -= len(tensor) * (2 if name.endswith("gate_up_proj.weight") else ".experts." in name)
         assert live == 0 and most <= per_layer
 
 
@@ -198,7 +198,8 @@ def test_norm_router_and_experts_round_where_those_of_transformers_do(dtype):
     moe, x = mixtral.SparseMoE(config).to(dtype), torch.randn(2, 9, 64, dtype=dtype)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    moe.load_state_dict(theirs.state_dict())
+    stacks = ("experts.gate_up_proj", "experts.down_proj")
+    moe.load_state_dict({f"{n}.weight" if n in stacks else n: t for n, t in theirs.state_dict().items()})
     _, weights, chosen = theirs.gate(x)
     logits, our_weights, our_chosen = moe.gate(x.flatten(0, 1))
     assert logits.dtype == dtype and torch.equal(our_weights, weights) and torch.equal(our_chosen, chosen)

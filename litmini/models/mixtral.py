@@ -6,7 +6,7 @@ are added, weighted by these two probabilities scaled to a sum of 1. In training
 
 Differs from llama.py in Router, Experts and what belongs to them: `Block` also returns its router's logits, from which
 `Model` computes the balance loss, and `from_hf` / `to_hf` stack the experts of a layer, which files hold one by one, and
-split them again. Adapters and 4-bit go over linears, that is, attention; router and experts keep their own weights.
+split them again. Adapters go over experts where they are named; the router is left alone.
 
 Papers: Mixtral of Experts (arXiv 2401.04088), Switch Transformers (2101.03961) for the balance loss.
 """
@@ -54,7 +54,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(512, 64, 2, 4, 2, 16, 96, 256, n_experts=4),  # for tests
+    "tiny": Config(512, 64, 2, 4, 2, 16, 64, 256, n_experts=4),  # for tests
     "mistralai/Mixtral-8x7B-v0.1": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, balance_coef=0.02),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, balance_coef=0.02),
     "mistral-community/Mixtral-8x22B-v0.1": Config(32000, 6144, 56, 48, 8, 128, 16384, 65536),  # wider, deeper
@@ -191,24 +191,36 @@ class Router(nn.Module):
         return logits, weights / weights.sum(-1, keepdim=True), chosen
 
 
+class GroupedLinear(nn.Module):
+    """One linear for each expert. The rows of x stand side by side by expert; those of expert i end before ends[i]."""
+
+    def __init__(self, n_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)  # (rows, out_features)
+
+
 class Experts(nn.Module):
     """SwiGLU MLPs side by side. Tokens are sorted by expert, so that each expert multiplies its own ones at once."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(config.n_experts, 2 * config.ffn_dim, config.dim))
-        self.down_proj = nn.Parameter(torch.empty(config.n_experts, config.dim, config.ffn_dim))
+        self.n_experts = config.n_experts
+        self.gate_up_proj = GroupedLinear(config.n_experts, config.dim, 2 * config.ffn_dim)
+        self.down_proj = GroupedLinear(config.n_experts, config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x is (N, dim); weights and chosen are (N, n_active)."""
         n_active = chosen.shape[1]
         experts, order = chosen.flatten().sort(stable=True)  # (N * n_active,): each expert's tokens stand side by side
-        ids = torch.arange(len(self.down_proj), device=x.device)
+        ids = torch.arange(self.n_experts, device=x.device)
         ends = torch.searchsorted(experts, ids, right=True, out_int32=True)  # (n_experts,); no tokens, no work
         rows = x.index_select(0, order // n_active)  # (N * n_active, dim)
-        gate_up = F.grouped_mm(rows, self.gate_up_proj.to(x.dtype).mT, offs=ends)  # (N * n_active, 2 * ffn_dim)
-        gate, up = gate_up.chunk(2, dim=-1)
-        y = F.grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).mT, offs=ends)  # (N * n_active, dim)
+        gate, up = self.gate_up_proj(rows, ends).chunk(2, dim=-1)  # (N * n_active, ffn_dim) each
+        y = self.down_proj(F.silu(gate) * up, ends)  # (N * n_active, dim)
         y = y.index_select(0, order.argsort()).unflatten(0, (-1, n_active))  # (N, n_active, dim), tokens in order again
         return (y * weights[..., None]).sum(1).to(x.dtype)
 
@@ -347,7 +359,7 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[t
             yield name, tensor
             continue
         kinds = ("w2",) if found[3] == "w2" else ("w1", "w3")
-        stack = f"{found[1]}.{'down_proj' if found[3] == 'w2' else 'gate_up_proj'}"
+        stack = f"{found[1]}.{'down_proj' if found[3] == 'w2' else 'gate_up_proj'}.weight"
         parts = waiting.setdefault(stack, {(i, kind): None for i in range(config.n_experts) for kind in kinds})
         parts[int(found[2]), found[3]] = tensor
         there = [part for part in parts.values() if part is not None]
@@ -365,12 +377,12 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[t
 def to_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Split the stacks of experts again; the parts are views."""
     for name, tensor in tensors:
-        head, _, last = name.rpartition(".")
-        if last == "gate_up_proj":
+        head, *last = name.rsplit(".", 2)
+        if last == ["gate_up_proj", "weight"]:
             for i, expert in enumerate(tensor):
                 yield f"{head}.{i}.w1.weight", expert[: config.ffn_dim]
                 yield f"{head}.{i}.w3.weight", expert[config.ffn_dim :]
-        elif last == "down_proj":
+        elif last == ["down_proj", "weight"]:
             yield from ((f"{head}.{i}.w2.weight", expert) for i, expert in enumerate(tensor))
         else:
             yield name, tensor

@@ -1,0 +1,61 @@
+"""Finetune with DoRA: LoRA, and a trained magnitude for each row of a weight. With `--quantize.bits 4` over a 4-bit base.
+
+    python scripts/finetune_dora.py --config config_hub/quickstart_dora.yaml
+
+The result in OUT_DIR/final is an adapter in PEFT's format.
+"""
+
+from pathlib import Path
+
+from litmini.cli import command
+from litmini.config import FinetuneDoraConfig
+
+
+def main(config: FinetuneDoraConfig) -> None:
+    from litmini.adapters import DoRALinear, add_adapters, learning_rate_ratios
+    from litmini.finetune import finish, prepare_data, preview, run_training
+    from litmini.launch import make_fabric, weight_dtype
+    from litmini.optim import make_optimizer
+    from litmini.peft_format import save_adapter
+    from litmini.quantize import load_quantized
+    from litmini.runs import Run
+
+    # 1. Run directory
+    run = Run(config)
+
+    # 2. Fabric
+    fabric = make_fabric(config)
+
+    # 3. Tokenizer and data
+    data = prepare_data(fabric, config)
+
+    # 4. Base model, in 16 or 4 bits
+    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision))
+
+    # 5. Method: freeze everything, adapters with magnitudes over linears
+    add_adapters(model, config.lora, DoRALinear)
+    ratios = learning_rate_ratios(model, config.lora)
+
+    def save_weights(directory: Path) -> None:
+        save_adapter(model, directory, config.checkpoint_dir, config.lora.dropout, config.quantize)
+        data.tokenizer.save(directory)
+
+    if config.dry_run or config.show_masks:
+        return preview(data, config, model)
+
+    # 6. Shard and optimizer
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim, ratios))
+
+    # 7. Resume
+    progress = run.begin(fabric, model, optimizer, data.tokenizer)
+
+    # 8. Fit
+    run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
+
+    # 9. Save and measure
+    final = run.save_final(save_weights)
+    fabric.print(finish(fabric, wrapped, model, data, run, config.checkpoint_dir, adapter_dir=final))
+
+
+if __name__ == "__main__":
+    command(main, FinetuneDoraConfig, __doc__)

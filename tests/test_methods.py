@@ -1,0 +1,289 @@
+"""DoRA, rsLoRA, PiSSA, patterns, whole modules and LoRA+: against PEFT, both ways, merged and on 4-bit bases."""
+
+import dataclasses
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import litmini
+from litmini.adapters import (
+    DoRALinear,
+    FullLayer,
+    LoRALinear,
+    PiSSALinear,
+    adapters,
+    add_adapters,
+    learning_rate_ratios,
+    merge_adapters,
+    remove_adapters,
+    restore_adapters,
+)
+from litmini.checkpoint import load_model, save_model
+from litmini.config import LoraConfig, OptimConfig, UserError
+from litmini.export import export
+from litmini.models import llama
+from litmini.optim import make_optimizer
+from litmini.peft_format import load_adapter, save_adapter
+from litmini.quantize import NF4Linear
+
+TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
+METHODS = {  # our settings, our class, PEFT's settings
+    "lora": ({}, None, {}),
+    "rslora": ({"rank_stabilized": True}, None, {"use_rslora": True}),
+    "dora": ({}, DoRALinear, {"use_dora": True}),
+    "patterns": (
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"q_proj": 3.0}},
+        None,
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"q_proj": 3.0}},
+    ),
+    "whole modules": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        None,
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "whole norms, rsdora": (
+        {"rank_stabilized": True, "modules_to_save": ["input_layernorm"]},
+        DoRALinear,
+        {"use_rslora": True, "use_dora": True, "modules_to_save": ["input_layernorm"]},
+    ),
+}
+
+
+def changed(model: nn.Module) -> nn.Module:
+    """Every trained parameter moved at random."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def ours(directory, settings, layer, dtype=torch.float32):
+    model = load_model(directory, dtype)
+    config = LoraConfig(rank=4, alpha=12, targets=["q_proj", "up_proj", "down_proj"], **settings)
+    add_adapters(model, config, layer)
+    return model, config
+
+
+def theirs(directory, settings):
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj", "down_proj"], **settings
+    )
+    return peft.get_peft_model(base, config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_from_us_to_peft(tiny_dir, tmp_path, method):
+    settings, layer, _ = METHODS[method]
+    model, _ = ours(tiny_dir, settings, layer)
+    base = load_model(tiny_dir, torch.float32)(TOKENS)
+    if layer is None or "layernorm" not in str(settings):
+        assert torch.equal(model(TOKENS), base), "it starts as the base, exactly"
+    expected = changed(model)(TOKENS)
+    save_adapter(model, tmp_path, base=str(tiny_dir))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(reference, tmp_path).eval()(TOKENS).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (expected - base).abs().max() > 0.1
+    again = load_model(tiny_dir, torch.float32)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(TOKENS), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_from_peft_to_us_with_equal_gradients_and_counts(tiny_dir, tmp_path, method):
+    settings, layer, peft_settings = METHODS[method]
+    reference = changed(theirs(tiny_dir, peft_settings))
+    reference.save_pretrained(tmp_path)
+    model = load_model(tiny_dir, torch.float32)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, atol=2e-5, rtol=1e-5)
+    fresh, _ = ours(tiny_dir, settings, layer)
+    count = sum(p.numel() for p in fresh.parameters() if p.requires_grad)
+    assert count == sum(p.numel() for p in reference.parameters() if p.requires_grad)
+    for module in adapters(model).values():
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(not name.startswith("base"))
+    model(TOKENS).square().mean().backward()
+    reference(TOKENS).logits.square().mean().backward()
+    gradients = {n: p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    compared = 0
+    for name, module in adapters(model).items():
+        if isinstance(module, FullLayer):
+            pairs = {f"modules_to_save.default.{n}": p.grad for n, p in module.full.named_parameters()}
+        else:
+            pairs = {f"{kind}.default.weight": getattr(module, kind).grad for kind in module.saved()[1]}
+        for suffix, gradient in pairs.items():
+            expected = gradients[f"base_model.model.{name}.{suffix}"]
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
+            compared += 1
+    assert compared == len(gradients)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_restored_and_exported(tiny_dir, tmp_path, method):
+    settings, layer, _ = METHODS[method]
+    model, _ = ours(tiny_dir, settings, layer)
+    base = load_model(tiny_dir, torch.float32)(TOKENS)
+    expected = changed(model)(TOKENS)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter", base=str(tiny_dir))
+    replaced = merge_adapters(model)
+    torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-4)
+    restore_adapters(model, replaced)
+    assert torch.equal(model(TOKENS), expected)
+    removed = remove_adapters(model)
+    assert torch.equal(model(TOKENS), base)
+    restore_adapters(model, removed)
+    assert torch.equal(model(TOKENS), expected)
+    export(tiny_dir, tmp_path / "merged", tmp_path / "adapter")
+    torch.testing.assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected, atol=5e-5, rtol=1e-4)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_one_of_two_tied_modules_trained_in_full_unties_them(tokenizer_dir, tmp_path, name):
+    """Requirement 15."""
+    config = dataclasses.replace(llama.PRESETS["tiny"], tied=True)
+    tied = llama.Model(config)
+    tied.init_weights(torch.Generator().manual_seed(0))
+    for part in ("tied", "adapter"):
+        (tmp_path / part).mkdir()
+    save_model(tmp_path / "tied", llama.config_to_hf(config), tied.named_parameters(), tokenizer_dir)
+    model, _ = ours(tmp_path / "tied", {"modules_to_save": [name]}, None)
+    expected = changed(model)(TOKENS)
+    save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "tied"))
+    export(tmp_path / "tied", tmp_path / "merged", tmp_path / "adapter")
+    torch.testing.assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected, atol=5e-5, rtol=1e-4)
+
+
+def test_pissa(tiny_dir, tmp_path):
+    base = load_model(tiny_dir, torch.float32)
+    expected = base(TOKENS)
+    model, _ = ours(tiny_dir, {"init": "pissa"}, None)
+    torch.testing.assert_close(model(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, PiSSALinear)
+    weight = base.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    u, s, v = torch.linalg.svd(weight.detach(), full_matrices=False)
+    torch.testing.assert_close(layer.delta(), u[:, :4] * s[:4] @ v[:4], atol=1e-3, rtol=1e-2)
+    again, _ = ours(tiny_dir, {"init": "pissa"}, None)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    trained = changed(model)(TOKENS)
+    save_adapter(model, tmp_path, base=str(tiny_dir))
+    for scaled in (False, True):
+        if scaled:  # the scale survives at twice the rank
+            model, _ = ours(tiny_dir, {"init": "pissa", "rank_stabilized": True}, None)
+            trained = changed(model)(TOKENS)
+            save_adapter(model, tmp_path, base=str(tiny_dir))
+        reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+        with torch.no_grad():
+            found = peft.PeftModel.from_pretrained(reference, tmp_path).eval()(TOKENS).logits
+        torch.testing.assert_close(found, trained, atol=1e-4, rtol=1e-4)
+
+
+def trained_dora(base, dtype=torch.float32):
+    layer = DoRALinear(base, 4, 8.0)
+    changed(layer)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dora_with_zero_rows_bias_and_4_bit_base(bias, packed):
+    """Requirement 18."""
+    base: nn.Module = nn.Linear(64, 48, bias=bias).requires_grad_(False)
+    base.weight.data[5:9] = 0
+    if packed:
+        base = NF4Linear(base)
+    x = torch.randn(3, 7, 64, requires_grad=True)
+    assert torch.equal(DoRALinear(base, 4, 8.0)(x), base(x)), "at the start the output is the base's"
+    layer = trained_dora(base)
+    y = layer(x)
+    y.square().sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+    weight = (base.dequantize() if packed else base.weight) + layer.delta()
+    plain = nn.functional.linear(x, layer.lora_magnitude_vector[:, None] * weight / weight.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(y, plain if base.bias is None else plain + base.bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.merge()(x), y, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_dora_computes_its_gain_once(tiny_dir, tmp_path, monkeypatch):
+    model, _ = ours(tiny_dir, {}, DoRALinear)
+    save_adapter(changed(model), tmp_path, base=str(tiny_dir))
+    loaded, _ = litmini.load(tiny_dir, tmp_path, dtype="fp32")
+    expected = loaded(TOKENS)
+    monkeypatch.setattr(DoRALinear, "norm", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(loaded(TOKENS), expected)
+
+
+def test_small_updates_of_whole_modules_are_not_lost(tiny_dir):
+    """Requirement 17: what is trained is in fp32, beside a base in bf16, and computes in bf16."""
+    model, _ = ours(tiny_dir, {"modules_to_save": ["embed_tokens", "lm_head"]}, None, torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    loss, _ = model(TOKENS, labels=TOKENS)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert model(TOKENS).dtype == torch.bfloat16
+
+
+def test_lora_plus(tiny_dir):
+    model, config = ours(tiny_dir, {"plus_ratio": 16.0}, None)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-3), learning_rate_ratios(model, config))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(p.requires_grad for p in model.parameters())
+    for name, rate in rates.items():
+        assert rate == pytest.approx(1.6e-2 if name.endswith("lora_B") else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer", "message"),
+    [
+        ({"rank_pattern": {"k_proj": 2}}, None, "rank_pattern k_proj matches no target; there are: down_proj, q_proj"),
+        ({"rank_pattern": {"q_proj": 65}}, None, r"rank 65 is outside 1..64, the smaller size of .*q_proj"),
+        ({"modules_to_save": ["head"]}, None, "modules_to_save head matches no module; there are: .*embed_tokens"),
+        ({"modules_to_save": ["q_proj"]}, None, "q_proj: in both lora.targets and lora.modules_to_save"),
+        ({"init": "pissa"}, DoRALinear, "pissa goes with plain LoRA only"),
+    ],
+)
+def test_settings_that_do_not_go_together(tiny_dir, settings, layer, message):
+    with pytest.raises(UserError, match=message):
+        ours(tiny_dir, settings, layer)
+
+
+def test_settings_that_do_not_go_with_4_bits(tiny_dir):
+    for settings, message in (
+        ({"init": "pissa"}, "needs plain 16-bit"),
+        ({"modules_to_save": ["o_proj"]}, "in 4 bits"),
+    ):
+        model = load_model(tiny_dir, torch.float32)
+        for name, module in list(model.named_modules()):
+            if name.endswith(("q_proj", "o_proj")):
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, NF4Linear(module))
+        with pytest.raises(UserError, match=message):
+            add_adapters(model, LoraConfig(rank=4, targets=["q_proj"], **settings))
+
+
+def test_optimizer_and_gradient_memory_is_of_what_is_trained_only(tiny_dir):
+    model, _ = ours(tiny_dir, {}, None, torch.bfloat16)
+    optimizer = make_optimizer(model, OptimConfig())
+    model(TOKENS, labels=TOKENS)[0].backward()
+    optimizer.step()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.dim())
+    gradients = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)
+    assert (moments, gradients) == (2 * trained, trained)
+
+
+def test_counts_of_adapters(tiny_dir):
+    model, _ = ours(tiny_dir, {"modules_to_save": ["lm_head"]}, DoRALinear)
+    assert sum(isinstance(m, LoRALinear) for m in adapters(model).values()) == 6
+    assert sum(isinstance(m, FullLayer) for m in adapters(model).values()) == 1
