@@ -33,6 +33,7 @@ def main(config: FinetuneFullConfig) -> None:
     # 5. Method: every weight is trained
     if config.precision == "bf16-true":
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
+    ratios: dict[str, float] = {}
 
     def save_weights(directory: Path) -> None:
         save_trained(model, directory, base=config.checkpoint_dir)
@@ -42,7 +43,7 @@ def main(config: FinetuneFullConfig) -> None:
         return preview(data, config, model)
 
     # 6. Shard and optimizer
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim, ratios))
 
     # 7. Resume
     progress = run.begin(fabric, model, optimizer, data.tokenizer)

@@ -301,7 +301,7 @@ def steps(script: str) -> dict[int, str]:
     return {int(n): f"{title}\n{code}" for n, title, code in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
 
 
-def test_finetuning_scripts_differ_only_in_the_method_and_saving():
+def test_finetuning_scripts_differ_only_in_base_method_and_saving():
     scripts = sorted(p.name for p in SCRIPTS.glob("finetune_*.py"))
     assert len(scripts) >= 2
     first = steps(scripts[0])
@@ -309,7 +309,7 @@ def test_finetuning_scripts_differ_only_in_the_method_and_saving():
     for other in scripts[1:]:
         theirs = steps(other)
         assert list(theirs) == list(first), other
-        for number in {*first} - {5, 9}:
+        for number in {*first} - {4, 5, 9}:
             assert theirs[number] == first[number], f"step {number} of {other} differs from {scripts[0]}"
 
 
