@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -18,6 +19,7 @@ import yaml
 
 from litmini.config import UserError
 from litmini.files import existing_file, is_disk_full
+from litmini.processes import alone, first_to_fail, leave
 
 T = TypeVar("T")
 
@@ -141,25 +143,32 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
     config = parse(config_class, doc, positional=positional)
     try:
         main(config)
-    except UserError as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        leave(_report(error) if first_to_fail(error) else 1)
+    leave(0)
+
+
+def _report(error: BaseException) -> int:
+    """Say what the user can mend, and return the exit status. What is no mistake of the user's is raised again."""
+    if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
         print("\ninterrupted.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # whoever read our output has gone, as in `generate.py ... | head -1`
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):  # whoever read our output has gone, as in `generate.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if is_disk_full(error):
-            problem = (
-                f"the disk is full ({error}). Nothing finished was lost; free some space and run the command again."
-            )
-        elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
-            problem = f"{error.strerror}: {error.filename}"
-        else:
-            raise
+    elif is_disk_full(error):
+        print(
+            f"error: the disk is full ({error}). Nothing finished was lost; free some space and run the command again.",
+            file=sys.stderr,
+        )
+    elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+    elif alone():
+        raise error
     else:
-        sys.exit(0)
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(1)
+        traceback.print_exception(error)
+    return 1

@@ -195,8 +195,8 @@ class FinetuneConfig:
     """Processes on each node, one for each GPU."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several processes share the work."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
     seed: int = 1337
     """Of the data order, initial adapter weights and dropout."""
     resume: bool | str = False

@@ -23,6 +23,7 @@ from litmini.launch import checkpoint_activations
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
 from litmini.runs import Run, plot_metrics
+from litmini.sharding import held_bytes, is_sharded
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
 
@@ -102,18 +103,21 @@ def run_training(
     data: Data,
     run: Run,
     progress: Progress,
-    save_weights: Callable[[Path], None],
+    save_weights: Callable[[Path | None], None],
 ) -> None:
     """Measure the model as it is, then train it.
 
     Args:
         wrapped: `model` as `fabric.setup` returned it.
-        save_weights: writes the method's product into a directory, for checkpoints.
+        save_weights: writes the method's product into a directory, for checkpoints. See `Run.save_final`.
     """
     config = run.config
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
+    if is_sharded(model):
+        held, every = (f"{size / 2**20:,.1f}" for size in held_bytes(model))
+        fabric.print(f"{world} processes share the parameters: this one holds {held} of {every} MiB")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if progress.step == 0:

@@ -33,7 +33,7 @@ def sample(
     return index.gather(1, chosen)[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that FSDP gathers in it could not be trained on afterwards
 def decode(
     model: nn.Module,
     prompts: list[list[int]],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litmini.config import FinetuneConfig, UserError
+from litmini.processes import join
+from litmini.sharding import shard
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -23,21 +25,36 @@ def make_fabric(config: FinetuneConfig) -> Fabric:
     fp32 over frozen weights in bf16 or fp32.
     """
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import ModelParallelStrategy
 
-    if config.strategy == "auto" and config.devices * config.num_nodes > 1:
-        raise UserError(f"{config.devices} x {config.num_nodes} devices need --strategy ddp.")
+    count = config.devices * config.num_nodes
+    if config.strategy == "auto" and count > 1:
+        raise UserError(
+            f"{config.devices} x {config.num_nodes} devices need --strategy ddp, or fsdp if the model is too large for one."
+        )
+    strategy: Any = config.strategy
+    if strategy == "fsdp":
+        strategy = ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
         fabric = Fabric(
             accelerator="auto",
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=strategy,
             precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         )
         fabric.launch()
+    join(fabric)
     torch.manual_seed(config.seed)  # initial adapter weights, the same on every rank
     return fabric
+
+
+def load_device(fabric: Fabric) -> str:
+    """Where a process loads the weights: with fsdp only rank 0 reads them, and the others get their shares from it."""
+    from lightning.fabric.strategies import ModelParallelStrategy
+
+    return "meta" if isinstance(fabric.strategy, ModelParallelStrategy) and fabric.global_rank > 0 else "cpu"
 
 
 def weight_dtype(precision: str) -> torch.dtype:

@@ -10,7 +10,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,18 @@ from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
 from litmini.data import Examples
 from litmini.files import existing_file, file_hash, read_json, restore, write_aside, write_json, write_text
+from litmini.sharding import SHARES, is_sharded, load_shares, named_state, save_shares
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+PROCESSES = ("devices", "num_nodes", "strategy")
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
-    r"(resume|dry_run|show_masks|download_from|out_dir|eval\.\w+|train\.(log_every|eval_every|save_every|keep_last))"
+    r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|eval\.\w+|"
+    r"train\.(log_every|eval_every|save_every|keep_last))"
 )
 
 
@@ -95,6 +99,7 @@ class Run:
         for name, entry in read_json(run / "manifest.json").get("data", {}).items():
             if file_hash(str(existing_file(name, "data file"))) != entry["sha256"]:
                 raise UserError(f"cannot resume {self.restart_from}: {name} was changed since the run began.")
+        self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
         changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
         if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
             raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
@@ -107,7 +112,7 @@ class Run:
         Raises:
             UserError: the checkpoint does not fit, or the chat template is another than when the run began.
         """
-        self.fabric, self.model, self.optimizer = fabric, model, optimizer
+        self.fabric, self.model, self.optimizer, self.tokenizer = fabric, model, optimizer, tokenizer
         progress = Progress()
         if self.restart_from:
             if read_json(self.restart_from.parent / "manifest.json")["chat_template_sha256"] != _template_hash(
@@ -118,6 +123,11 @@ class Run:
                 )
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
+            if self.other_processes:
+                fabric.print(
+                    f"note: {', '.join(self.other_processes)}. The steps have the same rows, but sums are rounded in another "
+                    f"order, and dropout draws other masks: the results are no longer the same to the bit."
+                )
         if fabric.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             settings = {**plain(self.config), "resume": False}
@@ -143,27 +153,42 @@ class Run:
             with (self.directory / "metrics.csv").open("a", newline="") as opened:
                 csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
 
-    def checkpoint(self, progress: Progress, save_weights: Callable[[Path], None]) -> Path:
+    def checkpoint(self, progress: Progress, save_weights: Callable[[Path | None], None]) -> Path:
         """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go."""
         directory = self.directory / f"step-{progress.step:06d}"
-        if self.fabric.is_global_zero:
-            with write_aside(directory) as aside:
-                save_weights(aside)
+        with self._aside(directory, save_weights) as aside:
+            if is_sharded(self.model):
+                save_shares(Path(self.fabric.broadcast(str(aside))) / SHARES, self.model, self.optimizer)
+            if aside:
                 save_state(aside, progress, self.model, self.optimizer)
+        if self.fabric.is_global_zero:
             for old in self._steps()[: -self.config.train.keep_last]:
                 if old != directory:  # newer ones are there where a run went back to an older step
                     shutil.rmtree(old)
         self.fabric.barrier()
         return directory
 
-    def save_final(self, save_weights: Callable[[Path], None]) -> Path:
-        """Write `final/`, the product of the run."""
+    def save_final(self, save_weights: Callable[[Path | None], None]) -> Path:
+        """Write `final/`, the product of the run.
+
+        Args:
+            save_weights: every rank calls it, as gathering a sharded model takes them all. It writes the product into the
+                directory that it is given: on rank 0; the others are given none.
+        """
         directory = self.directory / "final"
-        if self.fabric.is_global_zero:
-            with write_aside(directory) as aside:
-                save_weights(aside)
+        with self._aside(directory, save_weights):
+            pass
         self.fabric.barrier()
         return directory
+
+    @contextmanager
+    def _aside(self, directory: Path, save_weights: Callable[[Path | None], None]) -> Iterator[Path | None]:
+        """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
+        with write_aside(directory) if self.fabric.is_global_zero else nullcontext() as aside:
+            save_weights(aside)
+            if aside:
+                self.tokenizer.save(aside)
+            yield aside
 
     def write_manifest(self, tokenizer: Tokenizer, train: Examples, **results: Any) -> None:
         """Write `manifest.json`: what was run, on what, and what was measured."""
@@ -216,21 +241,25 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state."""
+    """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state.
+
+    Of a sharded model, the tensors are in `SHARES` already: see `litmini.sharding.save_shares`.
+    """
     tensors: dict[str, torch.Tensor] = {}
     scalars, pointers = {}, set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"parameter/{name}"] = parameter
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    seen = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps: one copy each
-                    tensors[f"{key}/{name}"] = value.clone() if seen else value
-                    pointers.add(value.data_ptr())
-                else:
-                    scalars[f"{key}/{name}"] = value
-    write_tensors(directory / "training_state.safetensors", tensors)
-    write_json(directory / "training_state.json", {"progress": dataclasses.asdict(progress), "optimizer": scalars})
+    for name, value in named_state(model, optimizer):
+        if isinstance(value, torch.Tensor):
+            seen = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps: one copy each
+            tensors[name] = value.clone() if seen else value
+            pointers.add(value.data_ptr())
+        else:
+            scalars[name] = value
+    saved: dict[str, Any] = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
+    if is_sharded(model):
+        saved["shares"] = sorted(path.name for path in (directory / SHARES).iterdir())
+    else:
+        write_tensors(directory / "training_state.safetensors", tensors)
+    write_json(directory / "training_state.json", saved)
 
 
 def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -242,12 +271,17 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         saved = read_json(directory / "training_state.json")
         progress, numbers = Progress(**saved["progress"]), dict(saved["optimizer"])
+        shares = list(saved.get("shares", []))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state: dict[str, dict[str, Any]] = {name: {} for name in trainable}
+    if shares or is_sharded(model):
+        tensors = load_shares(directory / SHARES if shares else directory, shares, trainable)
+    else:
+        tensors = read_tensors([directory / "training_state.safetensors"])
+    restored: dict[str, dict[str, Any]] = {name: {} for name in trainable}
     found = set()
-    for entry, value in [*read_tensors([directory / "training_state.safetensors"]), *numbers.items()]:
+    for entry, value in [*tensors, *numbers.items()]:
         key, _, name = entry.partition("/")
         if name not in trainable or (key == "parameter" and value.shape != trainable[name].shape):
             raise UserError(f"{directory} is of another model: {name} does not fit.")
@@ -255,13 +289,13 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             found.add(name)
             trainable[name].data.copy_(value)
         else:
-            state[name][key] = value
+            restored[name][key] = value
     if missing := sorted(trainable.keys() - found):
         raise UserError(f"{directory} is of another model: it lacks {', '.join(missing[:5])}.")
     for name, parameter in trainable.items():
-        if state[name]:
+        if restored[name]:
             optimizer.state[parameter] = {
-                k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()
+                k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in restored[name].items()
             }
     return progress
 

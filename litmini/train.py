@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from litmini.config import TrainConfig, UserError
@@ -146,13 +147,15 @@ def _take_step(
         UserError: one of the two is not finite; the step is not taken.
     """
     loss_sum = torch.zeros((), device=fabric.device)
+    keep = not isinstance(next(model.parameters()), DTensor)  # sharded: gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
-        with fabric.no_backward_sync(model, enabled=i + 1 < len(micro_batches)):
+        with fabric.no_backward_sync(model, enabled=keep and i + 1 < len(micro_batches)):
             loss, _ = model(**fabric.to_device(batch))
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
         loss_sum += loss.detach()
     clip = max_grad_norm or math.inf
-    norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False))  # type: ignore[arg-type]
+    clipped: Any = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
     mean = float(total) / max(1, targets)  # CPU-GPU sync point
     if not (math.isfinite(mean) and math.isfinite(norm)):
