@@ -49,7 +49,7 @@ def main(directory: Path) -> None:
     for name, pairs in parts.items():
         order = sorted(pairs, key=lambda code: hashlib.sha256(code.encode()).digest())
         if name == "heldout":
-            order = [code for code in order if code not in parts["train"]][:100]
+            order = [code for code in order if code not in parts["train"]][:60]
         with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for code in order:
                 question = f"{QUESTION}```python\n{code}\n```"
