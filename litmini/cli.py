@@ -19,7 +19,7 @@ import yaml
 
 from litmini.config import UserError
 from litmini.files import existing_file, is_disk_full
-from litmini.processes import alone, first_to_fail, leave
+from litmini.processes import alone, first_to_fail, is_first, leave
 
 T = TypeVar("T")
 
@@ -141,6 +141,8 @@ def _keep(self: Any, text: str, width: int, indent: str) -> str:
 def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
     """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
     config = parse(config_class, doc, positional=positional)
+    if not is_first():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would tell of every connection that another ends
     try:
         main(config)
     except SystemExit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litmini.config import FinetuneConfig, UserError
 from litmini.processes import join
-from litmini.sharding import shard
+from litmini.sharding import blocks, shard
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -35,6 +36,7 @@ def make_fabric(config: FinetuneConfig) -> Fabric:
     strategy: Any = config.strategy
     if strategy == "fsdp":
         strategy = ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each process would introduce itself
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
         fabric = Fabric(
@@ -67,8 +69,5 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     Dropout draws the same mask again: the random state is preserved.
     """
-    blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
-    if not blocks:
-        raise UserError("train.checkpoint_activations: this model has no class named Block.")
-    for module in blocks:
+    for module in blocks(model):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from litmini.config import OptimConfig, UserError
 
@@ -32,7 +33,7 @@ def make_optimizer(
             in its `lr_ratio`.
 
     Raises:
-        UserError: nothing is trainable, or the optimizer needs a GPU.
+        UserError: nothing is trainable, or the optimizer needs a GPU, or does not go with sharded parameters.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -51,6 +52,8 @@ def make_optimizer(
         return torch.optim.SGD(named, lr=config.lr)
     if config.name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
+    if any(isinstance(parameter, DTensor) for params in groups.values() for parameter in params):
+        raise UserError(f"optim.name {config.name} does not go with --strategy fsdp; use --optim.name adamw, or ddp.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 

@@ -66,9 +66,15 @@ def _watch_parent() -> None:
     leave(1)
 
 
+def is_first() -> bool:
+    """Whether this is the first process, as far as is known before they have met."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
+    return rank == "0"
+
+
 def first_to_fail(error: BaseException | None = None) -> bool:
     """Whether this process shall say why it ends: the only one, or the first of several that fail."""
-    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0)))) == 0
+    first = is_first()
     if _failures is None:  # not launched, or not yet: what is wrong is likely wrong for all
         time.sleep(0 if first else 5)
         return True

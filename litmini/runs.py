@@ -125,7 +125,7 @@ class Run:
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
             if self.other_processes:
                 fabric.print(
-                    f"note: {', '.join(self.other_processes)}. The steps have the same rows, but sums are rounded in another "
+                    f"note: {', '.join(self.other_processes)}. Each step has the same rows, but sums are rounded in another "
                     f"order, and dropout draws other masks: the results are no longer the same to the bit."
                 )
         if fabric.is_global_zero:

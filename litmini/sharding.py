@@ -20,6 +20,20 @@ from litmini.config import UserError
 SHARES = "training_state"  # directory in a checkpoint: a safetensors file of each process
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Every `Block` of a model.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [m for m in model.modules() if any(kind.__name__ == "Block" for kind in type(m).__mro__)]  # FSDP derives
+    if not found:
+        raise UserError(
+            "this model has no class named Block; --strategy fsdp and train.checkpoint_activations go by blocks."
+        )
+    return found
+
+
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Share each `Block`, then the rest of `model`, out over the mesh's dimension `data_parallel`.
 
@@ -28,11 +42,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
-    blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
-    if not blocks:
-        raise UserError("strategy fsdp: this model has no class named Block, which would be shared out one by one.")
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
-    for part in [*blocks, model]:
+    for part in [*blocks(model), model]:
         _spread(part, device)
         fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
     return model
@@ -47,7 +58,10 @@ def _spread(part: nn.Module, device: torch.device) -> None:
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if tensor not in new:
-                    data = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                    if tensor.is_meta:
+                        data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    else:
+                        data = tensor.detach().to(device).contiguous()
                     dist.broadcast(data, src=0)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     new[tensor] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data

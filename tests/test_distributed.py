@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from torch import nn
 from two import ROOT, command, run_two, values
 
-from litmini.adapters import LoRALinear, add_adapters
+from litmini.adapters import DoRALinear, LoRALinear, add_adapters
 from litmini.config import LoraConfig
 from litmini.generate import generate_batch
 from litmini.launch import checkpoint_activations
 from litmini.loss import IGNORE
 from litmini.models import FAMILIES, family
+from litmini.quantize import quantize_linears
 from litmini.sharding import held_bytes, shard, whole
 
 DATA = ROOT / "config_hub/quickstart"
+METHODS = ["llama 4bit lora recomputed", "llama 4bit dora", "qwen2 dora", "llama pissa", "mixtral 4bit lora"]
 DDP, FSDP = (["--devices", 2, "--strategy", name] for name in ("ddp", "fsdp"))
 
 
@@ -81,12 +83,12 @@ def forget(run: Path) -> None:
     shutil.rmtree(run / "step-000004")
 
 
-@pytest.mark.parametrize("script", ["finetune_full", "finetune_lora"])
+@pytest.mark.parametrize("script", ["finetune_full", "finetune_qlora"])
 def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path, script):
     """Requirements 2, 3, 22 and 24: accumulation, evaluation, answers, steps with fewer rows than the ranks want."""
     more = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--eval.samples", 2]
     one, two = (words(tiny_dir, tmp_path / name, *more, "--eval.max_new_tokens", 2) for name in ("one", "two"))
-    two += map(str, FSDP)
+    two += map(str, [*FSDP, "--train.checkpoint_activations"])
     run_alone(script, *one)
     assert "2 processes share the parameters" in run_both(script, *two)
     assert_close(tmp_path / "one", tmp_path / "two")
@@ -103,7 +105,7 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     assert_close(tmp_path / "one", tmp_path / "two")
     forget(tmp_path / "one")  # and the other way round
     said = run_both(script, *one, "--resume", "auto", *map(str, FSDP))
-    assert "note: devices: 1 -> 2, strategy: auto -> fsdp. The steps have the same rows" in said
+    assert "note: devices: 1 -> 2, strategy: auto -> fsdp. Each step has the same rows" in said
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
@@ -213,8 +215,14 @@ def build(name: str, device: str) -> nn.Module:
     with torch.device(device):
         model = family(kind).Model(family(kind).PRESETS["tiny"])
     model.init_weights(torch.Generator().manual_seed(0))
-    if "lora" in options:  # in fp32 over frozen bf16, a tied head adapted too; of 3 rows of A, shares of 2 and 1
-        add_adapters(model.bfloat16(), LoraConfig(rank=3, targets=["all-linear", "lm_head"]))
+    if "4bit" in options:
+        quantize_linears(model.bfloat16())
+    if adapted := {"lora", "pissa", "dora"} & set(
+        options
+    ):  # in fp32 over frozen bf16; of 3 rows of A, shares of 2 and 1
+        head = {"targets": ["all-linear", "lm_head"]} if "lora" in adapted else {"modules_to_save": ["lm_head"]}
+        config = LoraConfig(rank=3, init="pissa" if "pissa" in adapted else "zero", **head)
+        add_adapters(model.bfloat16(), config, DoRALinear if "dora" in adapted else None)
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 nn.init.normal_(module.lora_B)
@@ -238,7 +246,7 @@ def gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torc
 
 def test_sharded_gradients_equal_plain_ones_in_every_family():
     """Tied and untied, experts in one tensor, vectors, adapters; each process holds half the bytes (requirement 24)."""
-    names = [*sorted(FAMILIES), "llama lora", "qwen2 lora recomputed", "llama recomputed"]
+    names = [*sorted(FAMILIES), "llama lora", "qwen2 lora recomputed", "llama recomputed", *METHODS]
     for held in values(run_two(gradients_sharded_and_not, names)):
         assert held.keys() == set(names)
         for name, (mine, every) in held.items():
