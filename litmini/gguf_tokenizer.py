@@ -6,12 +6,12 @@ What each value of `tokenizer.ggml.pre` means: llama.cpp's `src/llama-vocab.cpp`
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from litmini.config import UserError
 from litmini.files import write_json
 from litmini.gguf_read import Metadata
-from litmini.vocabulary import ADDED, SPECIAL, add_ends, sentencepiece_like
+from litmini.vocabulary import ADDED, SPECIAL, add_ends, byte_words, sentencepiece_like
 
 
 class Words(NamedTuple):
@@ -23,24 +23,12 @@ class Words(NamedTuple):
     normalizer: Any = None
 
 
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _split(digits: str) -> Any:
-    """Words of Llama 3 and Qwen 2, which differ in how many digits make one."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r""
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), _BYTES])
-
-
 PRE_TOKENIZERS = {  # tokenizer.ggml.pre; no row for "default", which is llama.cpp's word for not knowing
     "gpt-2": Words(_GPT2),
     "smollm": Words(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])),
-    "llama-bpe": Words(_split(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True),
-    "qwen2": Words(_split(r"\p{N}"), normalizer=normalizers.NFC()),
+    "llama-bpe": Words(byte_words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True),
+    "qwen2": Words(byte_words(r"\p{N}"), normalizer=normalizers.NFC()),
 }
 ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # GGUF's names -> Hugging Face's
 STOPS = ("eos", "eot", "eom")
