@@ -173,7 +173,7 @@ def hub_reason(error: Exception, repo: str, revision: str | None = None) -> str:
         if status == 401:
             return f"the Hugging Face hub does not accept the token that is set: {log_in} anew."
         if status == 403:
-            return f"the Hugging Face hub refuses {repo}: the token may not read it. Check its rights, or {log_in}."
+            return f"the Hugging Face hub refuses {repo}: the token may not do this. Check its rights, or {log_in}."
         if status == 429:
             wait = error.response.headers.get("Retry-After")
             after = f" in {wait} seconds" if wait else " in a few minutes"
@@ -182,7 +182,7 @@ def hub_reason(error: Exception, repo: str, revision: str | None = None) -> str:
     if _unreachable(error):
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no network, or a proxy is needed: {detail}"
         return f"the Hugging Face hub cannot be reached ({cause})."
-    return f"{repo} could not be downloaded ({type(error).__name__}: {detail})."
+    return f"{repo}: {type(error).__name__}: {detail}."
 
 
 def _nearest(repo: str) -> list[str]:

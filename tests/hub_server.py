@@ -1,5 +1,6 @@
 """A small server that speaks the hub's protocol over real HTTP on 127.0.0.1, and can fail in every way that the hub can."""
 
+import base64
 import hashlib
 import json
 import re
@@ -61,6 +62,48 @@ class Hub(BaseHTTPRequestHandler):
         if repo == "acme/gated":
             return self.answer(403, headers={"X-Error-Code": "GatedRepo"})
         self.send_file(path.split(f"/resolve/{COMMIT}/")[1])
+
+    def do_POST(self) -> None:
+        """An upload: the repository is made, files are announced, large ones asked for by LFS, and all committed."""
+        self.authorizations.add(self.headers.get("Authorization", ""))
+        self.requests[f"POST {self.path}"] += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if found := next((answer for part, answer in self.answers.items() if part in self.path), None):
+            return self.answer(found[0], headers=found[1])
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            return self.reply({"url": f"{self.url}/{wanted['organization']}/{wanted['name']}"})
+        if self.path == "/api/validate-yaml":  # the model card's head
+            return self.reply({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            files = [{"path": name, "uploadMode": modes[name], "shouldIgnore": False} for name in names]
+            return self.reply({"files": files})
+        if self.path.endswith("/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.url}/put/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.reply({"transfer": "basic", "objects": objects})
+        assert "/commit/" in self.path, self.path
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.uploads[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.uploads[value["path"]] = self.uploads.pop(value["oid"])
+        repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+        self.reply({"commitUrl": f"{self.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(content).hexdigest() == self.path.rpartition("/")[2]
+        self.uploads[self.path.rpartition("/")[2]] = content
+        self.answer(200)
+
+    def reply(self, content: dict) -> None:
+        self.answer(200, json.dumps(content).encode())
 
     def entry(self, name: str) -> dict:
         """A file in a listing; large ones are stored with LFS, whose pointer has a size and an id of its own."""

@@ -366,7 +366,7 @@ def test_names_that_climb_out(hub: type[Hub]) -> None:
             {"X-Error-Message": "Invalid credentials in Authorization header"},
             r"does not accept the token",
         ),
-        ("/api/", 403, {"X-Error-Message": "no"}, r"refuses acme/tiny: the token may not read it"),
+        ("/api/", 403, {"X-Error-Message": "no"}, r"refuses acme/tiny: the token may not do this"),
         ("/api/", 500, {}, r"did not give acme/tiny: .*500"),
         ("config.json", 404, {"X-Error-Code": "EntryNotFound"}, r"did not give acme/tiny"),
     ],
