@@ -302,10 +302,10 @@ def save_model(
         copy_side_files(side_files, directory)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
     """Copy what travels with the weights: tokenizer, chat template, generation settings, licence."""
     for name in SIDE_FILES:
-        if (source / name).is_file():
+        if (source / name).is_file() and (replace or not (target / name).exists()):
             shutil.copyfile(source / name, target / name)
 
 
