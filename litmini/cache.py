@@ -125,16 +125,18 @@ class KVCache:
     @staticmethod
     def gather(config: Any, rows: "list[tuple[KVCache, int, int]]", capacity: int) -> "KVCache":
         """A new cache of the given rows: (cache, its row, how many of that row's tokens to keep) for each."""
-        first = rows[0][0]
+        first = max((cache for cache, _, _ in rows), key=lambda cache: len(cache._slots))  # one that was used, if any
         new = KVCache(config, len(rows), capacity, first.layers[0].dtype, first.device, first.chunk)
         lengths = [length for _, _, length in rows]
         new.length = max(lengths)
-        new.ragged = len(set(lengths)) > 1 or any(cache.ragged for cache, _, _ in rows)
+        new.ragged = len(set(lengths)) > 1
         new._new = torch.tensor(lengths, device=first.device)[:, None] - 1
         for window in first._slots:
             slots, moves = new.slots(window), []
             slots.positions.fill_(-1)
             for i, (cache, row, length) in enumerate(rows):
+                if not length:
+                    continue
                 held = cache._slots[window].positions[row]  # (n_slots + 1,)
                 old = ((held >= max(0, length - slots.n_slots)) & (held < length)).nonzero()[:, 0]
                 moves.append((i, cache, row, old, held[old] % slots.n_slots))

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from litmini.config import SamplingConfig, UserError
 from litmini.data import Example
-from litmini.generation import Reply, finish_all
+from litmini.generation import finish_all
 from litmini.loss import IGNORE
+from litmini.reply import Reply
 from litmini.tokenizer import Tokenizer
 
 

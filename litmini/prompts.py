@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from litmini.config import SamplingConfig, UserError
 from litmini.files import existing_file
-from litmini.generation import Reply, check_prompt, finish_all
+from litmini.generation import check_prompt, finish_all
+from litmini.reply import Reply
 from litmini.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer
 

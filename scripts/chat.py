@@ -32,8 +32,9 @@ class ChatConfig(SamplingConfig, ModelConfig):
 def main(config: ChatConfig) -> None:
     import contextlib
 
-    from litmini.generation import Reply, open_model, stream_reply
+    from litmini.generation import open_model, stream_reply
     from litmini.prompts import check_text
+    from litmini.reply import Reply
 
     with contextlib.suppress(ImportError):  # not everywhere: arrow keys and earlier lines
         import readline  # noqa: F401

@@ -56,8 +56,9 @@ def main(config: GenerateConfig) -> None:
     import sys
     import time
 
-    from litmini.generation import Reply, open_model, stream_reply
+    from litmini.generation import open_model, stream_reply
     from litmini.prompts import check_text
+    from litmini.reply import Reply
     from litmini.tokenizer import Message
 
     if config.out is not None and Path(config.out).exists():

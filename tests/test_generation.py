@@ -22,9 +22,10 @@ import litmini
 from litmini.adapters import LoRALinear
 from litmini.cache import KVCache
 from litmini.config import SamplingConfig, UserError
-from litmini.generation import Batch, Reply, finish_all, generate, stream, stream_reply
+from litmini.generation import Batch, finish_all, generate, stream, stream_reply
 from litmini.loss import IGNORE
 from litmini.models import llama
+from litmini.reply import Reply
 from litmini.sampling import choose, penalize, probabilities
 from litmini.speculative import Draft, DraftModel, PromptLookup
 from litmini.tokenizer import Tokenizer
