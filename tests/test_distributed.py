@@ -19,7 +19,7 @@ from two import ROOT, command, run_two, values
 
 from litmini.adapters import DoRALinear, LoRALinear, add_adapters
 from litmini.config import LoraConfig
-from litmini.generate import generate_batch
+from litmini.generation import generate_batch
 from litmini.launch import checkpoint_activations
 from litmini.loss import IGNORE
 from litmini.models import FAMILIES, family

@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 import litmini
-from litmini.generate import generate
+from litmini.generation import generate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -176,8 +176,8 @@ def test_the_prompt_may_come_from_standard_input(tiny_dir):
         ("--device=foo", 1, "--device foo cannot be used here"),
         ("--seed=-1", 2, "out of range: seed is -1"),
         (f"--seed={2**70}", 2, "out of range: seed is"),
-        ("--prompt=\udcff", 2, "the prompt is not UTF-8 text"),
-        ("--max_new_tokens=0", 1, "max_new_tokens is 0"),
+        ("--prompt=\udcff", 1, "the prompt is not UTF-8 text"),
+        ("--max_new_tokens=0", 2, "max_new_tokens is 0"),
         ("--prompt=" + "a b " * 500, 1, "no room for an answer"),
     ],
 )
