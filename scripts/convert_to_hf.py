@@ -22,6 +22,8 @@ class ConvertConfig:
     """Where to write; must not exist."""
     adapter: str | None = None
     """Adapter directory to merge in."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Of the result; none: as it is."""
     max_shard_size: str = "5GB"
@@ -31,10 +33,17 @@ class ConvertConfig:
 def main(config: ConvertConfig) -> None:
     from litmini.checkpoint import parse_dtype
     from litmini.export import export, parse_size
+    from litmini.models import use_model_file
 
     dtype = parse_dtype(config.dtype) if config.dtype else None
+    own = use_model_file(config.model_file)
     target = export(config.checkpoint, config.out_dir, config.adapter, dtype, parse_size(config.max_shard_size))
-    print(f"written: {target}. transformers, vLLM and PEFT load it as it is.")
+    if own:
+        print(
+            f"written: {target}. transformers knows none of its tensors: its model_type is that of {config.model_file}."
+        )
+    else:
+        print(f"written: {target}. transformers, vLLM and PEFT load it as it is.")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class GenerateConfig:
     """The user's turn; - reads it from standard input."""
     adapter_dir: str | None = None
     """Adapter in PEFT's format to put on it."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     system: str | None = None
     """System turn before the prompt."""
     chat_template: str = "auto"
@@ -58,6 +60,7 @@ def main(config: GenerateConfig) -> None:
 
     import litmini
     from litmini.generate import stream
+    from litmini.models import use_model_file
     from litmini.tokenizer import Message, Tokenizer
 
     device = config.device
@@ -67,6 +70,7 @@ def main(config: GenerateConfig) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    use_model_file(config.model_file)
     model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device)
     if config.chat_template != "auto":
         tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
