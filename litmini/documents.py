@@ -5,6 +5,7 @@ Nothing is held whole in memory: a long document comes in pieces, cut at line en
 
 import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -133,7 +134,7 @@ def _opened(source: Source) -> Iterator[Any]:
                     yield plain
             elif source.name.lower().endswith(".zst"):
                 with _pyarrow().CompressedInputStream(raw, "zstd") as plain:
-                    yield plain
+                    yield io.BufferedReader(plain)  # it has no lines of its own
             else:
                 yield raw
     except (OSError, EOFError, zlib.error) as error:

@@ -23,7 +23,7 @@ from litmini.loss import IGNORE
 
 BLOCK = 4096
 """Rows whose places are computed together; in each, corpora have exactly their shares."""
-ROUNDS = 6
+ROUNDS = 8
 
 
 class Shard:
@@ -167,15 +167,12 @@ class Windows:
     def _compute_places(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(group, window) of each row in a block, (BLOCK,) int64 each."""
         order = permute(np.arange(BLOCK), BLOCK, (self.seed, block)) if len(self.quotas) > 1 else np.arange(BLOCK)
-        before = np.cumsum([0, *self.quotas])
-        groups = np.searchsorted(before, order, side="right") - 1
+        groups = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]
         windows = np.empty(BLOCK, np.int64)
         for group, starts in enumerate(self.starts):
             mine = groups == group
             count = int(starts[-1])
-            numbers = (
-                block * self.quotas[group] + order[mine] - before[group]
-            )  # of this group's rows, from the first on
+            numbers = np.arange(block * self.quotas[group], (block + 1) * self.quotas[group])  # of this group's rows
             epochs, places = np.divmod(numbers, count)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
