@@ -60,9 +60,9 @@ class Shard:
         """
         mapped, tokens, checksums = self._map
         size = self.dtype.itemsize
-        for page in range(start * size // PAGE, (start + count) * size // PAGE + 1):
-            content = mapped[page * PAGE : (page + 1) * PAGE]
-            if content and zlib.crc32(content) != checksums[page]:
+        for page in range(start * size // PAGE, ((start + count) * size - 1) // PAGE + 1):
+            content = memoryview(mapped)[page * PAGE : (page + 1) * PAGE]
+            if zlib.crc32(content) != checksums[page]:
                 raise UserError(
                     f"{self.file} is damaged: bytes {page * PAGE:,} to {page * PAGE + len(content):,} fail their "
                     f"checksum. Copy the file again, or prepare the corpus again."
@@ -160,25 +160,24 @@ class Windows:
 
     def place(self, row: int) -> tuple[Shard, int]:
         """The shard of a row, counted through all epochs, and where in it the row begins."""
-        group, window = (int(part[row % BLOCK]) for part in self._places(row // BLOCK))
-        number = int(np.searchsorted(self.starts[group], window, side="right")) - 1
-        return self.shards[group][number], (window - int(self.starts[group][number])) * self.length
+        return self._places(row // BLOCK)[row % BLOCK]
 
-    def _compute_places(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(group, window) of each row in a block, (BLOCK,) int64 each."""
+    def _compute_places(self, block: int) -> list[tuple[Shard, int]]:
+        """The place of each row in a block."""
         order = permute(np.arange(BLOCK), BLOCK, (self.seed, block)) if len(self.quotas) > 1 else np.arange(BLOCK)
         groups = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]
-        windows = np.empty(BLOCK, np.int64)
+        found: list[Iterator[tuple[Shard, int]]] = []
         for group, starts in enumerate(self.starts):
-            mine = groups == group
             count = int(starts[-1])
             numbers = np.arange(block * self.quotas[group], (block + 1) * self.quotas[group])  # of this group's rows
             epochs, places = np.divmod(numbers, count)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
                 places[now] = permute(places[now], count, (self.seed, group, int(epoch)))
-            windows[mine] = places
-        return groups, windows
+            files = np.searchsorted(starts, places, side="right") - 1
+            begins = ((places - starts[files]) * self.length).tolist()
+            found.append(zip(map(self.shards[group].__getitem__, files.tolist()), begins, strict=True))
+        return [next(found[group]) for group in groups.tolist()]
 
     def batch(self, rows: list[int]) -> dict[str, Tensor]:
         """Tensors (rows, length) int64: tokens and labels, and with `isolate` positions and documents.

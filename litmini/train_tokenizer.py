@@ -1,5 +1,6 @@
 """Text -> a tokenizer in Hugging Face's form, trained with `tokenizers`."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,7 +58,12 @@ def train_tokenizer(stream: Iterable[str], kind: str, vocab_size: int, special: 
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=names,
+        initial_alphabet=alphabet,
+        show_progress=sys.stdout.isatty(),  # elsewhere it prints empty lines
+    )
     fast.train_from_iterator(stream, trainer)
     return fast
 
