@@ -2,108 +2,31 @@
 
 All cores tokenise; one process reads and writes, in the order of the files, so shards are the same for any number of
 cores. What was written is committed every few seconds: an interrupted preparation goes on from there and ends with the same
-bytes. Nothing heavy is imported here, for the sake of the processes that tokenise.
+bytes.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
-import signal
 import time
 import zlib
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer as FastTokenizer
 from tqdm import tqdm
 
 from litmini.config import UserError
 from litmini.documents import Piece, Source, read_pieces
+from litmini.encode import SPLITS, Encoder, Recipe, encode_all, tokenizer_hash
 from litmini.files import file_hash, read_json, write_json
 
 FORMAT = "litmini tokens 1"
-SPLITS = ("train", "val")
 PAGE = 4096  # bytes that have a checksum of their own
 BATCH = 1 << 20  # characters that a process tokenises in one go
 COMMIT_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything but the text that the tokens depend on."""
-
-    tokenizer: str
-    """The contents of tokenizer.json."""
-    begin: list[int]
-    """Ids before every document (BOS, where the tokenizer puts one)."""
-    end: int
-    """The id after every document."""
-    text_key: str = "text"
-    separator: str | None = None
-    val_fraction: float = 0.0
-    """Share of documents that are held out, by a hash of their text: equal documents fall on the same side."""
-    shard_tokens: int = 1 << 28
-    """Tokens in a shard; the last one of a split has fewer."""
-
-    @property
-    def vocab_size(self) -> int:
-        return max(FastTokenizer.from_str(self.tokenizer).get_vocab().values()) + 1
-
-    def described(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "tokenizer": tokenizer_hash(self.tokenizer)}
-
-
-def tokenizer_hash(text: str) -> str:
-    """sha256 of what a tokenizer.json means: the order of keys, truncation and padding do not count."""
-    content = {k: v for k, v in json.loads(text).items() if k not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class Encoder:
-    """Tokenises pieces, in one thread. Text that spells a special token is text: only documents' ends are ends."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process of its own
-        self.fast = FastTokenizer.from_str(recipe.tokenizer)
-        self.fast.no_truncation()
-        self.fast.no_padding()
-        self.fast.encode_special_tokens = True
-        self.begin, self.end = recipe.begin, recipe.end
-        self.code = "H" if recipe.vocab_size <= 1 << 16 else "I"  # 2 or 4 bytes
-
-    def __call__(self, pieces: list[tuple[Piece, bool]]) -> list[bytes]:
-        """The tokens of (piece, held out?), for each split, as bytes of uint16 or uint32."""
-        tokens = [array(self.code) for _ in SPLITS]
-        encodings = self.fast.encode_batch_fast([piece.text for piece, _ in pieces], add_special_tokens=False)
-        for (piece, held_out), encoding in zip(pieces, encodings, strict=True):
-            out = tokens[held_out]
-            if piece.first:
-                out.extend(self.begin)
-            out.extend(encoding.ids)
-            if piece.last:
-                out.append(self.end)
-        return [out.tobytes() for out in tokens]
-
-
-_encoder: Encoder
-
-
-def _start_process(recipe: Recipe) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
-    _encoder = Encoder(recipe)
-
-
-def _encode(pieces: list[tuple[Piece, bool]]) -> list[bytes]:
-    return _encoder(pieces)
 
 
 class Shards:
@@ -230,7 +153,7 @@ def prepare(
     committed = time.monotonic()
     batches = _batches(sources, recipe, dataclasses.replace(counts))
     with tqdm(desc="preparing", unit="tok", unit_scale=True, disable=None) as bar:
-        for (_, documents, done), encoded in _encode_all(batches, recipe, workers):
+        for (documents, done), encoded in encode_all(batches, recipe, workers):
             for shards, tokens, more in zip(splits, encoded, documents, strict=True):
                 shards.write(tokens)
                 shards.documents += more
@@ -291,11 +214,11 @@ def _check(counts: Counts, splits: list[Shards], max_empty: float, directory: Pa
         raise UserError(f"no document is left to train on in {directory}: there were {counts.documents:,} in all.")
 
 
-Batch = tuple[list[tuple[Piece, bool]], list[int], Counts]
+Batch = tuple[list[tuple[Piece, bool]], tuple[list[int], Counts]]
 
 
 def _batches(sources: list[Source], recipe: Recipe, counts: Counts) -> Iterator[Batch]:
-    """What follows after `counts`, in parts of about `BATCH` characters: (piece, held out?), documents, counts then."""
+    """What follows after `counts`, in parts of about `BATCH` characters: pieces, documents of each split, counts then."""
     pieces: list[tuple[Piece, bool]] = []
     documents, size = [0, 0], 0
     skip = counts.piece
@@ -316,38 +239,12 @@ def _batches(sources: list[Source], recipe: Recipe, counts: Counts) -> Iterator[
             counts.characters += len(piece.text)
             size += len(piece.text)
             if size >= BATCH or len(pieces) >= 8192:
-                yield pieces, documents, dataclasses.replace(counts)
+                yield pieces, (documents, dataclasses.replace(counts))
                 pieces, documents, size = [], [0, 0], 0
         counts.source, counts.piece, skip = counts.source + 1, 0, 0
-    yield pieces, documents, dataclasses.replace(counts)
+    yield pieces, (documents, dataclasses.replace(counts))
 
 
 def _held_out(text: str, fraction: float) -> bool:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _encode_all(batches: Iterable[Batch], recipe: Recipe, workers: int) -> Iterator[tuple[Batch, list[bytes]]]:
-    """Each batch with its tokens, in order; a few batches for each process are under way at a time."""
-    if workers == 1:
-        encoder = Encoder(recipe)
-        for batch in batches:
-            yield batch, encoder(batch[0])
-        return
-    waiting: deque[tuple[Batch, Future[list[bytes]]]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (recipe,)) as pool:
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_encode, batch[0])))
-                if len(waiting) > 3 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            for done, future in waiting:
-                yield done, future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that tokenises was ended, most likely for lack of memory: try --workers with fewer; the same "
-                "command goes on from here."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)

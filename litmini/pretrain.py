@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from litmini.checkpoint import check_checkpoint_dir, disk_tensors, load_model, read_config, save_model, save_trained
-from litmini.config import PretrainConfig, UserError
-from litmini.corpus import tokenizer_hash
+from litmini.config import UserError
 from litmini.data import Example
+from litmini.encode import tokenizer_hash
 from litmini.finetune import Data, idle_optim, warn
 from litmini.loss import ZLossHead
 from litmini.models import FAMILIES, family, use_model_file
+from litmini.pretrain_config import PretrainConfig
 from litmini.sharding import whole
 from litmini.shards import Corpus, Windows
 from litmini.tokenizer import Tokenizer

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from litmini.config import UserError
-from litmini.corpus import FORMAT, PAGE, tokenizer_hash
+from litmini.corpus import FORMAT, PAGE
+from litmini.encode import tokenizer_hash
 from litmini.files import read_json
 from litmini.loss import IGNORE
 

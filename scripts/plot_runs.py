@@ -29,7 +29,7 @@ class PlotConfig:
 def main(config: PlotConfig) -> None:
     from pathlib import Path
 
-    from litmini.runs import plot_runs
+    from litmini.plots import plot_runs
 
     for name, loss in plot_runs(
         [Path(run) for run in config.runs], Path(config.out_file), config.smooth, config.by

@@ -53,8 +53,9 @@ def main(config: PrepareConfig) -> None:
     import time
     from pathlib import Path
 
-    from litmini.corpus import Recipe, prepare
+    from litmini.corpus import prepare
     from litmini.documents import find_sources
+    from litmini.encode import Recipe
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)

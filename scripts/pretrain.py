@@ -8,7 +8,7 @@ The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, Ad
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import PretrainConfig
+from litmini.pretrain_config import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from litmini import corpus, documents
 from litmini.config import UserError
-from litmini.corpus import Recipe, Shards, prepare, tokenizer_hash
+from litmini.corpus import Shards, prepare
 from litmini.documents import Source, find_sources, read_pieces
+from litmini.encode import Recipe, tokenizer_hash
 from litmini.train_tokenizer import END, train_tokenizer, write_tokenizer
 
 TEXTS = [f"Document {i}: " + "the cat sat on the mat.\n" * (i % 7) + "naïve ☃\n" * (i % 3) for i in range(60)]

@@ -22,11 +22,12 @@ from torch import nn
 import litmini
 from litmini.checkpoint import read_config
 from litmini.cli import parse
-from litmini.config import OptimConfig, PretrainConfig, UserError
+from litmini.config import OptimConfig, UserError
 from litmini.loss import IGNORE, ZLossHead, linear_cross_entropy
 from litmini.models import FAMILIES, gpt2, llama, use_model_file
-from litmini.optim import MuonAdamW, learning_rate, make_optimizer
+from litmini.optim import learning_rate, make_optimizer
 from litmini.pretrain import blueprint, use_z_loss
+from litmini.pretrain_config import PretrainConfig
 from litmini.runs import load_state, save_state
 from litmini.train import Progress
 
@@ -132,7 +133,7 @@ def assert_same(one, two):
 
 
 def test_two_processes_go_on_where_one_stopped(place, whole):
-    """Data order and loss are those of one process, from any checkpoint; each step's last micro-batch is padding."""
+    """Data order and loss are those of one process, from any checkpoint."""
     words = settings(
         place, "two", "--train.save_every", 3, "--train.eval_every", 4, "--devices", 2, "--strategy", "ddp"
     )
@@ -348,7 +349,7 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest():
 
 def test_muon_is_saved_and_restored(tmp_path):
     model, other = (llama.Model(llama.PRESETS["tiny"]) for _ in range(2))
-    optimizers = [MuonAdamW(m, OptimConfig(name="muon", lr=0.01)) for m in (model, other)]
+    optimizers = [make_optimizer(m, OptimConfig(name="muon", lr=0.01)) for m in (model, other)]
 
     def step(model, optimizer):
         tokens = torch.arange(60).view(2, 30)
@@ -391,7 +392,7 @@ def test_z_loss_is_in_the_gradients_only(softcap):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     entropy = nn.functional.cross_entropy(logits, labels[labels != IGNORE], reduction="sum")
     (entropy + 0.01 * logits.logsumexp(-1).square().sum()).backward()
-    assert float(loss) == pytest.approx(float(entropy), rel=1e-6) and int(count) == 8
+    assert float(loss.detach()) == pytest.approx(float(entropy.detach()), rel=1e-6) and int(count) == 8
     torch.testing.assert_close(found[0], hidden.grad)
     torch.testing.assert_close(found[1], plain.weight.grad)
 
@@ -406,7 +407,7 @@ def test_z_loss_keeps_a_tied_head_tied():
         use_z_loss(nn.Sequential(nn.Linear(2, 2)), 1e-4)
 
 
-SIZES = {"char": 0.81e6, "gpt2_124m": 124.4e6, "llama_160m": 162e6, "qwen3_like": 0, "gemma_like": 0}
+SIZES = {"char": 0.81, "gpt2_124m": 124, "llama_160m": 162, "qwen3_like": 113, "gemma_like": 108}  # million
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.name)
@@ -417,8 +418,7 @@ def test_research_configurations(file, monkeypatch):
     assert config.data.max_seq_len <= found.config.max_positions
     with torch.device("meta"):
         size = sum(p.numel() for p in found.module.Model(found.config).parameters())
-    expected = SIZES.get(file.stem)
-    assert expected is None or size == pytest.approx(expected, rel=0.02)
+    assert size / 1e6 == pytest.approx(SIZES.get(file.stem, 0.617), rel=0.01)
     assert config.train.global_batch_size % config.train.micro_batch_size == 0
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from litmini.config import UserError
-from litmini.corpus import Recipe, prepare
+from litmini.corpus import prepare
 from litmini.documents import find_sources
+from litmini.encode import Recipe
 from litmini.loss import IGNORE
 from litmini.models import llama
 from litmini.shards import BLOCK, Corpus, Shard, Windows, permute

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.cli import command
-from litmini.config import PretrainConfig
 from litmini.finetune import held_out_loss
 from litmini.launch import make_fabric
 from litmini.optim import learning_rate, make_optimizer
 from litmini.pretrain import blueprint, prepare_data
+from litmini.pretrain_config import PretrainConfig
 from litmini.runs import Run
 from litmini.shards import Windows
 from litmini.train import fit

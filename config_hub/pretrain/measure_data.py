@@ -34,8 +34,9 @@ class MeasureConfig:
 
 
 def preparation(config: MeasureConfig, place: Path) -> None:
-    from litmini.corpus import Recipe, prepare
+    from litmini.corpus import prepare
     from litmini.documents import find_sources
+    from litmini.encode import Recipe
 
     texts = [json.loads(line)["text"] for line in Path(config.text).read_text().split("\n") if line]
     random = np.random.default_rng(0)
@@ -87,7 +88,8 @@ def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: igno
     """A corpus whose tokens are all 0: as a sparse file, or with checksums, so that it can be read."""
     import zlib
 
-    from litmini.corpus import FORMAT, PAGE, tokenizer_hash
+    from litmini.corpus import FORMAT, PAGE
+    from litmini.encode import tokenizer_hash
     from litmini.shards import Corpus
 
     directory.mkdir()
