@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` answers at once: a script impor
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import signal
@@ -116,11 +117,13 @@ def _check_yaml(path: str, parser: _Parser) -> None:
 def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
     """The words of a command line as `--name=value`, config files first, so that the rest wins wherever they stand.
 
-    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true.
+    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true. A positional field written
+    `names...` takes all the words that are left.
     """
     files: list[str] = []
     rest: list[str] = []
     free = list(positional)
+    many: list[str] = []
     while words:
         word = words.pop(0)
         if word.startswith("--") and "=" not in word and word not in ("--help", "--print_config"):
@@ -128,9 +131,16 @@ def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -
                 word += f"={words.pop(0)}"
             elif word in switches:
                 word += "=true"
+        elif not word.startswith("-") and free and free[0].endswith("..."):
+            many.append(word)
+            continue
         elif not word.startswith("-") and free:
             word = f"--{free.pop(0)}={word}"
+        if word.startswith("--model."):  # fields of a family's Config, which is not known before it is chosen
+            word = word.replace("--model.", "--model_fields.", 1)
         (files if word.startswith("--config=") else rest).append(word)
+    if many:
+        rest.append(f"--{free[0].removesuffix('...')}={json.dumps(many)}")
     return files + rest
 
 

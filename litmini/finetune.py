@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from litmini.checkpoint import read_config
-from litmini.config import FinetuneConfig, OptimConfig, UserError
+from litmini.config import FinetuneConfig, OptimConfig, RunConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
 from litmini.launch import checkpoint_activations
+from litmini.models import use_model_file
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
 from litmini.runs import Run, plot_metrics
 from litmini.sharding import held_bytes, is_sharded
+from litmini.shards import Windows
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
 
@@ -36,17 +38,20 @@ class Data:
     """The tokenizer and what it made of the data files."""
 
     tokenizer: Tokenizer
-    train: Rows
-    val: Rows | None
+    train: Rows | Windows
+    val: Rows | Windows | None
     held_out: list[Example]
     """The held-out examples as they were read, to be answered."""
     total_rows: int
     """Rows that the run trains on, over all epochs."""
     total_steps: int
+    statistics: dict[str, Any]
+    """Of the training data, for the manifest."""
 
 
 def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     """Get the checkpoint if it is missing, tokenise the data, and plan the run."""
+    use_model_file(config.model_file)
     with fabric.rank_zero_first():
         ensure_checkpoint(config.checkpoint_dir, config.download_from)
     tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template)
@@ -64,12 +69,8 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     idle = {
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
-        "optim.betas": config.optim.name == "sgd" and config.optim.betas != OptimConfig().betas,
-        "optim.min_lr": config.optim.min_lr > config.optim.lr,
-        f"optim.warmup_steps beyond the {steps} steps of the run": config.optim.warmup_steps >= steps,
     }
-    if found := [name for name, has_no_effect in idle.items() if has_no_effect]:
-        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
+    warn(fabric, idle | idle_optim(config.optim, steps))
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
@@ -77,12 +78,28 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
     held_out_rows = Rows(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
-    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps)
+    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps, train.statistics)
 
 
-def preview(data: Data, config: FinetuneConfig, model: nn.Module) -> None:
+def idle_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
+    """Settings of the optimizer -> whether they have no effect in a run of `steps` steps."""
+    plain = OptimConfig()
+    return {
+        "optim.betas": config.name == "sgd" and config.betas != plain.betas,
+        "optim.decay_fraction": config.schedule != "wsd" and config.decay_fraction != plain.decay_fraction,
+        "optim.min_lr": config.min_lr > config.lr,
+        f"optim.warmup_steps beyond the {steps} steps of the run": config.warmup_steps >= steps,
+    }
+
+
+def warn(fabric: Fabric, idle: dict[str, bool]) -> None:
+    if found := [name for name, has_no_effect in idle.items() if has_no_effect]:
+        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
+
+
+def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
     """What `--dry_run` prints: the parameters and, with `--show_masks`, examples token by token."""
-    if config.show_masks:
+    if config.show_masks and isinstance(data.train, Rows):
         print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
     print(
@@ -122,7 +139,7 @@ def run_training(
         checkpoint_activations(model)
     if progress.step == 0:
         measure(fabric, wrapped, model, data, run, "before")
-        if not config.data.pack:  # packed rows are all of one length
+        if isinstance(data.train, Rows) and not data.train.pack:  # packed rows are all of one length
             rehearse(fabric, wrapped, optimizer, data.train.longest_batch(micro))
 
     def batches(step: int) -> list[Batch]:
@@ -155,7 +172,7 @@ def run_training(
     }
 
 
-def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: FinetuneConfig) -> float:
+def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunConfig) -> float:
     """Mean loss a target token over all held-out rows."""
     assert data.val is not None
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
@@ -174,7 +191,7 @@ def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, ru
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
         if config.eval.exact_match:
             results[f"exact_match_{when}"] = exact_match(answers)
-    run.write_manifest(data.tokenizer, data.train.examples, **results)
+    run.write_manifest(data.tokenizer, data.statistics, **results)
 
 
 def finish(

@@ -15,6 +15,7 @@ import litmini
 from litmini.cache import CHUNK, KVCache
 from litmini.config import ModelConfig, SamplingConfig, UserError
 from litmini.loss import IGNORE
+from litmini.models import use_model_file
 from litmini.reply import Reply
 from litmini.speculative import Draft
 from litmini.tokenizer import Message, Tokenizer
@@ -158,7 +159,8 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device)
+    use_model_file(config.model_file)
+    model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits)
     if config.chat_template != "auto":
         tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
     return model, tokenizer

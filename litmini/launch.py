@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litmini.config import FinetuneConfig, UserError
+from litmini.config import RunConfig, UserError
 from litmini.processes import join
 from litmini.sharding import blocks, shard
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def make_fabric(config: FinetuneConfig) -> Fabric:
+def make_fabric(config: RunConfig) -> Fabric:
     """A launched and seeded Fabric. Weights have the dtype that the script loads them in; Fabric only autocasts.
 
     With `bf16-mixed` products run in bf16 under autocast. With `bf16-true` and `32-true` nothing is cast: adapters are in

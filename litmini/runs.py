@@ -22,8 +22,7 @@ from torch import nn
 
 import litmini
 from litmini.checkpoint import read_tensors, write_tensors
-from litmini.config import FinetuneConfig, UserError
-from litmini.data import Examples
+from litmini.config import RunConfig, UserError
 from litmini.files import existing_file, file_hash, read_json, restore, write_aside, write_json, write_text
 from litmini.sharding import SHARES, is_sharded, load_shares, named_state, save_shares
 from litmini.tokenizer import Tokenizer
@@ -36,7 +35,7 @@ PROCESSES = ("devices", "num_nodes", "strategy")
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
     r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|eval\.\w+|"
-    r"train\.(log_every|eval_every|save_every|keep_last))"
+    r"train\.(log_every|eval_every|save_every|keep_last|micro_batch_size))"
 )
 
 
@@ -48,7 +47,7 @@ class Run:
             to go on with, or the settings differ in what the run means.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.out_dir)
         self.config = config
         self.results: dict[str, Any] = {}
@@ -190,13 +189,12 @@ class Run:
                 self.tokenizer.save(aside)
             yield aside
 
-    def write_manifest(self, tokenizer: Tokenizer, train: Examples, **results: Any) -> None:
+    def write_manifest(self, tokenizer: Tokenizer, statistics: dict[str, Any], **results: Any) -> None:
         """Write `manifest.json`: what was run, on what, and what was measured."""
         self.results.update(results)
         if not self.fabric.is_global_zero:
             return
-        config, source = self.config, Path(self.config.checkpoint_dir) / "source.json"
-        files = [config.data.path] + ([config.data.val_path] if config.data.val_path else [])
+        config, source = self.config, Path(self.config.base) / "source.json"
         packages = ("torch", "lightning", "safetensors", "tokenizers", "jinja2")
         manifest = {
             "litmini": litmini.__version__,
@@ -208,12 +206,12 @@ class Run:
                 "machine": platform.machine(),
             },
             "base": {
-                "checkpoint_dir": config.checkpoint_dir,
+                "checkpoint_dir": config.base,
                 "source": read_json(source) if source.is_file() else None,
             },
             "chat_template_sha256": _template_hash(tokenizer),
-            "data": {file: {"sha256": file_hash(file)} for file in files},
-            "statistics": train.statistics,
+            "data": {file: {"sha256": file_hash(file)} for file in config.data_files()},
+            "statistics": statistics,
             "seed": config.seed,
             "results": self.results,
         }

@@ -197,7 +197,8 @@ def _targets(batches: list[Batch]) -> int:
 
 
 def _tokens(batches: list[Batch]) -> int:
-    return sum(int((batch["documents"] > 0).sum()) for batch in batches)
+    """Tokens that are no padding; a batch that names no documents has none."""
+    return sum(int((b["documents"] > 0).sum()) if "documents" in b else b["tokens"].numel() for b in batches)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ class ConvertConfig:
     """Adapter directory, where the checkpoint is its base."""
     merge: bool = True
     """Merge the adapter in; false: write the adapter alone, for PEFT."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Of the result; none: as it is."""
     max_shard_size: str = "5GB"
@@ -45,8 +47,10 @@ def main(config: ConvertConfig) -> None:
     from litmini.checkpoint import parse_dtype
     from litmini.export import export, parse_size
     from litmini.files import write_text
+    from litmini.models import use_model_file
     from litmini.publish import export_adapter, model_card, push, resolve
 
+    own = use_model_file(config.model_file)
     result, out_dir = resolve(config.checkpoint, config.adapter), Path(config.out_dir)
     kept = result.adapter is not None and not config.merge
     if not config.merge and (result.adapter is None or config.dtype):
@@ -58,7 +62,10 @@ def main(config: ConvertConfig) -> None:
         dtype = parse_dtype(config.dtype) if config.dtype else None
         export(result.checkpoint, out_dir, result.adapter, dtype, parse_size(config.max_shard_size))
     write_text(out_dir / "README.md", model_card(result, out_dir.name, kept))
-    print(f"written: {out_dir}, with a model card. transformers, vLLM and PEFT load it as it is.")
+    readers = "transformers, vLLM and PEFT load it as it is"
+    if own:
+        readers = f"transformers knows none of its tensors: its model_type is that of {config.model_file}"
+    print(f"written: {out_dir}, with a model card. {readers}.")
     if config.push_to_hub:
         print(f"on the hub: {push(out_dir, config.push_to_hub, config.private)}")
 

@@ -56,9 +56,9 @@ def main(config: ServeConfig) -> None:
         from litmini.serving import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
-    from litmini.adapters import load_adapter
     from litmini.engine import twin
     from litmini.generation import open_model
+    from litmini.peft_format import load_adapter
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None
