@@ -23,8 +23,11 @@ def check(group: str, config: Any, **fine: bool) -> None:
 class DataConfig:
     """Data: which files, and how they become rows of tokens."""
 
-    path: str
-    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text."""
+    path: list[str] | str
+    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
+    hub:ORG/NAME[/FOLDER][@REVISION][:SPLIT], a data set of the hub; or a list of these."""
+    weights: list[float] | None = None
+    """How often each example of each path comes in an epoch: 2 twice, 0.5 in every other one. None: once."""
     val_path: str | None = None
     """Held-out file, in any of the same forms."""
     val_fraction: float = 0.0
@@ -47,7 +50,13 @@ class DataConfig:
             val_fraction=0 <= self.val_fraction < 1,
             max_seq_len=self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
+            weights=self.weights is None
+            or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 @dataclass

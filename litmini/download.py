@@ -129,7 +129,7 @@ def _from_hub(repo: str, target: Path, revision: str | None) -> Path:
         if is_disk_full(error):
             raise
         kept = " What was fetched is kept: the same command goes on." if incomplete and incomplete.exists() else ""
-        raise UserError(_hub_reason(error, repo, revision) + kept) from error
+        raise UserError(hub_reason(error, repo, revision) + kept) from error
     with write_aside(target) as fresh:
         for file in incomplete.iterdir():
             if file.is_file():
@@ -140,7 +140,7 @@ def _from_hub(repo: str, target: Path, revision: str | None) -> Path:
     return target
 
 
-def _hub_reason(error: Exception, repo: str, revision: str | None) -> str:
+def hub_reason(error: Exception, repo: str, revision: str | None) -> str:
     """What went wrong and what to do about it, in one line."""
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, GatedRepoError):

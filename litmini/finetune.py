@@ -22,7 +22,8 @@ from litmini.evaluate import answer_all, exact_match
 from litmini.launch import checkpoint_activations
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
-from litmini.runs import Run, plot_metrics
+from litmini.report import plot_metrics
+from litmini.runs import Run
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
 
@@ -55,11 +56,19 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
             f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
             f"use --data.max_seq_len {base.max_positions} or less."
         )
-    train, val, held_out = load_data(config.data, tokenizer, config.seed)
-    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed)
+    to_answer = None if config.eval.exact_match else config.eval.samples
+    failed: UserError | None = None
+    with fabric.rank_zero_first(local=True):  # the others find its tokens on disk
+        try:
+            train, val, held_out = load_data(config.data, tokenizer, config.seed, to_answer)
+        except UserError as error:  # which all of them meet; leaving this block now would leave them waiting
+            failed = error
+    if failed:
+        raise failed
+    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
     batch = config.train.global_batch_size
-    steps = config.train.max_steps or math.ceil(config.train.epochs * len(rows) / batch)
-    total_rows = steps * batch if config.train.max_steps else math.ceil(config.train.epochs * len(rows))
+    total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
+    steps = math.ceil(total_rows / batch)
     idle = {
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
@@ -72,7 +81,7 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
-    filled = 100 * train.statistics["tokens"] / (len(rows) * rows.length)
+    filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
     held_out_rows = Rows(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
@@ -112,6 +121,7 @@ def run_training(
     """
     config = run.config
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
+    run.know_data(data.train.examples, data.val.examples if data.val else None)
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if config.train.checkpoint_activations:
@@ -170,7 +180,7 @@ def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, ru
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
         if config.eval.exact_match:
             results[f"exact_match_{when}"] = exact_match(answers)
-    run.write_manifest(data.tokenizer, data.train.examples, **results)
+    run.write_manifest(**results)
 
 
 def finish(

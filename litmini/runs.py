@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
-import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +15,12 @@ import torch
 import yaml
 from torch import nn
 
-import litmini
 from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
 from litmini.data import Examples
-from litmini.files import existing_file, file_hash, read_json, restore, write_aside, write_json, write_text
+from litmini.files import content_hash, existing_file, read_json, restore, write_aside, write_json, write_text
+from litmini.hub_data import PREFIX as HUB
+from litmini.manifest import check_same, describe_data, describe_run
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
@@ -48,6 +45,7 @@ class Run:
         self.directory = Path(config.out_dir)
         self.config = config
         self.results: dict[str, Any] = {}
+        self.before: dict[str, Any] = {}  # the manifest of the run to go on with
         self.restart_from: Path | None = None
         steps = self._steps()
         holds_run = (self.directory / "config.yaml").exists() or bool(steps)
@@ -91,10 +89,11 @@ class Run:
             before, now = _flat(yaml.safe_load((run / "config.yaml").read_text())), _flat(plain(self.config))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
-        self.results = read_json(run / "manifest.json").get("results", {})
-        for name, entry in read_json(run / "manifest.json").get("data", {}).items():
-            if file_hash(str(existing_file(name, "data file"))) != entry["sha256"]:
-                raise UserError(f"cannot resume {self.restart_from}: {name} was changed since the run began.")
+        self.before = read_json(run / "manifest.json")
+        self.results = self.before.get("results", {})
+        files = [name for name in self.before.get("data", {}) if not name.startswith(HUB)]
+        hashes = {name: {"sha256": content_hash(existing_file(name, "data file"))} for name in files}
+        check_same(self.before, {"data": hashes}, self.restart_from)
         changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
         if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
             raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
@@ -105,17 +104,13 @@ class Run:
         """Make the directory, or restore the state of the checkpoint to go on from.
 
         Raises:
-            UserError: the checkpoint does not fit, or the chat template is another than when the run began.
+            UserError: the checkpoint does not fit, or chat template or base weights are others than when the run began.
         """
         self.fabric, self.model, self.optimizer = fabric, model, optimizer
         progress = Progress()
+        self.facts = describe_run(self.config, fabric, tokenizer)
         if self.restart_from:
-            if read_json(self.restart_from.parent / "manifest.json")["chat_template_sha256"] != _template_hash(
-                tokenizer
-            ):
-                raise UserError(
-                    f"cannot resume {self.restart_from}: the chat template was changed since the run began."
-                )
+            check_same(self.before, self.facts, self.restart_from)
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
         if fabric.is_global_zero:
@@ -150,6 +145,7 @@ class Run:
             with write_aside(directory) as aside:
                 save_weights(aside)
                 save_state(aside, progress, self.model, self.optimizer)
+                write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})
             for old in self._steps()[: -self.config.train.keep_last]:
                 if old != directory:  # newer ones are there where a run went back to an older step
                     shutil.rmtree(old)
@@ -162,42 +158,24 @@ class Run:
         if self.fabric.is_global_zero:
             with write_aside(directory) as aside:
                 save_weights(aside)
+                write_json(aside / "manifest.json", {**self.facts, "results": self.results})
         self.fabric.barrier()
         return directory
 
-    def write_manifest(self, tokenizer: Tokenizer, train: Examples, **results: Any) -> None:
+    def know_data(self, train: Examples, val: Examples | None) -> None:
+        """Put the data into the manifest.
+
+        Raises:
+            UserError: it is other data than when the run to go on with began.
+        """
+        self.facts |= describe_data(train, val)
+        check_same(self.before, self.facts, self.restart_from)
+
+    def write_manifest(self, **results: Any) -> None:
         """Write `manifest.json`: what was run, on what, and what was measured."""
         self.results.update(results)
-        if not self.fabric.is_global_zero:
-            return
-        config, source = self.config, Path(self.config.checkpoint_dir) / "source.json"
-        files = [config.data.path] + ([config.data.val_path] if config.data.val_path else [])
-        packages = ("torch", "lightning", "safetensors", "tokenizers", "jinja2")
-        manifest = {
-            "litmini": litmini.__version__,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "hardware": {
-                "device": str(self.fabric.device),
-                "processes": self.fabric.world_size,
-                "machine": platform.machine(),
-            },
-            "base": {
-                "checkpoint_dir": config.checkpoint_dir,
-                "source": read_json(source) if source.is_file() else None,
-            },
-            "chat_template_sha256": _template_hash(tokenizer),
-            "data": {file: {"sha256": file_hash(file)} for file in files},
-            "statistics": train.statistics,
-            "seed": config.seed,
-            "results": self.results,
-        }
-        write_json(self.directory / "manifest.json", manifest)
-
-
-def _template_hash(tokenizer: Tokenizer) -> str | None:
-    template = tokenizer.chat_template
-    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+        if self.fabric.is_global_zero:
+            write_json(self.directory / "manifest.json", {**self.facts, "results": self.results})
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -269,24 +247,3 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def read_metrics(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as opened:
         return list(csv.DictReader(opened))
-
-
-def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
-    """Draw a run's loss curve, training and held-out, into loss.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(directory / "metrics.csv")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a target token)", title=directory.name)
-    axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label="training", linewidth=1.2)
-    held_out = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
-    if "val_loss_after" in results:
-        held_out = [(0, results["val_loss_before"]), *held_out, (int(rows[-1]["step"]), results["val_loss_after"])]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", label="held-out")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(directory / "loss.png", dpi=120)
