@@ -79,6 +79,10 @@ class TrainConfig:
     """Steps between evaluations on held-out data; none: only before and after."""
     save_every: int | None = None
     """Steps between checkpoints; none: only at the end, or when interrupted."""
+    patience: int | None = None
+    """Stop after this many evaluations without a lower held-out loss; none: never."""
+    sample_every: int | None = None
+    """Steps between answers to the first held-out questions (`eval.samples`), kept in samples.jsonl; none: no answers."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
 
@@ -206,6 +210,8 @@ class FinetuneConfig:
     """Machines."""
     strategy: Literal["auto", "ddp"] = "auto"
     """How several processes share the work."""
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     seed: int = 1337
     """Of the data order, initial adapter weights and dropout."""
     resume: bool | str = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
 from litmini.launch import checkpoint_activations
+from litmini.meter import Meter, peak_memory_mib
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
-from litmini.report import plot_metrics
+from litmini.report import plot_metrics, write_report
 from litmini.runs import Run
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
@@ -70,6 +70,8 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
     steps = math.ceil(total_rows / batch)
     idle = {
+        "train.patience": config.train.patience is not None and not (val and config.train.eval_every),
+        "train.sample_every": config.train.sample_every is not None and not (held_out and config.eval.samples),
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
         "optim.betas": config.optim.name == "sgd" and config.optim.betas != OptimConfig().betas,
@@ -121,9 +123,13 @@ def run_training(
     """
     config = run.config
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
-    run.know_data(data.train.examples, data.val.examples if data.val else None)
+    train, val = data.train.examples, data.val.examples if data.val else None
+    hashes = {**train.files, **(val.files if val else {})}
+    run.know_data(hashes, statistics=train.statistics, held_out_statistics=val.statistics if val else None)
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
+    meter = Meter(model, fabric.device, torch.float32 if config.precision == "32-true" else torch.bfloat16)
+    fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if progress.step == 0:
@@ -150,6 +156,8 @@ def run_training(
         checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
         validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
         max_grad_norm=config.optim.max_grad_norm,
+        observe=meter,
+        sample=lambda progress: log_samples(model, data, run, progress),
     )
     run.results |= {
         "trained_parameters": trained,
@@ -158,6 +166,9 @@ def run_training(
         "target_tokens": progress.targets,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "mfu": meter.mfu,
+        "peak_flops": meter.peak,
+        "peak_flops_source": meter.source,
     }
 
 
@@ -166,6 +177,13 @@ def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: Finetu
     assert data.val is not None
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
     return evaluate(fabric, wrapped, data.val.batches(range(len(data.val)), micro, rank, world))
+
+
+def log_samples(model: nn.Module, data: Data, run: Run, progress: Progress) -> None:
+    """Answers to the first held-out questions into samples.jsonl. Every rank answers, as a sharded model needs them all."""
+    config = run.config.eval
+    answers = answer_all(model, data.tokenizer, data.held_out[: config.samples], config.max_new_tokens)
+    run.log_samples(progress.step, [vars(answer) for answer in answers])
 
 
 def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, run: Run, when: str) -> None:
@@ -197,6 +215,7 @@ def finish(
     measure(fabric, wrapped, model, data, run, "after")
     if fabric.is_global_zero:
         plot_metrics(run.directory, run.results)
+        write_report(run.directory, data.train.sizes, data.train.length)
     r = run.results
     lines = []
     for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
@@ -215,10 +234,3 @@ def finish(
     words = ["python", "scripts/generate.py", "--checkpoint_dir", str(checkpoint_dir), *adapter, "--prompt", "..."]
     lines.append(f"\nThe result is {adapter_dir or checkpoint_dir}. Talk to it:\n  {shlex.join(words)}")
     return "\n".join(lines)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: on the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: in KiB

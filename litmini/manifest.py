@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import litmini
 from litmini.config import FinetuneConfig, UserError
-from litmini.data import Examples
 from litmini.files import read_json
 from litmini.tokenizer import Tokenizer
 
@@ -43,16 +42,6 @@ def describe_run(config: FinetuneConfig, fabric: Fabric, tokenizer: Tokenizer) -
         },
         "chat_template_sha256": text_hash(tokenizer.chat_template),
         "seed": config.seed,
-    }
-
-
-def describe_data(train: Examples, val: Examples | None) -> dict[str, Any]:
-    """The files, and what was made of them."""
-    hashes = {**train.files, **(val.files if val else {})}
-    return {
-        "data": {name: {"sha256": sha256} for name, sha256 in hashes.items()},
-        "statistics": train.statistics,
-        "held_out_statistics": val.statistics if val else None,
     }
 
 

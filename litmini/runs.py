@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -17,19 +18,21 @@ from torch import nn
 
 from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
-from litmini.data import Examples
 from litmini.files import content_hash, existing_file, read_json, restore, write_aside, write_json, write_text
 from litmini.hub_data import PREFIX as HUB
-from litmini.manifest import check_same, describe_data, describe_run
+from litmini.loggers import make_loggers
+from litmini.manifest import check_same, describe_run
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
+COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
+SAMPLES = "samples.jsonl"
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
-    r"(resume|dry_run|show_masks|download_from|out_dir|eval\.\w+|train\.(log_every|eval_every|save_every|keep_last))"
+    r"(resume|dry_run|show_masks|download_from|out_dir|loggers|eval\.\w+|"
+    r"train\.(log_every|eval_every|save_every|keep_last|sample_every|patience))"
 )
 
 
@@ -120,10 +123,13 @@ class Run:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             self._keep_metrics(progress.step)
+            self.loggers = make_loggers(self.config.loggers, self.directory, progress.step)
+            for logger in self.loggers:
+                logger.log_hyperparams(_flat(settings))
         return progress
 
     def _keep_metrics(self, step: int) -> None:
-        """Drop the rows of steps that a killed run did after its last checkpoint; they are done again."""
+        """Drop the rows and samples of steps that a killed run did after its last checkpoint; they are done again."""
         file = self.directory / "metrics.csv"
         rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
         text = io.StringIO(newline="")
@@ -131,12 +137,24 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write_text(file, text.getvalue())
+        if samples := [row for row in read_samples(self.directory) if row["step"] <= step]:
+            write_text(self.directory / SAMPLES, "".join(json.dumps(row) + "\n" for row in samples))
+        else:
+            (self.directory / SAMPLES).unlink(missing_ok=True)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append a row to metrics.csv."""
+        """Append a row to metrics.csv, and give it to the loggers."""
         if self.fabric.is_global_zero:
             with (self.directory / "metrics.csv").open("a", newline="") as opened:
                 csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
+            for logger in self.loggers:
+                logger.log_metrics({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+
+    def log_samples(self, step: int, answers: list[dict[str, str]]) -> None:
+        """Append what the model said after `step` to samples.jsonl."""
+        if self.fabric.is_global_zero:
+            with (self.directory / SAMPLES).open("a", encoding="utf-8") as opened:
+                opened.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
 
     def checkpoint(self, progress: Progress, save_weights: Callable[[Path], None]) -> Path:
         """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go."""
@@ -162,13 +180,13 @@ class Run:
         self.fabric.barrier()
         return directory
 
-    def know_data(self, train: Examples, val: Examples | None) -> None:
-        """Put the data into the manifest.
+    def know_data(self, hashes: dict[str, str], **statistics: Any) -> None:
+        """Put the data into the manifest: sha256 of each file by name, and statistics.
 
         Raises:
             UserError: it is other data than when the run to go on with began.
         """
-        self.facts |= describe_data(train, val)
+        self.facts |= {"data": {name: {"sha256": sha256} for name, sha256 in hashes.items()}, **statistics}
         check_same(self.before, self.facts, self.restart_from)
 
     def write_manifest(self, **results: Any) -> None:
@@ -242,6 +260,12 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()
             }
     return progress
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """What the model said during a run: step, question, expected and given."""
+    file = directory / SAMPLES
+    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
