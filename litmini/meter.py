@@ -46,13 +46,13 @@ class Meter:
         self.device = device
         config: Any = model.config
         self.per_token = self.per_target = 0.0
-        for name, module in model.named_modules():
-            for size, is_trained in matrices(module, config):
-                flops = size * (6 if is_trained else 4)
-                if "." in name:
-                    self.per_token += flops
-                else:  # a linear that hangs on the model itself is its head
-                    self.per_target += flops
+        for part in model.children():
+            sizes = [entry for module in part.modules() for entry in matrices(module, config)]
+            flops = sum(size * (6 if is_trained else 4) for size, is_trained in sizes)
+            if any(type(module).__name__ == "Block" for module in part.modules()):
+                self.per_token += flops
+            else:  # the head
+                self.per_target += flops
         self.per_key = 12.0 * config.n_layers * config.n_heads * config.head_dim
         self.peak, self.source = peak_flops(device, dtype)
         self.done = self.seconds = 0.0
@@ -86,8 +86,10 @@ def matrices(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
     if isinstance(module, nn.Embedding):  # a lookup
         return []
     if "in_features" in vars(module):  # whatever form its weight is stored in
-        is_trained = any(p.requires_grad and p.dim() > 1 for p in module.parameters(recurse=False))
-        return [(int(module.in_features) * int(module.out_features), is_trained)]  # type: ignore[arg-type]
+        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        copies = config.n_active if any(p.dim() == 3 for p in own) else 1
+        size = int(module.in_features) * int(module.out_features) * copies  # type: ignore[arg-type]
+        return [(size, any(p.requires_grad for p in own))]
     found = []
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 2:

@@ -20,7 +20,7 @@ from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
 from litmini.files import content_hash, existing_file, read_json, restore, write_aside, write_json, write_text
 from litmini.hub_data import PREFIX as HUB
-from litmini.loggers import make_loggers
+from litmini.loggers import check_loggers, make_loggers
 from litmini.manifest import check_same, describe_run
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
@@ -45,10 +45,12 @@ class Run:
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
+        check_loggers(config.loggers)
         self.directory = Path(config.out_dir)
         self.config = config
         self.results: dict[str, Any] = {}
         self.before: dict[str, Any] = {}  # the manifest of the run to go on with
+        self.loggers: list[Any] = []
         self.restart_from: Path | None = None
         steps = self._steps()
         holds_run = (self.directory / "config.yaml").exists() or bool(steps)
@@ -164,6 +166,8 @@ class Run:
                 save_weights(aside)
                 save_state(aside, progress, self.model, self.optimizer)
                 write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})
+            for logger in self.loggers:
+                logger.save()
             for old in self._steps()[: -self.config.train.keep_last]:
                 if old != directory:  # newer ones are there where a run went back to an older step
                     shutil.rmtree(old)
@@ -194,6 +198,8 @@ class Run:
         self.results.update(results)
         if self.fabric.is_global_zero:
             write_json(self.directory / "manifest.json", {**self.facts, "results": self.results})
+            for logger in self.loggers:
+                logger.save()
 
 
 def plain(config: Any) -> dict[str, Any]:

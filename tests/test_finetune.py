@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from litmini.data import Example
 from litmini.evaluate import answer_all, exact_match
 from litmini.files import file_hash
 from litmini.launch import weight_dtype
+from litmini.loggers import make_loggers
 from litmini.manifest import git_state, weights_hash
 from litmini.report import write_report
 from litmini.tokenizer import Tokenizer
@@ -187,10 +189,29 @@ def test_a_run_one_can_look_at(run, logged, tmp_path):
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_a_logger_without_its_package_says_what_to_install(run, monkeypatch):
+def test_a_logger_without_its_package_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     status, _, error = run("finetune_lora", "x", "--loggers", "[wandb]")
-    assert status == 1 and 'pip install "litmini[wandb]"' in error
+    assert status == 1 and 'pip install "litmini[wandb]"' in error and not (tmp_path / "x").exists()
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    """What a logger is given ends in W&B's own file, under an id that the run keeps; nothing is sent."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (logger,) = make_loggers(["wandb"], tmp_path, 0)
+    logger.log_hyperparams({"optim.lr": 0.125})
+    logger.log_metrics({"loss": 1.5}, step=1)
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == f"run-{(tmp_path / 'wandb_id').read_text()}"
+    deadline, content = time.monotonic() + 30, b""
+    while b"loss" not in content and time.monotonic() < deadline:  # its own process writes it
+        time.sleep(0.1)
+        content = file.read_bytes()
+    assert b"loss" in content and b"1.5" in content and b"0.125" in content
 
 
 class Page(HTMLParser):

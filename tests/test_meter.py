@@ -8,6 +8,7 @@ from litmini.adapters import add_adapters
 from litmini.config import LoraConfig
 from litmini.meter import Meter, peak_flops, peak_memory_mib
 from litmini.models import gpt2, llama, mixtral
+from litmini.quantize import quantize_linears
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,17 @@ def test_flops_of_adapters() -> None:
     )
     layers = model.config.n_layers
     assert theirs < ours < full and theirs > ours * (1 - 1 / layers / 3)
+
+
+def test_stored_in_4_bits_a_matrix_is_as_large() -> None:
+    model = mixtral.Model(mixtral.PRESETS["tiny"])
+    model.init_weights()
+    model.requires_grad_(False)
+    before = Meter(model, CPU, torch.float32)
+    quantize_linears(model)
+    assert sum(type(module).__name__ == "NF4Linear" for module in model.modules()) > 4
+    after = Meter(model, CPU, torch.float32)
+    assert (after.per_token, after.per_target) == (before.per_token, before.per_target)
 
 
 def test_only_the_experts_that_a_token_goes_to_count() -> None:

@@ -327,7 +327,7 @@ def test_two_processes_equal_one(tiny_dir, tmp_path):
     """Requirement 2: ranks with more targets weigh more; the last step has fewer rows than ranks want."""
     for name, words in (("one", []), ("two", ["--devices", "2", "--strategy", "ddp"])):
         words = [*words, "--train.micro_batch_size", "1", "--train.global_batch_size", "3", "--lora.rank", "4"]
-        words += ["--train.eval_every", "5", "--data.pack", "false"]
+        words += ["--train.eval_every", "5", "--data.pack", "false", "--train.sample_every", "6", "--eval.samples", "1"]
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
         done = subprocess.run(
             command("finetune_lora", tiny_dir, tmp_path / name, *words), capture_output=True, text=True, env=environment
