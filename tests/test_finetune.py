@@ -143,14 +143,35 @@ def test_answers_and_exact_match(tiny_dir):
     assert [a.right for a in right] == [True, False] and exact_match(right) == 0.5
 
 
+LOGGED = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--train.save_every", 2]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir, tmp_path_factory):
+    """A run with all that one can look at: samples on the way, TensorBoard, a report; and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "logged"
+    words = [*LOGGED, "--train.sample_every", 2, "--loggers", "[tensorboard]", "--checkpoint_dir", tiny_dir]
+    words += [
+        "--out_dir",
+        directory,
+        "--data.path",
+        DATA / "train.jsonl",
+        "--data.max_seq_len",
+        256,
+        "--train.max_steps",
+        4,
+    ]
+    words += ["--train.global_batch_size", 2, "--train.micro_batch_size", 1, "--eval.max_new_tokens", 2]
+    command = [sys.executable, ROOT / "scripts/finetune_lora.py", *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return directory, done.stdout
+
+
 @pytest.fixture
-def logged(run, tmp_path):
-    """A run with all that one can look at: samples on the way, TensorBoard, a report."""
-    words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--train.sample_every", 2]
-    words += ["--train.save_every", 2, "--loggers", "[tensorboard]"]
-    status, out, error = run("finetune_lora", "logged", *words)
-    assert status == 0, error
-    return tmp_path / "logged", out, [*words, "--resume", "auto"]
+def logged(finished, tmp_path):
+    """That run's directory, to do with as one likes."""
+    return shutil.copytree(finished[0], tmp_path / "logged")
 
 
 def rows_of(directory, *but):
@@ -158,8 +179,8 @@ def rows_of(directory, *but):
         return [{k: v for k, v in row.items() if k not in but} for row in csv.DictReader(file)]
 
 
-def test_a_run_one_can_look_at(run, logged, tmp_path):
-    directory, out, words = logged
+def test_a_run_one_can_look_at(run, finished, logged, tmp_path):
+    directory, out = logged, finished[1]
     rows = rows_of(directory)
     for row in rows:
         assert float(row["mfu"]) > 0 and float(row["memory_mib"]) > 100 and float(row["grad_norm"]) > 0
@@ -178,11 +199,12 @@ def test_a_run_one_can_look_at(run, logged, tmp_path):
     # going on after a kill: the steps that are done again stand there once, and sampling has changed nothing
     shutil.rmtree(directory / "final")
     shutil.rmtree(directory / "step-000004")
-    assert run("finetune_lora", "logged", *words)[0] == 0
+    words = ["--train.sample_every", 2, "--loggers", "[tensorboard]", "--resume", "auto"]
+    assert run("finetune_lora", "logged", *LOGGED, *words)[0] == 0
     samples = [json.loads(line) for line in (directory / "samples.jsonl").open()]
     assert [row["step"] for row in samples] == [2, 2, 4, 4]
     moody = ("tokens_per_second", "mfu", "memory_mib")
-    assert run("finetune_lora", "plain", *words[:4])[0] == 0
+    assert run("finetune_lora", "plain", *LOGGED)[0] == 0
     assert rows_of(directory, *moody) == rows_of(tmp_path / "plain", *moody)
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
@@ -231,7 +253,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_file_that_says_it_all(logged):
-    directory, _, _ = logged
+    directory = logged
     html = (directory / "report.html").read_text()
     page = Page(html)
     assert page.links == [] and "url(http" not in html and "@import" not in html and "script" not in page.tags
@@ -247,7 +269,7 @@ def test_the_report_is_one_file_that_says_it_all(logged):
 
 
 def test_what_a_model_says_cannot_change_the_report(logged):
-    directory, _, _ = logged
+    directory = logged
     manifest = json.loads((directory / "manifest.json").read_text())
     evil = "</dd><script>alert(1)</script>"
     for when in ("before", "after"):
@@ -259,7 +281,7 @@ def test_what_a_model_says_cannot_change_the_report(logged):
 
 
 def test_manifests_say_what_each_checkpoint_was_made_of(logged, tiny_dir):
-    directory, _, _ = logged
+    directory = logged
     run_, step, final = (
         json.loads((directory / d / "manifest.json").read_text()) for d in ("", "step-000002", "final")
     )
