@@ -1,6 +1,7 @@
 """The settings that scripts share, and the error for what a user can mend. Nothing heavy is imported here."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,8 +24,11 @@ def check(group: str, config: Any, **fine: bool) -> None:
 class DataConfig:
     """Data: which files, and how they become rows of tokens."""
 
-    path: str
-    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text."""
+    path: list[str] | str
+    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
+    hub:ORG/NAME[/FOLDER][@REVISION][:SPLIT], a data set of the hub; or a list of these."""
+    weights: list[float] | None = None
+    """How often each example of each path comes in an epoch: 2 twice, 0.5 in every other one. None: once."""
     val_path: str | None = None
     """Held-out file, in any of the same forms."""
     val_fraction: float = 0.0
@@ -47,7 +51,13 @@ class DataConfig:
             val_fraction=0 <= self.val_fraction < 1,
             max_seq_len=self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
+            weights=self.weights is None
+            or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 @dataclass
@@ -70,6 +80,10 @@ class TrainConfig:
     """Steps between evaluations on held-out data; none: only before and after."""
     save_every: int | None = None
     """Steps between checkpoints; none: only at the end, or when interrupted."""
+    patience: int | None = None
+    """Stop after this many evaluations without a lower held-out loss; none: never."""
+    sample_every: int | None = None
+    """Steps between answers to the first held-out questions (`eval.samples`), kept in samples.jsonl; none: no answers."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
 
@@ -241,7 +255,7 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(ABC):
     """What every training script takes."""
 
     out_dir: str
@@ -257,6 +271,8 @@ class RunConfig:
     """Machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     seed: int = 1337
     """Of the data order, initial weights and dropout."""
     resume: bool | str = False
@@ -278,13 +294,9 @@ class RunConfig:
         )
 
     @property
+    @abstractmethod
     def base(self) -> str:
         """The checkpoint that the run begins with, or where else its model comes from."""
-        raise NotImplementedError
-
-    def data_files(self) -> list[str]:
-        """The files that decide what the run reads; a run is not resumed when one has changed."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -306,9 +318,6 @@ class FinetuneConfig(RunConfig):
     @property
     def base(self) -> str:
         return self.checkpoint_dir
-
-    def data_files(self) -> list[str]:
-        return [self.data.path] + ([self.data.val_path] if self.data.val_path else [])
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
 from litmini.launch import checkpoint_activations
+from litmini.meter import Meter, peak_memory_mib
 from litmini.models import use_model_file
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
-from litmini.runs import Run, plot_metrics
+from litmini.report import plot_metrics, write_report
+from litmini.runs import Run
 from litmini.sharding import held_bytes, is_sharded
 from litmini.shards import Windows
 from litmini.tokenizer import Tokenizer
@@ -46,7 +47,9 @@ class Data:
     """Rows that the run trains on, over all epochs."""
     total_steps: int
     statistics: dict[str, Any]
-    """Of the training data, for the manifest."""
+    """For the manifest: `statistics` of the training data, `held_out_statistics`."""
+    hashes: dict[str, str]
+    """sha256 of each file that the rows come from."""
 
 
 def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
@@ -61,12 +64,22 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
             f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
             f"use --data.max_seq_len {base.max_positions} or less."
         )
-    train, val, held_out = load_data(config.data, tokenizer, config.seed)
-    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed)
+    to_answer = None if config.eval.exact_match else config.eval.samples
+    failed: UserError | None = None
+    with fabric.rank_zero_first(local=True):  # the others find its tokens on disk
+        try:
+            train, val, held_out = load_data(config.data, tokenizer, config.seed, to_answer)
+        except UserError as error:  # which all of them meet; leaving this block now would leave them waiting
+            failed = error
+    if failed:
+        raise failed
+    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
     batch = config.train.global_batch_size
-    steps = config.train.max_steps or math.ceil(config.train.epochs * len(rows) / batch)
-    total_rows = steps * batch if config.train.max_steps else math.ceil(config.train.epochs * len(rows))
+    total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
+    steps = math.ceil(total_rows / batch)
     idle = {
+        "train.patience": config.train.patience is not None and not (val and config.train.eval_every),
+        "train.sample_every": config.train.sample_every is not None and not (held_out and config.eval.samples),
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
     }
@@ -74,11 +87,13 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
-    filled = 100 * train.statistics["tokens"] / (len(rows) * rows.length)
+    filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
     held_out_rows = Rows(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
-    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps, train.statistics)
+    statistics = {"statistics": train.statistics, "held_out_statistics": val.statistics if val else None}
+    hashes = {**train.files, **(val.files if val else {})}
+    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps, statistics, hashes)
 
 
 def idle_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
@@ -130,11 +145,14 @@ def run_training(
     """
     config = run.config
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
+    run.know_data(data.hashes, **data.statistics)
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if is_sharded(model):
         held, every = (f"{size / 2**20:,.1f}" for size in held_bytes(model))
         fabric.print(f"{world} processes share the parameters: this one holds {held} of {every} MiB")
+    meter = Meter(model, fabric.device, torch.float32 if config.precision == "32-true" else torch.bfloat16)
+    fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if progress.step == 0:
@@ -161,6 +179,8 @@ def run_training(
         checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
         validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
         max_grad_norm=config.optim.max_grad_norm,
+        observe=meter,
+        sample=lambda progress: log_samples(model, data, run, progress),
     )
     run.results |= {
         "trained_parameters": trained,
@@ -169,6 +189,9 @@ def run_training(
         "target_tokens": progress.targets,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "mfu": meter.mfu,
+        "peak_flops": meter.peak,
+        "peak_flops_source": meter.source,
     }
 
 
@@ -177,6 +200,13 @@ def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunCon
     assert data.val is not None
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
     return evaluate(fabric, wrapped, data.val.batches(range(len(data.val)), micro, rank, world))
+
+
+def log_samples(model: nn.Module, data: Data, run: Run, progress: Progress) -> None:
+    """Answers to the first held-out questions into samples.jsonl. Every rank answers, as a sharded model needs them all."""
+    config = run.config.eval
+    answers = answer_all(model, data.tokenizer, data.held_out[: config.samples], config.max_new_tokens)
+    run.log_samples(progress.step, [vars(answer) for answer in answers])
 
 
 def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, run: Run, when: str) -> None:
@@ -191,7 +221,7 @@ def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, ru
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
         if config.eval.exact_match:
             results[f"exact_match_{when}"] = exact_match(answers)
-    run.write_manifest(data.tokenizer, data.statistics, **results)
+    run.write_manifest(**results)
 
 
 def finish(
@@ -208,6 +238,7 @@ def finish(
     measure(fabric, wrapped, model, data, run, "after")
     if fabric.is_global_zero:
         plot_metrics(run.directory, run.results)
+        write_report(run.directory, data.train.sizes if isinstance(data.train, Rows) else None, data.train.length)
     r = run.results
     lines = []
     for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
@@ -226,10 +257,3 @@ def finish(
     words = ["python", "scripts/generate.py", "--checkpoint_dir", str(checkpoint_dir), *adapter, "--prompt", "..."]
     lines.append(f"\nThe result is {adapter_dir or checkpoint_dir}. Talk to it:\n  {shlex.join(words)}")
     return "\n".join(lines)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: on the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: in KiB

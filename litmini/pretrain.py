@@ -17,6 +17,7 @@ from litmini.checkpoint import check_checkpoint_dir, disk_tensors, load_model, r
 from litmini.config import UserError
 from litmini.data import Example
 from litmini.encode import tokenizer_hash
+from litmini.files import content_hash
 from litmini.finetune import Data, idle_optim, warn
 from litmini.loss import ZLossHead
 from litmini.models import FAMILIES, family, use_model_file
@@ -162,9 +163,10 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
         + ", ".join(f"{count:.2f} epochs of {path}" for path, count in epochs.items())
     )
     fabric.print(f"held-out: {len(val):,} rows" if val else "warning: no held-out text in the corpus")
-    statistics = {"rows": len(rows), "held_out_rows": len(val) if val else 0, "epochs": epochs}
+    statistics = {"statistics": {"rows": len(rows), "held_out_rows": len(val) if val else 0, "epochs": epochs}}
+    hashes = {name: content_hash(Path(name)) for name in config.data_files()}
     samples = _samples(val, tokenizer, config.eval.samples) if val else []
-    return Data(tokenizer, rows, val, samples, total, steps, statistics)
+    return Data(tokenizer, rows, val, samples, total, steps, statistics, hashes)
 
 
 def _check_tokenizers(corpora: list[Corpus], plan: Blueprint) -> None:

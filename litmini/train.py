@@ -39,6 +39,15 @@ class Progress:
     """Tokens that carried loss."""
     seconds: float = 0.0
     """Time in training steps."""
+    best_step: int = 0
+    """After which step the held-out loss was lowest; 0: none was taken."""
+    best_val_loss: float | None = None
+    """That loss."""
+
+    def remember(self, val_loss: float) -> None:
+        """Note a held-out loss if it is the lowest so far."""
+        if self.best_val_loss is None or val_loss < self.best_val_loss:
+            self.best_step, self.best_val_loss = self.step, val_loss
 
 
 class Interrupted(UserError):
@@ -64,8 +73,10 @@ def fit(
     checkpoint: Callable[[Progress], Any],
     validate: Callable[[], float] | None = None,
     max_grad_norm: float | None = 1.0,
+    observe: Callable[[list[Batch], float], dict[str, float]] | None = None,
+    sample: Callable[[Progress], None] | None = None,
 ) -> Progress:
-    """Train from `progress.step` to `total_steps`.
+    """Train from `progress.step` to `total_steps`, or until the held-out loss falls no more (`config.patience`).
 
     Args:
         model, optimizer: as `fabric.setup` returned them.
@@ -77,6 +88,8 @@ def fit(
         checkpoint: saves, each `config.save_every` steps and when interrupted.
         validate: the held-out loss, each `config.eval_every` steps.
         max_grad_norm: clip the global norm to this; None: only measure it.
+        observe: further metrics of a step: takes this rank's micro-batches and the seconds they took.
+        sample: generates answers, each `config.sample_every` steps; every rank calls it.
 
     Raises:
         UserError: loss or gradients are not finite; nothing was updated with them.
@@ -109,24 +122,50 @@ def fit(
                 "lr": rate,
                 "grad_norm": norm,
                 "tokens_per_second": tokens / seconds,
+                **(observe(micro_batches, seconds) if observe else {}),
             }
             if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
                 metrics["val_loss"] = validate()
                 model.train()
+                progress.remember(metrics["val_loss"])
             if "val_loss" in metrics or (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 log(metrics)
-            line = f"loss {loss:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s"
-            bar.set_postfix_str(line)
+            bar.set_postfix_str(_in_words(metrics))
             bar.update()
             if bar.disable and (step + 1) % max(1, total_steps // 20) == 0:  # for log files
-                fabric.print(f"step {step + 1} of {total_steps}: {line}")
+                left = tqdm.format_interval(progress.seconds / progress.step * (total_steps - progress.step))
+                fabric.print(f"step {step + 1} of {total_steps}: {_in_words(metrics)}, {left} left")
+            if sample and config.sample_every and (step + 1) % config.sample_every == 0:
+                sample(progress)
+                model.train()
             due = config.save_every and (step + 1) % config.save_every == 0
             stop = bool(stop or (received and fabric.world_size == 1))
             if due or stop:
                 saved = checkpoint(progress)
             if stop:
                 raise Interrupted(received, f"stopped after step {step + 1}; saved {saved}. Go on with --resume auto")
+            if "val_loss" in metrics and _is_enough(progress, config):
+                fabric.print(
+                    f"stopped early after step {step + 1}: the held-out loss has not been below "
+                    f"{progress.best_val_loss:.4f}, of step {progress.best_step}, for {config.patience} evaluations"
+                )
+                break
     return progress
+
+
+def _is_enough(progress: Progress, config: TrainConfig) -> bool:
+    """Whether the last `config.patience` evaluations found no lower held-out loss."""
+    assert config.eval_every
+    return bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    """A line for people."""
+    words = f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
+    words += f"{metrics['tokens_per_second']:,.0f} tok/s"
+    if "mfu" in metrics:
+        words += f", MFU {metrics['mfu']:.0%}, {metrics['memory_mib']:,.0f} MiB"
+    return words
 
 
 def _take_step(
