@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "litmini.finetune", "litmini.adapters"])
+CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "litmini.finetune", "litmini.adapters", "bitsandbytes"])
 
 
 @dataclass
