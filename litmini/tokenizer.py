@@ -84,6 +84,11 @@ class Tokenizer:
         token = self.settings.get(key)
         return token["content"] if isinstance(token, dict) else token
 
+    def special_id(self, key: str) -> int | None:
+        """The id of the token that `tokenizer_config.json` calls bos_token, eos_token, ..., if any."""
+        token = self._token(key)
+        return None if token is None else self.fast.token_to_id(token)
+
     def _find_template(self, choice: str) -> str | None:
         if choice == "none":
             return None

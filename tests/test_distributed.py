@@ -18,12 +18,13 @@ from torch import nn
 from two import ROOT, command, run_two, values
 
 from litmini.adapters import DoRALinear, LoRALinear, add_adapters
-from litmini.config import LoraConfig
-from litmini.generation import generate_batch
+from litmini.config import LoraConfig, SamplingConfig
+from litmini.generation import finish_all
 from litmini.launch import checkpoint_activations
 from litmini.loss import IGNORE
 from litmini.models import FAMILIES, family
 from litmini.quantize import quantize_linears
+from litmini.reply import Reply
 from litmini.sharding import held_bytes, shard, whole
 
 DATA = ROOT / "config_hub/quickstart"
@@ -254,7 +255,9 @@ def gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torc
     tokens = torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     labels = tokens.roll(-1, 1)
     labels[0, :7] = IGNORE
-    generate_batch(model.eval(), [[1, 2, 3], [4]], 2, [])  # gathers and frees the weights, and leaves nothing behind
+    finish_all(
+        model.eval(), [Reply(prompt, SamplingConfig(max_new_tokens=2), []) for prompt in ([1, 2, 3], [4])]
+    )  # gathers and frees the weights, and leaves nothing behind
     model.train()
     losses = [model(tokens[row, None], labels=labels[row, None])[0] for row in rows]
     (sum(losses) * 2 / len(rows) / int((labels != IGNORE).sum())).backward()
