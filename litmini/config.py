@@ -51,6 +51,7 @@ class DataConfig:
             val_fraction=0 <= self.val_fraction < 1,
             max_seq_len=self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
+            path=self.path != [],
             weights=self.weights is None
             or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
