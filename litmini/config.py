@@ -279,7 +279,7 @@ class RunConfig(ABC):
     resume: bool | str = False
     """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
     dry_run: bool = False
-    """Check everything, print the statistics of the data, train nothing, write nothing."""
+    """Check everything, print the statistics of the data, train nothing, write nothing but the token cache."""
     show_masks: int = 0
     """Print this many training examples, coloured by what is trained, and stop."""
 
