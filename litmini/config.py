@@ -51,6 +51,7 @@ class DataConfig:
             val_fraction=0 <= self.val_fraction < 1,
             max_seq_len=self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
+            path=self.path != [],
             weights=self.weights is None
             or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
@@ -278,7 +279,7 @@ class RunConfig(ABC):
     resume: bool | str = False
     """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
     dry_run: bool = False
-    """Check everything, print the statistics of the data, train nothing, write nothing."""
+    """Check everything, print the statistics of the data, train nothing, write nothing but the token cache."""
     show_masks: int = 0
     """Print this many training examples, coloured by what is trained, and stop."""
 

@@ -77,6 +77,23 @@ def test_a_later_file_wins_over_an_earlier_one(file):
 
 
 @pytest.mark.parametrize(
+    ("written", "paths"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("[a.jsonl, hub:org/name@v1:test]", ["a.jsonl", "hub:org/name@v1:test"]),
+        ("/x/a [1].jsonl", ["/x/a [1].jsonl"]),
+        ("123", ["123"]),
+        ("mein ordner/a: b.jsonl", ["mein ordner/a: b.jsonl"]),
+    ],
+)
+def test_one_data_path_or_several(file, written, paths):
+    config = lora(*NEEDED, "--data.path", written)
+    assert config.data.paths == paths
+    again = lora("--config", file(yaml.safe_dump(plain(config))))
+    assert again == config
+
+
+@pytest.mark.parametrize(
     ("line", "found", "near"),
     [
         ("sead: 3", "sead", "seed"),
@@ -136,6 +153,9 @@ def test_a_wrong_value_says_what_is_expected(file, capsys, key, value, expected)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("data.path", "[]"),
+        ("data.weights", "[1.0, 1.0]"),
+        ("data.weights", "[-1.0]"),
         ("optim.lr", "-1.0"),
         ("optim.betas", "[2.0, 0.9]"),
         ("optim.warmup_steps", "-1"),
@@ -155,7 +175,7 @@ def test_a_wrong_value_says_what_is_expected(file, capsys, key, value, expected)
     ],
 )
 def test_a_value_out_of_range_is_named(capsys, key, value):
-    shown = value.replace("[", "(").replace("]", ")")
+    shown = value if key.startswith("data") else value.replace("[", "(").replace("]", ")")
     error = fails(capsys, *NEEDED, f"--{key}={value.strip(chr(39))}")
     assert error == f"error: out of range: {key} is {shown}. See --help.\n"
 
