@@ -96,6 +96,14 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch, fast, piece):
     assert joined(source) == TEXTS
 
 
+def test_a_separator_is_found_wherever_a_piece_ends(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n--sep--\n".join(TEXTS))
+    (source,) = find_sources([str(tmp_path / "a.txt")])
+    for piece in range(20, 120):
+        monkeypatch.setattr(documents, "PIECE", piece)
+        assert joined(source, separator="\n--sep--\n") == TEXTS, piece
+
+
 def test_shards_hold_each_document_and_its_end(tmp_path, fast):
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
     index = made(tmp_path / "one", sources, recipe(fast, shard_tokens=1000))
@@ -130,20 +138,20 @@ def files(directory):
 @pytest.mark.parametrize("after", range(1, 14, 3))
 @pytest.mark.parametrize("half", [False, True])
 def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, half):
-    """Wherever it stops: in the middle of a shard, after one, with bytes written that were not committed."""
+    """Wherever it stops: in the middle of a shard, after one, with shards finished that were not committed."""
     monkeypatch.setattr(corpus, "BATCH", 300)
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
     what = recipe(fast, val_fraction=0.3, shard_tokens=700)
     made(tmp_path / "whole", sources, what)
-    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0 if half else 1e9)
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
     calls, write = [], Shards.write
 
     def failing(self, content):
         calls.append(1)
-        if len(calls) == after:
-            monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
+        if len(calls) == after + 2:  # the last commit is that of the batch before
+            monkeypatch.setattr(corpus, "COMMIT_SECONDS", 1e9)
         if len(calls) == after + 9:
-            write(self, content[: len(content) // 4 * 2])
+            write(self, content[: len(content) // 4 * 2] if half else content)
             self.flush()
             raise KeyboardInterrupt
         write(self, content)

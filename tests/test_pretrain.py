@@ -1,5 +1,6 @@
 """pretrain.py, from text to a model that generate.py runs and transformers loads; its models, optimizers and configs."""
 
+import ast
 import csv
 import importlib.util
 import io
@@ -197,6 +198,16 @@ def test_a_model_file_of_ones_own(place, whole, tmp_path):
     shown = run("convert_to_hf.py", out / "final", "--out_dir", tmp_path / "hf", "--model_file", OWN_FILE)
     assert "transformers knows none of its tensors" in shown
     assert_same(tmp_path / "hf/model.safetensors", out / "final/model.safetensors")
+
+
+@pytest.mark.parametrize("part", ["RMSNorm", "rotate", "Attention", "Block"])
+def test_the_rest_of_the_model_file_is_that_of_llama(part):
+    sources = []
+    for file in (OWN_FILE, ROOT / "litmini/models/llama.py"):
+        text = file.read_text()
+        (node,) = [n for n in ast.parse(text).body if getattr(n, "name", None) == part]
+        sources.append(str(ast.get_source_segment(text, node)).replace("bias=config.attn_bias", "bias=False"))
+    assert sources[0] == sources[1]
 
 
 def test_the_model_file_differs_from_llama_as_it_says():
