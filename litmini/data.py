@@ -145,12 +145,15 @@ def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str,
         if message["role"] == "assistant":
             before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
             after = tokenizer.apply_template(messages[: i + 1])
-            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+            pairs = enumerate(zip(text, after, strict=False))
+            end = next((place for place, (a, b) in pairs if a != b), min(len(text), len(after)))
+            last_only = len(after) - end  # some templates end the last turn in another way, after the answer
+            if not text.startswith(before) or end <= len(before) or last_only >= max(1, len(tokenizer.after_answer)):
                 raise ValueError(
                     f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
                     f"Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), end))
     return text, spans
 
 
