@@ -170,6 +170,19 @@ class LoraConfig:
 
 
 @dataclass
+class Ia3Config:
+    """IA3: which linears' outputs or inputs get trained factors."""
+
+    targets: list[str] = field(default_factory=lambda: ["k_proj", "v_proj"])
+    """Leaf names of linears whose outputs are scaled."""
+    feedforward: list[str] = field(default_factory=lambda: ["down_proj"])
+    """Leaf names of linears whose inputs are scaled: the second linear of each feed-forward layer."""
+
+    def __post_init__(self) -> None:
+        check("ia3.", self, targets=not set(self.targets) & set(self.feedforward))
+
+
+@dataclass
 class QuantizeConfig:
     """Quantisation of the frozen base."""
 
@@ -339,6 +352,14 @@ class FinetuneQloraConfig(FinetuneLoraConfig):
 class FinetuneDoraConfig(FinetuneLoraConfig):
     """Settings of finetune_dora.py."""
 
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@dataclass(kw_only=True)
+class FinetuneIa3Config(FinetuneConfig):
+    """Settings of finetune_ia3.py."""
+
+    ia3: Ia3Config = field(default_factory=Ia3Config)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 

@@ -169,10 +169,19 @@ def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str,
         if message["role"] == "assistant":
             before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
             after = tokenizer.apply_template(messages[: i + 1]) if i + 1 < len(messages) else text
-            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+            end = _agree(text, after)
+            last_only = len(after) - end  # some templates end the last turn in another way, after the answer
+            if not text.startswith(before) or end <= len(before) or last_only >= max(1, len(tokenizer.after_answer)):
                 raise ValueError(
                     f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
                     f"Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), end))
     return text, spans
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

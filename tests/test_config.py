@@ -17,6 +17,7 @@ from litmini.config import (
     FinetuneConfig,
     FinetuneDoraConfig,
     FinetuneFullConfig,
+    FinetuneIa3Config,
     FinetuneLoraConfig,
     FinetuneQloraConfig,
     UserError,
@@ -283,7 +284,12 @@ def test_words_too_many_are_an_error(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "config_hub").glob("*.yaml")), ids=lambda p: p.name)
 def test_config_hub(path):
     assert len(path.read_text().splitlines()) <= 25
-    kinds = {"full": FinetuneFullConfig, "qlora": FinetuneQloraConfig, "dora": FinetuneDoraConfig}
+    kinds = {
+        "full": FinetuneFullConfig,
+        "qlora": FinetuneQloraConfig,
+        "dora": FinetuneDoraConfig,
+        "ia3": FinetuneIa3Config,
+    }
     config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)
     config = parse(config_class, "doc", argv=["--config", str(path)])
     assert isinstance(config, FinetuneConfig) and (ROOT / config.data.path).is_file()
