@@ -3,8 +3,12 @@
 import base64
 import itertools
 import json
+import os
+import runpy
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +25,10 @@ from litmini.checkpoint import check_checkpoint_dir, load_model, shards
 from litmini.config import UserError
 from litmini.convert import convert
 from litmini.files import read_json
+from litmini.models import llama
 from litmini.tokenizer import Tokenizer
 
+SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_to_litmini.py"
 TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -127,6 +133,34 @@ def test_header_that_claims_more_than_the_file_has(source: Path, tmp_path: Path)
     for content in (struct.pack("<Q", len(header)) + header + bytes(16), struct.pack("<Q", 2**60) + header):
         (source / "model.safetensors").write_bytes(content)
         assert "model.safetensors is damaged" in refused(source, tmp_path / "out")
+
+
+def test_command_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Positional source, dtype and shards; a GGUF file in the dtype that is asked for."""
+    model = tiny_llama(320)
+    tensors = hf(source, model)
+    torch.save(tensors, source / "pytorch_model.bin")
+    tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    for i, what in enumerate((source, write_gguf(tmp_path / "a.gguf", model, tokenizer, pre="gpt-2"))):
+        out = tmp_path / f"out{i}"
+        words = [
+            "convert_to_litmini.py",
+            str(what),
+            "--out_dir",
+            str(out),
+            "--dtype",
+            "fp32",
+            "--max_shard_size",
+            "90KB",
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert done.value.code == 0 and f"python scripts/verify.py {out}" in capsys.readouterr().out
+        assert len(shards(out)) > 2
+        same(out, tensors)
 
 
 def test_what_cannot_be_converted(source: Path, tmp_path: Path) -> None:
@@ -356,3 +390,48 @@ def test_llama3_tokenizer_model(source: Path, tmp_path: Path) -> None:
     ]
     assert tokenizer.encode("the cat sat! über 1234") == [len(ranks), *expected]
     assert tokenizer.stop_ids == [len(ranks) + 1, len(ranks) + 9, len(ranks) + 8]
+
+
+MEASURE = """
+import resource, sys, threading, time, torch
+import litmini.convert
+
+def status(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+resource.setrlimit(resource.RLIMIT_DATA, (500_000_000, 500_000_000))
+peaks, done = [], threading.Event()
+base = status("RssAnon")
+def watch():
+    while not done.wait(0.003):
+        peaks.append(status("RssAnon"))
+threading.Thread(target=watch).start()
+started = time.perf_counter()
+litmini.convert.convert(sys.argv[1], sys.argv[2], max_shard_bytes=30_000_000)
+done.set()
+print(max(peaks) - base, time.perf_counter() - started)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="measured with Linux's /proc")
+def test_a_model_larger_than_the_memory(source: Path, tmp_path: Path) -> None:
+    """616 MB with 500 MB allowed, Python and torch included; of its own it takes less than two shards of 30 MB."""
+    config = llama.Config(1024, 1024, 24, 8, 8, 128, 2816, 256)
+    (source / "config.json").write_text(json.dumps(llama.config_to_hf(config)))
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in llama.Model(config).named_parameters()}
+    weight_map = {name: f"pytorch_model-{i % 24}.bin" for i, name in enumerate(shapes)}
+    for file in set(weight_map.values()):
+        mine = [name for name in shapes if weight_map[name] == file]
+        torch.save({name: torch.full(shapes[name], 0.5, dtype=torch.bfloat16) for name in mine}, source / file)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(file.stat().st_size for file in source.glob("*.bin"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert size > 600e6 and sum(file.stat().st_size for file in shards(tmp_path / "out")) > 600e6
+    grown = int(done.stdout.split()[0])
+    assert 0 < grown < 2 * 30_000_000 + 5_000_000, f"{grown / 1e6:.0f} MB"  # and what the interpreter needs meanwhile
+    shutil.rmtree(tmp_path)  # 1.2 GB
