@@ -165,7 +165,7 @@ def test_every_family_has_a_style():
 def trained(tokenizer: Tokenizer, **example) -> list[int]:
     """The tokens that finetuning sees: all but the last one, which is only predicted."""
     data = tokenize([Example("a:1", **example)], tokenizer, DataConfig("", max_seq_len=4096), "training")
-    return data.inputs.tolist()
+    return [token for i in range(len(data)) for token in data[i][0].tolist()]
 
 
 def test_bos_once_or_not_at_all(style, tmp_path):

@@ -161,7 +161,7 @@ def test_a_template_that_ends_the_whole_conversation(tokenizer: Tokenizer, tmp_p
     text += "{{ '' if add_generation_prompt else '<|im_start|>' }}"
     other = with_template(tokenizer, tmp_path, text)
     data = make(other, chat("ab", "bc", "cd", "de"))
-    labels = data.labels[data.labels != IGNORE].tolist()
+    labels = [label for i in range(len(data)) for label in data[i][1].tolist() if label != IGNORE]
     assert other.decode(labels, skip_special=False) == "bc<|im_end|>de<|im_end|>"
 
 
