@@ -4,7 +4,11 @@ import gzip
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -165,6 +169,31 @@ def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, 
     prepare(sources, what, tmp_path / "cut", 1, lambda path: None, say=said.append)
     assert "going on" in said[0] and "after 0 documents" not in said[0]
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_a_killed_preparation_leaves_no_process_behind(fast):
+    code = (
+        "import itertools, multiprocessing, sys, time\n"
+        "from litmini.documents import Piece\n"
+        "from litmini.encode import Recipe, encode_all\n"
+        "batches = (([(Piece('text', True, True), False)], i) for i in itertools.count())\n"
+        "running = encode_all(batches, Recipe(sys.stdin.read(), [], 0), 2)\n"
+        "next(running)\n"
+        "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdin and parent.stdout
+    parent.stdin.write(fast.to_str())
+    parent.stdin.close()
+    children = [Path(f"/proc/{pid}/stat") for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(c.exists() and c.read_text().split()[2] != "Z" for c in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
 
 
 def test_going_on_with_other_text_is_refused(tmp_path, fast, monkeypatch):
