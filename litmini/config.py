@@ -72,9 +72,13 @@ class TrainConfig:
     """Steps between checkpoints; none: only at the end, or when interrupted."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
+    keep_best: bool = False
+    """Save at each evaluation that finds a lower held-out loss, and keep that checkpoint, too."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradients are NaN or infinite: stop the run, or leave out this step. The batch is saved either way."""
 
     def __post_init__(self) -> None:
-        numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, bool)}
+        numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, (bool, str))}
         check("train.", self, **{name: 0 < value < math.inf for name, value in numbers.items()})
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
 from litmini.config import FinetuneConfig, OptimConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
@@ -126,21 +127,29 @@ def run_training(
         rows = range(step * batch, min((step + 1) * batch, data.total_rows))
         return list(data.train.batches(rows, micro, rank, world))
 
-    fit(
-        fabric,
-        wrapped,
-        optimizer,
-        batches=batches,
-        learning_rate=lambda step: learning_rate(step, data.total_steps, config.optim),
-        total_steps=data.total_steps,
-        config=config.train,
-        progress=progress,
-        seed=config.seed,
-        log=run.log,
-        checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
-        validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
-        max_grad_norm=config.optim.max_grad_norm,
-    )
+    try:
+        fit(
+            fabric,
+            wrapped,
+            optimizer,
+            batches=batches,
+            learning_rate=lambda step: learning_rate(step, data.total_steps, config.optim),
+            total_steps=data.total_steps,
+            config=config.train,
+            progress=progress,
+            seed=config.seed,
+            log=run.log,
+            checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
+            validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
+            max_grad_norm=config.optim.max_grad_norm,
+            save_batch=lambda step, parts, losses: save_bad_step(
+                run.directory, step, parts, losses, data.tokenizer, rank
+            ),
+        )
+    finally:
+        run.saving.wait()
+    if config.train.keep_best and progress.best_step:
+        run.results |= {"best_step": progress.best_step, "best_val_loss": progress.best_val_loss}
     run.results |= {
         "trained_parameters": trained,
         "steps": progress.step,

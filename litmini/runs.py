@@ -23,7 +23,19 @@ import litmini
 from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import FinetuneConfig, UserError
 from litmini.data import Examples
-from litmini.files import existing_file, file_hash, read_json, restore, write_aside, write_json, write_text
+from litmini.files import (
+    Background,
+    check_seal,
+    discard,
+    existing_file,
+    file_hash,
+    hold,
+    read_json,
+    restore,
+    write_aside,
+    write_json,
+    write_text,
+)
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
@@ -32,7 +44,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
-    r"(resume|dry_run|show_masks|download_from|out_dir|eval\.\w+|train\.(log_every|eval_every|save_every|keep_last))"
+    r"(resume|dry_run|show_masks|download_from|out_dir|eval\.\w+|train\.(log_every|eval_every|save_every|keep_last|"
+    r"keep_best|on_nonfinite))"
 )
 
 
@@ -49,6 +62,8 @@ class Run:
         self.config = config
         self.results: dict[str, Any] = {}
         self.restart_from: Path | None = None
+        self.saving = Background()
+        """Checkpoints go to disk while training goes on; `saving.wait()` before relying on them."""
         steps = self._steps()
         holds_run = (self.directory / "config.yaml").exists() or bool(steps)
         if config.resume is False:
@@ -116,10 +131,14 @@ class Run:
                 raise UserError(
                     f"cannot resume {self.restart_from}: the chat template was changed since the run began."
                 )
+            check_seal(self.restart_from)
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
+        elif self.config.resume:
+            fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
         if fabric.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
+            hold(self.directory)
             settings = {**plain(self.config), "resume": False}
             for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -144,17 +163,26 @@ class Run:
                 csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
 
     def checkpoint(self, progress: Progress, save_weights: Callable[[Path], None]) -> Path:
-        """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go."""
+        """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go.
+
+        It is there once `saving.wait()` returns; what fails on its way to the disk is raised there, or here next time.
+        """
         directory = self.directory / f"step-{progress.step:06d}"
+        best = self.directory / f"step-{progress.best_step:06d}" if self.config.train.keep_best else directory
+
         if self.fabric.is_global_zero:
-            with write_aside(directory) as aside:
+            self.saving.wait()
+            with write_aside(directory, later=self.saving, sealed=True) as aside:
                 save_weights(aside)
                 save_state(aside, progress, self.model, self.optimizer)
-            for old in self._steps()[: -self.config.train.keep_last]:
-                if old != directory:  # newer ones are there where a run went back to an older step
-                    shutil.rmtree(old)
+            self.saving(self._drop_old, {directory, best})
         self.fabric.barrier()
         return directory
+
+    def _drop_old(self, kept: set[Path]) -> None:
+        for old in self._steps()[: -self.config.train.keep_last]:
+            if old not in kept:  # the one just written may be older, where a run went back
+                discard(old)
 
     def save_final(self, save_weights: Callable[[Path], None]) -> Path:
         """Write `final/`, the product of the run."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Batch = dict[str, torch.Tensor]
+MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
 
 
 @dataclass
@@ -38,6 +39,21 @@ class Progress:
     """Tokens that carried loss."""
     seconds: float = 0.0
     """Time in training steps."""
+    best_step: int = 0
+    """After which step the held-out loss was lowest; 0: none was taken."""
+    best_val_loss: float | None = None
+    """That loss."""
+    skipped: int = 0
+    """Steps left out because loss or gradients were not finite."""
+    skipped_in_row: int = 0
+    """Of these, the last ones without a step taken between them."""
+    loss_scale: dict[str, float] | None = None
+    """State of the gradient scaler of 16-mixed."""
+
+    def remember(self, val_loss: float) -> None:
+        """Note a held-out loss if it is the lowest so far."""
+        if self.best_val_loss is None or val_loss < self.best_val_loss:
+            self.best_step, self.best_val_loss = self.step, val_loss
 
 
 class Interrupted(UserError):
@@ -63,6 +79,7 @@ def fit(
     checkpoint: Callable[[Progress], Any],
     validate: Callable[[], float] | None = None,
     max_grad_norm: float | None = 1.0,
+    save_batch: Callable[[int, list[Batch], list[float]], Any] | None = None,
 ) -> Progress:
     """Train from `progress.step` to `total_steps`.
 
@@ -76,12 +93,16 @@ def fit(
         checkpoint: saves, each `config.save_every` steps and when interrupted.
         validate: the held-out loss, each `config.eval_every` steps.
         max_grad_norm: clip the global norm to this; None: only measure it.
+        save_batch: takes a step that was not finite, its micro-batches and their losses; says where it saved them.
 
     Raises:
-        UserError: loss or gradients are not finite; nothing was updated with them.
+        UserError: loss or gradients are not finite (or, skipping, were so `MOST_SKIPPED` times in a row).
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     model.train()
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler and progress.loss_scale:
+        scaler.load_state_dict(progress.loss_scale)
     hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     with _signals() as received, bar:
@@ -95,23 +116,21 @@ def fit(
             rate = learning_rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_ratio"]
-            loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, f"step {step + 1}")
+            losses, loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, scaler)
+            if _not_taken(loss, norm, scaler, progress):
+                where = save_batch(step + 1, micro_batches, losses) if save_batch else None
+                _stop_or_skip(fabric, f"step {step + 1}: loss {loss}, gradient norm {norm}", where, config, progress)
             seconds = time.perf_counter() - started
             progress.step = step + 1
             progress.tokens += tokens
             progress.targets += targets
             progress.seconds += seconds
-            metrics = {
-                "step": step + 1,
-                "tokens": progress.tokens,
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": norm,
-                "tokens_per_second": tokens / seconds,
-            }
+            metrics = {"step": step + 1, "tokens": progress.tokens, "loss": loss, "lr": rate, "grad_norm": norm}
+            metrics["tokens_per_second"] = tokens / max(seconds, 1e-9)
             if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
                 metrics["val_loss"] = validate()
                 model.train()
+                progress.remember(metrics["val_loss"])
             if "val_loss" in metrics or (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 log(metrics)
             line = f"loss {loss:.3f}, lr {rate:.1e}, {metrics['tokens_per_second']:,.0f} tok/s"
@@ -119,13 +138,19 @@ def fit(
             bar.update()
             if bar.disable and (step + 1) % max(1, total_steps // 20) == 0:  # for log files
                 fabric.print(f"step {step + 1} of {total_steps}: {line}")
-            due = config.save_every and (step + 1) % config.save_every == 0
             stop = bool(stop or (received and fabric.world_size == 1))
-            if due or stop:
+            if stop or _is_due(progress, config):
+                progress.loss_scale = scaler.state_dict() if scaler else None
                 saved = checkpoint(progress)
             if stop:
                 raise Interrupted(received, f"stopped after step {step + 1}; saved {saved}. Go on with --resume auto")
     return progress
+
+
+def _is_due(progress: Progress, config: TrainConfig) -> bool:
+    """Whether to save after this step."""
+    is_best = config.keep_best and progress.best_step == progress.step
+    return is_best or bool(config.save_every and progress.step % config.save_every == 0)
 
 
 def _take_step(
@@ -135,34 +160,57 @@ def _take_step(
     micro_batches: list[Batch],
     targets: int,
     max_grad_norm: float | None,
-    name: str,
-) -> tuple[float, float]:
-    """One optimizer step; returns its loss a target and its gradient norm before clipping, over all ranks.
+    scaler: Any,
+) -> tuple[list[float], float, float]:
+    """One optimizer step, not taken where loss or gradients are not finite.
 
     Args:
         targets: of all micro-batches on all ranks.
+        scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
 
-    Raises:
-        UserError: one of the two is not finite; the step is not taken.
+    Returns:
+        The summed losses of this rank's micro-batches, the loss a target and the gradient norm before clipping, both over
+        all ranks.
     """
-    loss_sum = torch.zeros((), device=fabric.device)
+    losses = []
     for i, batch in enumerate(micro_batches):
         with fabric.no_backward_sync(model, enabled=i + 1 < len(micro_batches)):
             loss, _ = model(**fabric.to_device(batch))
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
     clip = max_grad_norm or math.inf
     norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False))  # type: ignore[arg-type]
-    total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
+    total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
     mean = float(total) / max(1, targets)  # CPU-GPU sync point
     if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise UserError(
-            f"{name}: loss {mean}, gradient norm {norm}: not finite, so the step was not taken. "
-            f"Try a lower --optim.lr, or look at the data of this step."
-        )
-    optimizer.step()
+        optimizer.zero_grad()
+    if scaler or (math.isfinite(mean) and math.isfinite(norm)):
+        optimizer.step()
     optimizer.zero_grad()
-    return mean, norm
+    return torch.stack(losses).tolist(), mean, norm
+
+
+def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> bool:
+    """Whether a step was left out for a reason that the user should know; counts those in a row."""
+    taken = math.isfinite(loss) and math.isfinite(norm)
+    progress.skipped += not taken
+    progress.skipped_in_row = 0 if taken else progress.skipped_in_row + 1
+    scaling = (
+        scaler and math.isfinite(loss) and progress.skipped_in_row < MOST_SKIPPED
+    )  # that is how it finds its scale
+    return not (taken or scaling)
+
+
+def _stop_or_skip(fabric: Fabric, what: str, where: Any, config: TrainConfig, progress: Progress) -> None:
+    """Say that a step was not taken, as a warning or as the error that ends the run."""
+    what += ": not finite, so the step was not taken." + (f" Its batch is in {where}." if where else "")
+    if config.on_nonfinite == "stop":
+        raise UserError(
+            f"{what} Look at that data, or try a lower --optim.lr; --train.on_nonfinite skip leaves such steps out."
+        )
+    if progress.skipped_in_row >= MOST_SKIPPED:
+        raise UserError(f"{what} So were the {MOST_SKIPPED - 1} before it: the weights are likely to be damaged.")
+    fabric.print(f"warning: {what}")
 
 
 @torch.no_grad()
