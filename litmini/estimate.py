@@ -1,0 +1,198 @@
+"""How much memory a training step will take, by part, before it is taken; and how long a run will be.
+
+Nothing is guessed about a model: its forward and backward run on fake tensors, which have shapes and no values, while
+every storage that comes and goes is counted. Index tensors (tokens, documents, labels) stay real, as code looks at them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from litmini.config import OptimConfig, UserError
+
+Batch = dict[str, torch.Tensor]
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step, by part."""
+
+    frozen: int
+    """Weights that are not trained."""
+    trained: int
+    """Adapters, or all weights."""
+    optimizer: int
+    """Its averages."""
+    gradients: int
+    """Of what is trained, as far as they are there at the peak."""
+    activations: int
+    """Kept by the forward pass for the backward pass."""
+    loss: int
+    """Logits and what is made of them; also the head's gradient while it is summed up."""
+    temporary: int
+    """In use by the operation that runs at the peak."""
+    process: int = 0
+    """Python, torch, the data: what is there before the model."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def estimate(
+    model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool, process: int = 0
+) -> Memory:
+    """The memory of the training steps of `model`, which may be on the meta device.
+
+    Args:
+        batch: a micro-batch as training has it, on the CPU.
+        precision: as in `FinetuneConfig`.
+        accumulate: gradients of one micro-batch are there while the next one runs.
+        process: bytes that the process takes without the model.
+
+    Raises:
+        UserError: the model decides by values which tensors it makes (experts, say), so this cannot know them.
+    """
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    frozen = {id(p): p for p in [*model.parameters(), *model.buffers()] if not p.requires_grad}.values()
+    return Memory(
+        frozen=sum(map(nbytes, frozen)),
+        trained=sum(map(nbytes, trained)),
+        optimizer=sum(optimizer_bytes(p, config) for p in trained),
+        process=process,
+        **_peak(model, batch, precision, accumulate),
+    )
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig) -> int:
+    """What the optimizer keeps for a parameter."""
+    if config.name == "sgd":
+        return 0
+    if config.name == "adamw8bit" and parameter.numel() >= 4096:
+        return 2 * parameter.numel() + 8 * (parameter.numel() // 256 + 1)  # and a scale for each block of 256
+    return 2 * (4 * parameter.numel() if config.name == "adamw8bit" else nbytes(parameter))
+
+
+def _peak(model: nn.Module, batch: Batch, precision: str, accumulate: bool) -> dict[str, int]:
+    """What is alive at the peak of a micro-step, by part."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    with mode:
+        fakes = {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad) for n, p in state.items()}
+    ledger = _Ledger(vocab=model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    training = model.training
+    model.train()
+    try:
+        for _ in range(2 if accumulate else 1):
+            with _KnownShapes(mode), ledger, torch.autocast("cpu", mixed, enabled=mixed is not None):
+                loss, _ = functional_call(model, fakes, (), batch)
+                ledger.end_of_forward()
+                loss.backward()
+            del loss
+    except (torch._subclasses.fake_tensor.DataDependentOutputException, RuntimeError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the memory of this model cannot be known in advance: {what}") from error
+    finally:
+        model.train(training)
+    gradients = {fake.grad.untyped_storage()._cdata for fake in fakes.values() if fake.grad is not None}
+    return ledger.parts(gradients)
+
+
+class _Ledger(TorchDispatchMode):
+    """Every storage that an operation made: when, how large, and when it went."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self._vocab = vocab
+        self._alive: dict[int, int] = {}  # address of a storage -> its entry
+        self._entries: list[tuple[int, int, bool]] = []  # (bytes, address, of the vocabulary's size)
+        self._events: list[tuple[int, int]] = []  # (entry, +1 made or -1 gone)
+        self._forward_end = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._alive:
+            entry = len(self._entries)
+            self._alive[address] = entry
+            self._entries.append((storage.nbytes(), address, self._vocab in tensor.shape))
+            self._events.append((entry, 1))
+            weakref.finalize(storage, self._gone, address, entry)
+
+    def _gone(self, address: int, entry: int) -> None:
+        self._alive.pop(address, None)
+        self._events.append((entry, -1))
+
+    def end_of_forward(self) -> None:
+        """The last forward pass ends here."""
+        self._forward_end = len(self._entries)
+
+    def parts(self, gradients: set[int]) -> dict[str, int]:
+        """Bytes at the peak: gradients (which have these addresses), loss, activations and temporaries."""
+        kinds = []
+        for entry, (_, address, vocab) in enumerate(self._entries):
+            if self._alive.get(address) == entry and address in gradients:
+                kinds.append("gradients")
+            else:
+                kinds.append("loss" if vocab else "activations" if entry < self._forward_end else "temporary")
+        now = dict.fromkeys(("gradients", "loss", "activations", "temporary"), 0)
+        peak = dict(now)
+        for entry, sign in self._events:
+            now[kinds[entry]] += sign * self._entries[entry][0]
+            if sum(now.values()) > sum(peak.values()):
+                peak = dict(now)
+        return peak
+
+
+class _KnownShapes(TorchFunctionMode):
+    """Lets fake tensors be indexed by a real mask, and large buffers be fake."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            if isinstance(args[1], torch.Tensor) and args[1].dtype is torch.bool:
+                return func(args[0], args[1].nonzero(as_tuple=True))
+        elif func is torch.zeros and kwargs.get("dtype") in (torch.float32, torch.bfloat16, torch.float16):
+            with self._mode:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def full_rows(count: int, length: int, vocab: int) -> Batch:
+    """A micro-batch of rows that one document fills, every token a target: what needs most memory."""
+    tokens = torch.arange(count * length).view(count, length) % vocab
+    positions = torch.arange(length).expand(count, length).contiguous()
+    return {"tokens": tokens, "positions": positions, "documents": torch.ones_like(tokens), "labels": tokens}
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
