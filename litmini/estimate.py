@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from litmini.config import OptimConfig, UserError
+from litmini.models import FAMILIES, family
 
 Batch = dict[str, torch.Tensor]
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -93,27 +92,45 @@ def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig) -> int:
 def _peak(model: nn.Module, batch: Batch, precision: str, accumulate: bool) -> dict[str, int]:
     """What is alive at the peak of a micro-step, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    with mode:
-        fakes = {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad) for n, p in state.items()}
     ledger = _Ledger(vocab=model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    training = model.training
-    model.train()
+    with _faked(model, mode) as fakes:
+        try:
+            for _ in range(2 if accumulate else 1):
+                with _KnownShapes(mode), ledger, torch.autocast("cpu", mixed, enabled=mixed is not None):
+                    loss, _ = model(**batch)
+                    ledger.end_of_forward()
+                    loss.backward()
+                del loss
+        except RuntimeError as error:  # torch's DataDependentOutputException is one, too
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the memory of this model cannot be known in advance: {what}") from error
+        gradients = {fake.grad.untyped_storage()._cdata for fake in fakes if fake.grad is not None}
+        return ledger.parts(gradients)
+
+
+@contextmanager
+def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[list[torch.Tensor]]:
+    """Fake tensors in the place of all parameters and buffers, tied ones tied, in training mode; yields them."""
+    held = [(owner, dict(owner)) for m in model.modules() for owner in (m._parameters, m._buffers)]
+    training, fakes = model.training, dict[int, torch.Tensor]()
+    for owner, tensors in held:
+        for name, real in tensors.items():
+            if real is not None and id(real) not in fakes:
+                with mode:
+                    fake = torch.empty(real.shape, dtype=real.dtype)
+                if isinstance(real, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=real.requires_grad)
+                fakes[id(real)] = fake
+            if real is not None:
+                owner[name] = fakes[id(real)]  # type: ignore[assignment]
     try:
-        for _ in range(2 if accumulate else 1):
-            with _KnownShapes(mode), ledger, torch.autocast("cpu", mixed, enabled=mixed is not None):
-                loss, _ = functional_call(model, fakes, (), batch)
-                ledger.end_of_forward()
-                loss.backward()
-            del loss
-    except (torch._subclasses.fake_tensor.DataDependentOutputException, RuntimeError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the memory of this model cannot be known in advance: {what}") from error
+        model.train()
+        yield list(fakes.values())
     finally:
         model.train(training)
-    gradients = {fake.grad.untyped_storage()._cdata for fake in fakes.values() if fake.grad is not None}
-    return ledger.parts(gradients)
+        for owner, tensors in held:
+            owner.update(tensors)  # type: ignore[arg-type]
 
 
 class _Ledger(TorchDispatchMode):
@@ -196,3 +213,38 @@ def resident() -> int:
     """Bytes of this process in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def describe(memory: Memory) -> str:
+    """A line for each part, in MiB."""
+    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, torch, data)"}
+    parts = {names.get(part, part): size for part, size in vars(memory).items()} | {"peak": memory.total}
+    return "\n".join(f"  {name:30}{size / 2**20:12,.0f} MiB" for name, size in parts.items())
+
+
+def preset(name: str) -> nn.Module | None:
+    """The model of a family's preset, on the meta device; None if no family has one of this name."""
+    for module in map(family, FAMILIES):
+        if name in module.PRESETS:
+            with torch.device("meta"):
+                return module.Model(module.PRESETS[name])
+    return None
+
+
+def preset_names() -> str:
+    return ", ".join(sorted({name for model_type in FAMILIES for name in family(model_type).PRESETS if "/" in name}))
+
+
+def process_bytes() -> int:
+    """What a process takes that has taken a training step, without its model: measured, in this one."""
+    from lightning.fabric import Fabric
+
+    from litmini.models import llama
+
+    Fabric(accelerator="cpu", devices=1)
+    tiny = llama.Model(llama.PRESETS["tiny"])
+    tiny.init_weights(torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32):
+        loss, _ = tiny.to(dtype)(**full_rows(2, 600, 512))
+        loss.backward()
+    return resident()

@@ -81,13 +81,20 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
 
 
 def preview(data: Data, config: FinetuneConfig, model: nn.Module) -> None:
-    """What `--dry_run` prints: the parameters and, with `--show_masks`, examples token by token."""
+    """What `--dry_run` prints: parameters, memory and time; and, with `--show_masks`, examples token by token."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     if config.show_masks:
         print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
-    print(
-        f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%). Nothing was trained or written."
-    )
+    print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
+    if config.dry_run:
+        from litmini.forecast import forecast  # its fake tensors take a second to import
+
+        if config.train.checkpoint_activations:
+            checkpoint_activations(model)
+        print(forecast(model, config, data.train, data.total_rows, len(data.val or ())))
+    print("Nothing was trained or written.")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
