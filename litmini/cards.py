@@ -37,8 +37,8 @@ def flops_per_token(model: nn.Module, length: int, recompute: bool = False) -> f
     config: Any = model.config
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and not config.tied}
     products = 0.0
-    for parameter in {id(p): p for p in model.parameters()}.values():
-        if parameter.dim() >= 2 and id(parameter) not in looked_up:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and id(parameter) not in looked_up and not name.endswith("absmax"):
             weights = parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)  # two in each byte of NF4
             products += weights * (4 + 2 * parameter.requires_grad + 2 * recompute)
     return products + 6 * length * config.n_heads * config.head_dim * config.n_layers

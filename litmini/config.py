@@ -64,6 +64,8 @@ class TrainConfig:
     """Rows in one forward pass on one device."""
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    offload_activations: bool = False
+    """Keep what blocks need for the backward pass in CPU memory. For GPUs; slower."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None
@@ -102,6 +104,13 @@ class OptimConfig:
     """AdamW's averages."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; none: do not."""
+    stochastic_rounding: bool = False
+    """Weights in bf16 (--precision bf16-true) take AdamW's step in fp32 and are rounded by chance: small updates count."""
+    in_backward: bool = False
+    """Take each parameter's step in the backward pass and drop its gradient: no memory for gradients. Needs one
+    micro-batch in a step, one device, and max_grad_norm null."""
+    offload: bool = False
+    """Keep the optimizer's averages in CPU memory. For GPUs; slower."""
 
     def __post_init__(self) -> None:
         check(
@@ -193,8 +202,9 @@ class FinetuneConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-true"
-    """bf16-true: frozen weights in bf16, adapters in fp32. bf16-mixed: weights in fp32, products in bf16."""
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
+    """bf16-true: frozen weights in bf16, adapters in fp32. bf16-mixed: weights in fp32, products in bf16.
+    16-mixed: products in fp16 and the loss scaled, for GPUs without bf16."""
     devices: int = 1
     """Processes on each node, one for each GPU."""
     num_nodes: int = 1
@@ -221,6 +231,17 @@ class FinetuneConfig:
             seed=0 <= self.seed < 2**32,
             show_masks=self.show_masks >= 0,
         )
+        clash = {
+            "train.global_batch_size above micro_batch_size": self.train.global_batch_size
+            > self.train.micro_batch_size,
+            "optim.max_grad_norm (null is none)": self.optim.max_grad_norm is not None,
+            "several devices": self.devices * self.num_nodes > 1,
+            "train.on_nonfinite skip": self.train.on_nonfinite == "skip",
+        }
+        if self.optim.in_backward and any(clash.values()):
+            raise UserError(
+                f"optim.in_backward does not go with {', '.join(k for k, found in clash.items() if found)}."
+            )
 
 
 @dataclass
@@ -248,5 +269,5 @@ class FinetuneDoraConfig(FinetuneLoraConfig):
 class FinetuneFullConfig(FinetuneConfig):
     """Settings of finetune_full.py."""
 
-    precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
     """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""

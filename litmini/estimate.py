@@ -52,7 +52,7 @@ class Memory:
 
 
 def estimate(
-    model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool, process: int = 0
+    model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool = False, process: int = 0
 ) -> Memory:
     """The memory of the training steps of `model`, which may be on the meta device.
 
@@ -72,7 +72,7 @@ def estimate(
         trained=sum(map(nbytes, trained)),
         optimizer=sum(optimizer_bytes(p, config) for p in trained),
         process=process,
-        **_peak(model, batch, precision, accumulate),
+        **_peak(model, batch, precision, accumulate, config.in_backward),
     )
 
 
@@ -82,19 +82,28 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig) -> int:
     """What the optimizer keeps for a parameter."""
-    if config.name == "sgd":
+    if config.name == "sgd" or config.offload:
         return 0
+    if config.stochastic_rounding:
+        return 8 * parameter.numel()
     if config.name == "adamw8bit" and parameter.numel() >= 4096:
         return 2 * parameter.numel() + 8 * (parameter.numel() // 256 + 1)  # and a scale for each block of 256
     return 2 * (4 * parameter.numel() if config.name == "adamw8bit" else nbytes(parameter))
 
 
-def _peak(model: nn.Module, batch: Batch, precision: str, accumulate: bool) -> dict[str, int]:
+def _peak(
+    model: nn.Module, batch: Batch, precision: str, accumulate: bool = False, in_backward: bool = False
+) -> dict[str, int]:
     """What is alive at the peak of a micro-step, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     ledger = _Ledger(vocab=model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with _faked(model, mode) as fakes:
+        if in_backward:
+            for fake in fakes:
+                fake.register_post_accumulate_grad_hook(
+                    lambda p: setattr(p, "grad", None)
+                ) if fake.requires_grad else None
         try:
             for _ in range(2 if accumulate else 1):
                 with _KnownShapes(mode), ledger, torch.autocast("cpu", mixed, enabled=mixed is not None):

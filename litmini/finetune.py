@@ -20,7 +20,7 @@ from litmini.config import FinetuneConfig, OptimConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
-from litmini.launch import checkpoint_activations
+from litmini.launch import checkpoint_activations, offload_activations
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
 from litmini.runs import Run, plot_metrics
@@ -61,7 +61,11 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     batch = config.train.global_batch_size
     steps = config.train.max_steps or math.ceil(config.train.epochs * len(rows) / batch)
     total_rows = steps * batch if config.train.max_steps else math.ceil(config.train.epochs * len(rows))
+    on_cpu, bf16 = fabric.device.type == "cpu", config.precision == "bf16-true"
     idle = {
+        "train.offload_activations": config.train.offload_activations and on_cpu,
+        "optim.offload": config.optim.offload and on_cpu,
+        "optim.stochastic_rounding": config.optim.stochastic_rounding and not bf16,
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
         "optim.betas": config.optim.name == "sgd" and config.optim.betas != OptimConfig().betas,
@@ -124,6 +128,8 @@ def run_training(
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
+    if config.train.offload_activations:
+        offload_activations(model)
     if progress.step == 0:
         measure(fabric, wrapped, model, data, run, "before")
         if not config.data.pack:  # packed rows are all of one length

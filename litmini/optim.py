@@ -1,8 +1,10 @@
 """Optimizers by name, their parameter groups, and the learning rate as a pure function of the step."""
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +47,17 @@ def make_optimizer(
         {"params": params, "weight_decay": config.weight_decay * decays, "lr": config.lr * ratio, "lr_ratio": ratio}
         for (decays, ratio), params in sorted(groups.items(), reverse=True, key=lambda item: item[0])
     ]
+    if config.stochastic_rounding or config.in_backward or config.offload:
+        from litmini.lean_optim import PerParameter
+
+        if config.stochastic_rounding and config.name != "adamw":
+            raise UserError(f"optim.stochastic_rounding goes with --optim.name adamw, found {config.name}.")
+        make = functools.partial(_make, config)
+        return PerParameter(named, make, config.stochastic_rounding, config.in_backward, config.offload)
+    return _make(config, named)
+
+
+def _make(config: OptimConfig, named: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if config.name == "adamw":
         return torch.optim.AdamW(named, lr=config.lr, betas=config.betas, fused=True)
     if config.name == "sgd":

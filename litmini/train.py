@@ -179,7 +179,10 @@ def _take_step(
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
         losses.append(loss.detach())
     clip = max_grad_norm or math.inf
-    norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False))  # type: ignore[arg-type]
+    if getattr(optimizer, "in_backward", False):  # the steps were taken there
+        norm = optimizer.take_norm()  # type: ignore[attr-defined]
+    else:
+        norm = float(fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False))  # type: ignore[arg-type]
     total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
     mean = float(total) / max(1, targets)  # CPU-GPU sync point
     if not (math.isfinite(mean) and math.isfinite(norm)):
