@@ -45,7 +45,7 @@ def load(
 
 
 def generate(*args: Any, **options: Any) -> str | list[int]:
-    """See `litmini.generate.generate`."""
-    from litmini.generate import generate
+    """See `litmini.generation.generate`."""
+    from litmini.generation import generate
 
     return generate(*args, **options)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from litmini.config import LoraConfig, UserError
 from litmini.quantize import NF4Linear
+from litmini.sharding import whole
 
 FLOOR = 1e-6  # smallest norm of a weight's row in DoRA: rows of zeros stay finite
 
@@ -68,7 +69,7 @@ class LoRALinear(nn.Module):
 
     def saved(self) -> tuple[float, dict[str, Tensor]]:
         """(alpha, tensors) that say the same to whoever puts them over the original base."""
-        return self.alpha, {name: p for name, p in self.named_parameters() if name.startswith("lora_")}
+        return self.alpha, {name: whole(p) for name, p in self.named_parameters() if name.startswith("lora_")}
 
 
 class PiSSALinear(LoRALinear):
@@ -95,7 +96,8 @@ class PiSSALinear(LoRALinear):
         self.base = plain_layer(base, weight - self.delta().detach())
 
     def saved(self) -> tuple[float, dict[str, Tensor]]:
-        both = {"lora_A": torch.cat((self.lora_A, self.start_A)), "lora_B": torch.cat((self.lora_B, -self.start_B), 1)}
+        a, b = whole(self.lora_A), whole(self.lora_B)
+        both = {"lora_A": torch.cat((a, self.start_A)), "lora_B": torch.cat((b, -self.start_B), 1)}
         return self.alpha * (math.sqrt(2) if self.rank_stabilized else 2), both  # the same scale at twice the rank
 
 

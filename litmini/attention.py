@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litmini.cache import KVCache
+from litmini.cache import KVCache, Slots
 
 EXPLICIT_LENGTH = (
     512  # on the CPU, up to here two products and a softmax beat the fused kernel (bf16, forward + backward)
@@ -21,7 +21,7 @@ EXPLICIT_LENGTH = (
 
 @dataclass(frozen=True)
 class Mask:
-    """Who sees whom. With neither `allowed` nor `documents`: causal over the whole row."""
+    """Who sees whom. With neither `allowed` nor `documents`: causal, and the last query sees every key."""
 
     queries: Tensor
     """(B, T) int64 positions."""
@@ -32,7 +32,9 @@ class Mask:
     documents: "Documents | None" = None
     """Documents packed into rows; then `allowed` is not used."""
     window: int | None = None
-    """With documents: how many keys a query sees, itself included."""
+    """How many keys a query sees, itself included; None: all."""
+    slots: Slots | None = None
+    """With a cache: where its layers put the new keys."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None
     if cache is not None:
         if documents is not None:
             raise ValueError("documents and cache do not go together: generation has one document per row")
-        keys = cache.positions[:, : cache.length]  # (B, S)
-        if not cache.padded and (window is None or cache.length <= window):
-            if cache.length == T:
-                return Mask(positions, keys)
-            if T == 1:
-                return Mask(
-                    positions, keys, torch.ones((), dtype=torch.bool, device=keys.device).expand(1, 1, 1, len(keys[0]))
-                )
-        return Mask(positions, keys, _allowed(positions, keys, window))
+        slots = cache.slots(window)
+        keys = slots.positions[:, : slots.used]  # (B, S)
+        simple = not cache.ragged and (window is None or cache.length <= window) and T in (1, cache.length)
+        if simple:
+            return Mask(positions, keys, None, None, window, slots)
+        allowed = _allowed(positions, keys, window)
+        if cache.ragged:  # padding, whose keys are nowhere, may look at anything: what comes of it must be finite
+            allowed = allowed | (positions < 0)[:, None, :, None]
+        return Mask(positions, keys, allowed, None, window, slots)
     if documents is None:
         fits = window is None or window >= T
         padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # a sync point; training gives documents
@@ -193,16 +195,17 @@ def _alibi(queries: Tensor, keys: Tensor, slopes: Tensor | None) -> Tensor | Non
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None
 ) -> Tensor:
-    """One product of attention; `allowed` None means causal."""
+    """One product of attention; `allowed` None means causal, T being S or 1."""
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
     plain = softcap is None and bias is None
-    if plain and (q.device.type != "cpu" or max(T, S) > EXPLICIT_LENGTH):
+    if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > EXPLICIT_LENGTH):
+        causal = allowed is None and T > 1
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=n_heads != n_kv_heads
+            q, k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=n_heads != n_kv_heads
         )
     if allowed is None:
-        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
     repeats = n_heads // n_kv_heads
     q = q.reshape(B * n_kv_heads, repeats * T, head_dim)  # the heads that share a key head stand below each other

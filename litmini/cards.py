@@ -4,44 +4,38 @@ None of this was run on a GPU by us.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from litmini.estimate import Memory, nbytes
+from litmini.meter import PUBLISHED, Meter
 
 GIB = 2**30
 CUDA_CONTEXT = GIB * 6 // 10  # and kernels; not measured by us
-CARDS = (  # name, GiB, dense bf16 TFLOP/s as published
-    ("RTX 4060", 8, 60),
-    ("RTX 3060", 12, 51),
-    ("RTX 4080", 16, 97),
-    ("RTX 4090", 24, 165),
-    ("RTX 5090", 32, 209),
-    ("L40S", 48, 362),
-    ("A100", 80, 312),
-    ("H100", 80, 989),
-    ("H200", 141, 989),
-    ("B200", 180, 2250),
+CARDS = (  # name, GiB
+    ("RTX 4060", 8),
+    ("RTX 3060", 12),
+    ("RTX 4080", 16),
+    ("RTX 4090", 24),
+    ("RTX 5090", 32),
+    ("L40S", 48),
+    ("A100", 80),
+    ("H100", 80),
+    ("H200", 141),
+    ("B200", 180),
 )
 
 
-def flops_per_token(model: nn.Module, length: int, recompute: bool = False) -> float:
-    """Floating point operations of training on a token in a row of `length`: forward and backward.
+def tokens_per_day(model: nn.Module, length: int, mfu: float, devices: int) -> dict[str, float]:
+    """Tokens that a day of training sees on each card whose speed is published, in full rows with all tokens trained.
 
-    2 for each weight that multiplies a token, 2 more for the gradient of its input, 2 more for its own if it is trained;
-    attention to half of the row on average. With `recompute`, activation checkpointing: the forward pass once more.
-    Every expert of a mixture is counted.
+    Args:
+        mfu: as `litmini.meter` defines it.
     """
-    config: Any = model.config
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and not config.tied}
-    products = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and id(parameter) not in looked_up and not name.endswith("absmax"):
-            weights = parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)  # two in each byte of NF4
-            products += weights * (4 + 2 * parameter.requires_grad + 2 * recompute)
-    return products + 6 * length * config.n_heads * config.head_dim * config.n_layers
+    meter = Meter(model, torch.device("cpu"), torch.bfloat16)
+    flops = meter.per_token + meter.per_target + meter.per_key * (length + 1) / 2
+    return {name: mfu * PUBLISHED[name] * devices * 86400 / flops for name, _ in CARDS if name in PUBLISHED}
 
 
 def share(memory: Memory, model: nn.Module, devices: int, strategy: str) -> Memory:
@@ -65,5 +59,5 @@ def share(memory: Memory, model: nn.Module, devices: int, strategy: str) -> Memo
 def fitting(memory: Memory) -> str:
     """The smallest of the ordinary cards on which `memory` fits, with room for the CUDA context and the allocator."""
     need = (memory.total - memory.process) * 1.1 + CUDA_CONTEXT
-    fits = [f"{name} ({gib} GiB)" for name, gib, _ in CARDS if need < gib * GIB]
+    fits = [f"{name} ({gib} GiB)" for name, gib in CARDS if need < gib * GIB]
     return f"{fits[0]} and larger" if fits else f"none of the ordinary cards: {need / GIB:,.0f} GiB"

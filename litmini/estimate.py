@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from litmini.config import OptimConfig, UserError
 from litmini.models import FAMILIES, family
+from litmini.optim import block_matrices
 
 Batch = dict[str, torch.Tensor]
 
@@ -66,11 +67,12 @@ def estimate(
         UserError: the model decides by values which tensors it makes (experts, say), so this cannot know them.
     """
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    matrices = block_matrices(model) if config.name == "muon" else set()
     frozen = {id(p): p for p in [*model.parameters(), *model.buffers()] if not p.requires_grad}.values()
     return Memory(
         frozen=sum(map(nbytes, frozen)),
         trained=sum(map(nbytes, trained)),
-        optimizer=sum(optimizer_bytes(p, config) for p in trained),
+        optimizer=sum(optimizer_bytes(p, config, p in matrices) for p in trained),
         process=process,
         **_peak(model, batch, precision, accumulate, config.in_backward),
     )
@@ -80,15 +82,15 @@ def nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig) -> int:
-    """What the optimizer keeps for a parameter."""
+def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig, by_muon: bool = False) -> int:
+    """What the optimizer keeps for a parameter. Muon, which has one average, does the matrices inside of blocks."""
     if config.name == "sgd" or config.offload:
         return 0
     if config.stochastic_rounding:
         return 8 * parameter.numel()
-    if config.name == "adamw8bit" and parameter.numel() >= 4096:
+    if "8bit" in config.name and parameter.numel() >= 4096:
         return 2 * parameter.numel() + 8 * (parameter.numel() // 256 + 1)  # and a scale for each block of 256
-    return 2 * (4 * parameter.numel() if config.name == "adamw8bit" else nbytes(parameter))
+    return (1 if by_muon else 2) * (4 * parameter.numel() if "8bit" in config.name else nbytes(parameter))
 
 
 def _peak(

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -247,6 +248,17 @@ def existing_file(path: str, what: str) -> Path:
     near = difflib.get_close_matches(file.name, beside, n=3) or beside[:5]
     where = f"{file.parent}/ holds {', '.join(near)}" if near else f"{file.parent}/ is empty or missing"
     raise UserError(f"{what} not found: {file} (in {Path.cwd()}); {where}.")
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal, computed once a process and state of the file."""
+    status = path.stat()
+    return _content_hash(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(1024)
+def _content_hash(path: Path, *state: int) -> str:
+    return file_hash(path)
 
 
 def file_hash(path: str | Path) -> str:

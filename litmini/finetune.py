@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +15,19 @@ from torch import nn
 
 from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
-from litmini.config import FinetuneConfig, OptimConfig, UserError
+from litmini.config import FinetuneConfig, OptimConfig, RunConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
 from litmini.launch import checkpoint_activations, offload_activations
+from litmini.meter import Meter, peak_memory_mib
+from litmini.models import use_model_file
 from litmini.optim import learning_rate
 from litmini.packing import Batch, Rows
-from litmini.runs import Run, plot_metrics
+from litmini.report import plot_metrics, write_report
+from litmini.runs import Run
+from litmini.sharding import held_bytes, is_sharded
+from litmini.shards import Windows
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
 
@@ -36,17 +40,22 @@ class Data:
     """The tokenizer and what it made of the data files."""
 
     tokenizer: Tokenizer
-    train: Rows
-    val: Rows | None
+    train: Rows | Windows
+    val: Rows | Windows | None
     held_out: list[Example]
     """The held-out examples as they were read, to be answered."""
     total_rows: int
     """Rows that the run trains on, over all epochs."""
     total_steps: int
+    statistics: dict[str, Any]
+    """For the manifest: `statistics` of the training data, `held_out_statistics`."""
+    hashes: dict[str, str]
+    """sha256 of each file that the rows come from."""
 
 
 def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     """Get the checkpoint if it is missing, tokenise the data, and plan the run."""
+    use_model_file(config.model_file)
     with fabric.rank_zero_first():
         ensure_checkpoint(config.checkpoint_dir, config.download_from)
     tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template)
@@ -56,39 +65,68 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
             f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
             f"use --data.max_seq_len {base.max_positions} or less."
         )
-    train, val, held_out = load_data(config.data, tokenizer, config.seed)
-    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed)
+    to_answer = None if config.eval.exact_match else config.eval.samples
+    failed: UserError | None = None
+    with fabric.rank_zero_first(local=True):  # the others find its tokens on disk
+        try:
+            train, val, held_out = load_data(config.data, tokenizer, config.seed, to_answer)
+        except UserError as error:  # which all of them meet; leaving this block now would leave them waiting
+            failed = error
+    if failed:
+        raise failed
+    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
     batch = config.train.global_batch_size
-    steps = config.train.max_steps or math.ceil(config.train.epochs * len(rows) / batch)
-    total_rows = steps * batch if config.train.max_steps else math.ceil(config.train.epochs * len(rows))
-    on_cpu, bf16 = fabric.device.type == "cpu", config.precision == "bf16-true"
+    total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
+    steps = math.ceil(total_rows / batch)
     idle = {
-        "train.offload_activations": config.train.offload_activations and on_cpu,
-        "optim.offload": config.optim.offload and on_cpu,
-        "optim.stochastic_rounding": config.optim.stochastic_rounding and not bf16,
+        "train.patience": config.train.patience is not None and not (val and config.train.eval_every),
+        "train.sample_every": config.train.sample_every is not None and not (held_out and config.eval.samples),
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
-        "optim.betas": config.optim.name == "sgd" and config.optim.betas != OptimConfig().betas,
-        "optim.min_lr": config.optim.min_lr > config.optim.lr,
-        f"optim.warmup_steps beyond the {steps} steps of the run": config.optim.warmup_steps >= steps,
     }
-    if found := [name for name, has_no_effect in idle.items() if has_no_effect]:
-        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
+    warn(fabric, idle | idle_optim(config.optim, steps) | idle_memory(config, fabric.device))
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
-    filled = 100 * train.statistics["tokens"] / (len(rows) * rows.length)
+    filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
     held_out_rows = Rows(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
-    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps)
+    statistics = {"statistics": train.statistics, "held_out_statistics": val.statistics if val else None}
+    hashes = {**train.files, **(val.files if val else {})}
+    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps, statistics, hashes)
 
 
-def preview(data: Data, config: FinetuneConfig, model: nn.Module) -> None:
+def idle_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
+    """Settings of the optimizer -> whether they have no effect in a run of `steps` steps."""
+    plain = OptimConfig()
+    return {
+        "optim.betas": config.name == "sgd" and config.betas != plain.betas,
+        "optim.decay_fraction": config.schedule != "wsd" and config.decay_fraction != plain.decay_fraction,
+        "optim.min_lr": config.min_lr > config.lr,
+        f"optim.warmup_steps beyond the {steps} steps of the run": config.warmup_steps >= steps,
+    }
+
+
+def idle_memory(config: RunConfig, device: torch.device) -> dict[str, bool]:
+    """Settings that save memory -> whether they have no effect here."""
+    return {
+        "train.offload_activations": config.train.offload_activations and device.type == "cpu",
+        "optim.offload": config.optim.offload and device.type == "cpu",
+        "optim.stochastic_rounding": config.optim.stochastic_rounding and config.precision != "bf16-true",
+    }
+
+
+def warn(fabric: Fabric, idle: dict[str, bool]) -> None:
+    if found := [name for name, has_no_effect in idle.items() if has_no_effect]:
+        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
+
+
+def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
     """What `--dry_run` prints: parameters, memory and time; and, with `--show_masks`, examples token by token."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    if config.show_masks:
+    if config.show_masks and isinstance(data.train, Rows):
         print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
     print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
@@ -114,25 +152,31 @@ def run_training(
     data: Data,
     run: Run,
     progress: Progress,
-    save_weights: Callable[[Path], None],
+    save_weights: Callable[[Path | None], None],
 ) -> None:
     """Measure the model as it is, then train it.
 
     Args:
         wrapped: `model` as `fabric.setup` returned it.
-        save_weights: writes the method's product into a directory, for checkpoints.
+        save_weights: writes the method's product into a directory, for checkpoints. See `Run.save_final`.
     """
     config = run.config
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
+    run.know_data(data.hashes, **data.statistics)
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
+    if is_sharded(model):
+        held, every = (f"{size / 2**20:,.1f}" for size in held_bytes(model))
+        fabric.print(f"{world} processes share the parameters: this one holds {held} of {every} MiB")
+    meter = Meter(model, fabric.device, torch.float32 if config.precision == "32-true" else torch.bfloat16)
+    fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if config.train.offload_activations:
         offload_activations(model)
     if progress.step == 0:
         measure(fabric, wrapped, model, data, run, "before")
-        if not config.data.pack:  # packed rows are all of one length
+        if isinstance(data.train, Rows) and not data.train.pack:  # packed rows are all of one length
             rehearse(fabric, wrapped, optimizer, data.train.longest_batch(micro))
 
     def batches(step: int) -> list[Batch]:
@@ -155,6 +199,8 @@ def run_training(
             checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
             validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
             max_grad_norm=config.optim.max_grad_norm,
+            observe=meter,
+            sample=lambda progress: log_samples(model, data, run, progress),
             save_batch=lambda step, parts, losses: save_bad_step(
                 run.directory, step, parts, losses, data.tokenizer, rank
             ),
@@ -170,14 +216,24 @@ def run_training(
         "target_tokens": progress.targets,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "mfu": meter.mfu,
+        "peak_flops": meter.peak,
+        "peak_flops_source": meter.source,
     }
 
 
-def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: FinetuneConfig) -> float:
+def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunConfig) -> float:
     """Mean loss a target token over all held-out rows."""
     assert data.val is not None
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
     return evaluate(fabric, wrapped, data.val.batches(range(len(data.val)), micro, rank, world))
+
+
+def log_samples(model: nn.Module, data: Data, run: Run, progress: Progress) -> None:
+    """Answers to the first held-out questions into samples.jsonl. Every rank answers, as a sharded model needs them all."""
+    config = run.config.eval
+    answers = answer_all(model, data.tokenizer, data.held_out[: config.samples], config.max_new_tokens)
+    run.log_samples(progress.step, [vars(answer) for answer in answers])
 
 
 def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, run: Run, when: str) -> None:
@@ -192,7 +248,7 @@ def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, ru
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
         if config.eval.exact_match:
             results[f"exact_match_{when}"] = exact_match(answers)
-    run.write_manifest(data.tokenizer, data.train.examples, **results)
+    run.write_manifest(**results)
 
 
 def finish(
@@ -209,6 +265,7 @@ def finish(
     measure(fabric, wrapped, model, data, run, "after")
     if fabric.is_global_zero:
         plot_metrics(run.directory, run.results)
+        write_report(run.directory, data.train.sizes if isinstance(data.train, Rows) else None, data.train.length)
     r = run.results
     lines = []
     for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
@@ -227,10 +284,3 @@ def finish(
     words = ["python", "scripts/generate.py", "--checkpoint_dir", str(checkpoint_dir), *adapter, "--prompt", "..."]
     lines.append(f"\nThe result is {adapter_dir or checkpoint_dir}. Talk to it:\n  {shlex.join(words)}")
     return "\n".join(lines)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: on the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: in KiB

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from litmini.cards import fitting, share
-from litmini.config import FinetuneConfig, UserError
+from litmini.config import RunConfig, UserError
 from litmini.estimate import Memory, describe, estimate, nbytes, resident
 from litmini.packing import Batch, Rows
+from litmini.shards import Windows
 
 
-def forecast(model: nn.Module, config: FinetuneConfig, rows: Rows, total_rows: int, held_out_rows: int) -> str:
+def forecast(model: nn.Module, config: RunConfig, rows: Rows | Windows, total_rows: int, held_out_rows: int) -> str:
     """Peak memory by part, whether it fits here, and how long the run takes; no parameter is changed.
 
     Args:
@@ -22,7 +23,8 @@ def forecast(model: nn.Module, config: FinetuneConfig, rows: Rows, total_rows: i
     """
     world, micro = config.devices * config.num_nodes, config.train.micro_batch_size
     accumulate = config.train.global_batch_size > micro * world
-    batch = rows.batch([rows.row(n) for n in range(micro)]) if rows.pack else rows.longest_batch(micro)
+    ragged = isinstance(rows, Rows) and not rows.pack
+    batch = rows.longest_batch(micro) if ragged else next(rows.batches(range(micro), micro))  # type: ignore[union-attr]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = max(0, resident() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
     try:
@@ -71,7 +73,7 @@ def _memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _smaller(config: FinetuneConfig, memory: Memory) -> str:
+def _smaller(config: RunConfig, memory: Memory) -> str:
     """What to type to need less, for the largest part."""
     if memory.activations + memory.loss + memory.temporary > memory.total / 2:
         smaller = [f"--train.micro_batch_size {max(1, config.train.micro_batch_size // 2)}"]

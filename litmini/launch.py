@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -10,38 +11,51 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litmini.config import FinetuneConfig, UserError
+from litmini.config import RunConfig, UserError
+from litmini.processes import join
+from litmini.sharding import blocks, shard
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def make_fabric(config: FinetuneConfig) -> Fabric:
+def make_fabric(config: RunConfig) -> Fabric:
     """A launched and seeded Fabric. Weights have the dtype that the script loads them in; Fabric only autocasts.
 
     With `bf16-mixed` products run in bf16 under autocast. With `bf16-true` and `32-true` nothing is cast: adapters are in
     fp32 over frozen weights in bf16 or fp32.
     """
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import ModelParallelStrategy
 
-    if config.strategy == "auto" and config.devices * config.num_nodes > 1:
-        raise UserError(f"{config.devices} x {config.num_nodes} devices need --strategy ddp.")
+    count = config.devices * config.num_nodes
+    if config.strategy == "auto" and count > 1:
+        raise UserError(
+            f"{config.devices} x {config.num_nodes} devices need --strategy ddp, or fsdp if the model is too large for one."
+        )
     if config.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError(
             "precision 16-mixed needs a GPU: on a CPU, products in fp16 take thousands of times as long as in bf16. "
             "Use --precision bf16-mixed."
         )
+    strategy: Any = config.strategy
+    if strategy == "fsdp":
+        if config.precision == "16-mixed":
+            raise UserError("precision 16-mixed does not go with --strategy fsdp. Use --precision bf16-mixed.")
+        strategy = ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each process would introduce itself
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
         fabric = Fabric(
             accelerator="auto",
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=strategy,
             precision={"bf16-mixed": "bf16-mixed", "16-mixed": None}.get(config.precision, "32-true"),  # type: ignore[arg-type]
             plugins=loss_scaling("cuda") if config.precision == "16-mixed" else None,
         )
         fabric.launch()
+    join(fabric)
     torch.manual_seed(config.seed)  # initial adapter weights, the same on every rank
     return fabric
 
@@ -58,6 +72,13 @@ def loss_scaling(device: str) -> Any:
     return LossScaling("16-mixed", device)
 
 
+def load_device(fabric: Fabric) -> str:
+    """Where a process loads the weights: with fsdp only rank 0 reads them, and the others get their shares from it."""
+    from lightning.fabric.strategies import ModelParallelStrategy
+
+    return "meta" if isinstance(fabric.strategy, ModelParallelStrategy) and fabric.global_rank > 0 else "cpu"
+
+
 def weight_dtype(precision: str) -> torch.dtype:
     """The dtype in which a checkpoint's weights are loaded."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
@@ -68,7 +89,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     Dropout draws the same mask again: the random state is preserved.
     """
-    for module in _blocks(model):
+    for module in blocks(model):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
@@ -87,12 +108,5 @@ def offload_activations(model: nn.Module) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return forward(*args, **kwargs)
 
-    for module in _blocks(model):
+    for module in blocks(model):
         module.forward = functools.partial(run, module.forward)  # type: ignore[method-assign]
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
-    if not blocks:
-        raise UserError("this model has no class named Block, whose activations could be kept elsewhere.")
-    return blocks

@@ -12,6 +12,18 @@ IGNORE = -100
 CHUNK = 1024  # rows of logits in memory at once
 
 
+class ZLossHead(nn.Linear):
+    """A head in whose training `weight * logsumexp(logits)^2` of each target is added to the loss (PaLM, arXiv 2204.02311).
+
+    It keeps logits from drifting away. Only gradients have it: the loss that is returned is the cross entropy, as ever.
+    """
+
+    def __init__(self, head: nn.Linear, z_weight: float) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight = head.weight  # the same parameter: a tie to the embedding stays
+        self.z_weight = z_weight
+
+
 def linear_cross_entropy(
     hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
@@ -29,13 +41,14 @@ def linear_cross_entropy(
     """
     targets = labels != IGNORE
     rows, wanted = hidden[targets], labels[targets]  # (n, dim), (n,); CPU-GPU sync point
-    if type(head) is nn.Linear and head.bias is None:
+    if type(head) in (nn.Linear, ZLossHead) and head.bias is None:
+        z_weight = head.z_weight if isinstance(head, ZLossHead) else 0.0
         dtype = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
         )
         weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead does not see no_grad
         with torch.autocast(rows.device.type, enabled=False):
-            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk)
+            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk, z_weight)
         return loss, targets.sum()
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):  # no target: one empty chunk
@@ -54,7 +67,9 @@ class _PlainHead(torch.autograd.Function):
     """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, wanted: Tensor, softcap: float | None, chunk: int) -> Tensor:  # type: ignore[override,no-untyped-def]
+    def forward(  # type: ignore[override,no-untyped-def]
+        ctx, rows: Tensor, weight: Tensor, wanted: Tensor, softcap: float | None, chunk: int, z_weight: float
+    ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
         d_rows = torch.empty_like(rows) if need_rows else None
@@ -72,6 +87,8 @@ class _PlainHead(torch.autograd.Function):
             if not (need_rows or need_weight):
                 continue
             d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
+            if z_weight:
+                d_logits.mul_(1 + 2 * z_weight * log_sum)
             d_logits.scatter_add_(1, want, torch.full_like(log_sum, -1.0))
             if softcap is not None:
                 d_logits.mul_(slope)
@@ -90,6 +107,7 @@ class _PlainHead(torch.autograd.Function):
         return (
             None if d_rows is None else (d_rows.float() * upstream).to(d_rows.dtype),  # 1 / targets is not rounded
             None if d_weight is None else (d_weight * upstream).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,

@@ -23,6 +23,7 @@ from litmini.adapters import (
 from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import QuantizeConfig, UserError
 from litmini.files import read_json, write_json
+from litmini.sharding import whole
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -84,9 +85,11 @@ class Adapter:
 
 
 def save_adapter(
-    model: nn.Module, directory: Path, base: str, dropout: float = 0.0, quantize: QuantizeConfig | None = None
+    model: nn.Module, directory: Path | None, base: str, dropout: float = 0.0, quantize: QuantizeConfig | None = None
 ) -> None:
     """Write the adapters of `model` in PEFT's format into `directory`, which exists.
+
+    Ranks that have no `directory` hand over their shares of a sharded model.
 
     Args:
         base: the checkpoint directory, or hub id, that they belong to.
@@ -100,7 +103,7 @@ def save_adapter(
     for name, module in adapters(model).items():
         if isinstance(module, FullLayer):
             full.add(leaf(name))
-            tensors |= {f"{PREFIX}{name}.{kind}": p for kind, p in module.full.named_parameters()}
+            tensors |= {f"{PREFIX}{name}.{kind}": whole(p) for kind, p in module.full.named_parameters()}
             continue
         one, (alphas[name], saved) = module, module.saved()
         ranks[name] = saved["lora_A"].shape[-2]
@@ -113,6 +116,8 @@ def save_adapter(
         depth = sum(other.rpartition(".")[0] == above for other in stacks[stacks.index(name) + 1 :])
         for kind in ("lora_A.weight", "lora_B.weight"):
             tensors[f"{PREFIX}{above}{'.base_layer' * depth}.{kind}"] = tensors.pop(f"{PREFIX}{name}.{kind}")
+    if directory is None:
+        return
     rank, rank_pattern = _common(ranks)
     alpha, alpha_pattern = _common(alphas)
     write_tensors(directory / "adapter_model.safetensors", tensors)

@@ -4,11 +4,13 @@ Forms: `messages`, ShareGPT `conversations`, Alpaca `instruction`/`output`, `pro
 JSONL, JSON, CSV or Parquet.
 """
 
+from __future__ import annotations
+
 import csv
-import io
 import json
 import sys
-from collections.abc import Iterator
+from codecs import BOM_UTF8
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from litmini.config import UserError
 from litmini.files import existing_file
 from litmini.tokenizer import Message
 
+CHUNK, CHUNK_BYTES = 1000, 1 << 20  # records in memory at once: so many, or fewer where they are long
 FORMS = {
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
@@ -43,6 +46,16 @@ class Example:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive records of a file, as they were read: what follows is work for any process."""
+
+    places: list[str]
+    """Where each record is, for errors: file:line."""
+    records: Any
+    """Lines as bytes, or records as dictionaries, or a table of Parquet; a ValueError is a record that cannot be read."""
+
+
 def read_examples(path: str, has_template: bool) -> list[Example]:
     """All records of a file.
 
@@ -52,11 +65,49 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
     Raises:
         UserError: the file is missing, empty, of unknown form, mixes forms, or has broken records; all named by file:line.
     """
-    file = existing_file(path, "data file")
-    examples, problems = [], []
+    examples: list[Example] = []
+    problems: list[str] = []
     form = None
-    for where, record in _records(file):
+    for chunk in read_chunks(path):
+        form = parse_chunk(chunk, form, has_template, examples, problems)
+    if problems:
+        raise bad_records(problems)
+    return examples
+
+
+def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> list[Example]:
+    """The records with the numbers `wanted` (from 0), in the order of the file; the others are passed over.
+
+    Raises:
+        UserError: as `read_examples`.
+    """
+    found: list[Example] = []
+    problems: list[str] = []
+    first, form = 0, None
+    for chunk in read_chunks(path):
+        inside = [n - first for n in wanted if first <= n < first + len(chunk.places)]
+        first += len(chunk.places)
+        if form is None or inside:
+            examples: list[Example] = []
+            form = parse_chunk(chunk, form, has_template, examples, problems)
+            if problems:
+                raise bad_records(problems)
+            found += [examples[n] for n in sorted(inside)]
+    return found
+
+
+def parse_chunk(
+    chunk: Chunk, form: str | None, has_template: bool, examples: list[Example], problems: list[str]
+) -> str | None:
+    """Add the examples in a chunk to `examples`, and what is wrong with others to `problems`; returns the file's form.
+
+    Args:
+        form: of the records before; None: take that of the first.
+    """
+    records = chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()
+    for where, raw in zip(chunk.places, records, strict=True):
         try:
+            record = _parse(_decode(raw, where)) if isinstance(raw, bytes) else raw
             found = _forms(record)
             form = form or found[0]
             if form not in found:
@@ -64,11 +115,7 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
             examples.append(_example(where, record, form, has_template))
         except ValueError as error:
             problems.append(f"{where}: {error}")
-    if problems:
-        raise bad_records(problems)
-    if not examples:
-        raise UserError(f"{file} holds no examples.")
-    return examples
+    return form
 
 
 def bad_records(problems: list[str]) -> UserError:
@@ -77,42 +124,99 @@ def bad_records(problems: list[str]) -> UserError:
     return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
 
 
-def _records(file: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, record) for each record; the record is a ValueError where it cannot be read."""
-    kind = file.suffix.lower()
-    if kind == ".parquet":
-        yield from _parquet(file)
-        return
-    if kind not in (".jsonl", ".json", ".csv"):
+def read_chunks(path: str) -> Iterator[Chunk]:
+    """The records of a file, `CHUNK` at a time: memory does not grow with the file, but for .json, a single list.
+
+    Raises:
+        UserError: the file is missing, empty or of a kind that is not read, or is not what its name says.
+    """
+    file = existing_file(path, "data file")
+    readers = {".jsonl": _lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if file.suffix.lower() not in readers:
         raise UserError(f"{file}: expected .jsonl, .json, .csv or .parquet")
-    content = file.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
-    if kind == ".jsonl":
-        for number, line_text in enumerate(text.split("\n"), 1):
-            if line_text.strip():
-                yield f"{file}:{number}", _parse(line_text)
-    elif kind == ".json":
-        records = _parse(text)
-        if isinstance(records, ValueError):
-            raise UserError(f"{file}: {records}; one record a line belongs in a .jsonl file")
-        if not isinstance(records, list):
-            raise UserError(f"{file}: expected a JSON list of records; one record a line belongs in a .jsonl file")
-        for number, record in enumerate(records, 1):
-            yield f"{file}:record {number}", record
-    else:
-        csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
-        rows = csv.DictReader(io.StringIO(text, newline=""))
+    empty = True
+    for chunk in readers[file.suffix.lower()](file):
+        empty = False
+        yield chunk
+    if empty:
+        raise UserError(f"{file} holds no examples.")
+
+
+def _lines(file: Path) -> Iterator[Chunk]:
+    with file.open("rb") as opened:
+        opened.seek(len(BOM_UTF8) if opened.read(len(BOM_UTF8)) == BOM_UTF8 else 0)
+        lines = ((f"{file}:{number}", line) for number, line in enumerate(opened, 1) if line.strip())
+        yield from _group(lines)
+
+
+def _json(file: Path) -> Iterator[Chunk]:
+    records = _parse(_decode(file.read_bytes().removeprefix(BOM_UTF8), file))
+    if isinstance(records, ValueError):
+        raise UserError(f"{file}: {records}; one record a line belongs in a .jsonl file")
+    if not isinstance(records, list):
+        raise UserError(f"{file}: expected a JSON list of records; one record a line belongs in a .jsonl file")
+    yield from _group((f"{file}:record {number}", record) for number, record in enumerate(records, 1))
+
+
+def _csv(file: Path) -> Iterator[Chunk]:
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
+
+    def records(rows: csv.DictReader[str]) -> Iterator[tuple[str, Any]]:
+        for record in rows:
+            short = None in record or None in record.values()
+            yield (
+                f"{file}:{rows.line_num}",
+                ValueError("has more or fewer fields than the header") if short else record,
+            )
+
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        rows = csv.DictReader(opened)
         try:
-            for record in rows:
-                short = None in record or None in record.values()
-                error_or_record = ValueError("has more or fewer fields than the header") if short else record
-                yield f"{file}:{rows.line_num}", error_or_record
+            yield from _group(records(rows))
         except csv.Error as error:
             raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}") from None
+        except UnicodeDecodeError:
+            _decode(file.read_bytes(), file)
+            raise
+
+
+def _parquet(file: Path) -> Iterator[Chunk]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError('Parquet files need pyarrow: pip install "litmini[parquet]"') from None
+    try:
+        first = 1
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(CHUNK):
+            yield Chunk([f"{file}:row {number}" for number in range(first, first + len(batch))], batch)
+            first += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not valid Parquet: {error}") from None
+
+
+def _group(records: Iterator[tuple[str, Any]]) -> Iterator[Chunk]:
+    places: list[str] = []
+    contents: list[Any] = []
+    size = 0
+    for place, content in records:
+        places.append(place)
+        contents.append(content)
+        size += len(content) if isinstance(content, bytes) else 0
+        if len(places) == CHUNK or size > CHUNK_BYTES:
+            yield Chunk(places, contents)
+            places, contents, size = [], [], 0
+    if places:
+        yield Chunk(places, contents)
+
+
+def _decode(content: bytes, where: str | Path) -> str:
+    """UTF-8 as text; `where` is a file, or a line of one."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        place = f"{where}:{line}" if isinstance(where, Path) else where
+        raise UserError(f"{place} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
 
 
 def _parse(text: str) -> Any:
@@ -121,19 +225,6 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter: absurdly deep lists
         return ValueError(f"not valid JSON: {error}")
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError('Parquet files need pyarrow: pip install "litmini[parquet]"') from None
-    try:
-        records = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} is not valid Parquet: {error}") from None
-    for number, record in enumerate(records, 1):
-        yield f"{file}:row {number}", record
 
 
 def _forms(record: Any) -> list[str]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
-import platform
+import json
 import re
 import shutil
-import sys
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +17,13 @@ import torch
 import yaml
 from torch import nn
 
-import litmini
-from litmini.checkpoint import read_tensors, write_tensors
-from litmini.config import FinetuneConfig, UserError
-from litmini.data import Examples
+from litmini.config import RunConfig, UserError
 from litmini.files import (
     Background,
     check_seal,
+    content_hash,
     discard,
     existing_file,
-    file_hash,
     hold,
     read_json,
     restore,
@@ -36,16 +31,23 @@ from litmini.files import (
     write_json,
     write_text,
 )
+from litmini.hub_data import PREFIX as HUB
+from litmini.loggers import check_loggers, make_loggers
+from litmini.manifest import check_same, describe_run
+from litmini.sharding import SHARES, is_sharded, save_shares
+from litmini.state import load_state, save_state
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss")
+PROCESSES = ("devices", "num_nodes", "strategy")
+COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
+SAMPLES = "samples.jsonl"
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
-    r"(resume|dry_run|show_masks|download_from|out_dir|eval\.\w+|train\.(log_every|eval_every|save_every|keep_last|"
-    r"keep_best|on_nonfinite))"
+    r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
+    r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
 )
 
 
@@ -57,10 +59,13 @@ class Run:
             to go on with, or the settings differ in what the run means.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
+        check_loggers(config.loggers)
         self.directory = Path(config.out_dir)
         self.config = config
         self.results: dict[str, Any] = {}
+        self.before: dict[str, Any] = {}  # the manifest of the run to go on with
+        self.loggers: list[Any] = []
         self.restart_from: Path | None = None
         self.saving = Background()
         """Checkpoints go to disk while training goes on; `saving.wait()` before relying on them."""
@@ -106,10 +111,12 @@ class Run:
             before, now = _flat(yaml.safe_load((run / "config.yaml").read_text())), _flat(plain(self.config))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
-        self.results = read_json(run / "manifest.json").get("results", {})
-        for name, entry in read_json(run / "manifest.json").get("data", {}).items():
-            if file_hash(str(existing_file(name, "data file"))) != entry["sha256"]:
-                raise UserError(f"cannot resume {self.restart_from}: {name} was changed since the run began.")
+        self.before = read_json(run / "manifest.json")
+        self.results = self.before.get("results", {})
+        files = [name for name in self.before.get("data", {}) if not name.startswith(HUB)]
+        hashes = {name: {"sha256": content_hash(existing_file(name, "data file"))} for name in files}
+        check_same(self.before, {"data": hashes}, self.restart_from)
+        self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
         changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
         if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
             raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
@@ -120,20 +127,21 @@ class Run:
         """Make the directory, or restore the state of the checkpoint to go on from.
 
         Raises:
-            UserError: the checkpoint does not fit, or the chat template is another than when the run began.
+            UserError: the checkpoint does not fit, or chat template or base weights are others than when the run began.
         """
-        self.fabric, self.model, self.optimizer = fabric, model, optimizer
+        self.fabric, self.model, self.optimizer, self.tokenizer = fabric, model, optimizer, tokenizer
         progress = Progress()
+        self.facts = describe_run(self.config, fabric, tokenizer)
         if self.restart_from:
-            if read_json(self.restart_from.parent / "manifest.json")["chat_template_sha256"] != _template_hash(
-                tokenizer
-            ):
-                raise UserError(
-                    f"cannot resume {self.restart_from}: the chat template was changed since the run began."
-                )
+            check_same(self.before, self.facts, self.restart_from)
             check_seal(self.restart_from)
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
+            if self.other_processes:
+                fabric.print(
+                    f"note: {', '.join(self.other_processes)}. Each step has the same rows, but sums are rounded in another "
+                    f"order, and dropout draws other masks: the results are no longer the same to the bit."
+                )
         elif self.config.resume:
             fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
         if fabric.is_global_zero:
@@ -144,10 +152,13 @@ class Run:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             self._keep_metrics(progress.step)
+            self.loggers = make_loggers(self.config.loggers, self.directory, progress.step)
+            for logger in self.loggers:
+                logger.log_hyperparams(_flat(settings))
         return progress
 
     def _keep_metrics(self, step: int) -> None:
-        """Drop the rows of steps that a killed run did after its last checkpoint; they are done again."""
+        """Drop the rows and samples of steps that a killed run did after its last checkpoint; they are done again."""
         file = self.directory / "metrics.csv"
         rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
         text = io.StringIO(newline="")
@@ -155,26 +166,42 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write_text(file, text.getvalue())
+        if samples := [row for row in read_samples(self.directory) if row["step"] <= step]:
+            write_text(self.directory / SAMPLES, "".join(json.dumps(row) + "\n" for row in samples))
+        else:
+            (self.directory / SAMPLES).unlink(missing_ok=True)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append a row to metrics.csv."""
+        """Append a row to metrics.csv, and give it to the loggers."""
         if self.fabric.is_global_zero:
             with (self.directory / "metrics.csv").open("a", newline="") as opened:
                 csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
+            for logger in self.loggers:
+                logger.log_metrics({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
 
-    def checkpoint(self, progress: Progress, save_weights: Callable[[Path], None]) -> Path:
+    def log_samples(self, step: int, answers: list[dict[str, str]]) -> None:
+        """Append what the model said after `step` to samples.jsonl."""
+        if self.fabric.is_global_zero:
+            with (self.directory / SAMPLES).open("a", encoding="utf-8") as opened:
+                opened.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
+
+    def checkpoint(self, progress: Progress, save_weights: Callable[[Path | None], None]) -> Path:
         """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go.
 
         It is there once `saving.wait()` returns; what fails on its way to the disk is raised there, or here next time.
         """
         directory = self.directory / f"step-{progress.step:06d}"
-        best = self.directory / f"step-{progress.best_step:06d}" if self.config.train.keep_best else directory
-
-        if self.fabric.is_global_zero:
-            self.saving.wait()
-            with write_aside(directory, later=self.saving, sealed=True) as aside:
-                save_weights(aside)
+        self.saving.wait()
+        with self._aside(directory, save_weights, later=self.saving, sealed=True) as aside:
+            if is_sharded(self.model):
+                save_shares(Path(self.fabric.broadcast(str(aside))) / SHARES, self.model, self.optimizer)
+            if aside:
                 save_state(aside, progress, self.model, self.optimizer)
+                write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})
+        if self.fabric.is_global_zero:
+            for logger in self.loggers:
+                logger.save()
+            best = self.directory / f"step-{progress.best_step:06d}" if self.config.train.keep_best else directory
             self.saving(self._drop_old, {directory, best})
         self.fabric.barrier()
         return directory
@@ -184,48 +211,45 @@ class Run:
             if old not in kept:  # the one just written may be older, where a run went back
                 discard(old)
 
-    def save_final(self, save_weights: Callable[[Path], None]) -> Path:
-        """Write `final/`, the product of the run."""
+    def save_final(self, save_weights: Callable[[Path | None], None]) -> Path:
+        """Write `final/`, the product of the run.
+
+        Args:
+            save_weights: every rank calls it, as gathering a sharded model takes them all. It writes the product into the
+                directory that it is given: on rank 0; the others are given none.
+        """
         directory = self.directory / "final"
-        if self.fabric.is_global_zero:
-            with write_aside(directory) as aside:
-                save_weights(aside)
+        with self._aside(directory, save_weights) as aside:
+            if aside:
+                write_json(aside / "manifest.json", {**self.facts, "results": self.results})
         self.fabric.barrier()
         return directory
 
-    def write_manifest(self, tokenizer: Tokenizer, train: Examples, **results: Any) -> None:
+    @contextmanager
+    def _aside(self, directory: Path, save_weights: Callable[[Path | None], None], **how: Any) -> Iterator[Path | None]:
+        """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
+        with write_aside(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
+            save_weights(aside)
+            if aside:
+                self.tokenizer.save(aside)
+            yield aside
+
+    def know_data(self, hashes: dict[str, str], **statistics: Any) -> None:
+        """Put the data into the manifest: sha256 of each file by name, and statistics.
+
+        Raises:
+            UserError: it is other data than when the run to go on with began.
+        """
+        self.facts |= {"data": {name: {"sha256": sha256} for name, sha256 in hashes.items()}, **statistics}
+        check_same(self.before, self.facts, self.restart_from)
+
+    def write_manifest(self, **results: Any) -> None:
         """Write `manifest.json`: what was run, on what, and what was measured."""
         self.results.update(results)
-        if not self.fabric.is_global_zero:
-            return
-        config, source = self.config, Path(self.config.checkpoint_dir) / "source.json"
-        files = [config.data.path] + ([config.data.val_path] if config.data.val_path else [])
-        packages = ("torch", "lightning", "safetensors", "tokenizers", "jinja2")
-        manifest = {
-            "litmini": litmini.__version__,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "hardware": {
-                "device": str(self.fabric.device),
-                "processes": self.fabric.world_size,
-                "machine": platform.machine(),
-            },
-            "base": {
-                "checkpoint_dir": config.checkpoint_dir,
-                "source": read_json(source) if source.is_file() else None,
-            },
-            "chat_template_sha256": _template_hash(tokenizer),
-            "data": {file: {"sha256": file_hash(file)} for file in files},
-            "statistics": train.statistics,
-            "seed": config.seed,
-            "results": self.results,
-        }
-        write_json(self.directory / "manifest.json", manifest)
-
-
-def _template_hash(tokenizer: Tokenizer) -> str | None:
-    template = tokenizer.chat_template
-    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+        if self.fabric.is_global_zero:
+            write_json(self.directory / "manifest.json", {**self.facts, "results": self.results})
+            for logger in self.loggers:
+                logger.save()
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -243,78 +267,12 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars, pointers = {}, set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"parameter/{name}"] = parameter
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    seen = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps: one copy each
-                    tensors[f"{key}/{name}"] = value.clone() if seen else value
-                    pointers.add(value.data_ptr())
-                else:
-                    scalars[f"{key}/{name}"] = value
-    write_tensors(directory / "training_state.safetensors", tensors)
-    write_json(directory / "training_state.json", {"progress": dataclasses.asdict(progress), "optimizer": scalars})
-
-
-def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore what `save_state` wrote, bit by bit.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another model.
-    """
-    try:
-        saved = read_json(directory / "training_state.json")
-        progress, numbers = Progress(**saved["progress"]), dict(saved["optimizer"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state: dict[str, dict[str, Any]] = {name: {} for name in trainable}
-    found = set()
-    for entry, value in [*read_tensors([directory / "training_state.safetensors"]), *numbers.items()]:
-        key, _, name = entry.partition("/")
-        if name not in trainable or (key == "parameter" and value.shape != trainable[name].shape):
-            raise UserError(f"{directory} is of another model: {name} does not fit.")
-        if key == "parameter":
-            found.add(name)
-            trainable[name].data.copy_(value)
-        else:
-            state[name][key] = value
-    if missing := sorted(trainable.keys() - found):
-        raise UserError(f"{directory} is of another model: it lacks {', '.join(missing[:5])}.")
-    for name, parameter in trainable.items():
-        if state[name]:
-            optimizer.state[parameter] = {
-                k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()
-            }
-    return progress
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """What the model said during a run: step, question, expected and given."""
+    file = directory / SAMPLES
+    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as opened:
         return list(csv.DictReader(opened))
-
-
-def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
-    """Draw a run's loss curve, training and held-out, into loss.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(directory / "metrics.csv")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a target token)", title=directory.name)
-    axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label="training", linewidth=1.2)
-    held_out = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
-    if "val_loss_after" in results:
-        held_out = [(0, results["val_loss_before"]), *held_out, (int(rows[-1]["step"]), results["val_loss_after"])]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", label="held-out")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(directory / "loss.png", dpi=120)

@@ -1,15 +1,16 @@
-"""Write a checkpoint for other tools: dtype and shards as wanted, an adapter merged in.
+"""Write a result for other tools: dtype and shards as wanted, an adapter merged in or kept, a model card.
 
-    python scripts/convert_to_hf.py checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --out_dir out/for-vllm \\
-        --adapter out/quickstart/final
+    python scripts/convert_to_hf.py out/quickstart --out_dir out/for-vllm
 
-A checkpoint of litmini is a Hugging Face directory already: without an adapter this changes dtype and shards only.
+A checkpoint of litmini is a Hugging Face directory already: without an adapter this changes dtype and shards, and leaves
+the training state behind. To GGUF, from there, with llama.cpp's own converter: python convert_hf_to_gguf.py out/for-vllm
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from litmini.cli import command
+from litmini.config import UserError
 
 
 @dataclass
@@ -17,24 +18,56 @@ class ConvertConfig:
     """Settings of convert_to_hf.py."""
 
     checkpoint: str
-    """Checkpoint directory, or the final/ of a full finetuning run."""
+    """Checkpoint directory; a run's directory, its final/ or a step-*; or an adapter whose base is where it was."""
     out_dir: str
     """Where to write; must not exist."""
     adapter: str | None = None
-    """Adapter directory to merge in."""
+    """Adapter directory, where the checkpoint is its base."""
+    merge: bool = True
+    """Merge the adapter in; false: write the adapter alone, for PEFT."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Of the result; none: as it is."""
     max_shard_size: str = "5GB"
     """Largest weight file, such as 500MB or 5GB."""
+    push_to_hub: str | None = None
+    """ORG/NAME on the Hugging Face hub to upload the result to. Nothing is uploaded without this."""
+    private: bool = True
+    """Whether a repository that --push_to_hub creates is private."""
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+            raise UserError(f"push_to_hub is '{self.push_to_hub}'; expected ORG/NAME.")
 
 
 def main(config: ConvertConfig) -> None:
+    from pathlib import Path
+
     from litmini.checkpoint import parse_dtype
     from litmini.export import export, parse_size
+    from litmini.files import write_text
+    from litmini.models import use_model_file
+    from litmini.publish import export_adapter, model_card, push, resolve
 
-    dtype = parse_dtype(config.dtype) if config.dtype else None
-    target = export(config.checkpoint, config.out_dir, config.adapter, dtype, parse_size(config.max_shard_size))
-    print(f"written: {target}. transformers, vLLM and PEFT load it as it is.")
+    own = use_model_file(config.model_file)
+    result, out_dir = resolve(config.checkpoint, config.adapter), Path(config.out_dir)
+    kept = result.adapter is not None and not config.merge
+    if not config.merge and (result.adapter is None or config.dtype):
+        raise UserError("--merge false writes an adapter as it is: it needs one, and goes with no --dtype.")
+    if kept:
+        assert result.adapter is not None
+        export_adapter(result.checkpoint, result.adapter, out_dir)
+    else:
+        dtype = parse_dtype(config.dtype) if config.dtype else None
+        export(result.checkpoint, out_dir, result.adapter, dtype, parse_size(config.max_shard_size))
+    write_text(out_dir / "README.md", model_card(result, out_dir.name, kept))
+    readers = "transformers, vLLM and PEFT load it as it is"
+    if own:
+        readers = f"transformers knows none of its tensors: its model_type is that of {config.model_file}"
+    print(f"written: {out_dir}, with a model card. {readers}.")
+    if config.push_to_hub:
+        print(f"on the hub: {push(out_dir, config.push_to_hub, config.private)}")
 
 
 if __name__ == "__main__":

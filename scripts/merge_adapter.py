@@ -28,14 +28,18 @@ class MergeConfig:
     """Of a QLoRA adapter: merge into the dequantised weights that it was trained on, or into the original ones."""
     check: bool = True
     """Load both and measure how much merged and unmerged differ."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
 
 
 def main(config: MergeConfig) -> None:
     from litmini.checkpoint import parse_dtype
     from litmini.export import export, merge_error
     from litmini.files import read_json
+    from litmini.models import use_model_file
 
     dtype = parse_dtype(config.dtype) if config.dtype else None
+    use_model_file(config.model_file)
     target = export(config.checkpoint_dir, config.out_dir, config.adapter_dir, dtype, base=config.base)
     print(f"merged: {target}")
     if config.check:

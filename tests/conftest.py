@@ -2,10 +2,13 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+
+os.environ["LITMINI_CACHE"] = f"{tempfile.gettempdir()}/litmini-test-cache"
 
 import pytest
 import torch

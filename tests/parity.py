@@ -135,7 +135,7 @@ class FamilyTests:
         model, (tokens, _) = load_model(directory(reference(self.cases[case])), torch.float32), batch()
         with torch.no_grad():
             expected = model(tokens)
-            cache = KVCache(model.config, len(tokens), T, torch.float32)
+            cache = KVCache(model.config, len(tokens), T, torch.float32, chunk=20)
             parts = [model(part, cache=cache) for part in tokens.split([20, 5, *[1] * (T - 25)], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2 * self.bound)
 

@@ -230,7 +230,7 @@ def test_softcap_and_alibi_with_a_cache():
         cache.advance(positions[:, part])
         q, k, v = (x[:, :, part] for x in qkv)
         mask = make_mask(positions[:, part], None, cache, None)
-        outputs.append(attend(q, *cache[0].update(k, v), mask, softcap=softcap, slopes=slopes))
+        outputs.append(attend(q, *cache[0].update(k, v, mask), mask, softcap=softcap, slopes=slopes))
     torch.testing.assert_close(torch.cat(outputs, dim=2), expected, rtol=0, atol=1e-10)
 
 
@@ -243,13 +243,13 @@ def test_cached_attention_by_definition(window, padding, chunks, kernel):
     real = positions >= 0
     expected = plain_attention(*qkv, by_definition(positions, real.long(), window))
     config = replace(llama.PRESETS["tiny"], n_layers=1, n_kv_heads=2, head_dim=HEAD_DIM)
-    cache, outputs = KVCache(config, 2, 21, torch.float64), []
+    cache, outputs = KVCache(config, 2, 21, torch.float64, chunk=max(chunks)), []
     for part in torch.arange(20).split(chunks):
         cache.advance(positions[:, part])
         mask = make_mask(positions[:, part], None, cache, window)
         q, k, v = (x[:, :, part] for x in qkv)
-        k, v = cache[0].update(k, v)
-        assert k.shape[2] == cache.length == part[-1] + 1
+        k, v = cache[0].update(k, v, mask)
+        assert k.shape[2] == min(cache.length, 21 if window is None else window + max(chunks) - 1)
         outputs.append(attend(q, k, v, mask))
     found = torch.cat(outputs, dim=2)
     assert found.isfinite().all()

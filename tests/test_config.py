@@ -13,7 +13,14 @@ import pytest
 import yaml
 
 from litmini.cli import command, parse
-from litmini.config import FinetuneConfig, FinetuneFullConfig, FinetuneLoraConfig, UserError
+from litmini.config import (
+    FinetuneConfig,
+    FinetuneDoraConfig,
+    FinetuneFullConfig,
+    FinetuneLoraConfig,
+    FinetuneQloraConfig,
+    UserError,
+)
 from litmini.files import existing_file, is_disk_full
 from litmini.runs import plain
 
@@ -256,7 +263,8 @@ def test_words_too_many_are_an_error(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "config_hub").glob("*.yaml")), ids=lambda p: p.name)
 def test_config_hub(path):
     assert len(path.read_text().splitlines()) <= 25
-    config_class = FinetuneFullConfig if "full" in path.name else FinetuneLoraConfig
+    kinds = {"full": FinetuneFullConfig, "qlora": FinetuneQloraConfig, "dora": FinetuneDoraConfig}
+    config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)
     config = parse(config_class, "doc", argv=["--config", str(path)])
     assert isinstance(config, FinetuneConfig) and (ROOT / config.data.path).is_file()
 

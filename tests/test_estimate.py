@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from litmini.adapters import add_adapters
-from litmini.cards import CARDS, GIB, fitting, flops_per_token, share
+from litmini.cards import CARDS, GIB, fitting, share, tokens_per_day
 from litmini.config import LoraConfig, OptimConfig
 from litmini.estimate import Memory, _Ledger, estimate, full_rows, optimizer_bytes
 from litmini.launch import checkpoint_activations
@@ -141,24 +141,18 @@ def test_several_devices_and_cards():
     shared = share(memory, model, 4, "fsdp")
     assert (shared.trained, shared.optimizer, shared.gradients, shared.activations) == (250, 500, 250, 300)
     assert shared.temporary > memory.temporary
-    assert [gib for _, gib, _ in CARDS] == sorted(gib for _, gib, _ in CARDS)
+    assert [gib for _, gib in CARDS] == sorted(gib for _, gib in CARDS)
     assert fitting(memory) == "RTX 4060 (8 GiB) and larger"
     assert fitting(Memory(20 * GIB, 0, 0, 0, 0, 0, 0, process=10**15)) == "RTX 4090 (24 GiB) and larger"
     assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the ordinary cards: 221 GiB"
 
 
-def test_operations_of_a_token():
-    """6 for each trained weight that multiplies, as everyone counts; 4 for frozen ones."""
+def test_tokens_a_day():
+    """6 operations for each trained weight of a product, and attention to half of a row on average."""
     model, config = build("full"), llama.PRESETS["tiny"]
     inside = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
-    attention = 6 * 100 * config.n_heads * config.head_dim * config.n_layers
-    assert flops_per_token(model, 100) == 6 * inside + attention
-    assert flops_per_token(model, 100, recompute=True) == 8 * inside + attention
-    frozen = flops_per_token(model.requires_grad_(False), 100)
-    assert frozen == 4 * inside + attention
-    quantised = build("qlora")
-    adapters = sum(p.numel() for p in quantised.parameters() if p.requires_grad)
-    assert flops_per_token(quantised, 100) == frozen + 6 * adapters
+    flops = 6 * inside + 12 * (101 / 2) * config.n_heads * config.head_dim * config.n_layers
+    assert tokens_per_day(model, 101 - 1, 0.5, 2)["H100"] == pytest.approx(0.5 * 2 * 989e12 * 86400 / flops)
 
 
 def run(capfd, monkeypatch, script: str, *words: object) -> str:

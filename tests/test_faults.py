@@ -26,7 +26,8 @@ from litmini.checkpoint import read_tensors, save_model, shards
 from litmini.config import DataConfig, FinetuneLoraConfig, TrainConfig, UserError
 from litmini.files import Background, read_json, write_aside, write_json
 from litmini.models import llama
-from litmini.runs import Run, load_state
+from litmini.runs import Run
+from litmini.state import load_state
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
@@ -35,19 +36,20 @@ DATA = ROOT / "config_hub/quickstart"
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, monkeypatch):
     """Begin, or go on with, a run that trains one linear; returns (run, model, progress)."""
     fabric = Fabric(accelerator="cpu", devices=1)
     data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, save=lambda directory: None)
     data.touch()
+    monkeypatch.setattr("litmini.runs.describe_run", lambda *_: {})  # there is no base model
 
     def begin(resume: bool | str = False, **train: object) -> tuple[Run, torch.nn.Module, Progress]:
-        settings = DataConfig(path=str(data))
-        config = FinetuneLoraConfig("base", str(tmp_path / "run"), settings, train=TrainConfig(**train), resume=resume)
+        settings = {"checkpoint_dir": "base", "out_dir": str(tmp_path / "run"), "data": DataConfig(path=str(data))}
+        config = FinetuneLoraConfig(**settings, train=TrainConfig(**train), resume=resume)
         run, model = Run(config), torch.nn.Linear(16, 16)
         progress = run.begin(fabric, model, torch.optim.SGD(model.parameters()), no_tokenizer)
         if not (run.directory / "manifest.json").exists():
-            write_json(run.directory / "manifest.json", {"chat_template_sha256": None, "data": {}})
+            write_json(run.directory / "manifest.json", {})
         return run, model, progress
 
     return begin

@@ -1,20 +1,35 @@
 """What the finetuning scripts do around the loop."""
 
+import csv
+import hashlib
 import json
+import os
+import re
 import runpy
+import shutil
+import subprocess
 import sys
+import time
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litmini import finetune
+from litmini import manifest as manifest_module
 from litmini.checkpoint import load_model
 from litmini.config import FinetuneFullConfig, FinetuneLoraConfig
 from litmini.data import Example
 from litmini.evaluate import answer_all, exact_match
+from litmini.files import file_hash
 from litmini.launch import weight_dtype
+from litmini.loggers import make_loggers
+from litmini.manifest import git_state, weights_hash
+from litmini.report import write_report
 from litmini.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -126,3 +141,198 @@ def test_answers_and_exact_match(tiny_dir):
     assert next(a.given for a in answers if a.expected == "y") == ""  # longer than the context: nothing can be said
     right = [type(answers[0])("q", " x ", "x\n"), type(answers[0])("q", "x", "X")]
     assert [a.right for a in right] == [True, False] and exact_match(right) == 0.5
+
+
+LOGGED = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--train.save_every", 2]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir, tmp_path_factory):
+    """A run with all that one can look at: samples on the way, TensorBoard, a report; and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "logged"
+    words = [*LOGGED, "--train.sample_every", 2, "--loggers", "[tensorboard]", "--checkpoint_dir", tiny_dir]
+    words += [
+        "--out_dir",
+        directory,
+        "--data.path",
+        DATA / "train.jsonl",
+        "--data.max_seq_len",
+        256,
+        "--train.max_steps",
+        4,
+    ]
+    words += ["--train.global_batch_size", 2, "--train.micro_batch_size", 1, "--eval.max_new_tokens", 2]
+    command = [sys.executable, ROOT / "scripts/finetune_lora.py", *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return directory, done.stdout
+
+
+@pytest.fixture
+def logged(finished, tmp_path):
+    """That run's directory, to do with as one likes."""
+    return shutil.copytree(finished[0], tmp_path / "logged")
+
+
+def rows_of(directory, *but):
+    with (directory / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in but} for row in csv.DictReader(file)]
+
+
+def test_a_run_one_can_look_at(run, finished, logged, tmp_path):
+    directory, out = logged, finished[1]
+    rows = rows_of(directory)
+    for row in rows:
+        assert float(row["mfu"]) > 0 and float(row["memory_mib"]) > 100 and float(row["grad_norm"]) > 0
+    assert "MFU is of" in out and "Tflop/s, measured, a product of" in out
+    assert re.search(
+        r"step 4 of 4: loss [\d.]+, lr [\d.e-]+, norm [\d.]+, [\d,]+ tok/s, MFU \d+%, [\d,]+ MiB, 00:00 left", out
+    )
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").open()]
+    assert [row["step"] for row in samples] == [2, 2, 4, 4]
+    assert [row["question"] for row in samples[:2]] == [row["question"] for row in samples[2:]]
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "grad_norm", "val_loss"):
+        there = [(str(e.step), pytest.approx(e.value)) for e in events.Scalars(name)]
+        assert there == [(row["step"], float(row[name])) for row in rows if row[name]], name
+    # going on after a kill: the steps that are done again stand there once, and sampling has changed nothing
+    shutil.rmtree(directory / "final")
+    shutil.rmtree(directory / "step-000004")
+    words = ["--train.sample_every", 2, "--loggers", "[tensorboard]", "--resume", "auto"]
+    assert run("finetune_lora", "logged", *LOGGED, *words)[0] == 0
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").open()]
+    assert [row["step"] for row in samples] == [2, 2, 4, 4]
+    moody = ("tokens_per_second", "mfu", "memory_mib")
+    assert run("finetune_lora", "plain", *LOGGED)[0] == 0
+    assert rows_of(directory, *moody) == rows_of(tmp_path / "plain", *moody)
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_logger_without_its_package_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, _, error = run("finetune_lora", "x", "--loggers", "[wandb]")
+    assert status == 1 and 'pip install "litmini[wandb]"' in error and not (tmp_path / "x").exists()
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    """What a logger is given ends in W&B's own file, under an id that the run keeps; nothing is sent."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (logger,) = make_loggers(["wandb"], tmp_path, 0)
+    logger.log_hyperparams({"optim.lr": 0.125})
+    logger.log_metrics({"loss": 1.5}, step=1)
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == f"run-{(tmp_path / 'wandb_id').read_text()}"
+    deadline, content = time.monotonic() + 30, b""
+    while b"loss" not in content and time.monotonic() < deadline:  # its own process writes it
+        time.sleep(0.1)
+        content = file.read_bytes()
+    assert b"loss" in content and b"1.5" in content and b"0.125" in content
+
+
+class Page(HTMLParser):
+    """Text, and every attribute that could fetch something."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.links, self.tags = "", [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href", "data") and not v.startswith("#")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_one_file_that_says_it_all(logged):
+    directory = logged
+    html = (directory / "report.html").read_text()
+    page = Page(html)
+    assert page.links == [] and "url(http" not in html and "@import" not in html and "script" not in page.tags
+    assert page.tags.count("svg") == 5 and "held-out" in page.text and "gradient norm" in page.text
+    manifest = json.loads((directory / "manifest.json").read_text())
+    before, after = (manifest["results"][f"samples_{when}"] for when in ("before", "after"))
+    for sample in (*before, *after):
+        assert sample["question"] in page.text and sample["expected"] in page.text and sample["given"] in page.text
+    for line in (directory / "config.yaml").read_text().splitlines():
+        assert line in page.text
+    assert manifest["chat_template_sha256"] in page.text and f"{manifest['statistics']['tokens']:,}" in page.text
+    assert "step 2" in page.text, "what was said on the way"
+
+
+def test_what_a_model_says_cannot_change_the_report(logged):
+    directory = logged
+    manifest = json.loads((directory / "manifest.json").read_text())
+    evil = "</dd><script>alert(1)</script>"
+    for when in ("before", "after"):
+        manifest["results"][f"samples_{when}"] = [{"question": evil, "expected": evil, "given": evil}]
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    write_report(directory, np.array([3, 4]), 8)
+    page = Page((directory / "report.html").read_text())
+    assert "script" not in page.tags and page.text.count(evil) >= 4
+
+
+def test_manifests_say_what_each_checkpoint_was_made_of(logged, tiny_dir):
+    directory = logged
+    run_, step, final = (
+        json.loads((directory / d / "manifest.json").read_text()) for d in ("", "step-000002", "final")
+    )
+    assert step["progress"]["step"] == 2 and step["progress"]["tokens"] < final["results"]["tokens"]
+    rows = rows_of(directory)
+    assert step["progress"]["tokens"] == int(rows[1]["tokens"]) and final["results"]["tokens"] == int(rows[3]["tokens"])
+    for manifest in (run_, step, final):
+        assert manifest["data"][str(DATA / "train.jsonl")]["sha256"] == file_hash(DATA / "train.jsonl")
+        assert manifest["data"][str(DATA / "heldout.jsonl")]["sha256"] == file_hash(DATA / "heldout.jsonl")
+        assert manifest["versions"]["torch"] == torch.__version__ and manifest["seed"] == 1337
+        assert manifest["base"]["weights_sha256"] == weights_hash(tiny_dir)
+        template = (tiny_dir / "chat_template.jinja").read_bytes()
+        assert manifest["chat_template_sha256"] == hashlib.sha256(template).hexdigest()
+        assert set(manifest["git"] or {}) in ({"commit", "changed"}, set())
+
+
+def test_git_state(tmp_path, monkeypatch):
+    assert git_state(tmp_path) is None
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], [*name, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    state = git_state(tmp_path)
+    assert state is not None and len(state["commit"]) == 40 and not state["changed"]
+    (tmp_path / "new").touch()
+    assert git_state(tmp_path) == {**state, "changed": True}
+
+
+def test_weights_that_were_changed_at_the_same_path_are_noticed(run, tiny_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    words = ["--checkpoint_dir", base, "--train.save_every", 2]
+    assert run("finetune_lora", "run", *words)[0] == 0
+    shutil.rmtree(tmp_path / "run/final")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: t + 1e-3 for name, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    status, _, error = run("finetune_lora", "run", *words, "--resume", "auto")
+    assert status == 1 and "the base model's weights were changed since the run began" in error
+
+
+def test_the_hash_of_large_files_samples_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "SAMPLE", 8)
+    monkeypatch.setattr(manifest_module, "SAMPLES", 4)
+    content = bytearray(range(100))
+    hashes = set()
+    for at in (None, 0, 99, 40):
+        changed = bytearray(content)
+        if at is not None:
+            changed[at] ^= 1
+        (tmp_path / "a.safetensors").write_bytes(changed)
+        hashes.add(weights_hash(tmp_path))
+    assert len(hashes) == 4 - 1, "40 lies between two samples; beginning and end are always seen"
+    (tmp_path / "a.safetensors").write_bytes(content + b"x")
+    assert weights_hash(tmp_path) not in hashes

@@ -8,125 +8,14 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
+from gguf_files import TEXTS, smollm_split, tiny_llama, train_tokenizer, write_gguf
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litmini.checkpoint import check_checkpoint_dir, load_model
 from litmini.config import UserError
 from litmini.gguf_import import import_gguf
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-CORPUS = [
-    "The cat sat on the mat in 1984, 1984 and 12345678.",
-    "Über 1,234 naïve café-goers; they'll say: 'don't'!",
-    "a  b\n\n\tc = d[0] + 10",
-]
-TEXTS = [
-    *CORPUS,
-    "",
-    " leading and trailing ",
-    "In 2024, 3.14159 × 10² ≠ 你好 🙂",
-    "<|im_start|>user\nHi<|im_end|>\n<think>x</think>",
-    "I'M we'll\r\n\r\n  indented 12345678",
-]
-HF_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-HF_NAMES |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
-HF_NAMES |= {f"{x}_proj": f"attn_{x}" for x in "qkv"} | {f"{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
-
-
-def train_tokenizer(split: pre_tokenizers.PreTokenizer, **options) -> Tokenizer:
-    """A byte-level BPE with 3 special tokens in front and one that is added, but not special, behind."""
-    tokenizer = Tokenizer(models.BPE(**options))
-    # Trained on whole numbers, so that there are merges of digits which only a right split keeps from being used
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS * 3,
-        trainers.BpeTrainer(vocab_size=319, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
-    return tokenizer
-
-
-def smollm_split() -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-
-
-def tiny_llama(vocab_size: int, **changes) -> LlamaForCausalLM:
-    """Random weights, norms and biases away from their defaults, a head of 16 dimensions, grouped queries."""
-    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
-    settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(settings | changes))).eval()
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter.data, 1.0 if "norm" in name else 0.0, 0.2)
-    return model
-
-
-def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's convert_hf_to_gguf.py does to q and k."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_gguf(
-    file: Path,
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    architecture: str = "llama",
-    pre: str = "smollm",
-    quantized: gguf.GGMLQuantizationType | None = None,
-    settings: dict[str, object] | None = None,
-    tensors: dict[str, np.ndarray] | None = None,
-) -> Path:
-    """A GGUF file as llama.cpp's converter writes it. `settings` and `tensors` add to it."""
-    config, vocab = model.config, tokenizer.get_vocab()
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_string("general.organization", "acme")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(sorted(vocab, key=lambda token: vocab[token]))
-    added = tokenizer.get_added_tokens_decoder()
-    writer.add_token_types([(3 if added[i].special else 4) if i in added else 1 for i in range(len(vocab))])
-    writer.add_token_merges([" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]])
-    for name, token in (("bos", 1), ("eos", 2), ("unknown", 0), ("padding", 2)):
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-    writer.add_chat_template(TEMPLATE)
-    for key, value in (settings or {}).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add[type(value)](key, value)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, parameter in model.named_parameters():
-        *prefix, leaf, kind = name.split(".")
-        stem = HF_NAMES[leaf]
-        array = parameter.detach().float().numpy()
-        array = permute(array, heads[stem]) if stem in heads else array
-        old = f"blk.{prefix[2]}.{stem}.{kind}" if "layers" in prefix else f"{stem}.{kind}"
-        if quantized is not None and array.ndim == 2:
-            writer.add_tensor(old, quantize(array, quantized), raw_dtype=quantized)
-        else:
-            writer.add_tensor(old, array)
-    for old, array in (tensors or {}).items():
-        writer.add_tensor(old, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +146,8 @@ def test_gpt2_and_llama3_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gptj"}, r"GGUF architecture 'gptj' is not supported; there are: llama"),
-        ({"pre": "default"}, r"pre-tokenizer 'default' is not supported; there are: gpt-2, smollm, llama-bpe"),
+        ({"architecture": "gptj"}, r"GGUF architecture 'gptj' is not supported; there are: llama, qwen2"),
+        ({"pre": "default"}, r"pre-tokenizer 'default' is not supported; there are: gpt-2, smollm, llama-bpe, qwen2"),
         ({"settings": {"llama.expert_count": 8}}, r"not implemented .*llama\.expert_count = 8"),
         ({"settings": {"llama.attention.sliding_window": 64}}, r"not implemented .*sliding_window = 64"),
         ({"settings": {"llama.rope.scaling.type": "yarn"}}, r"not implemented .*scaling\.type = 'yarn'"),

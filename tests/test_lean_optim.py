@@ -19,7 +19,7 @@ from litmini.launch import loss_scaling, make_fabric, offload_activations
 from litmini.lean_optim import stochastic_round
 from litmini.models import llama
 from litmini.optim import make_optimizer
-from litmini.runs import load_state, save_state
+from litmini.state import load_state, save_state
 from litmini.train import Progress, fit
 
 
@@ -164,7 +164,7 @@ def test_activations_kept_elsewhere_give_equal_gradients(monkeypatch):
 
 
 def test_fp16_is_refused_on_the_cpu_with_the_reason():
-    config = FinetuneLoraConfig("c", "o", DataConfig("d"), precision="16-mixed")
+    config = FinetuneLoraConfig(checkpoint_dir="c", out_dir="o", data=DataConfig("d"), precision="16-mixed")
     with pytest.raises(UserError, match="needs a GPU.*bf16-mixed"):
         make_fabric(config)
 

@@ -10,6 +10,7 @@ import torch
 
 from litmini.config import DataConfig
 from litmini.data import Examples, load_data
+from litmini.examples import ENTRY
 from litmini.loss import IGNORE
 from litmini.packing import Batch, Rows, pack
 from litmini.tokenizer import Tokenizer
@@ -22,7 +23,9 @@ def make(lengths: list[int] | np.ndarray) -> Examples:
     tokens = [1000 * (i + 1) + np.arange(n + 1) for i, n in enumerate(lengths)]
     inputs = np.concatenate([t[:-1] for t in tokens]).astype(np.int32)
     labels = np.concatenate([np.where(t[1:] % 2 == 1, t[1:], IGNORE) for t in tokens]).astype(np.int32)
-    return Examples(inputs, labels, np.concatenate([[0], np.cumsum(lengths)]), {})
+    table = np.zeros(len(lengths), ENTRY)
+    table["size"], table["start"] = lengths, np.cumsum(lengths) - lengths
+    return Examples([(inputs, labels)], table)
 
 
 def epoch(rows: Rows, number: int) -> list[list[int]]:
@@ -55,8 +58,9 @@ def test_pack_is_best_fit() -> None:
     for _ in range(200):
         capacity = int(random.integers(1, 60))
         lengths = random.integers(1, capacity + 1, size=random.integers(1, 80))
-        rows = pack(lengths, capacity, random.permutation(len(lengths)))
-        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        numbers, bounds = pack(lengths, capacity, even=False)
+        assert sorted(numbers) == list(range(len(lengths))) and bounds[-1] == len(lengths)
+        rows = np.split(numbers, bounds[1:-1])
         assert sorted(capacity - lengths[row].sum() for row in rows) == best_fit(lengths.tolist(), capacity)
         assert min(len(row) for row in rows) > 0
 
@@ -64,8 +68,8 @@ def test_pack_is_best_fit() -> None:
 def test_pack_many() -> None:
     """100,000 examples; anything quadratic would not come to an end."""
     lengths = np.random.default_rng(0).integers(20, 400, size=100_000)
-    rows = pack(lengths, 2048, np.arange(len(lengths)))
-    assert lengths.sum() / (len(rows) * 2048) > 0.999
+    _, bounds = pack(lengths, 2048)
+    assert lengths.sum() / ((len(bounds) - 1) * 2048) > 0.999
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -192,5 +196,55 @@ def test_the_way_from_a_file_to_rows(tokenizer_dir: Path, length: int) -> None:
 def test_quickstart_rows(smollm2: Path) -> None:
     """Its examples have 90 to 102 tokens: five in a row of 512, and a sixth would never fit."""
     train, _, _ = load_data(DataConfig(str(QUICKSTART), max_seq_len=512), Tokenizer(smollm2), 0)
-    assert np.diff(train.offsets).min() * 6 > 512
+    assert train.table["size"].min() * 6 > 512
     assert len(Rows(train, 512, True, seed=0)) == 320 / 5
+
+
+def weighted(sizes: list[int], weights: list[float], **options: bool) -> Rows:
+    """Data sets of so many examples of 1 to 20 tokens each, mixed by weight."""
+    data = make(np.random.default_rng(6).integers(1, 21, size=sum(sizes)))
+    data.table["set"] = np.repeat(np.arange(len(sizes)), sizes)
+    return Rows(data, 40, options.pop("pack", True), seed=2, weights=weights, **options)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_say_how_often_an_example_comes(packed: bool) -> None:
+    """Twice an epoch, once, and 0.4: in two of five epochs. Never an example once more than another of its set."""
+    rows = weighted([10, 30, 25], [2.0, 1.0, 0.4], pack=packed)
+    seen: Counter[int] = Counter()
+    first = 0
+    for number in range(5):
+        last = rows.count(number + 1)
+        chosen = Counter(i for n in range(first, last) for i in rows.row(n))
+        first = last
+        assert [chosen[i] for i in range(40)] == [2] * 10 + [1] * 30
+        assert sum(chosen[i] for i in range(40, 65)) == 10
+        seen += chosen
+    assert {seen[i] for i in range(40, 65)} == {2}
+    assert rows.count(2.5) == rows.count(2) + -(-(rows.count(3) - rows.count(2)) // 2)
+    in_order = [rows.row(n) for n in range(rows.count(5))]
+    again = weighted([10, 30, 25], [2.0, 1.0, 0.4], pack=packed)
+    for n in np.random.default_rng(0).permutation(len(in_order))[:20]:
+        assert again.row(int(n)) == in_order[n], "a pure function of seed and number"
+
+
+def test_rows_are_as_short_as_they_can_be() -> None:
+    """Five of 90 to 102 tokens make a row of 512 with 6% padding: shared out evenly, rows of 488 do."""
+    lengths = np.random.default_rng(0).integers(90, 103, size=320)
+    rows = Rows(make(lengths), 512, True, seed=0)
+    assert len(rows) == 64 and rows.length <= 488 and lengths.sum() / (64 * rows.length) > 0.97
+    for number in range(3):
+        plan = epoch(rows, number)
+        assert sorted(i for row in plan for i in row) == list(range(320))
+        assert max(lengths[row].sum() for row in plan) <= rows.length
+    assert rows.batch([rows.row(0)])["tokens"].shape == (1, rows.length)
+    mixed = weighted([10, 30], [1.0, 0.5])
+    assert mixed.length == 40, "epochs differ: nothing shorter is sure to be enough"
+
+
+@pytest.mark.parametrize("capacity", [256, 512, 2048])
+def test_waste_of_lengths_like_alpacas(capacity: int) -> None:
+    """Requirement: under 3% padding at any usual row length."""
+    lengths = (20 + 380 * np.random.default_rng(0).beta(1.2, 4, size=20_000)).astype(int).clip(max=capacity)
+    rows = Rows(make(lengths), capacity, True, seed=0)
+    assert lengths.sum() / (len(rows) * rows.length) > 0.97

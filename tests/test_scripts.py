@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 import litmini
-from litmini.generate import generate
+from litmini.generation import generate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -98,9 +98,10 @@ def settings(place: Path, base: Path, name: str) -> list[str]:
 
 
 def metrics(directory: Path) -> list[dict[str, str]]:
-    """metrics.csv, without its one column of times."""
+    """metrics.csv, without what depends on the machine's mood."""
+    moody = ("tokens_per_second", "mfu", "memory_mib")
     with (directory / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in moody} for row in csv.DictReader(file)]
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -111,7 +112,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 def test_what_a_run_leaves(place, tiny_dir, kind):
     out = place / kind
     steps = ["step-000002", "step-000004"] if kind == "lora" else []
-    files = ["config.yaml", "final", "loss.png", "manifest.json", "metrics.csv", *steps]
+    files = ["config.yaml", "final", "loss.png", "manifest.json", "metrics.csv", "report.html", *steps]
     assert sorted(p.name for p in out.iterdir()) == files
     assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["lr"] == 0.01
     rows = metrics(out)
@@ -176,8 +177,8 @@ def test_the_prompt_may_come_from_standard_input(tiny_dir):
         ("--device=foo", 1, "--device foo cannot be used here"),
         ("--seed=-1", 2, "out of range: seed is -1"),
         (f"--seed={2**70}", 2, "out of range: seed is"),
-        ("--prompt=\udcff", 2, "the prompt is not UTF-8 text"),
-        ("--max_new_tokens=0", 1, "max_new_tokens is 0"),
+        ("--prompt=\udcff", 1, "the prompt is not UTF-8 text"),
+        ("--max_new_tokens=0", 2, "max_new_tokens is 0"),
         ("--prompt=" + "a b " * 500, 1, "no room for an answer"),
     ],
 )
@@ -301,7 +302,7 @@ def steps(script: str) -> dict[int, str]:
     return {int(n): f"{title}\n{code}" for n, title, code in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
 
 
-def test_finetuning_scripts_differ_only_in_the_method_and_saving():
+def test_finetuning_scripts_differ_only_in_base_method_and_saving():
     scripts = sorted(p.name for p in SCRIPTS.glob("finetune_*.py"))
     assert len(scripts) >= 2
     first = steps(scripts[0])
@@ -309,7 +310,7 @@ def test_finetuning_scripts_differ_only_in_the_method_and_saving():
     for other in scripts[1:]:
         theirs = steps(other)
         assert list(theirs) == list(first), other
-        for number in {*first} - {5, 9}:
+        for number in {*first} - {4, 5, 9}:
             assert theirs[number] == first[number], f"step {number} of {other} differs from {scripts[0]}"
 
 

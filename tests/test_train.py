@@ -72,8 +72,7 @@ def run(fabric, model, micro_batches, steps=1, rate=1.0, gradients=None, **optio
         optimizer,
         batches=lambda step: micro_batches,
         learning_rate=lambda step: rate,
-        progress=Progress(),
-        **{**settings, "max_grad_norm": None, **options},
+        **{**settings, "progress": Progress(), "max_grad_norm": None, **options},
     )
     return rows, progress
 
@@ -266,6 +265,21 @@ def test_a_signal_finishes_the_step_saves_and_leaves(fabric, number):
     assert [p.step for p in saved] == [2]
 
 
+@pytest.mark.parametrize("stopped", [None, 3])
+def test_patience(fabric, stopped):
+    """Two evaluations without a lower held-out loss end the run; resumed in between, it ends at the same step."""
+    held_out = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9, 5: 1.9, 6: 2.2, 7: 1.0}
+    progress, done = Progress(), []
+    settings = dict(config=TrainConfig(eval_every=1, patience=2), rate=1e-3, log=lambda row: done.append(row["step"]))
+    validate = lambda: held_out[progress.step]  # noqa: E731
+    if stopped:
+        run(fabric, tiny_model(), [ragged(2)], steps=stopped + 1, validate=validate, progress=progress, **settings)
+        progress.step -= 1
+        progress, done = Progress(**dataclasses.asdict(progress)), done[:-1]
+    run(fabric, tiny_model(), [ragged(2)], steps=20, validate=validate, progress=progress, **settings)
+    assert (progress.step, progress.best_step, progress.best_val_loss) == (6, 4, 1.9)
+
+
 def command(script, tiny_dir, out_dir, *words):
     return [
         *(sys.executable, str(ROOT / f"scripts/{script}.py"), "--checkpoint_dir", str(tiny_dir)),
@@ -313,7 +327,7 @@ def test_two_processes_equal_one(tiny_dir, tmp_path):
     """Requirement 2: ranks with more targets weigh more; the last step has fewer rows than ranks want."""
     for name, words in (("one", []), ("two", ["--devices", "2", "--strategy", "ddp"])):
         words = [*words, "--train.micro_batch_size", "1", "--train.global_batch_size", "3", "--lora.rank", "4"]
-        words += ["--train.eval_every", "5", "--data.pack", "false"]
+        words += ["--train.eval_every", "5", "--data.pack", "false", "--train.sample_every", "6", "--eval.samples", "1"]
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
         done = subprocess.run(
             command("finetune_lora", tiny_dir, tmp_path / name, *words), capture_output=True, text=True, env=environment
@@ -371,7 +385,7 @@ def test_a_tiny_model_overfits_and_stops(tiny_dir, tmp_path):
 
 
 def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
-    from litmini.runs import load_state, save_state
+    from litmini.state import load_state, save_state
 
     def start():
         torch.manual_seed(0)
@@ -412,7 +426,7 @@ def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
 
 
 def test_full_state_is_of_this_model(fabric, tiny_dir, tmp_path):
-    from litmini.runs import load_state, save_state
+    from litmini.state import load_state, save_state
 
     model = add_lora(load_model(tiny_dir, torch.float32))
     save_state(tmp_path, Progress(), model, make_optimizer(model, OptimConfig()))

@@ -1,7 +1,12 @@
 """The one registry of families: `model_type` in `config.json` -> the module that implements it."""
 
 import importlib
+import importlib.util
+import sys
 from types import ModuleType
+
+from litmini.config import UserError
+from litmini.files import existing_file
 
 FAMILIES = {
     "falcon": "litmini.models.falcon",
@@ -31,5 +36,53 @@ def family(model_type: str) -> ModuleType:
         ValueError: there is none; the message lists those there are.
     """
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type '{model_type}' is not implemented; there are: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model_type '{model_type}' is not implemented; there are: {', '.join(sorted(FAMILIES))}. If it comes from a "
+            f"model file of your own, give that file: --model_file FILE.py"
+        )
     return importlib.import_module(FAMILIES[model_type])
+
+
+def use_model_file(path: str | None) -> ModuleType | None:
+    """Make the family in a user's own file known, for this process; a checkpoint never brings code along.
+
+    The file has what those in `litmini/models/` have: `Config`, `PRESETS`, `config_from_hf`, `config_to_hf`, `Model`.
+
+    Raises:
+        UserError: the file is missing, does not run, lacks one of these, or takes the name of a family that is here.
+    """
+    if path is None:
+        return None
+    file = existing_file(path, "model file")
+    name = f"litmini_model_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} is no Python file.")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code can fail in any way
+        line = getattr(error, "lineno", None) or (error.__traceback__ and _last_line(error, str(file)))
+        raise UserError(f"{file}:{line} fails: {type(error).__name__}: {error}") from None
+    parts = ("Config", "PRESETS", "config_from_hf", "config_to_hf", "Model")
+    if missing := [part for part in parts if not hasattr(module, part)]:
+        raise UserError(f"{file} lacks {', '.join(missing)}; the files in litmini/models/ show what a model file has.")
+    if not module.PRESETS:
+        raise UserError(f"{file} has no preset in PRESETS.")
+    model_type = module.config_to_hf(next(iter(module.PRESETS.values()))).get("model_type")
+    if not isinstance(model_type, str) or FAMILIES.get(model_type, name) != name:
+        raise UserError(
+            f"{file}: config_to_hf gives model_type {model_type!r}, expected a name that none of {', '.join(FAMILIES)} has: "
+            f"checkpoints of this file would be taken for checkpoints of another."
+        )
+    FAMILIES[model_type] = name
+    return module
+
+
+def _last_line(error: BaseException, file: str) -> int | None:
+    """The last line of `file` that an error went through."""
+    line, trace = None, error.__traceback__
+    while trace:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == file else line
+        trace = trace.tb_next
+    return line

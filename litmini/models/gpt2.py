@@ -118,7 +118,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, -1, self.head_dim)  # first all heads of q, then of k, then of v
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_heads, T, head_dim) each
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, n_heads, S, head_dim)
+            k, v = cache.update(k, v, mask)  # (B, n_heads, S, head_dim)
         y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -168,7 +168,7 @@ class Attention(nn.Module):
         q, k, v = qkv.chunk(3, dim=-1)  # (B, n_heads, T, head_dim) each
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, n_heads, S, head_dim)
+            k, v = cache.update(k, v, mask)  # (B, n_heads, S, head_dim)
         y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
         return self.dense(y.transpose(1, 2).reshape(B, T, -1))
 

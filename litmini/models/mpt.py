@@ -165,7 +165,7 @@ class Attention(nn.Module):
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         q, k, v = qkv.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, n_heads, T, head_dim)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, n_heads, S, head_dim)
+            k, v = cache.update(k, v, mask)  # (B, n_heads, S, head_dim)
         y = attend(q, k, v, mask, slopes=slopes)  # (B, n_heads, T, head_dim)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -178,7 +178,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)  # each head by itself
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, n_kv_heads, S, head_dim)
+            k, v = cache.update(k, v, mask)  # (B, n_kv_heads, S, head_dim)
         y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -1,0 +1,258 @@
+"""Token shards -> rows -> batches. Which tokens are in which row is a pure function of the seed and the row's number.
+
+The order is a keyed permutation that is computed, not stored: nothing here grows with the corpus, any row can be asked
+for at any time, and a resumed run, on as many processes as one likes, goes on with the very next row. Every page that is
+read is compared with its checksum.
+"""
+
+import mmap
+import zlib
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litmini.config import UserError
+from litmini.corpus import FORMAT, PAGE
+from litmini.encode import tokenizer_hash
+from litmini.files import read_json
+from litmini.loss import IGNORE
+
+BLOCK = 4096
+"""Rows whose places are computed together; in each, corpora have exactly their shares."""
+ROUNDS = 8
+
+
+class Shard:
+    """One file of token ids, mapped into memory when it is first read."""
+
+    def __init__(self, file: Path, tokens: int, dtype: np.dtype) -> None:
+        self.file, self.tokens, self.dtype = file, tokens, dtype
+        expected = tokens * dtype.itemsize
+        size = file.stat().st_size if file.is_file() else -1
+        if size != expected:
+            what = "is missing" if size < 0 else f"has {size:,} bytes, index.json says {expected:,}"
+            raise UserError(f"{file} {what}. Copy it again, or prepare the corpus again.")
+
+    @cached_property
+    def _map(self) -> tuple[mmap.mmap, np.ndarray, np.ndarray]:
+        with self.file.open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
+        checksums = self.file.with_suffix(".crc")
+        expected = -(-len(mapped) // PAGE)
+        pages = np.fromfile(checksums, np.uint32) if checksums.is_file() else np.empty(0, np.uint32)
+        if len(pages) != expected:
+            raise UserError(
+                f"{checksums} has {len(pages):,} checksums, expected {expected:,}. Prepare the corpus again."
+            )
+        return mapped, np.frombuffer(mapped, self.dtype), pages
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), not copied.
+
+        Raises:
+            UserError: a page that holds some of them is not what was written.
+        """
+        mapped, tokens, checksums = self._map
+        size = self.dtype.itemsize
+        for page in range(start * size // PAGE, ((start + count) * size - 1) // PAGE + 1):
+            content = memoryview(mapped)[page * PAGE : (page + 1) * PAGE]
+            if zlib.crc32(content) != checksums[page]:
+                raise UserError(
+                    f"{self.file} is damaged: bytes {page * PAGE:,} to {page * PAGE + len(content):,} fail their "
+                    f"checksum. Copy the file again, or prepare the corpus again."
+                )
+        return tokens[start : start + count]
+
+    def expect(self, start: int, count: int) -> None:
+        """Ask the system to read these tokens ahead, while the model computes."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            begin = start * self.dtype.itemsize // PAGE * PAGE
+            self._map[0].madvise(mmap.MADV_WILLNEED, begin, (start + count) * self.dtype.itemsize - begin)
+
+
+class Corpus:
+    """A directory that `prepare_data.py` wrote.
+
+    Raises:
+        UserError: a file is missing, truncated, or of another tokenizer.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        file = self.directory / "index.json"
+        if not file.is_file():
+            unfinished = (self.directory / "progress.json").is_file()
+            raise UserError(
+                f"{self.directory} is an unfinished corpus: type its prepare_data.py command again to go on."
+                if unfinished
+                else f"{file} not found: {self.directory} is no corpus. Make one: python scripts/prepare_data.py --help"
+            )
+        self.index = read_json(file)
+        if self.index.get("format") != FORMAT:
+            raise UserError(f"{file} has format {self.index.get('format')!r}, expected '{FORMAT}'.")
+        tokenizer = self.directory / "tokenizer.json"
+        if tokenizer_hash(tokenizer.read_text(encoding="utf-8")) != self.index["tokenizer_sha256"]:
+            raise UserError(f"{tokenizer} is not the tokenizer that made these shards. Prepare the corpus again.")
+        dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
+        self.splits = {
+            split: [Shard(self.directory / s["file"], s["tokens"], dtype) for s in content["shards"]]
+            for split, content in self.index["splits"].items()
+        }
+
+
+class Windows:
+    """Rows of `length` tokens cut out of corpora, side by side, shuffled anew each epoch.
+
+    Args:
+        corpora: all with the same tokenizer.
+        split: "train" or "val".
+        weights: the share of rows that each corpus gives, which may take it through several epochs while another has
+            not seen its first; None: all rows of all corpora once in an epoch.
+        isolate: tokens see their own document only, and no document's end predicts the next one's begin.
+        limit: rows that there are at most.
+
+    Raises:
+        UserError: a corpus is smaller than a row.
+    """
+
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        split: str,
+        length: int,
+        seed: int,
+        weights: list[float] | None = None,
+        isolate: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.length, self.seed, self.isolate = length, seed, isolate
+        self.end = corpora[0].index["end"]
+        groups = [corpora] if weights is None else [[corpus] for corpus in corpora]
+        self.shards = [[shard for corpus in group for shard in corpus.splits[split]] for group in groups]
+        # starts[g][s]: the number of group g's first window in its shard s; the last entry is how many there are
+        self.starts = [np.cumsum([0, *((s.tokens - 1) // length for s in shards)]) for shards in self.shards]
+        for group, shards, starts in zip(groups, self.shards, self.starts, strict=True):
+            if not starts[-1]:
+                names = ", ".join(str(corpus.directory) for corpus in group)
+                most = max((s.tokens for s in shards), default=0)
+                raise UserError(
+                    f"{names}: the longest {split} shard has {most:,} tokens, a row needs {length + 1:,} (data.max_seq_len "
+                    f"+ 1). Prepare more text, or take shorter rows."
+                )
+        self.count = sum(int(starts[-1]) for starts in self.starts)
+        self.limit = min(limit or self.count, self.count)
+        self.quotas = _quotas(weights or [1.0])
+        self._places = lru_cache(maxsize=4)(self._compute_places)
+
+    def __len__(self) -> int:
+        """Rows of one epoch (of all corpora together), or `limit`."""
+        return self.limit
+
+    def epochs(self, rows: int) -> list[float]:
+        """How often the first `rows` rows go through each corpus (or, without weights, through all)."""
+        return [rows * quota / BLOCK / int(s[-1]) for quota, s in zip(self.quotas, self.starts, strict=True)]
+
+    def place(self, row: int) -> tuple[Shard, int]:
+        """The shard of a row, counted through all epochs, and where in it the row begins."""
+        return self._places(row // BLOCK)[row % BLOCK]
+
+    def _compute_places(self, block: int) -> list[tuple[Shard, int]]:
+        """The place of each row in a block."""
+        order = permute(np.arange(BLOCK), BLOCK, (self.seed, block)) if len(self.quotas) > 1 else np.arange(BLOCK)
+        groups = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]
+        found: list[Iterator[tuple[Shard, int]]] = []
+        for group, starts in enumerate(self.starts):
+            count = int(starts[-1])
+            numbers = np.arange(block * self.quotas[group], (block + 1) * self.quotas[group])  # of this group's rows
+            epochs, places = np.divmod(numbers, count)
+            for epoch in np.unique(epochs):
+                now = epochs == epoch
+                places[now] = permute(places[now], count, (self.seed, group, int(epoch)))
+            files = np.searchsorted(starts, places, side="right") - 1
+            begins = ((places - starts[files]) * self.length).tolist()
+            found.append(zip(map(self.shards[group].__getitem__, files.tolist()), begins, strict=True))
+        return [next(found[group]) for group in groups.tolist()]
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        """Tensors (rows, length) int64: tokens and labels, and with `isolate` positions and documents.
+
+        Without rows: one of padding, which has no label.
+        """
+        if not rows:
+            nothing = torch.zeros((1, self.length), dtype=torch.int64)
+            return {"tokens": nothing, "labels": nothing + IGNORE, "documents": nothing}
+        windows = np.empty((len(rows), self.length + 1), np.int64)
+        for i, row in enumerate(rows):
+            shard, start = self.place(row)
+            windows[i] = shard.read(start, self.length + 1)
+        tokens, labels = windows[:, :-1], windows[:, 1:]
+        batch: dict[str, Any] = {"tokens": tokens, "labels": labels}
+        if self.isolate:
+            ends = tokens == self.end
+            batch["labels"] = np.where(ends, IGNORE, labels)
+            first = np.zeros_like(ends)  # of each document
+            first[:, 1:] = ends[:, :-1]
+            steps = np.arange(self.length)
+            batch["positions"] = steps - np.maximum.accumulate(np.where(first, steps, 0), axis=1)
+            batch["documents"] = 1 + np.cumsum(first, axis=1)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        """This rank's share of the rows `numbers`, in micro-batches, as many on every rank; no other rows are read.
+
+        Where the rows do not suffice for all ranks, a micro-batch is one row of padding.
+        """
+        mine = numbers[rank::world]
+        for row in mine:  # of the next step
+            shard, start = self.place(row + len(numbers))
+            shard.expect(start, self.length + 1)
+        for i in range(-(-len(numbers) // (micro_batch * world))):
+            yield self.batch(list(mine[i * micro_batch : (i + 1) * micro_batch]))
+
+
+def _quotas(weights: list[float]) -> list[int]:
+    """How many of a block's rows each corpus gives: the shares `weights`, by largest remainder."""
+    shares = np.array(weights) / sum(weights) * BLOCK
+    quotas = np.floor(shares).astype(int)
+    for i in np.argsort(quotas - shares, kind="stable")[: BLOCK - quotas.sum()]:
+        quotas[i] += 1
+    if not quotas.all():
+        raise UserError(f"data.weights {weights}: a corpus gets less than 1 of {BLOCK} rows; leave it out.")
+    return quotas.tolist()
+
+
+def permute(numbers: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a pseudo-random permutation of range(count) puts `numbers`: a bijection that needs no table.
+
+    A balanced Feistel network permutes the next power of 4; whoever lands beyond `count` goes on walking until he is back
+    inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+
+    Args:
+        numbers: (n,) ints in [0, count).
+        key: seeds the permutation.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    walking, places = np.arange(len(numbers)), numbers.astype(np.uint64)
+    while len(walking):
+        left, right = places[walking] >> shift, places[walking] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        places[walking] = left << shift | right
+        walking = walking[places[walking] >= count]
+    return places.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

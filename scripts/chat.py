@@ -1,0 +1,111 @@
+"""Talk to a model in the terminal.
+
+    python scripts/chat.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
+
+/reset begins anew, /save FILE writes the conversation as one line of messages JSONL (what finetuning reads), /quit or
+Ctrl-D leaves; Ctrl-C stops an answer.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litmini.cli import command
+from litmini.config import ModelConfig, SamplingConfig, UserError
+
+COMMANDS = "/reset, /save FILE, /quit"
+
+
+@dataclass(kw_only=True)
+class ChatConfig(SamplingConfig, ModelConfig):
+    """Settings of chat.py."""
+
+    max_new_tokens: int = 1024
+    """Longest answer in tokens."""
+    system: str | None = None
+    """System turn before the conversation."""
+    history: str | None = None
+    """File of messages, as /save writes it, to go on from."""
+
+
+def main(config: ChatConfig) -> None:
+    import contextlib
+
+    from litmini.generation import open_model, stream_reply
+    from litmini.prompts import check_text
+    from litmini.reply import Reply
+
+    with contextlib.suppress(ImportError):  # not everywhere: arrow keys and earlier lines
+        import readline  # noqa: F401
+    before = start(config)
+    model, tokenizer = open_model(config)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.directory} has no chat template; give one with --chat_template FILE.jinja")
+    print(f"{COMMANDS}; Ctrl-C stops an answer.", file=sys.stderr)
+    messages = list(before)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # at the prompt: an empty line, as in a shell
+            print()
+            continue
+        if not said:
+            continue
+        try:
+            if said.startswith("/"):
+                if said == "/quit":
+                    return
+                messages = obey(said, messages, before)
+                continue
+            asked = [*messages, {"role": "user", "content": check_text(said)}]
+            reply = Reply(tokenizer.encode_prompt(asked), config, tokenizer.stop_ids, tokenizer)
+            with contextlib.suppress(KeyboardInterrupt):
+                for piece in stream_reply(model, reply):
+                    print(piece, end="", flush=True)
+            print(flush=True)
+            messages = [*asked, {"role": "assistant", "content": reply.text}]
+        except UserError as error:  # the conversation goes on without this turn
+            print(f"error: {error}", file=sys.stderr)
+
+
+def start(config: ChatConfig) -> list[dict[str, Any]]:
+    """The messages before the first turn."""
+    from litmini.prompts import read_prompts
+
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    if config.history is None:
+        return system
+    lines = list(read_prompts(config.history))
+    if len(lines) != 1:
+        raise UserError(f"{config.history} holds {len(lines)} conversations, expected one, as /save writes it.")
+    if isinstance(lines[0].prompt, UserError):
+        raise UserError(f"{config.history}: {lines[0].prompt}")
+    messages = lines[0].prompt
+    return system + ([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+
+
+def obey(said: str, messages: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Do what a line that begins with / says; returns the messages to go on with."""
+    import json
+
+    word, _, rest = said.partition(" ")
+    if word == "/reset":
+        return list(before)
+    if word == "/save" and rest:
+        path = Path(rest.strip())
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{error.strerror}: {path}") from None
+        print(f"{len(messages)} messages in {path}", file=sys.stderr)
+        return messages
+    raise UserError(f"{word} is no command; there are: {COMMANDS}.")
+
+
+if __name__ == "__main__":
+    command(main, ChatConfig, __doc__)

@@ -1,0 +1,123 @@
+"""Compare methods fairly: the same data and steps, each with a sweep of its own over learning rates.
+
+    python config_hub/compare/make_data.py && python scripts/compare_methods.py --config config_hub/compare/compare.yaml
+
+Writes OUT_DIR/comparison.md, .json and .png. Started again, it goes on with the runs that are missing.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litmini.cli import command
+from litmini.config import UserError
+
+METHODS = {  # name: script and its settings
+    "lora": ("finetune_lora.py", []),
+    "rslora": ("finetune_lora.py", ["--lora.rank_stabilized", "true"]),
+    "dora": ("finetune_dora.py", []),
+    "qlora": ("finetune_qlora.py", []),
+    "qdora": ("finetune_dora.py", ["--quantize.bits", "4"]),
+    "pissa": ("finetune_lora.py", ["--lora.init", "pissa"]),
+    "full": ("finetune_full.py", []),
+}
+
+
+@dataclass
+class CompareConfig:
+    """Settings of compare_methods.py."""
+
+    settings: str
+    """YAML file with what all runs have in common."""
+    out_dir: str
+    """Where the runs and the comparison are written."""
+    lrs: dict[str, list[float]] = field(default_factory=dict)
+    """Method -> its learning rates. There are lora, rslora, dora, qlora, qdora, pissa and full."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.lrs.keys() - METHODS.keys()):
+            raise UserError(f"no method {', '.join(unknown)}; there are: {', '.join(METHODS)}.")
+        if not self.lrs or not all(self.lrs.values()):
+            raise UserError("lrs is empty; expected methods and their learning rates, such as '{lora: [1e-3]}'.")
+
+
+def main(config: CompareConfig) -> None:
+    directory = Path(config.out_dir)
+    rows = []
+    for method, rates in config.lrs.items():
+        for rate in rates:
+            out = directory / f"{method}-{rate:g}"
+            if not (out / "final").exists():
+                train(config, method, rate, out)
+            rows.append({"method": method, "lr": rate, **read(out)})
+    best = [min((r for r in rows if r["method"] == m), key=lambda r: r["val_loss_after"]) for m in config.lrs]
+    table = markdown(best, rows)
+    (directory / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (directory / "comparison.md").write_text(table)
+    plot(directory / "comparison.png", rows)
+    print(table)
+
+
+def train(config: CompareConfig, method: str, rate: float, out: Path) -> None:
+    script, more = METHODS[method]
+    resume = ["--resume", "auto"] if (out / "config.yaml").exists() else []
+    words = ["--config", config.settings, "--out_dir", str(out), "--optim.lr", str(rate), *more, *resume]
+    print(f"--- {method} at {rate:g}", flush=True)
+    done = subprocess.run([sys.executable, str(Path(__file__).parent / script), *words])
+    if done.returncode:
+        raise UserError(
+            f"{method} at {rate:g} failed (see above); the command goes on from there when it is run again."
+        )
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What a run measured; the time of a step is the median, which a busy moment does not change."""
+    import csv
+
+    results = json.loads((out / "manifest.json").read_text())["results"]
+    with (out / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tokens = [0, *(int(row["tokens"]) for row in rows)]
+    seconds = [(b - a) / float(r["tokens_per_second"]) for a, b, r in zip(tokens, tokens[1:], rows, strict=False)]
+    kept = ("val_loss_before", "val_loss_after", "trained_parameters", "training_seconds", "peak_memory_mib")
+    return {**{name: results[name] for name in kept}, "seconds_per_step": statistics.median(seconds)}
+
+
+def markdown(best: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """The best learning rate of each method, and all of them."""
+    lines = [
+        "| method | best lr | held-out loss | at the other rates | trained parameters | seconds a step | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for b in best:
+        others = [f"{r['val_loss_after']:.4f} ({r['lr']:g})" for r in rows if r["method"] == b["method"] and r is not b]
+        lines.append(
+            f"| {b['method']} | {b['lr']:g} | {b['val_loss_after']:.4f} | "
+            f"{', '.join(others)} | "
+            f"{b['trained_parameters']:,} | {b['seconds_per_step']:.2f} | {b['peak_memory_mib']:,.0f} |"
+        )
+    lines.append(f"\nBefore training: {best[0]['val_loss_before']:.4f}.")
+    return "\n".join(lines) + "\n"
+
+
+def plot(file: Path, rows: list[dict[str, Any]]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats a target token)")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = sorted((r["lr"], r["val_loss_after"]) for r in rows if r["method"] == method)
+        axes.plot(*zip(*mine, strict=True), "o-", label=method)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    command(main, CompareConfig, __doc__)

@@ -1,0 +1,41 @@
+"""Turn a checkpoint of another layout into one of ours: a Hugging Face directory with safetensors.
+
+    python scripts/convert_to_litmini.py model.Q4_K_M.gguf --out_dir checkpoints/ORG/NAME
+    python scripts/convert_to_litmini.py DIRECTORY --out_dir checkpoints/ORG/NAME --dtype bf16
+
+A directory holds safetensors or pytorch_model*.bin with config.json, Meta's consolidated.*.pth with params.json, or
+litgpt's lit_model.pth. Memory: two shards at most, whatever the model's size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from litmini.cli import command
+
+
+@dataclass
+class ConvertConfig:
+    """Settings of convert_to_litmini.py."""
+
+    source: str
+    """GGUF file, or directory with the checkpoint."""
+    out_dir: str
+    """Where to write; must not exist."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Of the result; none: as it is, and bf16 for a GGUF file."""
+    max_shard_size: str = "5GB"
+    """Largest weight file, such as 500MB or 5GB."""
+
+
+def main(config: ConvertConfig) -> None:
+    from litmini.checkpoint import parse_dtype
+    from litmini.convert import convert
+    from litmini.export import parse_size
+
+    dtype = parse_dtype(config.dtype) if config.dtype else None
+    target = convert(config.source, config.out_dir, dtype, parse_size(config.max_shard_size))
+    print(f"checkpoint in {target}. To check it: python scripts/verify.py {target}")
+
+
+if __name__ == "__main__":
+    command(main, ConvertConfig, __doc__, positional=("source",))

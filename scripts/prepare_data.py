@@ -1,0 +1,88 @@
+"""Turn text into token shards for pretraining.
+
+    python scripts/prepare_data.py my_texts/ 'more/*.jsonl.zst' --tokenizer checkpoints/org/name --out_dir data/mine
+
+Reads .txt, .jsonl and .parquet, plain, .gz or .zst: files, folders, globs, or URLs such as hf://datasets/org/name.
+The same command goes on with a preparation that was interrupted. Memory: some 100 MiB for each process.
+"""
+
+from dataclasses import dataclass
+
+from litmini.cli import command
+from litmini.config import check
+
+
+@dataclass
+class PrepareConfig:
+    """Settings of prepare_data.py."""
+
+    inputs: list[str]
+    """Files, folders, globs and URLs of text; words that are no settings."""
+    tokenizer: str
+    """Directory with a tokenizer: a checkpoint, or what train_tokenizer.py wrote."""
+    out_dir: str
+    """Where to write the shards, index.json and the tokenizer."""
+    text_key: str = "text"
+    """The field of JSONL records, or column of Parquet files, that holds the text."""
+    separator: str | None = None
+    """What stands between documents in .txt files, such as <|endoftext|>; none: a file is one document."""
+    val_fraction: float = 0.005
+    """Share of documents to hold out, by a hash of their text."""
+    shard_tokens: int = 1 << 28
+    """Tokens in one shard, of 2 or 4 bytes each."""
+    workers: int | None = None
+    """Processes that tokenise; none: as many as there are cores."""
+    max_empty: float = 0.01
+    """Largest share of empty documents that is no error; they are left out."""
+
+    def __post_init__(self) -> None:
+        check(
+            "",
+            self,
+            inputs=bool(self.inputs),
+            separator=self.separator != "",
+            val_fraction=0 <= self.val_fraction < 1,
+            shard_tokens=self.shard_tokens > 0,
+            workers=self.workers is None or self.workers > 0,
+            max_empty=0 <= self.max_empty <= 1,
+        )
+
+
+def main(config: PrepareConfig) -> None:
+    import os
+    import time
+    from pathlib import Path
+
+    from litmini.corpus import prepare
+    from litmini.documents import find_sources
+    from litmini.encode import Recipe
+    from litmini.tokenizer import Tokenizer
+
+    tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)
+    recipe = Recipe(
+        tokenizer=(tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8"),
+        begin=tokenizer.encode(""),
+        end=tokenizer.stop_ids[0],
+        text_key=config.text_key,
+        separator=config.separator,
+        val_fraction=config.val_fraction,
+        shard_tokens=config.shard_tokens,
+    )
+    sources = find_sources(config.inputs)
+    started = time.perf_counter()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    index = prepare(sources, recipe, target, config.workers or cores, tokenizer.save, config.max_empty)
+    for split, content in index["splits"].items():
+        tokens = sum(shard["tokens"] for shard in content["shards"])
+        print(f"{split}: {content['documents']:,} documents, {tokens:,} tokens in {len(content['shards'])} shards")
+    s = index["statistics"]
+    print(
+        f"{s['characters']:,} characters, {s['empty']:,} empty documents left out, {time.perf_counter() - started:.1f} s"
+    )
+    print(
+        f"\nNow train on it:\n  python scripts/pretrain.py --model llama/tiny --data.path {target} --out_dir out/NAME"
+    )
+
+
+if __name__ == "__main__":
+    command(main, PrepareConfig, __doc__, positional=("inputs...",))

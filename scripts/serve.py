@@ -1,0 +1,99 @@
+"""Serve a model, and adapters on it, over HTTP as OpenAI's API does.
+
+    pip install -e ".[serve]"
+    python scripts/serve.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
+        --adapters '{"orders": "out/quickstart/final"}'
+
+Clients reach it at http://127.0.0.1:8000/v1; the model's name is that of its directory, or of an adapter. Where the
+environment has LITMINI_API_KEY, clients must send it.
+"""
+
+from dataclasses import dataclass, field
+
+from litmini.cli import command
+from litmini.config import ModelConfig, UserError, check
+
+
+@dataclass(kw_only=True)
+class ServeConfig(ModelConfig):
+    """Settings of serve.py."""
+
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Further models: name -> adapter directory. They share the weights of the one in memory."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every one."""
+    port: int = 8000
+    """Port to listen at."""
+    max_batch: int = 8
+    """Requests that are answered together; others wait."""
+    max_queue: int = 64
+    """Requests that may wait; others are refused with status 429."""
+    max_connections: int = 256
+    """Connections; others are refused with status 503."""
+    max_new_tokens: int = 1024
+    """Longest answer in tokens."""
+    max_context: int = 8192
+    """Longest prompt and answer together, where the model's own limit is not lower."""
+    max_body_mib: float = 4.0
+    """Largest request in MiB."""
+
+    def __post_init__(self) -> None:
+        sizes = ("max_batch", "max_queue", "max_connections", "max_new_tokens", "max_context", "max_body_mib")
+        check("", self, **{name: getattr(self, name) > 0 for name in sizes}, port=0 <= self.port < 2**16)
+        if self.adapters and self.adapter_dir is not None:
+            raise UserError("expected --adapter_dir DIR, or --adapters '{NAME: DIR}', not both.")
+
+
+def main(config: ServeConfig) -> None:
+    import os
+    import socket
+    import sys
+    from pathlib import Path
+
+    try:
+        import uvicorn
+
+        from litmini.serving import Limits, Server, make_app
+    except ImportError as error:
+        raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
+    from litmini.engine import twin
+    from litmini.generation import open_model
+    from litmini.peft_format import load_adapter
+    from litmini.tokenizer import Tokenizer
+
+    key = os.environ.get("LITMINI_API_KEY") or None
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot listen at {config.host}:{config.port}: {error}. Give another --port.") from None
+        model, tokenizer = open_model(config)
+        models = {Path(config.adapter_dir or config.checkpoint_dir).resolve().name: (model, tokenizer)}
+        for name, directory in config.adapters.items():
+            adapted = twin(model)
+            load_adapter(adapted, directory)
+            own = (Path(directory) / "tokenizer.json").is_file() and config.chat_template == "auto"
+            models[name] = adapted, Tokenizer(directory) if own else tokenizer
+        limits = Limits(
+            config.max_batch,
+            config.max_queue,
+            config.max_new_tokens,
+            config.max_context,
+            int(config.max_body_mib * 2**20),
+        )
+        port = listener.getsockname()[1]
+        print(f"{', '.join(models)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
+        if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
+            print("warning: whoever reaches this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
+        settings = uvicorn.Config(
+            make_app(Server(models, limits, key)),
+            log_level="warning",
+            limit_concurrency=config.max_connections,
+            timeout_graceful_shutdown=5,
+        )
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    command(main, ServeConfig, __doc__)

@@ -1,0 +1,170 @@
+"""GGUF files of tiny models, as llama.cpp's converter writes them: metadata, names and layout checked against its output."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import quantize
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+CORPUS = [
+    "The cat sat on the mat in 1984, 1984 and 12345678.",
+    "Über 1,234 naïve café-goers; they'll say: 'don't'!",
+    "a  b\n\n\tc = d[0] + 10",
+]
+TEXTS = [
+    *CORPUS,
+    "",
+    " leading and trailing ",
+    "In 2024, 3.14159 × 10² ≠ 你好 🙂",
+    "<|im_start|>user\nHi<|im_end|>\n<think>x</think>",
+    "I'M we'll\r\n\r\n  indented 12345678",
+]
+ARCHITECTURES = {"gemma3_text": "gemma3"}  # Hugging Face's model_type -> GGUF's name, where they differ
+
+
+def train_tokenizer(split: pre_tokenizers.PreTokenizer, **options) -> Tokenizer:
+    """A byte-level BPE with 3 special tokens in front and one that is added, but not special, behind."""
+    tokenizer = Tokenizer(models.BPE(**options))
+    # Trained on whole numbers, so that there are merges of digits which only a right split keeps from being used
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS * 3,
+        trainers.BpeTrainer(vocab_size=319, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
+    return tokenizer
+
+
+def smollm_split() -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Random weights, norms and biases away from their defaults."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        norm = "norm" in name or ".ln_" in name
+        torch.nn.init.normal_(parameter.data, 1.0 if norm and name.endswith("weight") else 0.0, 0.2)
+    return model.eval()
+
+
+def tiny_llama(vocab_size: int, **changes) -> LlamaForCausalLM:
+    """A head of 16 dimensions, grouped queries."""
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+    settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}}
+    return randomize(LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(settings | changes))))
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's convert_hf_to_gguf.py does to q and k of Llama."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def add_settings(writer: gguf.GGUFWriter, config) -> None:
+    gpt2 = config.model_type == "gpt2"
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(4 * config.n_embd if gpt2 else config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    if gpt2:
+        return writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    ropes = config.rope_parameters
+    rope = ropes.get("full_attention", ropes)
+    if "gemma" not in config.model_type or config.model_type == "gemma3_text":
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if config.model_type == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_vocab_size(config.vocab_size)
+    elif config.model_type != "qwen2":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if config.model_type in ("gemma2", "gemma3_text"):
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def add_bpe(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str) -> None:
+    vocab, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(sorted(vocab, key=lambda token: vocab[token]))
+    writer.add_token_types([(3 if added[i].special else 4) if i in added else 1 for i in range(len(vocab))])
+    writer.add_token_merges([" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]])
+    for name, token in (("bos", 1), ("eos", 2), ("unknown", 0), ("padding", 2)):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    writer.add_chat_template(TEMPLATE)
+
+
+def hf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The tensors as a file has them, under Hugging Face's names."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().float().numpy()
+        if model.config.model_type == "llama" and (found := [k for k in ("q_proj", "k_proj") if f".{k}." in name]):
+            q = found == ["q_proj"]
+            array = permute(array, model.config.num_attention_heads if q else model.config.num_key_value_heads)
+        elif model.config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            array = np.ascontiguousarray(array.T)
+        elif "gemma" in model.config.model_type and name.endswith("norm.weight"):
+            array = array + 1
+        tensors[name] = array
+    return tensors
+
+
+def write_gguf(
+    file: Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | None = None,
+    architecture: str | None = None,
+    pre: str = "smollm",
+    quantized: gguf.GGMLQuantizationType | None = None,
+    settings: dict[str, object] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """A GGUF file as llama.cpp's converter writes it. `settings` and `tensors` add to it."""
+    kind = model.config.model_type
+    architecture = architecture or ARCHITECTURES.get(kind, kind)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_string("general.organization", "acme")
+    add_settings(writer, model.config)
+    if tokenizer is not None:
+        add_bpe(writer, tokenizer, pre)
+    for key, value in (settings or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[list] = writer.add_array
+        add[type(value)](key, value)
+    real = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == ARCHITECTURES.get(kind, kind))
+    names = gguf.get_tensor_name_map(real, model.config.num_hidden_layers)
+    for name, array in hf_tensors(model).items():
+        old = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if quantized is not None and array.ndim == 2:
+            writer.add_tensor(old, quantize(array, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(old, array)
+    for old, array in (tensors or {}).items():
+        writer.add_tensor(old, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

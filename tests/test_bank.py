@@ -1,0 +1,82 @@
+"""Several adapters over one base: each row as with its adapter alone, swapped and removed without a trace."""
+
+import pytest
+import torch
+
+import litmini
+from litmini.adapters import DoRALinear, add_adapters
+from litmini.bank import AdapterBank
+from litmini.checkpoint import load_model
+from litmini.config import LoraConfig, UserError
+from litmini.peft_format import save_adapter
+
+TOKENS = torch.arange(80).reshape(4, 20) * 7 % 512
+KINDS = {
+    "lora": (LoraConfig(rank=4, targets=["q_proj", "down_proj"]), None),
+    "dora": (LoraConfig(rank=2, targets=["all-linear"]), DoRALinear),
+    "head": (LoraConfig(rank=2, targets=["v_proj"], modules_to_save=["lm_head"]), None),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_dir, tmp_path_factory):
+    directories = {}
+    for seed, (name, (config, layer)) in enumerate(KINDS.items()):
+        model = load_model(tiny_dir, torch.float32)
+        add_adapters(model, config, layer)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+        directories[name] = tmp_path_factory.mktemp(name)
+        save_adapter(model, directories[name], str(tiny_dir))
+    return directories
+
+
+@torch.no_grad()
+def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
+    model = load_model(tiny_dir, torch.float32)
+    base = model(TOKENS)
+    alone = {name: litmini.load(tiny_dir, path, dtype="fp32")[0](TOKENS) for name, path in saved.items()}
+    alone[None] = base
+    bank = AdapterBank(model)
+    for name, path in saved.items():
+        bank.add(name, path)
+    assert torch.equal(model(TOKENS), base), "outside of use() it is the base"
+    for rows in (["lora", "dora", None, "head"], ["head"] * 4, ["dora", "lora", "dora", "lora"], [None] * 4):
+        with bank.use(rows):
+            y = model(TOKENS)
+        for i, name in enumerate(rows):
+            torch.testing.assert_close(y[i], alone[name][i], atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(TOKENS), base)
+
+
+@torch.no_grad()
+def test_swapped_and_removed_without_a_trace(tiny_dir, saved):
+    model = load_model(tiny_dir, torch.float32)
+    base, modules = model(TOKENS), dict(model.named_modules())
+    bank = AdapterBank(model)
+    bank.add("one", saved["lora"])
+    bank.add("two", saved["dora"])
+    with bank.use(["one"] * 4):
+        first = model(TOKENS)
+    bank.add("one", saved["head"])  # under the same name
+    with bank.use(["one"] * 4):
+        second = model(TOKENS)
+    assert (first - second).abs().max() > 0.1
+    bank.remove("two")
+    bank.remove("one")
+    assert dict(model.named_modules()) == modules and torch.equal(model(TOKENS), base)
+    with pytest.raises(UserError, match=r"no adapter one; there are: none"), bank.use(["one"]):
+        pass
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_others(tiny_dir, saved, tmp_path):
+    model = load_model(tiny_dir, torch.float32)
+    bank = AdapterBank(model)
+    bank.add("good", saved["lora"])
+    with pytest.raises(UserError, match="no adapter directory"):
+        bank.add("good", tmp_path)
+    with bank.use(["good"] * 4), torch.no_grad():
+        expected = litmini.load(tiny_dir, saved["lora"], dtype="fp32")[0](TOKENS)
+        torch.testing.assert_close(model(TOKENS), expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,358 @@
+"""Checkpoints of other layouts in: the tensors and logits of the originals; what is wrong is named, and nothing written."""
+
+import base64
+import itertools
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from gguf_files import CORPUS, permute, randomize, tiny_llama, train_tokenizer, write_gguf
+from safetensors.torch import load_file, save_file
+from test_gguf_families import SENTENCEPIECE, SHAPE, plain_bpe, sentencepiece_vocabulary
+from tokenizers import pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from litmini.checkpoint import check_checkpoint_dir, load_model, shards
+from litmini.config import UserError
+from litmini.convert import convert
+from litmini.files import read_json
+from litmini.tokenizer import Tokenizer
+
+TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory with a tokenizer and no model."""
+    directory = tmp_path / "source"
+    directory.mkdir()
+    train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False)).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    return directory
+
+
+def hf(directory: Path, model: tf.PreTrainedModel, **config) -> dict[str, torch.Tensor]:
+    """Write config.json; the tensors as transformers' files hold them."""
+    model.save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / "config.json").write_text(json.dumps(read_json(directory / "config.json") | config))
+    return tensors
+
+
+def same(out: Path, tensors: dict[str, torch.Tensor]) -> None:
+    found = {name: t for file in shards(out) for name, t in load_file(file).items()}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)
+
+
+def refused(source: Path, out: Path) -> str:
+    """The message; nothing is written."""
+    with pytest.raises(UserError) as error:
+        convert(source, out)
+    assert not out.exists() and not list(out.parent.glob(f".{out.name}*"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_bin(source: Path, tmp_path: Path, new_format: bool) -> None:
+    """With a tied head, the buffers of old files, a dtype of its own; also of the format before torch 1.6."""
+    tensors = {name: t.half() for name, t in hf(source, tiny_llama(320, tie_word_embeddings=True)).items()}
+    old = {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    old["lm_head.weight"] = old["model.embed_tokens.weight"]
+    torch.save(old, source / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
+    out = convert(source, tmp_path / "out")
+    check_checkpoint_dir(out)
+    same(out, tensors)
+    assert read_json(out / "config.json")["dtype"] == "float16"
+    half = convert(source, tmp_path / "half", torch.bfloat16)
+    same(half, {name: t.bfloat16() for name, t in tensors.items()})
+
+
+def test_bin_shards(source: Path, tmp_path: Path) -> None:
+    tensors = hf(source, tiny_llama(320))
+    index = {name: f"pytorch_model-{i % 3 + 1:05d}-of-00003.bin" for i, name in enumerate(tensors)}
+    for file in set(index.values()):
+        torch.save({name: t for name, t in tensors.items() if index[name] == file}, source / file)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    out = convert(source, tmp_path / "out", max_shard_bytes=100_000)
+    assert len(shards(out)) > 1
+    same(out, tensors)
+    (source / "pytorch_model-00002-of-00003.bin").unlink()
+    message = refused(source, tmp_path / "bad")
+    assert "lacks pytorch_model-00002-of-00003.bin, which pytorch_model.bin.index.json names" in message
+    index["x"] = "../x.bin"
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert "names a file outside its directory: ../x.bin" in refused(source, tmp_path / "bad")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("the pickle was run",)
+
+
+def test_a_pickle_that_wants_to_run_code(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hf(source, tiny_llama(320))
+    torch.save({"x": Evil()}, source / "pytorch_model.bin")
+    assert "pytorch_model.bin is refused: it holds more than tensors" in refused(source, tmp_path / "out")
+    assert "the pickle was run" not in capsys.readouterr().out
+    torch.save({"x": 1}, source / "pytorch_model.bin")
+    assert "holds no tensors by name" in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors", "lit", "meta", "gguf"])
+def test_truncated_files_are_named(kind: str, source: Path, tmp_path: Path) -> None:
+    model = tiny_llama(320)
+    tensors = hf(source, model)
+    file = source / {"bin": "pytorch_model.bin", "lit": "lit_model.pth"}.get(kind, "consolidated.00.pth")
+    if kind == "safetensors":
+        save_file(tensors, file := source / "model.safetensors")
+    elif kind == "gguf":
+        write_gguf(file := source / "a.gguf", model, None)
+    else:
+        torch.save(tensors, file)
+    file.write_bytes(file.read_bytes()[:-5000])
+    message = refused(file if kind == "gguf" else source, tmp_path / "out")
+    assert file.name in message and ("truncated" in message or "damaged" in message)
+
+
+def test_header_that_claims_more_than_the_file_has(source: Path, tmp_path: Path) -> None:
+    hf(source, tiny_llama(320))
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
+    for content in (struct.pack("<Q", len(header)) + header + bytes(16), struct.pack("<Q", 2**60) + header):
+        (source / "model.safetensors").write_bytes(content)
+        assert "model.safetensors is damaged" in refused(source, tmp_path / "out")
+
+
+def test_what_cannot_be_converted(source: Path, tmp_path: Path) -> None:
+    assert "holds no weights that are read here; expected a GGUF file" in refused(source, tmp_path / "out")
+    assert "is not there" in refused(tmp_path / "none", tmp_path / "out")
+    assert "tokenizer.json is of no kind" in refused(source / "tokenizer.json", tmp_path / "out")
+    tensors = hf(source, tiny_llama(320))
+    tensors["extra"] = tensors.pop("model.norm.weight")
+    torch.save(tensors, source / "pytorch_model.bin")
+    message = refused(source, tmp_path / "out")
+    assert "unexpected extra (64,)" in message and "missing model.norm.weight" in message
+    (source / "config.json").write_text(json.dumps({"model_type": "gptj"}))
+    assert "model_type 'gptj' is not implemented" in refused(source, tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there exists already"):
+        convert(source, tmp_path / "there")
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_failure_in_the_middle_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    tensors = hf(source, tiny_llama(320))
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "tokenizer.json").unlink()
+    assert "has neither tokenizer.json nor tokenizer.model" in refused(source, tmp_path / "out")
+
+
+def meta_parts(model: tf.PreTrainedModel, parts: int, embedding_dim: int) -> list[dict[str, torch.Tensor]]:
+    """Meta's layout: pairs side by side in q and k, split over model parallel ranks as fairscale's layers are."""
+    names = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output", "o_proj": "attention.wo"}
+    names |= {f"{x}_proj": f"attention.w{x}" for x in "qkv"}
+    names |= {"gate_proj": "feed_forward.w1", "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3"}
+    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    split = {"tok_embeddings": embedding_dim, "output": 0, "attention.wo": 1, "feed_forward.w2": 1}
+    states: list[dict[str, torch.Tensor]] = [{"rope.freqs": torch.ones(8)} for _ in range(parts)]
+    for name, parameter in model.named_parameters():
+        leaf = name.split(".")[-2]
+        array = parameter.detach().numpy()
+        whole = torch.from_numpy(np.ascontiguousarray(permute(array, heads[leaf]) if leaf in heads else array))
+        prefix = f"layers.{name.split('.')[2]}." if "layers" in name else ""
+        split_at = split.get(names[leaf], 0)
+        pieces = [whole] * parts if whole.ndim == 1 else whole.chunk(parts, split_at)
+        for state, piece in zip(states, pieces, strict=True):
+            state[f"{prefix}{names[leaf]}.weight"] = piece.clone()
+    return states
+
+
+@pytest.mark.parametrize(
+    ("parts", "embedding_dim", "tied"), [(1, 0, False), (1, 0, True), (2, 1, False), (2, 0, False)]
+)
+def test_meta(source: Path, tmp_path: Path, parts: int, embedding_dim: int, tied: bool) -> None:
+    """Llama 2 splits the embedding by columns, Llama 3 by rows."""
+    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    model = tiny_llama(320, rope_parameters=rope, tie_word_embeddings=tied)
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "norm_eps": 1e-5}
+    params |= {"multiple_of": 32, "rope_theta": 500_000.0, "use_scaled_rope": True}
+    (source / "params.json").write_text(json.dumps(params))
+    for i, state in enumerate(meta_parts(model, parts, embedding_dim)):
+        if tied:
+            state["output.weight"] = state["tok_embeddings.weight"].clone()
+        torch.save(state, source / f"consolidated.{i:02d}.pth")
+    out = convert(source, tmp_path / "out")
+    expected = dict(model.named_parameters())
+    same(out, {name: parameter.detach() for name, parameter in expected.items()})
+    imported = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert imported.config.tie_word_embeddings is tied and imported.config.max_position_embeddings == 131_072
+    with torch.no_grad():
+        assert torch.equal(imported(TOKENS).logits, model(TOKENS).logits)
+    (source / "params.json").write_text("{}")
+    assert "params.json does not describe a Llama (KeyError: 'dim')" in refused(source, tmp_path / "bad")
+
+
+def test_metas_pairs_are_turned_as_metas_code_turns_them(source: Path, tmp_path: Path) -> None:
+    """Scores of Meta's q and k under complex rotation, as in its model.py, are those of ours under half-split rotation."""
+    model = tiny_llama(320, num_key_value_heads=4)
+    (state,) = meta_parts(model, 1, 0)
+    x, angles = torch.randn(6, 64), torch.outer(torch.arange(6), 1 / 100_000.0 ** (torch.arange(0, 16, 2) / 16))
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def meta(w: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex((x @ w.T).view(6, 4, 8, 2))
+        return torch.view_as_real(pairs * turns).flatten(2)
+
+    def half(w: torch.Tensor) -> torch.Tensor:
+        a, b = (x @ w.T).view(6, 4, 16).chunk(2, -1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    attention = model.model.layers[0].self_attn
+    theirs = [meta(state[f"layers.0.attention.w{k}.weight"]) for k in "qk"]
+    ours = [half(attention.get_parameter(f"{k}_proj.weight").detach()) for k in "qk"]
+    scores = [torch.einsum("qhd,khd->hqk", *pair) for pair in (theirs, ours)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+
+
+def lit_state(tensors: dict[str, torch.Tensor], config: tf.PreTrainedConfig, by_group: bool) -> dict[str, torch.Tensor]:
+    """litgpt's layout of a Llama; q, k and v side by side, or (before December 2024) by group."""
+    names = {"o_proj": "attn.proj", "gate_proj": "mlp.fc_1", "up_proj": "mlp.fc_2", "down_proj": "mlp.proj"}
+    names |= {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
+    names |= {"embed_tokens": "transformer.wte", "norm": "transformer.ln_f", "lm_head": "lm_head"}
+    state = {}
+    for name, tensor in tensors.items():
+        layer, leaf, kind = name.split(".")[2], *name.split(".")[-2:]
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            if leaf == "q_proj":
+                q, k, v = (tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
+                heads = config.num_key_value_heads
+                groups = zip(q.chunk(heads), k.chunk(heads), v.chunk(heads), strict=True)
+                fused = torch.cat([part for group in groups for part in group] if by_group else [q, k, v])
+                state[f"transformer.h.{layer}.attn.{'attn' if by_group else 'qkv'}.{kind}"] = fused
+        else:
+            state[f"transformer.h.{layer}.{names[leaf]}.{kind}" if "layers" in name else f"{names[leaf]}.{kind}"] = (
+                tensor
+            )
+    return state
+
+
+@pytest.mark.parametrize("by_group", [True, False])
+def test_litgpt(source: Path, tmp_path: Path, by_group: bool) -> None:
+    model = randomize(tf.AutoModelForCausalLM.from_config(tf.Qwen2Config(**SHAPE, tie_word_embeddings=True)))
+    tensors = hf(source, model)
+    state = lit_state(tensors, model.config, by_group)
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    torch.save({"model": state}, source / "lit_model.pth")
+    out = convert(source, tmp_path / "out")
+    same(out, tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(out, torch.float32)(TOKENS), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    state["lm_head.weight"] = state["lm_head.weight"] * 2  # litgpt trains it apart from the embedding
+    torch.save(state, source / "lit_model.pth")
+    untied = convert(source, tmp_path / "untied")
+    same(untied, {**tensors, "lm_head.weight": state["lm_head.weight"]})
+    assert read_json(untied / "config.json")["tie_word_embeddings"] is False
+    torch.save({**state, "transformer.h.0.attn.qkv.lora_A": torch.ones(2)}, source / "lit_model.pth")
+    assert "holds an adapter (transformer.h.0.attn.qkv.lora_A). Merge it first" in refused(source, tmp_path / "bad")
+
+
+def test_litgpt_gpt_neox(source: Path, tmp_path: Path) -> None:
+    """Fused in both, in another order."""
+    config = tf.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"})
+    model = randomize(tf.AutoModelForCausalLM.from_config(config))
+    tensors = hf(source, model)
+    names = {
+        "dense_h_to_4h": "mlp.fc",
+        "dense_4h_to_h": "mlp.proj",
+        "dense": "attn.proj",
+        "query_key_value": "attn.qkv",
+    }
+    names |= {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
+    top = {"embed_in": "transformer.wte", "final_layer_norm": "transformer.ln_f", "embed_out": "lm_head"}
+    state = {}
+    for name, tensor in tensors.items():
+        leaf, kind = name.split(".")[-2:]
+        if leaf == "query_key_value":  # by head in Hugging Face's files
+            tensor = tensor.view(4, 3, 16, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        new = f"transformer.h.{name.split('.')[2]}.{names[leaf]}" if leaf in names else top[leaf]
+        state[f"{new}.{kind}"] = tensor
+    torch.save(state, source / "lit_model.pth")
+    same(convert(source, tmp_path / "out"), tensors)
+
+
+def varint(value: int) -> bytes:
+    return bytes([value & 127 | (128 if value > 127 else 0)]) + (varint(value >> 7) if value > 127 else b"")
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_model(source: Path, tmp_path: Path, prefix: bool) -> None:
+    """tokenizer.model alone: the token ids of SentencePiece's own rule."""
+    tokens, types = sentencepiece_vocabulary(prefix)
+    tokens[: len(SENTENCEPIECE)] = [token.replace(" ", "\u2581") for token in SENTENCEPIECE]
+    message = b""
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        score = varint(2 << 3 | 5) + struct.pack("<f", -i)
+        message += field(1, field(1, token.encode()) + score + (field(3, kind) if kind != 1 else b""))
+    message += field(2, field(3, 2)) + field(3, field(1, b"identity") + (b"" if prefix else field(3, 0)))
+    for file in source.iterdir():
+        file.unlink()
+    (source / "tokenizer.model").write_bytes(message)
+    tensors = hf(source, tiny_llama(len(tokens)), eos_token_id=1)
+    (source / "generation_config.json").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    tokenizer = Tokenizer(convert(source, tmp_path / "out"))
+    for text in ("the cat sat on the mat", CORPUS[1], "a 你好"):
+        assert tokenizer.encode(text) == [2, *plain_bpe(text, tokens, prefix)]
+    assert tokenizer.stop_ids == [1]
+    (source / "tokenizer.model").write_bytes(message + b"\n\xff\x01")
+    assert "tokenizer.model is no SentencePiece model, or damaged" in refused(source, tmp_path / "bad")
+    (source / "tokenizer.model").write_bytes(message + field(2, field(3, 1)))
+    assert "but no BPE" in refused(source, tmp_path / "bad")
+
+
+def test_llama3_tokenizer_model(source: Path, tmp_path: Path) -> None:
+    """Base64 and ranks: pairs are joined by rank, within words."""
+    trained = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    letters = bytes_to_unicode()
+    back = {letter: byte for byte, letter in letters.items()}
+    model = json.loads(trained.to_str())["model"]
+    words = [t for t in sorted(model["vocab"], key=model["vocab"].get) if len(t) > 1 and not t.startswith("<|")]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {bytes(back[c] for c in word): 256 + i for i, word in enumerate(words)}
+    lines = [base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()]
+    shutil.rmtree(source)
+    source.mkdir()
+    (source / "tokenizer.model").write_bytes(b"\n".join(lines))
+    tensors = hf(source, tiny_llama(len(ranks) + 256), eos_token_id=None)
+    (source / "generation_config.json").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    tokenizer = Tokenizer(convert(source, tmp_path / "out"))
+    assert tokenizer.encode("<|start_header_id|>", special=False) == [len(ranks) + 6]
+
+    def plain(word: bytes) -> list[int]:
+        pieces = [word[i : i + 1] for i in range(len(word))]
+        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in ranks]:
+            i = min(pairs)[1]
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        return [ranks[piece] for piece in pieces]
+
+    expected = [
+        i for word in (b"the", b" cat", b" sat", b"!", b" \xc3\xbcber", b" ", b"123", b"4") for i in plain(word)
+    ]
+    assert tokenizer.encode("the cat sat! über 1234") == [len(ranks), *expected]
+    assert tokenizer.stop_ids == [len(ranks) + 1, len(ranks) + 9, len(ranks) + 8]

@@ -1,0 +1,127 @@
+"""verify.py: every check passes on what is right, and fails on what is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import litmini.train
+import litmini.verify
+from litmini.adapters import LoRALinear
+from litmini.cache import LayerCache
+from litmini.checkpoint import disk_tensors, load_model, save_model
+from litmini.config import UserError
+from litmini.models import family
+from litmini.tokenizer import Tokenizer
+from litmini.verify import CHECKS, check_bits, rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import verify  # the script
+
+SCRIPT = Path(verify.__file__)
+
+
+def tiny(name: str, tokenizer_dir: Path, directory: Path) -> Path:
+    module = family(name)
+    model = module.Model(module.PRESETS["tiny"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.1, generator)
+    directory.mkdir()
+    tensors = ((n, p.detach()) for n, p in model.named_parameters())
+    config = module.config_to_hf(model.config)
+    save_model(directory, config, disk_tensors(module, model.config, tensors), side_files=tokenizer_dir)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "mixtral", "phi3"])
+def test_what_is_right_passes(name: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    directory = tiny(name, tokenizer_dir, tmp_path / "tiny")
+    model = load_model(directory, torch.float32)
+    tokens = rows(Tokenizer(directory), model, "cpu")
+    before = model(tokens)
+    results = [check_bits(directory), *(check(model, tokens) for check in CHECKS)]
+    assert all(result.passed for result in results), results
+    assert torch.equal(model(tokens), before)
+
+
+def broken_update(self, k, v):
+    keys, values = original_update(self, k, v)
+    return keys.flip(2), values  # keys of other tokens
+
+
+original_update, original_merged = LayerCache.update, LoRALinear.merged_weight
+
+
+@pytest.mark.parametrize(
+    ("check", "target", "broken"),
+    [
+        ("check_cache", "litmini.cache.LayerCache.update", broken_update),
+        ("check_packing", "litmini.models.llama.make_mask", None),
+        ("check_merge", "litmini.adapters.LoRALinear.merged_weight", lambda self: original_merged(self) * 1.001),
+        ("check_accumulation", "litmini.train._targets", lambda batches: 2 * len(batches)),
+        ("check_resume", "litmini.verify.load_state", lambda directory, model, optimizer: litmini.train.Progress(1)),
+    ],
+)
+def test_what_is_wrong_fails(check: str, target: str, broken, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(tiny_dir, torch.float32)
+    tokens = rows(Tokenizer(tiny_dir), model, "cpu")
+    if broken is None:  # documents are forgotten
+        from litmini.attention import make_mask
+
+        def broken(positions, documents, cache, window):
+            order = torch.arange(positions.shape[1]).expand_as(positions)
+            return make_mask(order, None, cache, window)
+
+    monkeypatch.setattr(target, broken)
+    result = getattr(litmini.verify, check)(model, tokens)
+    assert result.passed is False, result
+
+
+def test_bits_that_change(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_bits(tiny_dir).passed
+    monkeypatch.setattr(litmini.verify, "disk_tensors", lambda m, c, tensors: ((n, t.bfloat16()) for n, t in tensors))
+    result = check_bits(tiny_dir)
+    assert result.passed is False and result.note.startswith("changed: ") and result.measured["changed"] > 10
+
+
+def test_command_line(tiny_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tiny_dir), "--json", str(tmp_path / "v.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8 and all(" ok " in line for line in lines)
+    facts = json.loads((tmp_path / "v.json").read_text())
+    assert facts["checkpoint"] == str(tiny_dir) and "transformers" in facts["checks"][0]["name"]
+    assert facts["checks"][0]["measured"]["top1_agreement"] == 1.0 and all(c["passed"] for c in facts["checks"])
+
+
+def test_other_weights_and_no_transformers(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(verify, "against_transformers", scaled := Scaled(verify.against_transformers))
+    with pytest.raises(
+        UserError, match=r"2 of 8 checks failed: logits = transformers, fp32, logits = transformers, bf16"
+    ):
+        verify.main(verify.VerifyConfig(str(tiny_dir), device="cpu"))
+    assert capsys.readouterr().out.count("FAILED") == 2
+    monkeypatch.setattr(verify, "against_transformers", scaled.original)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    verify.main(verify.VerifyConfig(str(tiny_dir), device="cpu"))
+    out = capsys.readouterr().out
+    assert out.count("skipped  transformers is not installed: pip install transformers") == 2 and out.count(" ok ") == 6
+    with pytest.raises(UserError, match="checkpoint directory not found"):
+        verify.main(verify.VerifyConfig(str(tmp_path / "none")))
+
+
+class Scaled:
+    """Logits that are off by a hundredth."""
+
+    def __init__(self, original) -> None:
+        self.original = original
+
+    def __call__(self, directory, tokens, ours, rounded):
+        return self.original(directory, tokens, ours * 1.01, rounded * 1.01)
