@@ -75,6 +75,8 @@ class TrainConfig:
     """Rows in one forward pass on one device."""
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    offload_activations: bool = False
+    """Keep what blocks need for the backward pass in CPU memory. For GPUs; slower."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None
@@ -87,9 +89,13 @@ class TrainConfig:
     """Steps between answers to the first held-out questions (`eval.samples`), kept in samples.jsonl; none: no answers."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
+    keep_best: bool = False
+    """Save at each evaluation that finds a lower held-out loss, and keep that checkpoint, too."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradients are NaN or infinite: stop the run, or leave out this step. The batch is saved either way."""
 
     def __post_init__(self) -> None:
-        numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, bool)}
+        numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, (bool, str))}
         check("train.", self, **{name: 0 < value < math.inf for name, value in numbers.items()})
 
 
@@ -116,6 +122,13 @@ class OptimConfig:
     """AdamW's averages."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; none: do not."""
+    stochastic_rounding: bool = False
+    """Weights in bf16 (--precision bf16-true) take AdamW's step in fp32 and are rounded by chance: small updates count."""
+    in_backward: bool = False
+    """Take each parameter's step in the backward pass and drop its gradient: no memory for gradients. Needs one
+    micro-batch in a step, one device, and max_grad_norm null."""
+    offload: bool = False
+    """Keep the optimizer's averages in CPU memory. For GPUs; slower."""
 
     def __post_init__(self) -> None:
         check(
@@ -277,8 +290,9 @@ class RunConfig(ABC):
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-true"
-    """bf16-true: frozen weights in bf16, adapters in fp32. bf16-mixed: weights in fp32, products in bf16."""
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
+    """bf16-true: frozen weights in bf16, adapters in fp32. bf16-mixed: weights in fp32, products in bf16.
+    16-mixed: products in fp16 and the loss scaled, for GPUs without bf16."""
     devices: int = 1
     """Processes on each node, one for each GPU."""
     num_nodes: int = 1
@@ -306,6 +320,17 @@ class RunConfig(ABC):
             seed=0 <= self.seed < 2**32,
             show_masks=self.show_masks >= 0,
         )
+        clash = {
+            "train.global_batch_size above micro_batch_size": self.train.global_batch_size
+            > self.train.micro_batch_size,
+            "optim.max_grad_norm (null is none)": self.optim.max_grad_norm is not None,
+            "several devices": self.devices * self.num_nodes > 1,
+            "train.on_nonfinite skip": self.train.on_nonfinite == "skip",
+        }
+        if self.optim.in_backward and any(clash.values()):
+            raise UserError(
+                f"optim.in_backward does not go with {', '.join(k for k, found in clash.items() if found)}."
+            )
 
     @property
     @abstractmethod
@@ -367,5 +392,5 @@ class FinetuneIa3Config(FinetuneConfig):
 class FinetuneFullConfig(FinetuneConfig):
     """Settings of finetune_full.py."""
 
-    precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
     """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""

@@ -2,52 +2,189 @@
 
 import difflib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from litmini.config import UserError
 
+SEAL = "sha256.json"
+_held: dict[tuple[int, int], int] = {}  # (device, inode) of a directory -> descriptor that locks it
+
 
 @contextmanager
-def write_aside(directory: Path) -> Iterator[Path]:
+def write_aside(
+    directory: Path, later: Callable[[Callable[[], None]], object] | None = None, sealed: bool = False
+) -> Iterator[Path]:
     """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
 
     When the block fails, or the process dies, `directory` is as it was before. Should it die between the two renames that
     replace an old directory, the next `write_aside` or `check_checkpoint_dir` brings that one back.
+
+    Args:
+        later: takes what is left to do after the block (waiting for the disk, renaming), to call it in a thread, say.
+            What was written in the block is a copy already: the kernel's, in memory.
+        sealed: add the hash of each file, for `check_seal`.
+
+    Raises:
+        UserError: another process is writing this directory.
     """
-    aside = directory.with_name(f".{directory.name}.partial")
     restore(directory)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _aside(directory)
+    lock = _claim(aside, directory)
+
+    def finish() -> None:
+        try:
+            if sealed:
+                files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
+                hashes = {str(file.relative_to(aside)): file_hash(file) for file in files}
+                write_json(aside / SEAL, hashes)
+            for path in [*aside.rglob("*"), aside]:
+                _flush(path)
+            _take_name(aside, directory)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+
     try:
         yield aside
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
-        if directory.exists():
-            old = _old(directory)
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-            aside.rename(directory)
-            shutil.rmtree(old)
-        else:
-            aside.rename(directory)
-        _flush(directory.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
         raise
+    if later:
+        later(finish)
+    else:
+        finish()
+
+
+def check_seal(directory: Path) -> None:
+    """Compare the files of a sealed directory with what was written.
+
+    Raises:
+        UserError: some are missing or changed; names them.
+    """
+    damaged = []
+    for name, digest in read_json(directory / SEAL).items():
+        file = directory / name
+        if not file.is_file() or file_hash(file) != digest:
+            damaged.append(name)
+    if damaged:
+        others = sorted(str(p) for p in directory.parent.glob("step-*") if p != directory)
+        instead = f"go on from another: --resume {others[-1]}" if others else "there is no other to go on from"
+        raise UserError(f"{directory} is damaged ({', '.join(damaged)} changed since it was written); {instead}.")
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory, first its name: who lists what is there never meets half of it."""
+    aside = _aside(directory)
+    directory.rename(aside)
+    shutil.rmtree(aside)
+
+
+def hold(directory: Path) -> None:
+    """Lock a directory for as long as this process lives.
+
+    Raises:
+        UserError: another process has.
+    """
+    state = directory.stat()
+    key = (state.st_dev, state.st_ino)
+    if key not in _held:
+        if (descriptor := lock(directory)) is None:
+            raise UserError(f"another process is writing {directory}: wait for it, or stop it, or choose another name.")
+        _held[key] = descriptor
+
+
+def _take_name(aside: Path, directory: Path) -> None:
+    if directory.exists():
+        old = _old(directory)
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        aside.rename(directory)
+        shutil.rmtree(old)
+    else:
+        aside.rename(directory)
+    _flush(directory.parent)
+
+
+def _claim(aside: Path, directory: Path) -> int:
+    """Make `aside`, empty and locked until the returned descriptor is closed, or this process dies."""
+    while True:
+        aside.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(aside)
+        if descriptor is None:
+            raise UserError(f"another process is writing {directory}: wait for it, or stop it, or choose another name.")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), aside.stat()):
+                break
+        os.close(descriptor)  # its owner has just given it its name
+    for left in aside.iterdir():  # of a process that died
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return descriptor
+
+
+def lock(directory: Path) -> int | None:
+    """Lock a directory; None where somebody else has.
+
+    It is free again when the returned descriptor is closed or the process ends, however it does. No file is left behind.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+class Background:
+    """Jobs done one after the other in a thread. What they raise is raised by `wait`."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._jobs: list[Future[None]] = []
+
+    def __call__(self, job: Callable[..., None], *args: Any) -> None:
+        self._jobs.append(self._thread.submit(job, *args))
+
+    def wait(self) -> None:
+        """Return when all jobs are done."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
 
 
 def restore(directory: Path) -> None:
     """Bring `directory` back if a process died while it replaced it."""
-    if not directory.exists() and _old(directory).is_dir():
-        _old(directory).rename(directory)
+    old = _old(directory)
+    if not old.is_dir():
+        return
+    with suppress(FileNotFoundError):
+        descriptor = lock(_aside(directory))
+        if descriptor is None:  # it is alive, and about to
+            return
+        os.close(descriptor)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.rename(directory)
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.partial")
 
 
 def _old(directory: Path) -> Path:
@@ -86,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, never meets half of it."""
-    aside = path.with_name(f".{path.name}.partial")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     aside.write_text(text, encoding="utf-8")
     _flush(aside)
     aside.rename(path)

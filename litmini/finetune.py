@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
 from litmini.config import FinetuneConfig, OptimConfig, RunConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
-from litmini.launch import checkpoint_activations
+from litmini.launch import checkpoint_activations, offload_activations
 from litmini.meter import Meter, peak_memory_mib
 from litmini.models import use_model_file
 from litmini.optim import learning_rate
@@ -83,7 +84,7 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not held_out,
     }
-    warn(fabric, idle | idle_optim(config.optim, steps))
+    warn(fabric, idle | idle_optim(config.optim, steps) | idle_memory(config, fabric.device))
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("held-out", val))
@@ -107,19 +108,35 @@ def idle_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
     }
 
 
+def idle_memory(config: RunConfig, device: torch.device) -> dict[str, bool]:
+    """Settings that save memory -> whether they have no effect here."""
+    return {
+        "train.offload_activations": config.train.offload_activations and device.type == "cpu",
+        "optim.offload": config.optim.offload and device.type == "cpu",
+        "optim.stochastic_rounding": config.optim.stochastic_rounding and config.precision != "bf16-true",
+    }
+
+
 def warn(fabric: Fabric, idle: dict[str, bool]) -> None:
     if found := [name for name, has_no_effect in idle.items() if has_no_effect]:
         fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
 
 
 def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
-    """What `--dry_run` prints: the parameters and, with `--show_masks`, examples token by token."""
+    """What `--dry_run` prints: parameters, memory and time; and, with `--show_masks`, examples token by token."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     if config.show_masks and isinstance(data.train, Rows):
         print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
-    print(
-        f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%). Nothing was trained or written."
-    )
+    print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
+    if config.dry_run:
+        from litmini.forecast import forecast  # its fake tensors take a second to import
+
+        if config.train.checkpoint_activations:
+            checkpoint_activations(model)
+        print(forecast(model, config, data.train, data.total_rows, len(data.val or ())))
+    print("Nothing was trained or written.")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -155,6 +172,8 @@ def run_training(
     fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
+    if config.train.offload_activations:
+        offload_activations(model)
     if progress.step == 0:
         measure(fabric, wrapped, model, data, run, "before")
         if isinstance(data.train, Rows) and not data.train.pack:  # packed rows are all of one length
@@ -165,23 +184,31 @@ def run_training(
         rows = range(step * batch, min((step + 1) * batch, data.total_rows))
         return list(data.train.batches(rows, micro, rank, world))
 
-    fit(
-        fabric,
-        wrapped,
-        optimizer,
-        batches=batches,
-        learning_rate=lambda step: learning_rate(step, data.total_steps, config.optim),
-        total_steps=data.total_steps,
-        config=config.train,
-        progress=progress,
-        seed=config.seed,
-        log=run.log,
-        checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
-        validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
-        max_grad_norm=config.optim.max_grad_norm,
-        observe=meter,
-        sample=lambda progress: log_samples(model, data, run, progress),
-    )
+    try:
+        fit(
+            fabric,
+            wrapped,
+            optimizer,
+            batches=batches,
+            learning_rate=lambda step: learning_rate(step, data.total_steps, config.optim),
+            total_steps=data.total_steps,
+            config=config.train,
+            progress=progress,
+            seed=config.seed,
+            log=run.log,
+            checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
+            validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
+            max_grad_norm=config.optim.max_grad_norm,
+            observe=meter,
+            sample=lambda progress: log_samples(model, data, run, progress),
+            save_batch=lambda step, parts, losses: save_bad_step(
+                run.directory, step, parts, losses, data.tokenizer, rank
+            ),
+        )
+    finally:
+        run.saving.wait()
+    if config.train.keep_best and progress.best_step:
+        run.results |= {"best_step": progress.best_step, "best_val_loss": progress.best_val_loss}
     run.results |= {
         "trained_parameters": trained,
         "steps": progress.step,

@@ -33,8 +33,15 @@ def make_fabric(config: RunConfig) -> Fabric:
         raise UserError(
             f"{config.devices} x {config.num_nodes} devices need --strategy ddp, or fsdp if the model is too large for one."
         )
+    if config.precision == "16-mixed" and not torch.cuda.is_available():
+        raise UserError(
+            "precision 16-mixed needs a GPU: on a CPU, products in fp16 take thousands of times as long as in bf16. "
+            "Use --precision bf16-mixed."
+        )
     strategy: Any = config.strategy
     if strategy == "fsdp":
+        if config.precision == "16-mixed":
+            raise UserError("precision 16-mixed does not go with --strategy fsdp. Use --precision bf16-mixed.")
         strategy = ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each process would introduce itself
     with warnings.catch_warnings():
@@ -44,12 +51,25 @@ def make_fabric(config: RunConfig) -> Fabric:
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=strategy,
-            precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
+            precision={"bf16-mixed": "bf16-mixed", "16-mixed": None}.get(config.precision, "32-true"),  # type: ignore[arg-type]
+            plugins=loss_scaling("cuda") if config.precision == "16-mixed" else None,
         )
         fabric.launch()
     join(fabric)
     torch.manual_seed(config.seed)  # initial adapter weights, the same on every rank
     return fabric
+
+
+def loss_scaling(device: str) -> Any:
+    """Lightning's 16-mixed, which can also clip for the fused optimizers: they take the scale themselves."""
+    from lightning.fabric.plugins import MixedPrecision
+
+    class LossScaling(MixedPrecision):
+        def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+            assert self.scaler is not None
+            self.scaler.unscale_(optimizer)
+
+    return LossScaling("16-mixed", device)
 
 
 def load_device(fabric: Fabric) -> str:
@@ -71,3 +91,22 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     for module in blocks(model):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def offload_activations(model: nn.Module) -> None:
+    """Let what every `Block` of a model keeps for the backward pass wait in CPU memory. Its weights stay where they are."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        stays = tensor.untyped_storage().data_ptr() in weights
+        return tensor.device, tensor if stays else tensor.detach().to("cpu", copy=True)
+
+    def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        return packed[1].to(packed[0])
+
+    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(*args, **kwargs)
+
+    for module in blocks(model):
+        module.forward = functools.partial(run, module.forward)  # type: ignore[method-assign]

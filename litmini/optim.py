@@ -1,5 +1,6 @@
 """Optimizers by name, their parameter groups, and the learning rate as a pure function of the step."""
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -96,17 +97,31 @@ def make_optimizer(
         {"params": params, "weight_decay": config.weight_decay * decays, "lr": config.lr * ratio, "lr_ratio": ratio}
         for (decays, ratio), params in sorted(groups.items(), reverse=True, key=lambda item: item[0])
     ]
-    if config.name == "adamw":
-        return torch.optim.AdamW(named, lr=config.lr, betas=config.betas, fused=True)
+    lean = config.stochastic_rounding or config.in_backward or config.offload
     if config.name == "muon":
+        if lean:
+            raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --optim.name muon.")
         return MuonAdamW(named, block_matrices(model), config)
+    if lean:
+        from litmini.lean_optim import PerParameter
+
+        if config.stochastic_rounding and config.name != "adamw":
+            raise UserError(f"optim.stochastic_rounding goes with --optim.name adamw, found {config.name}.")
+        make = functools.partial(_make, config)
+        return PerParameter(named, make, config.stochastic_rounding, config.in_backward, config.offload)
+    return _make(config, named)
+
+
+def _make(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if config.name == "sgd":
-        return torch.optim.SGD(named, lr=config.lr)
+        return torch.optim.SGD(groups, lr=config.lr)
     if config.name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
-    if any(isinstance(parameter, DTensor) for params in groups.values() for parameter in params):
+    if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
         raise UserError(f"optim.name {config.name} does not go with --strategy fsdp; use --optim.name adamw, or ddp.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    return (AdamW8bit if config.name == "adamw8bit" else PagedAdamW8bit)(named, lr=config.lr, betas=config.betas)
+    return (AdamW8bit if config.name == "adamw8bit" else PagedAdamW8bit)(groups, lr=config.lr, betas=config.betas)

@@ -17,13 +17,25 @@ import torch
 import yaml
 from torch import nn
 
-from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import RunConfig, UserError
-from litmini.files import content_hash, existing_file, read_json, restore, write_aside, write_json, write_text
+from litmini.files import (
+    Background,
+    check_seal,
+    content_hash,
+    discard,
+    existing_file,
+    hold,
+    read_json,
+    restore,
+    write_aside,
+    write_json,
+    write_text,
+)
 from litmini.hub_data import PREFIX as HUB
 from litmini.loggers import check_loggers, make_loggers
 from litmini.manifest import check_same, describe_run
-from litmini.sharding import SHARES, is_sharded, load_shares, named_state, save_shares
+from litmini.sharding import SHARES, is_sharded, save_shares
+from litmini.state import load_state, save_state
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
@@ -35,7 +47,7 @@ COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mf
 SAMPLES = "samples.jsonl"
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
     r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
-    r"train\.(log_every|eval_every|save_every|keep_last|micro_batch_size|sample_every|patience))"
+    r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
 )
 
 
@@ -55,6 +67,8 @@ class Run:
         self.before: dict[str, Any] = {}  # the manifest of the run to go on with
         self.loggers: list[Any] = []
         self.restart_from: Path | None = None
+        self.saving = Background()
+        """Checkpoints go to disk while training goes on; `saving.wait()` before relying on them."""
         steps = self._steps()
         holds_run = (self.directory / "config.yaml").exists() or bool(steps)
         if config.resume is False:
@@ -120,6 +134,7 @@ class Run:
         self.facts = describe_run(self.config, fabric, tokenizer)
         if self.restart_from:
             check_same(self.before, self.facts, self.restart_from)
+            check_seal(self.restart_from)
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
             if self.other_processes:
@@ -127,8 +142,11 @@ class Run:
                     f"note: {', '.join(self.other_processes)}. Each step has the same rows, but sums are rounded in another "
                     f"order, and dropout draws other masks: the results are no longer the same to the bit."
                 )
+        elif self.config.resume:
+            fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
         if fabric.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
+            hold(self.directory)
             settings = {**plain(self.config), "resume": False}
             for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -168,9 +186,13 @@ class Run:
                 opened.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
 
     def checkpoint(self, progress: Progress, save_weights: Callable[[Path | None], None]) -> Path:
-        """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go."""
+        """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go.
+
+        It is there once `saving.wait()` returns; what fails on its way to the disk is raised there, or here next time.
+        """
         directory = self.directory / f"step-{progress.step:06d}"
-        with self._aside(directory, save_weights) as aside:
+        self.saving.wait()
+        with self._aside(directory, save_weights, later=self.saving, sealed=True) as aside:
             if is_sharded(self.model):
                 save_shares(Path(self.fabric.broadcast(str(aside))) / SHARES, self.model, self.optimizer)
             if aside:
@@ -179,11 +201,15 @@ class Run:
         if self.fabric.is_global_zero:
             for logger in self.loggers:
                 logger.save()
-            for old in self._steps()[: -self.config.train.keep_last]:
-                if old != directory:  # newer ones are there where a run went back to an older step
-                    shutil.rmtree(old)
+            best = self.directory / f"step-{progress.best_step:06d}" if self.config.train.keep_best else directory
+            self.saving(self._drop_old, {directory, best})
         self.fabric.barrier()
         return directory
+
+    def _drop_old(self, kept: set[Path]) -> None:
+        for old in self._steps()[: -self.config.train.keep_last]:
+            if old not in kept:  # the one just written may be older, where a run went back
+                discard(old)
 
     def save_final(self, save_weights: Callable[[Path | None], None]) -> Path:
         """Write `final/`, the product of the run.
@@ -200,9 +226,9 @@ class Run:
         return directory
 
     @contextmanager
-    def _aside(self, directory: Path, save_weights: Callable[[Path | None], None]) -> Iterator[Path | None]:
+    def _aside(self, directory: Path, save_weights: Callable[[Path | None], None], **how: Any) -> Iterator[Path | None]:
         """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
-        with write_aside(directory) if self.fabric.is_global_zero else nullcontext() as aside:
+        with write_aside(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
             save_weights(aside)
             if aside:
                 self.tokenizer.save(aside)
@@ -239,66 +265,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
-
-
-def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state.
-
-    Of a sharded model, the tensors are in `SHARES` already: see `litmini.sharding.save_shares`.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    scalars, pointers = {}, set()
-    for name, value in named_state(model, optimizer):
-        if isinstance(value, torch.Tensor):
-            seen = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps: one copy each
-            tensors[name] = value.clone() if seen else value
-            pointers.add(value.data_ptr())
-        else:
-            scalars[name] = value
-    saved: dict[str, Any] = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
-    if is_sharded(model):
-        saved["shares"] = sorted(path.name for path in (directory / SHARES).iterdir())
-    else:
-        write_tensors(directory / "training_state.safetensors", tensors)
-    write_json(directory / "training_state.json", saved)
-
-
-def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore what `save_state` wrote, bit by bit.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another model.
-    """
-    try:
-        saved = read_json(directory / "training_state.json")
-        progress, numbers = Progress(**saved["progress"]), dict(saved["optimizer"])
-        shares = list(saved.get("shares", []))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if shares or is_sharded(model):
-        tensors = load_shares(directory / SHARES if shares else directory, shares, trainable)
-    else:
-        tensors = read_tensors([directory / "training_state.safetensors"])
-    restored: dict[str, dict[str, Any]] = {name: {} for name in trainable}
-    found = set()
-    for entry, value in [*tensors, *numbers.items()]:
-        key, _, name = entry.partition("/")
-        if name not in trainable or (key == "parameter" and value.shape != trainable[name].shape):
-            raise UserError(f"{directory} is of another model: {name} does not fit.")
-        if key == "parameter":
-            found.add(name)
-            trainable[name].data.copy_(value)
-        else:
-            restored[name][key] = value
-    if missing := sorted(trainable.keys() - found):
-        raise UserError(f"{directory} is of another model: it lacks {', '.join(missing[:5])}.")
-    for name, parameter in trainable.items():
-        if restored[name]:
-            optimizer.state[parameter] = {
-                k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in restored[name].items()
-            }
-    return progress
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Batch = dict[str, torch.Tensor]
+MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
 
 
 @dataclass
@@ -43,6 +44,19 @@ class Progress:
     """After which step the held-out loss was lowest; 0: none was taken."""
     best_val_loss: float | None = None
     """That loss."""
+    skipped: int = 0
+    """Steps left out because loss or gradients were not finite."""
+    skipped_in_row: int = 0
+    """Of these, the last ones without a step taken between them."""
+    loss_scale: dict[str, float] | None = None
+    """State of the gradient scaler of 16-mixed."""
+
+    def advance(self, tokens: int, targets: int, seconds: float) -> None:
+        """Count a step."""
+        self.step += 1
+        self.tokens += tokens
+        self.targets += targets
+        self.seconds += seconds
 
     def remember(self, val_loss: float) -> None:
         """Note a held-out loss if it is the lowest so far."""
@@ -75,6 +89,7 @@ def fit(
     max_grad_norm: float | None = 1.0,
     observe: Callable[[list[Batch], float], dict[str, float]] | None = None,
     sample: Callable[[Progress], None] | None = None,
+    save_batch: Callable[[int, list[Batch], list[float]], Any] | None = None,
 ) -> Progress:
     """Train from `progress.step` to `total_steps`, or until the held-out loss falls no more (`config.patience`).
 
@@ -90,12 +105,16 @@ def fit(
         max_grad_norm: clip the global norm to this; None: only measure it.
         observe: further metrics of a step: takes this rank's micro-batches and the seconds they took.
         sample: generates answers, each `config.sample_every` steps; every rank calls it.
+        save_batch: takes a step that was not finite, its micro-batches and their losses; says where it saved them.
 
     Raises:
-        UserError: loss or gradients are not finite; nothing was updated with them.
+        UserError: loss or gradients are not finite; skipping, `MOST_SKIPPED` times in a row.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     model.train()
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler and progress.loss_scale:
+        scaler.load_state_dict(progress.loss_scale)
     hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     with _signals() as received, bar:
@@ -103,60 +122,70 @@ def fit(
             started = time.perf_counter()
             torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
             micro_batches = batches(step)
-            local = [_targets(micro_batches), _tokens(micro_batches), len(received)]
-            counts: Any = fabric.all_reduce(torch.tensor(local, device=fabric.device), reduce_op="sum")
-            targets, tokens, stop = counts.tolist()  # so all ranks stop after the same step
+            targets, tokens, stop = _total(fabric, _targets(micro_batches), _tokens(micro_batches), len(received))
             rate = learning_rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_ratio"]
-            loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, f"step {step + 1}")
-            seconds = time.perf_counter() - started
-            progress.step = step + 1
-            progress.tokens += tokens
-            progress.targets += targets
-            progress.seconds += seconds
-            metrics = {
-                "step": step + 1,
-                "tokens": progress.tokens,
-                "loss": loss,
-                "lr": rate,
-                "grad_norm": norm,
-                "tokens_per_second": tokens / seconds,
-                **(observe(micro_batches, seconds) if observe else {}),
-            }
+            losses, loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, scaler)
+            if _not_taken(loss, norm, scaler, progress):
+                where = f" Its batch is in {save_batch(step + 1, micro_batches, losses)}." if save_batch else ""
+                _stop_or_skip(fabric, f"step {step + 1}: loss {loss}, gradient norm {norm}", where, config, progress)
+            seconds = max(1e-9, time.perf_counter() - started)
+            progress.advance(tokens, targets, seconds)
+            metrics = {"step": step + 1, "tokens": progress.tokens, "loss": loss, "lr": rate, "grad_norm": norm}
+            metrics |= {"tokens_per_second": tokens / seconds, **(observe(micro_batches, seconds) if observe else {})}
             if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
                 metrics["val_loss"] = validate()
                 model.train()
                 progress.remember(metrics["val_loss"])
             if "val_loss" in metrics or (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 log(metrics)
-            bar.set_postfix_str(_in_words(metrics))
-            bar.update()
-            if bar.disable and (step + 1) % max(1, total_steps // 20) == 0:  # for log files
-                left = tqdm.format_interval(progress.seconds / progress.step * (total_steps - progress.step))
-                fabric.print(f"step {step + 1} of {total_steps}: {_in_words(metrics)}, {left} left")
+            _show(fabric, bar, metrics, progress)
             if sample and config.sample_every and (step + 1) % config.sample_every == 0:
                 sample(progress)
                 model.train()
-            due = config.save_every and (step + 1) % config.save_every == 0
             stop = bool(stop or (received and fabric.world_size == 1))
-            if due or stop:
+            if stop or _is_due(progress, config):
+                progress.loss_scale = scaler.state_dict() if scaler else None
                 saved = checkpoint(progress)
             if stop:
                 raise Interrupted(received, f"stopped after step {step + 1}; saved {saved}. Go on with --resume auto")
-            if "val_loss" in metrics and _is_enough(progress, config):
-                fabric.print(
-                    f"stopped early after step {step + 1}: the held-out loss has not been below "
-                    f"{progress.best_val_loss:.4f}, of step {progress.best_step}, for {config.patience} evaluations"
-                )
+            if "val_loss" in metrics and _is_enough(fabric, progress, config):
                 break
     return progress
 
 
-def _is_enough(progress: Progress, config: TrainConfig) -> bool:
+def _total(fabric: Fabric, *counts: int) -> list[int]:
+    """Sums over all ranks; of signals, too, so that all stop after the same step."""
+    total: Any = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum")
+    return total.tolist()
+
+
+def _is_due(progress: Progress, config: TrainConfig) -> bool:
+    """Whether to save after this step."""
+    is_best = config.keep_best and progress.best_step == progress.step
+    return is_best or bool(config.save_every and progress.step % config.save_every == 0)
+
+
+def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
     """Whether the last `config.patience` evaluations found no lower held-out loss."""
     assert config.eval_every
-    return bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
+    enough = bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
+    if enough:
+        fabric.print(
+            f"stopped early after step {progress.step}: the held-out loss has not been below "
+            f"{progress.best_val_loss:.4f}, of step {progress.best_step}, for {config.patience} evaluations"
+        )
+    return enough
+
+
+def _show(fabric: Fabric, bar: tqdm, metrics: dict[str, float], progress: Progress) -> None:
+    """Move the bar or, in log files, print a line for each twentieth of the run."""
+    bar.set_postfix_str(_in_words(metrics))
+    bar.update()
+    if bar.disable and progress.step % max(1, bar.total // 20) == 0:
+        left = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
+        fabric.print(f"step {progress.step} of {bar.total}: {_in_words(metrics)}, {left} left")
 
 
 def _in_words(metrics: dict[str, float]) -> str:
@@ -175,36 +204,60 @@ def _take_step(
     micro_batches: list[Batch],
     targets: int,
     max_grad_norm: float | None,
-    name: str,
-) -> tuple[float, float]:
-    """One optimizer step; returns its loss a target and its gradient norm before clipping, over all ranks.
+    scaler: Any,
+) -> tuple[list[float], float, float]:
+    """One optimizer step, not taken where loss or gradients are not finite.
 
     Args:
         targets: of all micro-batches on all ranks.
+        scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
 
-    Raises:
-        UserError: one of the two is not finite; the step is not taken.
+    Returns:
+        The summed losses of this rank's micro-batches, the loss a target and the gradient norm before clipping, both over
+        all ranks.
     """
-    loss_sum = torch.zeros((), device=fabric.device)
+    losses = []
     keep = not isinstance(next(model.parameters()), DTensor)  # sharded: gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
         with fabric.no_backward_sync(model, enabled=keep and i + 1 < len(micro_batches)):
             loss, _ = model(**fabric.to_device(batch))
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
     clip = max_grad_norm or math.inf
-    clipped: Any = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
-    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
-    total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
+    if getattr(optimizer, "in_backward", False):  # the steps were taken there
+        norm = optimizer.take_norm()  # type: ignore[attr-defined]
+    else:
+        clipped: Any = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+    total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
     mean = float(total) / max(1, targets)  # CPU-GPU sync point
     if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise UserError(
-            f"{name}: loss {mean}, gradient norm {norm}: not finite, so the step was not taken. "
-            f"Try a lower --optim.lr, or look at the data of this step."
-        )
-    optimizer.step()
+        optimizer.zero_grad()
+    if scaler or (math.isfinite(mean) and math.isfinite(norm)):
+        optimizer.step()
     optimizer.zero_grad()
-    return mean, norm
+    return torch.stack(losses).tolist(), mean, norm
+
+
+def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> bool:
+    """Whether a step was left out for a reason that the user should know; counts those in a row."""
+    taken = math.isfinite(loss) and math.isfinite(norm)
+    progress.skipped += not taken
+    progress.skipped_in_row = 0 if taken else progress.skipped_in_row + 1
+    scaling = scaler and math.isfinite(loss) and progress.skipped_in_row < MOST_SKIPPED  # it finds its scale that way
+    return not (taken or scaling)
+
+
+def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, progress: Progress) -> None:
+    """Say that a step was not taken, as a warning or as the error that ends the run."""
+    what += f": not finite, so the step was not taken.{where}"
+    if config.on_nonfinite == "stop":
+        raise UserError(
+            f"{what} Look at that data, or try a lower --optim.lr; --train.on_nonfinite skip leaves such steps out."
+        )
+    if progress.skipped_in_row >= MOST_SKIPPED:
+        raise UserError(f"{what} So were the {MOST_SKIPPED - 1} before it: the weights are likely to be damaged.")
+    fabric.print(f"warning: {what}")
 
 
 @torch.no_grad()

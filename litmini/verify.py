@@ -22,7 +22,7 @@ from litmini.checkpoint import disk_tensors, model_tensors, parameter_names, rea
 from litmini.config import LoraConfig, OptimConfig, TrainConfig
 from litmini.loss import IGNORE
 from litmini.optim import make_optimizer
-from litmini.runs import load_state, save_state
+from litmini.state import load_state, save_state
 from litmini.train import Progress, fit
 
 BOUND = 1e-4  # of the largest logit, or of the largest update: what fp32 sums in another order differ by

@@ -32,8 +32,11 @@ def main(config: FinetuneFullConfig) -> None:
     model = load_model(config.checkpoint_dir, weight_dtype(config.precision), load_device(fabric))
 
     # 5. Method: every weight is trained
-    if config.precision == "bf16-true":
-        fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
+    if config.precision == "bf16-true" and not config.optim.stochastic_rounding:
+        fabric.print(
+            "warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32, and "
+            "--optim.stochastic_rounding true rounds them by chance."
+        )
     ratios: dict[str, float] = {}
 
     def save_weights(directory: Path | None) -> None:

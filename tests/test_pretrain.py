@@ -29,7 +29,7 @@ from litmini.models import FAMILIES, gpt2, llama, use_model_file
 from litmini.optim import learning_rate, make_optimizer
 from litmini.pretrain import blueprint, use_z_loss
 from litmini.pretrain_config import PretrainConfig
-from litmini.runs import load_state, save_state
+from litmini.state import load_state, save_state
 from litmini.train import Progress
 
 ROOT = Path(__file__).parents[1]

@@ -365,7 +365,7 @@ def test_a_tiny_model_overfits_and_stops(tiny_dir, tmp_path):
 
 
 def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
-    from litmini.runs import load_state, save_state
+    from litmini.state import load_state, save_state
 
     def start():
         torch.manual_seed(0)
@@ -406,7 +406,7 @@ def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
 
 
 def test_full_state_is_of_this_model(fabric, tiny_dir, tmp_path):
-    from litmini.runs import load_state, save_state
+    from litmini.state import load_state, save_state
 
     model = add_lora(load_model(tiny_dir, torch.float32))
     save_state(tmp_path, Progress(), model, make_optimizer(model, OptimConfig()))

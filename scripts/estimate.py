@@ -1,0 +1,149 @@
+"""How much memory and time a training run will take, without loading a weight.
+
+    python scripts/estimate.py HuggingFaceTB/SmolLM2-135M --method lora --max_seq_len 2048
+    python scripts/estimate.py meta-llama/Llama-3.1-8B --method full --devices 8 --strategy fsdp
+
+--check trains two steps of each given length in a process of its own and compares its measured peak.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from litmini.cli import command
+from litmini.config import LoraConfig, OptimConfig, UserError, check
+
+
+@dataclass
+class EstimateConfig:
+    """Settings of estimate.py."""
+
+    model: str
+    """Checkpoint directory, or the hub id of a preset of a family."""
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """What is trained, and how the rest is kept."""
+    max_seq_len: int = 2048
+    """Tokens in a row."""
+    micro_batch_size: int = 4
+    """Rows in one forward pass on one device."""
+    accumulate: bool = False
+    """Several micro-batches in an optimizer step: gradients are there while the next one runs."""
+    checkpoint_activations: bool = False
+    """Keep only each block's input."""
+    precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed for full, else bf16-true, as the scripts do."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    devices: int = 1
+    """How many devices share the work."""
+    strategy: Literal["ddp", "fsdp"] = "fsdp"
+    """How several share it."""
+    mfu: float = 0.4
+    """Share of a card's published operations a second that training reaches, for tokens a day."""
+    check: list[int] = field(default_factory=list)
+    """Row lengths at which to train two steps on this machine and compare; MODEL is a checkpoint directory then."""
+
+    def __post_init__(self) -> None:
+        numbers = {name: getattr(self, name) > 0 for name in ("max_seq_len", "micro_batch_size", "devices", "mfu")}
+        check("", self, check=all(length > 0 for length in self.check), **numbers)
+        if self.precision == "auto":
+            self.precision = "bf16-mixed" if self.method == "full" else "bf16-true"
+
+
+def main(config: EstimateConfig) -> None:
+    from litmini import cards, estimate
+
+    if config.check:
+        return compare(config)
+    model = build(config)
+    memory = estimate_at(config, model, config.max_seq_len)
+    memory = cards.share(memory, model, config.devices, config.strategy)
+    parameters = {id(p): p for p in model.parameters()}.values()
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
+    rows = f"{config.micro_batch_size} rows of {config.max_seq_len:,} tokens in a micro-batch"
+    print(f"peak memory of each of {config.devices} devices, {rows}:\n{estimate.describe(memory)}")
+    print(f"fits on: {cards.fitting(memory)}")
+    print(f"tokens a day at {config.mfu:.0%} MFU of the published bf16 rate:")
+    for name, tokens in cards.tokens_per_day(model, config.max_seq_len, config.mfu, config.devices).items():
+        print(f"  {config.devices} x {name:10}{tokens:18,.0f}")
+
+
+def build(config: EstimateConfig) -> Any:
+    """The model with its method, on the meta device."""
+    from litmini.adapters import add_adapters
+    from litmini.checkpoint import empty_model
+    from litmini.estimate import preset
+    from litmini.launch import checkpoint_activations, weight_dtype
+    from litmini.quantize import quantize_linears
+
+    model = preset(config.model) or empty_model(existing(config.model))[1]
+    model.to(weight_dtype(config.precision))
+    if config.method == "qlora":
+        quantize_linears(model)
+    if config.method != "full":
+        add_adapters(model, config.lora)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    return model
+
+
+def existing(directory: str) -> Any:
+    from pathlib import Path
+
+    from litmini.estimate import preset_names
+
+    if not (Path(directory) / "config.json").is_file():
+        raise UserError(f"{directory} is neither a checkpoint directory nor a preset; those are: {preset_names()}")
+    return Path(directory)
+
+
+def estimate_at(config: EstimateConfig, model: Any, length: int, process: int = 0) -> Any:
+    from litmini.estimate import estimate, full_rows
+
+    batch = full_rows(config.micro_batch_size, length, model.config.vocab_size)
+    return estimate(model, batch, config.optim, config.precision, config.accumulate, process)
+
+
+def compare(config: EstimateConfig) -> None:
+    """Print a table of predicted and measured peaks."""
+    import json
+    import subprocess
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    from litmini.estimate import process_bytes
+
+    process = process_bytes()  # first: what the estimate itself imports is not in a run
+    model = build(config)
+    print(
+        f"| {config.method}, tokens in a micro-batch | predicted MiB | measured MiB | difference |\n|---|---|---|---|"
+    )
+    for length in config.check:
+        predicted = estimate_at(config, model, length, process).total / 2**20
+        with tempfile.TemporaryDirectory() as place:
+            data, out = Path(place, "data.jsonl"), Path(place, "run")
+            data.write_text((json.dumps({"text": "one two " * length}) + "\n") * 2 * config.micro_batch_size)
+            command = [sys.executable, f"scripts/finetune_{config.method}.py", "--checkpoint_dir", config.model]
+            command += ["--out_dir", str(out), "--data.path", str(data), "--data.max_seq_len", str(length)]
+            command += ["--data.chat_template=none", "--eval.samples=0", "--train.max_steps=2"]
+            rows = config.micro_batch_size
+            command += [
+                f"--train.micro_batch_size={rows}",
+                f"--train.global_batch_size={rows * (1 + config.accumulate)}",
+            ]
+            command += [f"--precision={config.precision}", f"--optim.name={config.optim.name}"]
+            command += [f"--train.checkpoint_activations={str(config.checkpoint_activations).lower()}"]
+            command += [] if config.method == "full" else [f"--lora.rank={config.lora.rank}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+            measured = json.loads((out / "manifest.json").read_text())["results"]["peak_memory_mib"]
+        print(
+            f"| {rows} x {length:,} | {predicted:,.0f} | {measured:,.0f} | {predicted / measured - 1:+.1%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    command(main, EstimateConfig, __doc__, positional=["model"])
