@@ -332,11 +332,13 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
             whole(parameter)
         return
     source = Path(base)
-    module, _ = read_config(source)
+    module, empty = empty_model(source)
     dtypes = {name: tensor.dtype for name, tensor in read_tensors(shards(source))}
     tensors: Iterable[tuple[str, Tensor]] = ((name, whole(p.detach())) for name, p in model.named_parameters())
     tensors = disk_tensors(module, model.config, tensors)
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
+    if parameter_names(model).keys() > parameter_names(empty).keys():  # a merge untied the head
+        raw["tie_word_embeddings"] = False
     save_model(
         directory, raw, ((name, t.to(dtypes.get(name, torch.float32))) for name, t in tensors), side_files=source
     )

@@ -21,7 +21,7 @@ from litmini.adapters import (
     remove_adapters,
     restore_adapters,
 )
-from litmini.checkpoint import load_model, save_model
+from litmini.checkpoint import load_model, save_model, save_trained
 from litmini.config import LoraConfig, OptimConfig, UserError
 from litmini.export import export
 from litmini.models import llama
@@ -44,6 +44,7 @@ METHODS = {  # our settings, our class, PEFT's settings
         None,
         {"modules_to_save": ["embed_tokens", "lm_head"]},
     ),
+    "a whole module whose name ends others": ({"modules_to_save": ["norm"]}, None, {"modules_to_save": ["model.norm"]}),
     "whole norms, rsdora": (
         {"rank_stabilized": True, "modules_to_save": ["input_layernorm"]},
         DoRALinear,
@@ -220,6 +221,41 @@ def test_frozen_dora_computes_its_gain_once(tiny_dir, tmp_path, monkeypatch):
     expected = loaded(TOKENS)
     monkeypatch.setattr(DoRALinear, "norm", lambda *_: pytest.fail("computed again"))
     assert torch.equal(loaded(TOKENS), expected)
+
+
+def test_gain_follows_what_is_trained_beside_a_frozen_magnitude():
+    layer, x = trained_dora(nn.Linear(16, 12).requires_grad_(False)), torch.randn(3, 16)
+    layer.lora_magnitude_vector.requires_grad_(False)
+    layer(x)
+    layer.lora_B.data += 1
+    torch.testing.assert_close(layer(x), layer.merge()(x), atol=1e-4, rtol=1e-4)
+    layer.requires_grad_(False)(x)
+    assert layer.double().gain().dtype == torch.float64, "computed again for what .to() made of it"
+
+
+def test_dropout_waits_for_training(tiny_dir):
+    model = load_model(tiny_dir, torch.float32)
+    add_adapters(model, LoraConfig(rank=4, dropout=0.5, init="pissa"))
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(TOKENS), model(TOKENS))
+
+
+def test_a_head_that_a_merge_untied_is_saved(tokenizer_dir, tmp_path):
+    """Requirement 15."""
+    config = dataclasses.replace(llama.PRESETS["tiny"], tied=True)
+    tied = llama.Model(config)
+    tied.init_weights(torch.Generator().manual_seed(0))
+    for part in ("tied", "merged", "same"):
+        (tmp_path / part).mkdir()
+    save_model(tmp_path / "tied", llama.config_to_hf(config), tied.named_parameters(), tokenizer_dir)
+    model = load_model(tmp_path / "tied", torch.float32)
+    save_trained(model, tmp_path / "same", tmp_path / "tied")
+    assert (tmp_path / "same/config.json").read_text() == (tmp_path / "tied/config.json").read_text()
+    add_adapters(model, LoraConfig(rank=4, targets=["lm_head"]))
+    expected = changed(model)(TOKENS)
+    merge_adapters(model)
+    save_trained(model, tmp_path / "merged", tmp_path / "tied")
+    torch.testing.assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected, atol=5e-5, rtol=1e-4)
 
 
 def test_small_updates_of_whole_modules_are_not_lost(tiny_dir):
