@@ -21,7 +21,13 @@ from litmini.sharding import whole
 FLOOR = 1e-6  # smallest norm of a weight's row in DoRA: rows of zeros stay finite
 
 
-class LoRALinear(nn.Module):
+class Swapped(nn.Module):
+    """What stands in a model over a layer `base`. `merge()` gives a plain layer that does the same."""
+
+    base: Any
+
+
+class LoRALinear(Swapped):
     """y = base(x) + (alpha / rank) * B A dropout(x), with the base frozen (LoRA, arXiv 2106.09685).
 
     A (rank, in) and B (out, rank) are kept in fp32 and multiplied in x's dtype; over a stack of experts there is one pair
@@ -165,7 +171,7 @@ class _Scale(torch.autograd.Function):
         return d_y, d_gain
 
 
-class FullLayer(nn.Module):
+class FullLayer(Swapped):
     """A module that is trained in full beside adapters: its weights in fp32, computed in the dtype of the frozen ones."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -187,7 +193,6 @@ class FullLayer(nn.Module):
         return merged
 
 
-ADAPTERS = (LoRALinear, FullLayer)  # and what is derived from them
 STARTS = {"zero": LoRALinear, "pissa": PiSSALinear}
 
 
@@ -257,7 +262,7 @@ def experts(model: nn.Module) -> dict[str, Any]:
 
 def adapters(model: nn.Module) -> dict[str, Any]:
     """Every adapter in `model`, by the full name of what it covers."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ADAPTERS)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.adapters import FullLayer, replace_module
+from litmini.adapters import LoRALinear, replace_module
 from litmini.config import UserError
 from litmini.peft_format import check_adapter, read_adapter
 
@@ -107,6 +107,6 @@ class _Layer(nn.Module):
             if ends:
                 raise UserError("adapters over experts serve alone: their rows are sorted by expert.")
             layer: Any = self.adapters[name]
-            changed = layer(x[rows]) if isinstance(layer, FullLayer) else layer.change(x[rows], y[rows])
+            changed = layer.change(x[rows], y[rows]) if isinstance(layer, LoRALinear) else layer(x[rows])
             y = y.index_copy(0, rows, changed.to(y.dtype))
         return y

@@ -51,6 +51,7 @@ class DataConfig:
             val_fraction=0 <= self.val_fraction < 1,
             max_seq_len=self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
+            path=self.path != [],
             weights=self.weights is None
             or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
@@ -182,6 +183,19 @@ class LoraConfig:
 
 
 @dataclass
+class Ia3Config:
+    """IA3: which linears' outputs or inputs get trained factors."""
+
+    targets: list[str] = field(default_factory=lambda: ["k_proj", "v_proj"])
+    """Leaf names of linears whose outputs are scaled."""
+    feedforward: list[str] = field(default_factory=lambda: ["down_proj"])
+    """Leaf names of linears whose inputs are scaled: the second linear of each feed-forward layer."""
+
+    def __post_init__(self) -> None:
+        check("ia3.", self, targets=not set(self.targets) & set(self.feedforward))
+
+
+@dataclass
 class QuantizeConfig:
     """Quantisation of the frozen base."""
 
@@ -214,14 +228,14 @@ class ModelConfig:
     """Model to use."""
     adapter_dir: str | None = None
     """Adapter in PEFT's format to put on it."""
-    bits: Literal[4, 16] = 16
-    """4: the linears of the model in 4 bits (NF4), as in QLoRA; 16: as dtype says."""
     model_file: str | None = None
     """The model file of a checkpoint whose family is not in litmini/models/."""
     chat_template: str = "auto"
     """auto: the checkpoint's own, if it has one; none: the prompt as raw text; or the path of a .jinja file."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Of the weights."""
+    bits: Literal[4, 16] = 16
+    """4 puts the base's linears into NF4 while they are loaded: a quarter of the memory, somewhat other answers."""
     device: str = "auto"
     """auto: a GPU where there is one, else the CPU."""
 
@@ -292,7 +306,7 @@ class RunConfig(ABC):
     resume: bool | str = False
     """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
     dry_run: bool = False
-    """Check everything, print the statistics of the data, train nothing, write nothing."""
+    """Check everything, print the statistics of the data, train nothing, write nothing but the token cache."""
     show_masks: int = 0
     """Print this many training examples, coloured by what is trained, and stop."""
 
@@ -363,6 +377,14 @@ class FinetuneQloraConfig(FinetuneLoraConfig):
 class FinetuneDoraConfig(FinetuneLoraConfig):
     """Settings of finetune_dora.py."""
 
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@dataclass(kw_only=True)
+class FinetuneIa3Config(FinetuneConfig):
+    """Settings of finetune_ia3.py."""
+
+    ia3: Ia3Config = field(default_factory=Ia3Config)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 

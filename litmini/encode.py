@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -86,7 +88,16 @@ _encoder: Encoder
 def _start_process(recipe: Recipe) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(recipe)
+
+
+def _end_with_parent() -> None:
+    """However the process that writes ends, killed too, this one does not stay behind."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _encode(pieces: list[tuple[Piece, bool]]) -> list[bytes]:

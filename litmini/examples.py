@@ -125,7 +125,10 @@ class _Prompts:
         specials = np.flatnonzero(self.is_special[ids] & (starts < end))
         first = int(specials[-1]) if len(specials) else 0
         alone = self.encode(text[int(starts[first]) if len(specials) else 0 : end])
-        if ids[first : first + len(alone)].tolist() != alone:
+        if ids[first : first + len(alone)].tolist() == alone:
+            return
+        alone = self.encode(text[:end])  # some tokenizers begin a text in another way than what follows a special token
+        if ids[: len(alone)].tolist() != alone:
             raise ValueError(CHANGES)
 
 
@@ -169,10 +172,19 @@ def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str,
         if message["role"] == "assistant":
             before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
             after = tokenizer.apply_template(messages[: i + 1]) if i + 1 < len(messages) else text
-            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+            end = _agree(text, after)
+            last_only = len(after) - end  # some templates end the last turn in another way, after the answer
+            if not text.startswith(before) or end <= len(before) or last_only >= max(1, len(tokenizer.after_answer)):
                 raise ValueError(
                     f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
                     f"Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), end))
     return text, spans
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

@@ -108,6 +108,8 @@ def _merged(
                 yield own, adapter.full[owner][last].to(dtype or tensor.dtype)
             elif last == "weight" and (owner in adapter.layers or owner in quantized):
                 yield own, _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized, dtype)
+            elif last == "bias":
+                yield own, adapter.merged_bias(owner, tensor).to(dtype or tensor.dtype)
             else:
                 yield own, tensor
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import litmini
+from litmini.bank import AdapterBank
 from litmini.cache import CHUNK, KVCache
 from litmini.config import ModelConfig, SamplingConfig, UserError
 from litmini.loss import IGNORE
@@ -29,9 +30,11 @@ class Batch:
         draft: proposes tokens, for a single greedy reply that comes faster and is the same.
     """
 
-    def __init__(self, model: nn.Module, draft: Draft | None = None, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, model: nn.Module, draft: Draft | None = None, chunk: int = CHUNK, bank: AdapterBank | None = None
+    ) -> None:
         config: Any = model.config
-        self.model, self.config, self.draft, self.chunk = model, config, draft, chunk
+        self.model, self.config, self.draft, self.chunk, self.bank = model, config, draft, chunk, bank
         self.replies: list[Reply] = []
         self.cache: KVCache | None = None
         parameter = next(model.parameters())
@@ -59,7 +62,8 @@ class Batch:
         tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in replies], device=self.device)
         lengths = torch.tensor([[len(r.prompt)] for r in replies], device=self.device)  # (B, 1)
         positions = torch.arange(longest, device=self.device) - (longest - lengths)  # (B, T), below 0: padding
-        prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
+        with self._adapters(replies):
+            prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
         rows = [(cache, i, len(r.prompt) - 1) for i, r in enumerate(replies)]
         self._gather(self._rows() + rows, [*self.replies, *replies])
         if self.draft is not None:
@@ -73,7 +77,7 @@ class Batch:
         else:
             tokens = torch.tensor([r.tokens[-1:] for r in self.replies], device=self.device)  # (B, 1)
             positions = torch.tensor([[len(r.tokens) - 1] for r in self.replies], device=self.device)
-            with one_row_kernels(tokens, self.dtype):
+            with one_row_kernels(tokens, self.dtype), self._adapters(self.replies):
                 logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
             for reply, row in zip(self.replies, logits, strict=True):
                 reply.choose(row)
@@ -86,7 +90,7 @@ class Batch:
         start = len(reply.tokens) - 1
         tokens = torch.tensor([[reply.tokens[-1], *drafted]], device=self.device)  # (1, T)
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
-        with one_row_kernels(tokens, self.dtype):
+        with one_row_kernels(tokens, self.dtype), self._adapters([reply]):
             logits = self.model(tokens, positions, cache=self.cache)[0].float()  # (T, vocab)
         for row, guess in zip(logits, [*drafted, None], strict=True):
             if reply.choose(row) != guess or reply.finish:
@@ -98,6 +102,10 @@ class Batch:
         going = [(row, r) for row, r in zip(self._rows(), self.replies, strict=True) if r.finish is None]
         if len(going) < len(self.replies):
             self._gather([row for row, _ in going], [r for _, r in going])
+
+    def _adapters(self, replies: list[Reply]) -> contextlib.AbstractContextManager[None]:
+        """Each row goes through the adapter that its reply names."""
+        return contextlib.nullcontext() if self.bank is None else self.bank.use([r.adapter for r in replies])
 
     def _rows(self) -> list[tuple[KVCache, int, int]]:
         return [(self.cache, i, len(r.tokens) - 1) for i, r in enumerate(self.replies)] if self.cache else []

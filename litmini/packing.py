@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litmini.config import UserError
 from litmini.data import Examples
 from litmini.loss import IGNORE
 
@@ -66,6 +67,8 @@ class Rows:
         return before + (int(np.ceil((epochs - whole) * (self._end(whole) - before))) if epochs > whole else 0)
 
     def _end(self, epoch: int) -> int:
+        if self._even and self._ends:
+            return self._ends[0] * (epoch + 1)
         while len(self._ends) <= epoch:
             rows = len(self._plan(len(self._ends))[1]) - 1
             self._ends.append((self._ends or [0])[-1] + rows)
@@ -82,7 +85,9 @@ class Rows:
                 passed = random.permutation(members) if self.shuffle else members
                 first = turn * len(members)
                 order.append(passed[max(0, start - first) : stop - first])
-        chosen = np.concatenate(order)
+        chosen = np.concatenate(order or [np.zeros(0, np.int64)])
+        if not len(chosen):
+            raise UserError(f"data.weights leave no example for epoch {epoch + 1}, expected larger ones.")
         return np.random.default_rng((self.seed, epoch)).permutation(chosen) if self.shuffle else chosen
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +106,10 @@ class Rows:
 
     def row(self, number: int) -> list[int]:
         """The examples of row `number`, counted through all epochs."""
-        while self._ends[-1] <= number:
-            self._end(len(self._ends))
-        epoch = bisect.bisect_right(self._ends, number)
-        index = number - (self._ends[epoch - 1] if epoch else 0)
+        epoch = number // self._ends[0] if self._even else 0
+        while self._end(epoch) <= number:
+            epoch += 1
+        index = number - (self._end(epoch - 1) if epoch else 0)
         examples, bounds = self._plan(epoch)
         return examples[bounds[index] : bounds[index + 1]].tolist()
 

@@ -23,10 +23,11 @@ from litmini.adapters import (
 from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import QuantizeConfig, UserError
 from litmini.files import read_json, write_json
+from litmini.rescaling import IA3Linear, check_ia3, ia3_settings
 from litmini.sharding import whole
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
-KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
+KINDS = ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l")
 STACKS = ("gate_up_proj", "down_proj")  # of experts, in the order in which PEFT wraps them
 BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained
 
@@ -40,6 +41,7 @@ class Adapter:
     """Linear's full name -> {"lora_A": (rank, in), "lora_B": (out, rank), "lora_magnitude_vector": (out,)}, fp32.
 
     Over stacked experts, as PEFT has them: (n_experts * rank, in) and (out, rank * n_experts).
+    Of IA3: {"ia3_l": (out, 1), or (1, in) where the input is scaled}.
     """
     full: dict[str, dict[str, Tensor]]
     """Name of a module that was trained in full -> its parameters."""
@@ -58,6 +60,10 @@ class Adapter:
             for kind, tensor in tensors.items():
                 layer.full.get_parameter(kind).data.copy_(tensor)  # type: ignore[union-attr]
             return layer.requires_grad_(False)
+        if "ia3_l" in tensors:
+            layer = IA3Linear(base, feedforward=len(tensors["ia3_l"]) == 1)
+            layer.ia3_l.data.copy_(tensors["ia3_l"].flatten())  # type: ignore[union-attr]
+            return layer.requires_grad_(False)
         if len(stack := shape(base)) == 3:
             tensors["lora_A"] = tensors["lora_A"].view(stack[0], -1, stack[2])
             tensors["lora_B"] = tensors["lora_B"].view(stack[1], -1, stack[0]).permute(2, 0, 1)
@@ -69,6 +75,11 @@ class Adapter:
             getattr(layer, kind).data.copy_(tensor)
         return layer.requires_grad_(False)
 
+    def merged_bias(self, name: str, bias: Tensor) -> Tensor:
+        """The bias (out,) of the layer `name` after the merge: IA3 scales it, where it scales outputs."""
+        factors = self.layers.get(name, {}).get("ia3_l")
+        return bias if factors is None or len(factors) == 1 else bias * factors.flatten()
+
     def _of(self, name: str) -> dict[str, Tensor]:
         return self.layers[name] if name in self.layers else self.full[name]
 
@@ -77,6 +88,9 @@ class Adapter:
         if name in self.full:
             return {kind: tuple(p.shape) for kind, p in base.named_parameters()}
         s = self.settings
+        if "ia3_l" in self.layers[name]:
+            before = len(self.layers[name]["ia3_l"]) == 1
+            return {"ia3_l": (1, shape(base)[1]) if before else (shape(base)[0], 1)}
         rank = pattern_value(s.get("rank_pattern") or {}, name, s["r"])
         *stack, rows, columns = shape(base)
         rank *= stack[0] if stack else 1
@@ -98,12 +112,17 @@ def save_adapter(
     """
     tensors: dict[str, Tensor] = {}
     ranks, alphas, full = {}, {}, set()
+    scaled: dict[str, IA3Linear] = {}
     stacks: list[str] = []
     one: Any = None
     for name, module in adapters(model).items():
         if isinstance(module, FullLayer):
             full.add(leaf(name))
             tensors |= {f"{PREFIX}{name}.{kind}": whole(p) for kind, p in module.full.named_parameters()}
+            continue
+        if isinstance(module, IA3Linear):
+            scaled[name] = module
+            tensors[f"{PREFIX}{name}.ia3_l"] = whole(module.ia3_l).unsqueeze(0 if module.feedforward else 1)
             continue
         one, (alphas[name], saved) = module, module.saved()
         ranks[name] = saved["lora_A"].shape[-2]
@@ -118,33 +137,41 @@ def save_adapter(
             tensors[f"{PREFIX}{above}{'.base_layer' * depth}.{kind}"] = tensors.pop(f"{PREFIX}{name}.{kind}")
     if directory is None:
         return
+    write_tensors(directory / "adapter_model.safetensors", tensors)
+    settings = ia3_settings(scaled, base) if scaled else _lora_settings(ranks, alphas, base)
+    if not scaled:
+        settings |= {
+            "lora_dropout": dropout,
+            "target_modules": sorted({leaf(name) for name in ranks.keys() - set(stacks)}),
+            "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in stacks}) or None,
+            "use_dora": isinstance(one, DoRALinear),
+            "use_rslora": one.rank_stabilized,
+            "modules_to_save": sorted(full) or None,
+        }
+    write_json(directory / "adapter_config.json", settings)
+    if quantize is not None and quantize.bits == 4:
+        packed = next(m for m in model.modules() if type(m).__name__ == "NF4Linear")
+        dtype = str(packed.dtype).removeprefix("torch.")
+        write_json(directory / BASE_FILE, {"type": "nf4", "dtype": dtype, **asdict(quantize)})
+
+
+def _lora_settings(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[str, Any]:
+    """`adapter_config.json` as far as it is the same for every kind of LoRA."""
     rank, rank_pattern = _common(ranks)
     alpha, alpha_pattern = _common(alphas)
-    write_tensors(directory / "adapter_model.safetensors", tensors)
-    settings = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": sorted({leaf(name) for name in ranks.keys() - set(stacks)}),
-        "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in stacks}) or None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "use_dora": isinstance(one, DoRALinear),
-        "use_rslora": one.rank_stabilized,
-        "modules_to_save": sorted(full) or None,
     }
-    write_json(directory / "adapter_config.json", settings)
-    if quantize is not None and quantize.bits == 4:
-        packed = next(m for m in model.modules() if type(m).__name__ == "NF4Linear")
-        dtype = str(packed.dtype).removeprefix("torch.")
-        write_json(directory / BASE_FILE, {"type": "nf4", "dtype": dtype, **asdict(quantize)})
 
 
 def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -169,7 +196,9 @@ def read_adapter(directory: str | Path) -> Adapter:
             f"{path} is no adapter directory: it has no adapter_config.json. A run's adapter is in out/NAME/final."
         )
     settings = read_json(path / "adapter_config.json")
-    _refuse(path, settings)
+    ia3 = settings.get("peft_type") == "IA3"
+    if not ia3:
+        _refuse(path, settings)
     saved_in_full = tuple(settings.get("modules_to_save") or ())
     layers: dict[str, dict[str, Tensor]] = {}
     full: dict[str, dict[str, Tensor]] = {}
@@ -190,14 +219,19 @@ def read_adapter(directory: str | Path) -> Adapter:
         else:
             strange.append(key)
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.get("use_dora") else set())
+    wanted = {"ia3_l"} if ia3 else wanted
     strange += [
-        f"{name} (lora_A or lora_B is missing)" for name, pair in layers.items() if not wanted >= pair.keys() >= wanted
+        f"{name} ({' or '.join(sorted(wanted))} is missing)"
+        for name, pair in layers.items()
+        if not wanted >= pair.keys() >= wanted
     ]
     if strange or not layers:
         raise UserError(
             f"{path}/adapter_model.safetensors has unexpected tensors: {', '.join(strange[:10]) or 'none at all'}"
         )
-    if not any(pair["lora_B"].any() for pair in layers.values()):
+    if ia3:
+        check_ia3(path, settings, layers)
+    elif not any(pair["lora_B"].any() for pair in layers.values()):
         raise UserError(f"the adapter in {path} does nothing: every lora_B is zero. Was it saved before training?")
     quantize, dtype = QuantizeConfig(), torch.bfloat16
     if (path / BASE_FILE).is_file():

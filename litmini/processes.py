@@ -33,7 +33,9 @@ def join(fabric: Fabric) -> None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _failures = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
     launcher: Any = fabric.strategy.launcher
-    _started.extend(launcher.procs if launcher else [])
+    if launcher:
+        _started.extend(launcher.procs)
+        launcher.procs.clear()  # Fabric's own watch would kill this process, too, before it could say why
     threading.Thread(target=_watch_started if _started else _watch_parent, daemon=True, name="watch").start()
     if fabric.global_rank > 0:
         warnings.simplefilter("ignore")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -84,9 +85,13 @@ def read_prompts(path: str) -> Iterator[Prompt]:
     """The prompts of a JSONL file, one a line; a broken line is no end of it.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file (at once, not at the first prompt).
     """
-    with existing_file(path, "file of prompts").open("rb") as file:
+    return _read(existing_file(path, "file of prompts"))
+
+
+def _read(path: Path) -> Iterator[Prompt]:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

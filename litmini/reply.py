@@ -61,12 +61,18 @@ class Reply:
         prompt: token ids.
         stop_ids: it ends at any of these, which are no part of it.
         tokenizer: makes text of it; needed for stop strings. None: token ids only.
+        adapter: name of an adapter in the batch's bank; None: the bare base.
     """
 
     def __init__(
-        self, prompt: list[int], sampling: SamplingConfig, stop_ids: list[int], tokenizer: Tokenizer | None = None
+        self,
+        prompt: list[int],
+        sampling: SamplingConfig,
+        stop_ids: list[int],
+        tokenizer: Tokenizer | None = None,
+        adapter: str | None = None,
     ) -> None:
-        self.prompt, self.sampling = prompt, sampling
+        self.prompt, self.sampling, self.adapter = prompt, sampling, adapter
         self.stop_ids = [] if sampling.ignore_eos else stop_ids
         self.tokens = list(prompt)
         self.logprobs: list[Logprobs] = []

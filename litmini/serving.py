@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from litmini.bank import AdapterBank
 from litmini.config import UserError
 from litmini.engine import Busy, Engine, Job
 from litmini.generation import check_prompt
@@ -53,15 +54,25 @@ class Server:
     """The application's state.
 
     Args:
-        models: by the name that clients give; the first is the one for requests that give none.
+        model: in evaluation mode.
+        tokenizers: by the names that clients give. The first is the bare model's, and taken where none is given; the
+            others are those of adapters in `bank`, by the same names.
         api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
     """
 
-    def __init__(self, models: dict[str, tuple[nn.Module, Tokenizer]], limits: Limits, api_key: str | None) -> None:
-        self.limits, self.api_key = limits, api_key
-        self.tokenizers = {name: tokenizer for name, (_, tokenizer) in models.items()}
-        self.contexts = {name: min(limits.max_context, _context(model)) for name, (model, _) in models.items()}
-        self.engine = Engine({n: model for n, (model, _) in models.items()}, limits.max_batch, limits.max_queue)
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizers: dict[str, Tokenizer],
+        limits: Limits,
+        api_key: str | None,
+        bank: AdapterBank | None = None,
+    ) -> None:
+        config: Any = model.config
+        self.tokenizers, self.limits, self.api_key = tokenizers, limits, api_key
+        self.base = next(iter(tokenizers))
+        self.context = min(limits.max_context, config.max_positions)
+        self.engine = Engine(model, bank, limits.max_batch, limits.max_queue)
         self.started = int(time.time())
 
     def check_key(self, request: "Request") -> None:
@@ -106,12 +117,12 @@ class Server:
         body = await self.read_body(request)
         try:
             asked = read_request(body, chat, self.limits.max_new_tokens)
-            name = asked.model or next(iter(self.tokenizers))
+            name = asked.model or self.base
             if name not in self.tokenizers:
                 raise Refused(404, f"no model {name!r:.100}; there are: {', '.join(self.tokenizers)}.")
             prompts = await asyncio.to_thread(encode, asked, self.tokenizers[name])
             for prompt in prompts:
-                check_prompt(prompt, self.contexts[name])
+                check_prompt(prompt, self.context)
         except UserError as error:
             raise Refused(400, str(error)) from None
         answer = Answering(self, asked, name, prompts)
@@ -133,11 +144,12 @@ class Answering:
         self.moved, loop = asyncio.Event(), asyncio.get_running_loop()
         self.jobs: list[Job] = []
         for number, prompt in enumerate(p for p in prompts for _ in range(asked.n)):
-            room = min(asked.sampling.max_new_tokens, server.contexts[name] - len(prompt))
+            room = min(asked.sampling.max_new_tokens, server.context - len(prompt))
             seed = None if asked.sampling.seed is None else (asked.sampling.seed + number) % 2**63
             sampling = replace(asked.sampling, max_new_tokens=room, seed=seed)
-            reply = Reply(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer)
-            self.jobs.append(Job(name, reply, lambda: loop.call_soon_threadsafe(self.moved.set)))
+            adapter = None if name == server.base else name
+            reply = Reply(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
+            self.jobs.append(Job(reply, lambda: loop.call_soon_threadsafe(self.moved.set)))
         kind = "chat.completion" if asked.chat else "text_completion"
         self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -199,10 +211,6 @@ class Answering:
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
-
-
-def _context(model: Any) -> int:
-    return model.config.max_positions
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ the code that makes tokens of them. So it is never out of date, and may be delet
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +64,17 @@ def cache_directory() -> Path:
     return Path(os.environ.get("LITMINI_CACHE") or "~/.cache/litmini").expanduser()
 
 
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """One process (and thread) at a time."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def tokenize_file(
     path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None = None
 ) -> TokenFile:
@@ -89,14 +102,14 @@ def tokenize_file(
             ) from None
         try:
             _write(aside, path, tokenizer, config, what, workers)
-            shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-            try:
-                aside.rename(directory)
-            except OSError:  # another process was faster: its entry is the same
-                assert directory.is_dir(), directory
+            with _alone_in(directory.parent):
+                found = _open(directory, sha256)  # another process may have been faster: its entry is the same
+                if found is None:
+                    shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+                    aside.rename(directory)
+                    found = _open(directory, sha256)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        found = _open(directory, sha256)
         assert found is not None, f"{directory} is there, but cannot be read"
     return found
 

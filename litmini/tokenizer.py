@@ -62,6 +62,9 @@ class Tokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         self.settings = self._optional("tokenizer_config.json")
+        self._tokens = self.settings  # what is BOS, end and so on
+        if "added_tokens_decoder" not in self.settings:  # an older file: there, the other one counts
+            self._tokens = {**self.settings, **self._optional("special_tokens_map.json")}
         self.generation = self._optional("generation_config.json")
         self.special_ids = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
         self.chat_template = self._find_template(chat_template)
@@ -81,8 +84,13 @@ class Tokenizer:
         return read_json(file) if file.is_file() else {}
 
     def _token(self, key: str) -> str | None:
-        token = self.settings.get(key)
+        token = self._tokens.get(key)
         return token["content"] if isinstance(token, dict) else token
+
+    def special_id(self, key: str) -> int | None:
+        """The id of the token that `tokenizer_config.json` calls bos_token, eos_token, ..., if any."""
+        token = self._token(key)
+        return None if token is None else self.fast.token_to_id(token)
 
     def _find_template(self, choice: str) -> str | None:
         if choice == "none":
@@ -100,12 +108,16 @@ class Tokenizer:
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
         return found
 
-    def _turn_end(self) -> int | None:
-        """The special token that the template puts after an assistant's turn, whatever the files call it."""
+    @cached_property
+    def after_answer(self) -> str:
+        """What the template puts after an answer that is a conversation's last turn."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         _, found, tail = self.apply_template(turns).rpartition("answer")
-        ids = self.encode(tail, special=False) if found else []
-        return next((i for i in ids if i in self.special_ids), None)
+        return tail if found else ""
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template puts after an assistant's turn, whatever the files call it."""
+        return next((i for i in self.encode(self.after_answer, special=False) if i in self.special_ids), None)
 
     @cached_property
     def _compiled(self) -> Any:
@@ -134,7 +146,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
-        tokens = {key: self._token(key) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        tokens = {key: token for key, token in named.items() if token}
         settings = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
             return self._compiled.render(messages=messages, **tokens, **settings)

@@ -107,7 +107,8 @@ def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: igno
     assert config.prompts is not None and config.out is not None, "checked when the settings were read"
     lines = read_prompts(config.prompts)
     wrong, total = [], 0
-    with Path(config.out).open("x", encoding="utf-8") as file:
+    # backslashreplace: half a character, as a JSON escape can hold, is written as that escape again
+    with Path(config.out).open("x", encoding="utf-8", errors="backslashreplace") as file:
         for answer in answer_lines(model, tokenizer, lines, config, config.batch_size, config.system):
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
             file.flush()

@@ -56,9 +56,8 @@ def main(config: ServeConfig) -> None:
         from litmini.serving import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
-    from litmini.engine import twin
+    from litmini.bank import AdapterBank
     from litmini.generation import open_model
-    from litmini.peft_format import load_adapter
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None
@@ -69,12 +68,15 @@ def main(config: ServeConfig) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot listen at {config.host}:{config.port}: {error}. Give another --port.") from None
         model, tokenizer = open_model(config)
-        models = {Path(config.adapter_dir or config.checkpoint_dir).resolve().name: (model, tokenizer)}
+        tokenizers = {Path(config.adapter_dir or config.checkpoint_dir).resolve().name: tokenizer}
+        bank = AdapterBank(model) if config.adapters else None
         for name, directory in config.adapters.items():
-            adapted = twin(model)
-            load_adapter(adapted, directory)
+            if name in tokenizers:
+                raise UserError(f"adapter {name} has the name of the model itself; give it another.")
+            assert bank is not None
+            bank.add(name, directory)
             own = (Path(directory) / "tokenizer.json").is_file() and config.chat_template == "auto"
-            models[name] = adapted, Tokenizer(directory) if own else tokenizer
+            tokenizers[name] = Tokenizer(directory) if own else tokenizer
         limits = Limits(
             config.max_batch,
             config.max_queue,
@@ -83,11 +85,11 @@ def main(config: ServeConfig) -> None:
             int(config.max_body_mib * 2**20),
         )
         port = listener.getsockname()[1]
-        print(f"{', '.join(models)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
+        print(f"{', '.join(tokenizers)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
         if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
             print("warning: whoever reaches this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
         settings = uvicorn.Config(
-            make_app(Server(models, limits, key)),
+            make_app(Server(model, tokenizers, limits, key, bank)),
             log_level="warning",
             limit_concurrency=config.max_connections,
             timeout_graceful_shutdown=5,

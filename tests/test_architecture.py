@@ -45,7 +45,7 @@ def test_no_reference_library_and_no_script_is_imported(file):
 def test_every_module_imports_with_base_dependencies_only():
     """Optional packages are imported where they are needed, not on top."""
     modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES]
-    blocked = ["transformers", "peft", "pyarrow", "pytest", "accelerate"]
+    blocked = ["transformers", "peft", "pyarrow", "pytest", "accelerate", "tensorboard", "wandb"]
     code = f"import sys, importlib\nfor n in {blocked}: sys.modules[n] = None\nfor n in {modules}: importlib.import_module(n)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,6 +17,7 @@ from litmini.config import (
     FinetuneConfig,
     FinetuneDoraConfig,
     FinetuneFullConfig,
+    FinetuneIa3Config,
     FinetuneLoraConfig,
     FinetuneQloraConfig,
     UserError,
@@ -74,6 +75,23 @@ def test_a_later_file_wins_over_an_earlier_one(file):
     first, second = file(BASE + "seed: 1\ndevices: 2\n"), file("seed: 2\n", "d.yaml")
     config = lora("--config", first, "--config", second)
     assert (config.seed, config.devices) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("written", "paths"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("[a.jsonl, hub:org/name@v1:test]", ["a.jsonl", "hub:org/name@v1:test"]),
+        ("/x/a [1].jsonl", ["/x/a [1].jsonl"]),
+        ("123", ["123"]),
+        ("mein ordner/a: b.jsonl", ["mein ordner/a: b.jsonl"]),
+    ],
+)
+def test_one_data_path_or_several(file, written, paths):
+    config = lora(*NEEDED, "--data.path", written)
+    assert config.data.paths == paths
+    again = lora("--config", file(yaml.safe_dump(plain(config))))
+    assert again == config
 
 
 @pytest.mark.parametrize(
@@ -136,6 +154,9 @@ def test_a_wrong_value_says_what_is_expected(file, capsys, key, value, expected)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("data.path", "[]"),
+        ("data.weights", "[1.0, 1.0]"),
+        ("data.weights", "[-1.0]"),
         ("optim.lr", "-1.0"),
         ("optim.betas", "[2.0, 0.9]"),
         ("optim.warmup_steps", "-1"),
@@ -155,7 +176,7 @@ def test_a_wrong_value_says_what_is_expected(file, capsys, key, value, expected)
     ],
 )
 def test_a_value_out_of_range_is_named(capsys, key, value):
-    shown = value.replace("[", "(").replace("]", ")")
+    shown = value if key.startswith("data") else value.replace("[", "(").replace("]", ")")
     error = fails(capsys, *NEEDED, f"--{key}={value.strip(chr(39))}")
     assert error == f"error: out of range: {key} is {shown}. See --help.\n"
 
@@ -263,7 +284,12 @@ def test_words_too_many_are_an_error(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "config_hub").glob("*.yaml")), ids=lambda p: p.name)
 def test_config_hub(path):
     assert len(path.read_text().splitlines()) <= 25
-    kinds = {"full": FinetuneFullConfig, "qlora": FinetuneQloraConfig, "dora": FinetuneDoraConfig}
+    kinds = {
+        "full": FinetuneFullConfig,
+        "qlora": FinetuneQloraConfig,
+        "dora": FinetuneDoraConfig,
+        "ia3": FinetuneIa3Config,
+    }
     config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)
     config = parse(config_class, "doc", argv=["--config", str(path)])
     assert isinstance(config, FinetuneConfig) and (ROOT / config.data.path).is_file()

@@ -3,8 +3,12 @@
 import base64
 import itertools
 import json
+import os
+import runpy
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +25,10 @@ from litmini.checkpoint import check_checkpoint_dir, load_model, shards
 from litmini.config import UserError
 from litmini.convert import convert
 from litmini.files import read_json
+from litmini.models import llama
 from litmini.tokenizer import Tokenizer
 
+SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_to_litmini.py"
 TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -127,6 +133,34 @@ def test_header_that_claims_more_than_the_file_has(source: Path, tmp_path: Path)
     for content in (struct.pack("<Q", len(header)) + header + bytes(16), struct.pack("<Q", 2**60) + header):
         (source / "model.safetensors").write_bytes(content)
         assert "model.safetensors is damaged" in refused(source, tmp_path / "out")
+
+
+def test_command_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Positional source, dtype and shards; a GGUF file in the dtype that is asked for."""
+    model = tiny_llama(320)
+    tensors = hf(source, model)
+    torch.save(tensors, source / "pytorch_model.bin")
+    tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    for i, what in enumerate((source, write_gguf(tmp_path / "a.gguf", model, tokenizer, pre="gpt-2"))):
+        out = tmp_path / f"out{i}"
+        words = [
+            "convert_to_litmini.py",
+            str(what),
+            "--out_dir",
+            str(out),
+            "--dtype",
+            "fp32",
+            "--max_shard_size",
+            "90KB",
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert done.value.code == 0 and f"python scripts/verify.py {out}" in capsys.readouterr().out
+        assert len(shards(out)) > 2
+        same(out, tensors)
 
 
 def test_what_cannot_be_converted(source: Path, tmp_path: Path) -> None:
@@ -356,3 +390,57 @@ def test_llama3_tokenizer_model(source: Path, tmp_path: Path) -> None:
     ]
     assert tokenizer.encode("the cat sat! über 1234") == [len(ranks), *expected]
     assert tokenizer.stop_ids == [len(ranks) + 1, len(ranks) + 9, len(ranks) + 8]
+
+
+MEASURE = """
+import resource, sys, threading
+import torch
+from litmini.convert import convert
+
+def status(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+convert(sys.argv[1], sys.argv[1] + "-out", torch.bfloat16)  # a small one: whatever is imported or set up once is there then
+limit = status("VmData") + 200_000_000
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+peaks, done, base = [], threading.Event(), status("RssAnon")
+def watch():
+    while not done.wait(0.003):
+        peaks.append(status("RssAnon"))
+thread = threading.Thread(target=watch)
+thread.start()
+try:
+    convert(sys.argv[2], sys.argv[2] + "-out", torch.bfloat16, 40_000_000)
+finally:
+    done.set()
+    thread.join()
+print(max(peaks) - base)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="measured with Linux's /proc")
+def test_a_model_larger_than_the_memory(source: Path, tmp_path: Path) -> None:
+    """420 MB to be rounded to bf16, in 200 MB more than the interpreter has; less than two shards of 40 MB are taken."""
+    for directory, n_layers in ((source, 1), (tmp_path / "large", 8)):
+        config = llama.Config(1024, 1024, n_layers, 8, 8, 128, 2816, 256)
+        directory.mkdir(exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(llama.config_to_hf(config)))
+        if directory != source:
+            shutil.copy(source / "tokenizer.json", directory)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in llama.Model(config).named_parameters()}
+        weight_map = {name: f"pytorch_model-{i % n_layers}.bin" for i, name in enumerate(shapes)}
+        for file in set(weight_map.values()):
+            mine = [name for name in shapes if weight_map[name] == file]
+            torch.save({name: torch.full(shapes[name], 0.5) for name in mine}, directory / file)
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "large")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sum(file.stat().st_size for file in shards(tmp_path / "large-out")) > 200e6
+    grown = int(done.stdout)
+    print(f"of its own it took {grown / 1e6:.0f} MB")
+    assert 0 < grown < 2 * 40_000_000
+    shutil.rmtree(tmp_path)  # 0.6 GB

@@ -4,7 +4,11 @@ import gzip
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -96,6 +100,14 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch, fast, piece):
     assert joined(source) == TEXTS
 
 
+def test_a_separator_is_found_wherever_a_piece_ends(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n--sep--\n".join(TEXTS))
+    (source,) = find_sources([str(tmp_path / "a.txt")])
+    for piece in range(20, 120):
+        monkeypatch.setattr(documents, "PIECE", piece)
+        assert joined(source, separator="\n--sep--\n") == TEXTS, piece
+
+
 def test_shards_hold_each_document_and_its_end(tmp_path, fast):
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
     index = made(tmp_path / "one", sources, recipe(fast, shard_tokens=1000))
@@ -130,20 +142,20 @@ def files(directory):
 @pytest.mark.parametrize("after", range(1, 14, 3))
 @pytest.mark.parametrize("half", [False, True])
 def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, half):
-    """Wherever it stops: in the middle of a shard, after one, with bytes written that were not committed."""
+    """Wherever it stops: in the middle of a shard, after one, with shards finished that were not committed."""
     monkeypatch.setattr(corpus, "BATCH", 300)
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
     what = recipe(fast, val_fraction=0.3, shard_tokens=700)
     made(tmp_path / "whole", sources, what)
-    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0 if half else 1e9)
+    monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
     calls, write = [], Shards.write
 
     def failing(self, content):
         calls.append(1)
-        if len(calls) == after:
-            monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
+        if len(calls) == after + 2:  # the last commit is that of the batch before
+            monkeypatch.setattr(corpus, "COMMIT_SECONDS", 1e9)
         if len(calls) == after + 9:
-            write(self, content[: len(content) // 4 * 2])
+            write(self, content[: len(content) // 4 * 2] if half else content)
             self.flush()
             raise KeyboardInterrupt
         write(self, content)
@@ -157,6 +169,31 @@ def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, 
     prepare(sources, what, tmp_path / "cut", 1, lambda path: None, say=said.append)
     assert "going on" in said[0] and "after 0 documents" not in said[0]
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_a_killed_preparation_leaves_no_process_behind(fast):
+    code = (
+        "import itertools, multiprocessing, sys, time\n"
+        "from litmini.documents import Piece\n"
+        "from litmini.encode import Recipe, encode_all\n"
+        "batches = (([(Piece('text', True, True), False)], i) for i in itertools.count())\n"
+        "running = encode_all(batches, Recipe(sys.stdin.read(), [], 0), 2)\n"
+        "next(running)\n"
+        "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdin and parent.stdout
+    parent.stdin.write(fast.to_str())
+    parent.stdin.close()
+    children = [Path(f"/proc/{pid}/stat") for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(c.exists() and c.read_text().split()[2] != "Z" for c in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
 
 
 def test_going_on_with_other_text_is_refused(tmp_path, fast, monkeypatch):

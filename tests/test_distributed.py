@@ -18,16 +18,18 @@ from torch import nn
 from two import ROOT, command, run_two, values
 
 from litmini.adapters import DoRALinear, LoRALinear, add_adapters
-from litmini.config import LoraConfig
-from litmini.generation import generate_batch
+from litmini.config import LoraConfig, SamplingConfig
+from litmini.generation import finish_all
 from litmini.launch import checkpoint_activations
 from litmini.loss import IGNORE
 from litmini.models import FAMILIES, family
 from litmini.quantize import quantize_linears
+from litmini.reply import Reply
 from litmini.sharding import held_bytes, shard, whole
 
 DATA = ROOT / "config_hub/quickstart"
 METHODS = ["llama 4bit lora recomputed", "llama 4bit dora", "qwen2 dora", "llama pissa", "mixtral 4bit lora"]
+pytestmark = pytest.mark.xdist_group("two")  # in one test process, which has one server of processes
 DDP, FSDP = (["--devices", 2, "--strategy", name] for name in ("ddp", "fsdp"))
 
 
@@ -86,7 +88,16 @@ def forget(run: Path) -> None:
 @pytest.mark.parametrize("script", ["finetune_full", "finetune_qlora"])
 def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path, script):
     """Requirements 2, 3, 22 and 24: accumulation, evaluation, answers, steps with fewer rows than the ranks want."""
-    more = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--eval.samples", 2]
+    more = [
+        "--data.val_path",
+        DATA / "heldout.jsonl",
+        "--train.eval_every",
+        2,
+        "--train.sample_every",
+        3,
+        "--eval.samples",
+        2,
+    ]
     one, two = (words(tiny_dir, tmp_path / name, *more, "--eval.max_new_tokens", 2) for name in ("one", "two"))
     two += map(str, [*FSDP, "--train.checkpoint_activations"])
     run_alone(script, *one)
@@ -107,6 +118,14 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     said = run_both(script, *one, "--resume", "auto", *map(str, FSDP))
     assert "note: devices: 1 -> 2, strategy: auto -> fsdp. Each step has the same rows" in said
     assert_close(tmp_path / "two", tmp_path / "one")
+
+
+def test_replicas_equal_one_process(tiny_dir, tmp_path):
+    """Requirement 2: ranks with more targets weigh more; the last rows are fewer than the ranks want."""
+    more = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--data.pack", "false"]
+    run_alone("finetune_lora", *words(tiny_dir, tmp_path / "one", *more))
+    run_both("finetune_lora", *words(tiny_dir, tmp_path / "two", *more, *DDP))
+    assert_close(tmp_path / "one", tmp_path / "two")
 
 
 def test_replicas_with_dropout_resume_exactly(tiny_dir, tmp_path):
@@ -236,7 +255,9 @@ def gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torc
     tokens = torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     labels = tokens.roll(-1, 1)
     labels[0, :7] = IGNORE
-    generate_batch(model.eval(), [[1, 2, 3], [4]], 2, [])  # gathers and frees the weights, and leaves nothing behind
+    finish_all(
+        model.eval(), [Reply(prompt, SamplingConfig(max_new_tokens=2), []) for prompt in ([1, 2, 3], [4])]
+    )  # gathers and frees the weights, and leaves nothing behind
     model.train()
     losses = [model(tokens[row, None], labels=labels[row, None])[0] for row in rows]
     (sum(losses) * 2 / len(rows) / int((labels != IGNORE).sum())).backward()

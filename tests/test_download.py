@@ -98,12 +98,26 @@ def test_hub(hub: type[Hub], capsys: pytest.CaptureFixture) -> None:
     assert "is there already; nothing was downloaded" in capsys.readouterr().out
 
 
-def test_hub_replaces_an_incomplete_checkpoint(hub: type[Hub]) -> None:
+def test_hub_replaces_an_incomplete_checkpoint_and_nothing_else(hub: type[Hub]) -> None:
     TARGET.mkdir(parents=True)
     (TARGET / "config.json").write_text("old")
-    (TARGET / "junk").touch()
+    (TARGET / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"holds what is no part of a checkpoint \(thesis\.txt\): choose another"):
+        download(REPO)
+    with pytest.raises(UserError, match=r"checkpoints holds what is no part of a checkpoint \(acme\)"):
+        download(REPO, Path("checkpoints"))
+    assert (TARGET / "thesis.txt").read_text() == "precious"
+    (TARGET / "thesis.txt").unlink()
     download(REPO)
-    assert (TARGET / "config.json").read_text() == "{}" and not (TARGET / "junk").exists()
+    assert (TARGET / "config.json").read_text() == "{}"
+
+
+def test_a_directory_that_holds_another_model(hub: type[Hub]) -> None:
+    download(REPO, Path("here"))
+    hub.repos = (*hub.repos, "acme/other")
+    with pytest.raises(UserError, match="here holds another model, from acme/tiny: choose another --out_dir"):
+        download("acme/other", Path("here"))
+    assert download(REPO, Path("here")) == Path("here")
 
 
 def test_interrupted_hub_download_goes_on(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from litmini.config import DataConfig
+from litmini.config import DataConfig, UserError
 from litmini.data import Examples, load_data
 from litmini.examples import ENTRY
 from litmini.loss import IGNORE
@@ -226,6 +226,11 @@ def test_weights_say_how_often_an_example_comes(packed: bool) -> None:
     again = weighted([10, 30, 25], [2.0, 1.0, 0.4], pack=packed)
     for n in np.random.default_rng(0).permutation(len(in_order))[:20]:
         assert again.row(int(n)) == in_order[n], "a pure function of seed and number"
+
+
+def test_weights_that_leave_nothing() -> None:
+    with pytest.raises(UserError, match="data.weights leave no example for epoch 1"):
+        weighted([10], [0.01])
 
 
 def test_rows_are_as_short_as_they_can_be() -> None:

@@ -1,5 +1,6 @@
 """pretrain.py, from text to a model that generate.py runs and transformers loads; its models, optimizers and configs."""
 
+import ast
 import csv
 import importlib.util
 import io
@@ -197,6 +198,16 @@ def test_a_model_file_of_ones_own(place, whole, tmp_path):
     shown = run("convert_to_hf.py", out / "final", "--out_dir", tmp_path / "hf", "--model_file", OWN_FILE)
     assert "transformers knows none of its tensors" in shown
     assert_same(tmp_path / "hf/model.safetensors", out / "final/model.safetensors")
+
+
+@pytest.mark.parametrize("part", ["RMSNorm", "rotate", "Attention", "Block"])
+def test_the_rest_of_the_model_file_is_that_of_llama(part):
+    sources = []
+    for file in (OWN_FILE, ROOT / "litmini/models/llama.py"):
+        text = file.read_text()
+        (node,) = [n for n in ast.parse(text).body if getattr(n, "name", None) == part]
+        sources.append(str(ast.get_source_segment(text, node)).replace("bias=config.attn_bias", "bias=False"))
+    assert sources[0] == sources[1]
 
 
 def test_the_model_file_differs_from_llama_as_it_says():
@@ -405,6 +416,23 @@ def test_z_loss_keeps_a_tied_head_tied():
     assert [name for name, _ in model.named_parameters()] == names
     with pytest.raises(UserError, match="no linear without a bias"):
         use_z_loss(nn.Sequential(nn.Linear(2, 2)), 1e-4)
+
+
+def test_runs_in_one_picture(place, whole):
+    shown = run("plot_runs.py", place / "whole", place / "whole", "--out_file", place / "both.png")
+    last = json.loads((place / "whole/manifest.json").read_text())["results"]["val_loss_after"]
+    assert f"{place / 'whole'}: last held-out loss {last:.4f}" in shown
+    assert (place / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "metrics of a run not found" in run("plot_runs.py", place, "--out_file", place / "none.png", status=1)
+    assert "Format 'xyz'" in run("plot_runs.py", place / "whole", "--out_file", place / "a.xyz", status=1)
+
+
+def test_the_benchmark_trains_the_same_model_twice(place):
+    words = settings(place, "benchmark", "--train.max_steps", 40, "--train.micro_batch_size", 6, model="gpt2/tiny")
+    shown = run("../config_hub/pretrain/benchmark.py", *words)
+    sides = re.findall(r"(litmini|plain) +([\d,]+) parameters, .* held-out loss ([\d.]+)", shown)
+    assert [side[0] for side in sides] == ["litmini", "plain"] and sides[0][1] == sides[1][1]
+    assert float(sides[0][2]) == pytest.approx(float(sides[1][2]), abs=0.5) and float(sides[0][2]) < 5
 
 
 SIZES = {"char": 0.81, "gpt2_124m": 124, "llama_160m": 162, "qwen3_like": 113, "gemma_like": 108}  # million

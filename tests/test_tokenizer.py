@@ -97,6 +97,32 @@ def test_bos_once(directory: Path, frames: bool, writes: bool) -> None:
     assert AutoTokenizer.from_pretrained(directory)("Add:").input_ids == raw.encode("Add:")
 
 
+@pytest.mark.parametrize("modern", [False, True])
+def test_tokens_named_in_special_tokens_map(directory: Path, modern: bool) -> None:
+    """Where older checkpoints name them; it counts unless tokenizer_config.json lists all added tokens, as newer ones do."""
+    names = {"bos_token": {"content": "<|endoftext|>", "lstrip": False}, "eos_token": "<|im_start|>"}
+    (directory / "special_tokens_map.json").write_text(json.dumps(names))
+    settings(directory, bos_token="<|im_end|>" if modern else None, added_tokens_decoder={} if modern else None)
+    ours, theirs = template(directory, BOS_TEMPLATE + "{{ eos_token }}"), AutoTokenizer.from_pretrained(directory)
+    expected = theirs.apply_chat_template(CHAT, tokenize=False)
+    assert ours.apply_template(CHAT) == expected
+    assert expected.startswith("<|im_end|>" if modern else "<|endoftext|>")
+    assert ours.stop_ids[0] == theirs.eos_token_id == (STOP if modern else START)
+    (directory / "saved").mkdir()
+    ours.save(directory / "saved")
+    assert Tokenizer(directory / "saved").apply_template(CHAT) == expected
+
+
+def test_a_template_that_adds_a_token_that_no_file_names(directory: Path) -> None:
+    """As in transformers: nothing is written where it stands alone, for which templates ask; else an error."""
+    ours = template(directory, "{{ bos_token }}{% if bos_token is defined %}no{% endif %}{{ messages[1].content }}")
+    assert ours.apply_template(CHAT) == AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        CHAT, tokenize=False
+    )
+    with pytest.raises(UserError, match="'bos_token' is undefined"):
+        template(directory, "{{ bos_token + messages[1].content }}").apply_template(CHAT)
+
+
 def test_raw_text_framed_with_an_end(directory: Path) -> None:
     """Only what stands before the text is put there, even where BOS and the end are one token."""
     frame(directory, "<|im_start|> $A <|im_end|>", bos=START, eos=STOP)

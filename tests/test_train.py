@@ -323,26 +323,6 @@ def test_killed_and_resumed_equals_undisturbed(tiny_dir, tmp_path, script):
     assert any(name.startswith("exp_avg_sq/") for name in states[1])
 
 
-def test_two_processes_equal_one(tiny_dir, tmp_path):
-    """Requirement 2: ranks with more targets weigh more; the last step has fewer rows than ranks want."""
-    for name, words in (("one", []), ("two", ["--devices", "2", "--strategy", "ddp"])):
-        words = [*words, "--train.micro_batch_size", "1", "--train.global_batch_size", "3", "--lora.rank", "4"]
-        words += ["--train.eval_every", "5", "--data.pack", "false", "--train.sample_every", "6", "--eval.samples", "1"]
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(
-            command("finetune_lora", tiny_dir, tmp_path / name, *words), capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert [row[:2] for row in one] == [row[:2] for row in two]
-    for a, b in zip(one, two, strict=True):
-        assert float(a[2]) == pytest.approx(float(b[2]), rel=1e-5)
-        assert float(a[5] or 0) == pytest.approx(float(b[5] or 0), rel=1e-5)
-    adapters = [load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two")]
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-3, atol=1e-4)
-
-
 def test_resuming_with_other_settings_is_refused(tiny_dir, tmp_path):
     words = ["--train.save_every", "1", "--train.max_steps", "2"]
     subprocess.run(

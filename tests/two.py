@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "litmini.finetune", "litmini.adapters"])
+CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "litmini.finetune", "litmini.adapters", "bitsandbytes"])
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Ended:
     err: str
 
 
-def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Ended]:
+def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Ended]:
     """`work(*arguments)` on rank 0 and rank 1."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as place:
         probe.bind(("127.0.0.1", 0))

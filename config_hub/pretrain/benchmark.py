@@ -118,8 +118,8 @@ def main(config: BenchmarkConfig) -> None:
     model = plan.model(torch.float32, config.seed)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
     progress = run.begin(fabric, model, optimizer, data.tokenizer)
-    (shard,) = windows.shards[0]
-    plain, train_plain = plain_training(config, plan.config, np.array(np.memmap(shard.file, shard.dtype, "r")), total)
+    tokens = np.concatenate([np.fromfile(shard.file, shard.dtype) for shard in windows.shards[0]])
+    plain, train_plain = plain_training(config, plan.config, tokens, total)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, plain)]
     turns: dict[str, list[float]] = {"litmini": [], "plain": []}
     batch = config.train.global_batch_size

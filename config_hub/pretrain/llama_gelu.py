@@ -86,7 +86,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, n_kv_heads, S, head_dim)
+            k, v = cache.update(k, v, mask)  # (B, n_kv_heads, S, head_dim)
         y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -67,10 +67,10 @@ def preparation(config: MeasureConfig, place: Path) -> None:
 
 
 def reading(place: Path) -> None:
-    """Rows of several lengths, from random places of a corpus of 200 million tokens in the page cache."""
+    """Rows of several lengths, from random places of a corpus of 50 million tokens in the page cache."""
     from litmini.shards import Windows
 
-    corpus = fake_corpus(place / "reading", 200_000_000, real=True)
+    corpus = fake_corpus(place / "reading", 50_000_000, real=True)
     print("rows x tokens   microseconds a batch   tokens/s of reading")
     for rows, length in ((12, 64), (16, 1024), (8, 2048), (4, 8192)):
         windows = Windows([corpus], "train", length, seed=0)

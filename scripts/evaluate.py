@@ -1,0 +1,125 @@
+"""Measure a model: the perplexity of a text, exact match on questions, tasks of lm-eval; any of them in one run.
+
+    python scripts/evaluate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
+        --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/val.jsonl
+
+Questions are a file of any form that finetuning reads; the last turn is what the model must say, letter by letter. Tasks
+need pip install -e ".[lm-eval]".
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from litmini.cli import command
+from litmini.config import ModelConfig, UserError, check
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(ModelConfig):
+    """Settings of evaluate.py."""
+
+    perplexity: str | None = None
+    """Text file whose perplexity is measured."""
+    window: int = 1024
+    """Tokens that the model sees at once, where its context is not shorter."""
+    stride: int | None = None
+    """Tokens from one window to the next; what both hold is counted once. By default half a window."""
+    exact_match: str | None = None
+    """File of questions with the answers that are expected."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-eval."""
+    include_path: str | None = None
+    """Directory of further tasks, in lm-eval's YAML."""
+    fewshot: int | None = None
+    """Solved examples before each question of a task; by default as many as the task says."""
+    limit: int | None = None
+    """Only so many questions of each file or task."""
+    batch_size: int = 16
+    """Questions that are answered together."""
+    out: str | None = None
+    """JSON file for the results, beside what is printed."""
+
+    def __post_init__(self) -> None:
+        if self.perplexity is None and self.exact_match is None and not self.tasks:
+            raise UserError("nothing to measure: expected --perplexity FILE, --exact_match FILE or --tasks '[NAME]'.")
+        check(
+            "",
+            self,
+            window=self.window > 1,
+            stride=self.stride is None or 0 < self.stride < self.window,
+            max_new_tokens=self.max_new_tokens > 0,
+            limit=self.limit is None or self.limit > 0,
+            fewshot=self.fewshot is None or self.fewshot >= 0,
+            batch_size=self.batch_size > 0,
+        )
+
+
+def main(config: EvaluateConfig) -> None:
+    from pathlib import Path
+
+    from litmini.evaluate import answer_all, exact_match, surprise
+    from litmini.files import existing_file, write_json
+    from litmini.generation import open_model
+    from litmini.records import read_examples
+
+    text = None
+    if config.perplexity is not None:
+        try:
+            text = existing_file(config.perplexity, "text file").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{config.perplexity} is not UTF-8 text: {error}.") from None
+    model, tokenizer = open_model(config)
+    results: dict[str, Any] = {}
+    if text is not None:
+        settings: Any = model.config
+        window = min(config.window, settings.max_positions)
+        found = surprise(model, tokenizer, text, window, config.stride or max(1, window // 2))
+        results["perplexity"] = {
+            "file": config.perplexity,
+            "perplexity": found.perplexity,
+            "loss": found.loss_sum / found.n_targets,
+            "bits_per_byte": found.bits_per_byte,
+            "tokens": found.n_targets,
+        }
+    if config.exact_match is not None:
+        examples = read_examples(config.exact_match, tokenizer.chat_template is not None)[: config.limit]
+        answers = answer_all(model, tokenizer, examples, config.max_new_tokens, config.batch_size)
+        if not answers:
+            raise UserError(f"{config.exact_match} has no question with an answer.")
+        results["exact_match"] = {
+            "file": config.exact_match,
+            "exact_match": exact_match(answers),
+            "questions": len(answers),
+            "wrong": [vars(a) for a in answers if not a.right][:20],
+        }
+    if config.tasks:
+        from litmini.harness import run_tasks
+
+        limits = config.limit, config.fewshot, config.batch_size
+        results["tasks"] = run_tasks(model, tokenizer, config.tasks, config.include_path, *limits)
+    if config.out is not None:
+        write_json(Path(config.out), results)
+    print(report(results))
+
+
+def report(results: dict[str, Any]) -> str:
+    """What a person wants to know, one line each."""
+    lines = []
+    if p := results.get("perplexity"):
+        lines.append(
+            f"perplexity {p['perplexity']:.3f} (loss {p['loss']:.4f}, {p['bits_per_byte']:.4f} bits a byte) "
+            f"over {p['tokens']:,} tokens of {p['file']}"
+        )
+    if e := results.get("exact_match"):
+        lines.append(f"exact match {e['exact_match']:.1%} of {e['questions']} questions of {e['file']}")
+        lines += [f"  expected {w['expected']!r}\n  given    {w['given']!r}" for w in e["wrong"][:3]]
+    for name, metrics in results.get("tasks", {}).items():
+        values = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
+        lines.append(f"{name}: {', '.join(values)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command(main, EvaluateConfig, __doc__)

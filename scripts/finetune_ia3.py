@@ -1,0 +1,62 @@
+"""Finetune with IA3: the weights are frozen, and a factor for each output or input of some linears is trained.
+
+    python scripts/finetune_ia3.py --config config_hub/quickstart_ia3.yaml
+
+The result in OUT_DIR/final is an adapter in PEFT's format.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from litmini.cli import command
+from litmini.config import FinetuneIa3Config
+
+
+def main(config: FinetuneIa3Config) -> None:
+    from litmini.finetune import finish, prepare_data, preview, run_training
+    from litmini.launch import load_device, make_fabric, weight_dtype
+    from litmini.optim import make_optimizer
+    from litmini.peft_format import save_adapter
+    from litmini.quantize import load_quantized
+    from litmini.rescaling import add_ia3
+    from litmini.runs import Run
+
+    # 1. Run directory
+    run = Run(config)
+
+    # 2. Fabric
+    fabric = make_fabric(config)
+
+    # 3. Tokenizer and data
+    data = prepare_data(fabric, config)
+
+    # 4. Base model, in 16 or 4 bits
+    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
+
+    # 5. Method: freeze everything, factors over linears
+    add_ia3(model, config.ia3)
+    ratios: dict[str, float] = {}
+
+    def save_weights(directory: Path | None) -> None:
+        save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
+
+    if config.dry_run or config.show_masks:
+        return preview(data, config, model)
+
+    # 6. Shard and optimizer
+    wrapped = fabric.setup_module(model)
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, ratios))
+
+    # 7. Resume
+    progress = run.begin(fabric, model, optimizer, data.tokenizer)
+
+    # 8. Fit
+    run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
+
+    # 9. Save and measure
+    final = run.save_final(save_weights)
+    fabric.print(finish(fabric, wrapped, model, data, run, config.checkpoint_dir, adapter_dir=final))
+
+
+if __name__ == "__main__":
+    command(main, FinetuneIa3Config, __doc__)
