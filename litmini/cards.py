@@ -58,6 +58,6 @@ def share(memory: Memory, model: nn.Module, devices: int, strategy: str) -> Memo
 
 def fitting(memory: Memory) -> str:
     """The smallest of the ordinary cards on which `memory` fits, with room for the CUDA context and the allocator."""
-    need = (memory.total - memory.process) * 1.1 + CUDA_CONTEXT
+    need = (memory.total - memory.process - memory.allocator) * 1.1 + CUDA_CONTEXT
     fits = [f"{name} ({gib} GiB)" for name, gib in CARDS if need < gib * GIB]
     return f"{fits[0]} and larger" if fits else f"none of the ordinary cards: {need / GIB:,.0f} GiB"
