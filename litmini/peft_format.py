@@ -288,13 +288,23 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
     return adapter
 
 
+def _above(name: str) -> tuple[str, str]:
+    """The block that holds a stack of experts, and the stack's own name: `model.layers.0`, `experts.down_proj`."""
+    parts = name.split(".")
+    return ".".join(parts[:-3]), ".".join(parts[-2:])
+
+
 def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """The layers of `model` that `adapter` covers, by name.
 
     Raises:
         UserError: it was made for another base; all names and both shapes are listed.
     """
-    there = linears(model) | experts(model)
+    stacks = experts(model)
+    there = linears(model) | stacks
+    for name in [n for n in adapter.layers if n not in there]:  # transformers 5 gave the module above another name
+        if same := [n for n in stacks if _above(n) == _above(name)]:
+            adapter.layers[same[0]] = adapter.layers.pop(name)
     modules = dict(model.named_modules())
     covered: dict[str, Any] = {}
     problems = []

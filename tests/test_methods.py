@@ -24,7 +24,7 @@ from litmini.adapters import (
 from litmini.checkpoint import load_model, save_model, save_trained
 from litmini.config import LoraConfig, OptimConfig, UserError
 from litmini.export import export
-from litmini.models import llama
+from litmini.models import llama, mixtral, qwen3_moe
 from litmini.optim import make_optimizer
 from litmini.peft_format import load_adapter, save_adapter
 from litmini.quantize import NF4Linear
@@ -323,3 +323,32 @@ def test_counts_of_adapters(tiny_dir):
     model, _ = ours(tiny_dir, {"modules_to_save": ["lm_head"]}, DoRALinear)
     assert sum(isinstance(m, LoRALinear) for m in adapters(model).values()) == 6
     assert sum(isinstance(m, FullLayer) for m in adapters(model).values()) == 1
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3_moe], ids=["mixtral", "qwen3_moe"])
+def test_adapters_over_experts_between_peft_and_us(family, tokenizer_dir, tmp_path):
+    config = family.PRESETS["tiny"]
+    base = family.Model(config)
+    base.init_weights(torch.Generator().manual_seed(0))
+    for part in ("base", "theirs", "ours"):
+        (tmp_path / part).mkdir()
+    tensors = family.to_hf(((n, p.detach()) for n, p in base.named_parameters()), config)
+    save_model(tmp_path / "base", family.config_to_hf(config), tensors, tokenizer_dir)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj"], target_parameters=stacks, task_type="CAUSAL_LM"
+    )
+    reference = changed(peft.get_peft_model(reference, settings)).eval()
+    reference.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "base", torch.float32)
+    load_adapter(model, tmp_path / "theirs")
+    with torch.no_grad():
+        expected = reference(TOKENS).logits
+        torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-4)
+        assert (base(TOKENS) - expected).abs().max() > 0.05
+    save_adapter(model, tmp_path / "ours", "base")
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()(TOKENS).logits
+    torch.testing.assert_close(again, expected, atol=5e-5, rtol=1e-4)
