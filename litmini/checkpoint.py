@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from litmini.config import UserError
 from litmini.files import read_json, restore, write_json
-from litmini.models import FAMILIES, family
+from litmini.models import FAMILIES, family, skeleton
 from litmini.sharding import whole
 
 UMASK = os.umask(0)
@@ -156,8 +156,7 @@ def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
     """The family module and the model of a checkpoint, with all parameters on the meta device."""
     module, config = read_config(directory)
     try:
-        with torch.device("meta"):
-            return module, module.Model(config)
+        return module, skeleton(module, config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
 
