@@ -30,7 +30,7 @@ def load(
         litmini.config.UserError: a directory is missing, incomplete or damaged, or the adapter is of another base.
     """
     from litmini.checkpoint import parse_dtype
-    from litmini.config import QuantizeConfig
+    from litmini.finetune_config import QuantizeConfig
     from litmini.peft_format import load_adapter, read_adapter
     from litmini.quantize import convert, load_quantized
     from litmini.tokenizer import Tokenizer

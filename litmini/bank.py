@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.adapters import LoRALinear, replace_module
+from litmini.adapters import replace_module
 from litmini.config import UserError
+from litmini.lora import LoRALinear
 from litmini.peft_format import check_adapter, read_adapter
 
 

@@ -4,17 +4,13 @@ A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tok
 `generation_config.json`. Weights are read from safetensors only; nothing in a checkpoint is ever run.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,9 +18,8 @@ from litmini.config import UserError
 from litmini.files import read_json, restore, write_json
 from litmini.models import FAMILIES, family, skeleton
 from litmini.sharding import whole
+from litmini.tensors import read_tensors, shards, weight_map, write_tensors
 
-UMASK = os.umask(0)
-os.umask(UMASK)
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,7 +48,7 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
         missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            shards = sorted(set(_weight_map(index).values()))
+            shards = sorted(set(weight_map(index).values()))
             missing += [name for name in shards if not (path / name).is_file()]
         elif not (path / "model.safetensors").is_file():
             missing.append("model.safetensors")
@@ -69,67 +64,6 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
         )
     get = f". To get it: python scripts/download.py {name}" if path.parts[:-2] == ("checkpoints",) else ""
     raise UserError(f"{problem}. {there}{get}")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not (isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
-        raise UserError(f"{index} has no weight_map of file names.")
-    if outside := [name for name in weight_map.values() if Path(name).name != name]:
-        raise UserError(f"{index} names a file outside its directory: {outside[0]}")
-    return weight_map
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, readable by whoever may read new files."""
-    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, file, metadata={"format": "pt"})
-    file.chmod(0o666 & ~UMASK)  # safetensors itself makes it readable by its owner only
-
-
-def shards(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint or adapter directory."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return [directory / name for name in sorted(set(_weight_map(index).values()))]
-    return [directory / "model.safetensors"]
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except FileNotFoundError:
-        raise UserError(f"weight file not found: {file}") from None
-    except OSError as error:
-        raise UserError(f"weight file {file} cannot be read: {error}") from None
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
-
-
-def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of some safetensors files, one tensor in memory at a time.
-
-    Raises:
-        UserError: a file is missing, truncated or not safetensors; names the file.
-    """
-    for file in files:
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                yield name, opened.get_tensor(name)
-
-
-def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of some safetensors files, from their headers.
-
-    Raises:
-        UserError: as `read_tensors`.
-    """
-    shapes = {}
-    for file in files:
-        with _open(file) as opened:
-            shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
-    return shapes
 
 
 def read_config(directory: Path) -> tuple[ModuleType, Any]:

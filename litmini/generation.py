@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import litmini
 from litmini.bank import AdapterBank
 from litmini.cache import CHUNK, KVCache
-from litmini.config import ModelConfig, SamplingConfig, UserError
+from litmini.config import UserError
+from litmini.generation_config import ModelConfig, SamplingConfig
 from litmini.loss import IGNORE
 from litmini.models import use_model_file
 from litmini.peft_format import BASE_FILE

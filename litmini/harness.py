@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from litmini.config import SamplingConfig, UserError
+from litmini.config import UserError
 from litmini.generation import finish_all
+from litmini.generation_config import SamplingConfig
 from litmini.reply import Reply
 from litmini.tokenizer import Tokenizer
 

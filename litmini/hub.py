@@ -22,9 +22,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir, shards
+from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir
 from litmini.config import UserError
 from litmini.files import is_disk_full, write_aside, write_json
+from litmini.tensors import shards
 
 INDEX = "model.safetensors.index.json"
 FILES = ["*.safetensors", INDEX, "config.json", *SIDE_FILES]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from litmini.config import SamplingConfig, UserError
+from litmini.config import UserError
+from litmini.generation_config import SamplingConfig
 from litmini.prompts import check_messages, check_text, describe
 from litmini.reply import Reply
 from litmini.sampling import Logprobs

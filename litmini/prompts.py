@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from litmini.config import SamplingConfig, UserError
+from litmini.config import UserError
 from litmini.files import existing_file
 from litmini.generation import check_prompt, finish_all
+from litmini.generation_config import SamplingConfig
 from litmini.reply import Reply
 from litmini.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer

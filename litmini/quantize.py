@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.checkpoint import check_checkpoint_dir, empty_model, load_model
-from litmini.config import QuantizeConfig, UserError
+from litmini.config import UserError
+from litmini.finetune_config import QuantizeConfig
 
 BLOCK = 64  # weights that share an absmax
 NESTED = 256  # values of absmax that share a scale, with double quantisation

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from litmini.config import SamplingConfig
+from litmini.generation_config import SamplingConfig
 from litmini.sampling import Logprobs, choose, log_probabilities
 from litmini.tokenizer import Tokenizer
 

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.adapters import Swapped, dense, leaf, linears, plain_layer, replace_module
-from litmini.config import Ia3Config, UserError
+from litmini.adapters import leaf, linears, replace_module
+from litmini.config import UserError
+from litmini.finetune_config import Ia3Config
+from litmini.lora import Swapped, dense, plain_layer
 
 
 class IA3Linear(Swapped):

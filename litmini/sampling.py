@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from litmini.config import SamplingConfig
+from litmini.generation_config import SamplingConfig
 
 
 @dataclass(frozen=True)

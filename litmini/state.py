@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from litmini.checkpoint import read_tensors, write_tensors
 from litmini.config import UserError
 from litmini.files import read_json, write_json
 from litmini.sharding import SHARES, is_sharded, load_shares, named_state
+from litmini.tensors import read_tensors, write_tensors
 from litmini.train import Progress
 
 

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from litmini import examples, records
 from litmini import tokenizer as tokenizer_code
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.examples import ENTRY, Part, encode_examples
 from litmini.files import content_hash, existing_file, read_json, write_json
+from litmini.finetune_config import DataConfig
 from litmini.records import Chunk, bad_records, parse_chunk, read_chunks
 from litmini.tokenizer import Tokenizer
 

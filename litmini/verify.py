@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.adapters import LoRALinear, adapters, add_adapters, merge_adapters, remove_adapters, restore_adapters
+from litmini.adapters import adapters, add_adapters, merge_adapters, remove_adapters, restore_adapters
 from litmini.cache import KVCache
-from litmini.checkpoint import disk_tensors, model_tensors, parameter_names, read_config, read_tensors, shards
-from litmini.config import LoraConfig, OptimConfig, TrainConfig
+from litmini.checkpoint import disk_tensors, model_tensors, parameter_names, read_config
+from litmini.config import OptimConfig, TrainConfig
+from litmini.finetune_config import LoraConfig
+from litmini.lora import LoRALinear
 from litmini.loss import IGNORE
 from litmini.optim import make_optimizer
 from litmini.state import load_state, save_state
+from litmini.tensors import read_tensors, shards
 from litmini.train import Progress, fit
 
 BOUND = 1e-4  # of the largest logit, or of the largest update: what fp32 sums in another order differ by

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, Literal
 
 from litmini.cli import command
-from litmini.config import ModelConfig, check
+from litmini.config import check
+from litmini.generation_config import ModelConfig
 
 
 @dataclass(kw_only=True)
@@ -61,8 +62,8 @@ def benchmark_generate(config: BenchmarkConfig) -> dict[str, Any]:
     """Tokens a second of prefill and greedy decoding, alone and in a batch, and what memory bandwidth would allow."""
     import torch
 
-    from litmini.config import SamplingConfig
     from litmini.generation import finish_all, open_model
+    from litmini.generation_config import SamplingConfig
     from litmini.reply import Reply
 
     model, _ = open_model(config)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import ModelConfig, SamplingConfig, UserError
+from litmini.config import UserError
+from litmini.generation_config import ModelConfig, SamplingConfig
 
 COMMANDS = "/reset, /save FILE, /quit"
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from litmini.cli import command
-from litmini.config import LoraConfig, OptimConfig, UserError, check
+from litmini.config import OptimConfig, UserError, check
+from litmini.finetune_config import LoraConfig
 
 
 @dataclass

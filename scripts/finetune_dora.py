@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import FinetuneDoraConfig
+from litmini.finetune_config import FinetuneDoraConfig
 
 
 def main(config: FinetuneDoraConfig) -> None:
-    from litmini.adapters import DoRALinear, add_adapters, learning_rate_ratios
+    from litmini.adapters import add_adapters, learning_rate_ratios
     from litmini.finetune import finish, prepare_data, preview, run_training
     from litmini.launch import load_device, make_fabric, weight_dtype
+    from litmini.lora import DoRALinear
     from litmini.optim import make_optimizer
-    from litmini.peft_format import save_adapter
+    from litmini.peft_save import save_adapter
     from litmini.quantize import load_quantized
     from litmini.runs import Run
 

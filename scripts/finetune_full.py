@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import FinetuneFullConfig
+from litmini.finetune_config import FinetuneFullConfig
 
 
 def main(config: FinetuneFullConfig) -> None:

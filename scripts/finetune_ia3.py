@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import FinetuneIa3Config
+from litmini.finetune_config import FinetuneIa3Config
 
 
 def main(config: FinetuneIa3Config) -> None:
     from litmini.finetune import finish, prepare_data, preview, run_training
     from litmini.launch import load_device, make_fabric, weight_dtype
     from litmini.optim import make_optimizer
-    from litmini.peft_format import save_adapter
+    from litmini.peft_save import save_adapter
     from litmini.quantize import load_quantized
     from litmini.rescaling import add_ia3
     from litmini.runs import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import FinetuneLoraConfig
+from litmini.finetune_config import FinetuneLoraConfig
 
 
 def main(config: FinetuneLoraConfig) -> None:
@@ -18,7 +18,7 @@ def main(config: FinetuneLoraConfig) -> None:
     from litmini.finetune import finish, prepare_data, preview, run_training
     from litmini.launch import load_device, make_fabric, weight_dtype
     from litmini.optim import make_optimizer
-    from litmini.peft_format import save_adapter
+    from litmini.peft_save import save_adapter
     from litmini.runs import Run
 
     # 1. Run directory

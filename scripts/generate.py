@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litmini.cli import command
-from litmini.config import ModelConfig, SamplingConfig, UserError, check
+from litmini.config import UserError, check
+from litmini.generation_config import ModelConfig, SamplingConfig
 
 
 @dataclass(kw_only=True)

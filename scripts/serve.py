@@ -11,7 +11,8 @@ environment has LITMINI_API_KEY, clients must send it.
 from dataclasses import dataclass, field
 
 from litmini.cli import command
-from litmini.config import ModelConfig, UserError, check
+from litmini.config import UserError, check
+from litmini.generation_config import ModelConfig
 
 
 @dataclass(kw_only=True)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import litmini
-from litmini.adapters import DoRALinear, add_adapters
+from litmini.adapters import add_adapters
 from litmini.bank import AdapterBank
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig, UserError
-from litmini.peft_format import save_adapter
+from litmini.config import UserError
+from litmini.finetune_config import LoraConfig
+from litmini.lora import DoRALinear
+from litmini.peft_save import save_adapter
 
 TOKENS = torch.arange(80).reshape(4, 20) * 7 % 512
 KINDS = {

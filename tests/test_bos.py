@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 import litmini
 from litmini.adapters import add_adapters
 from litmini.checkpoint import disk_tensors, load_model, save_model
-from litmini.config import DataConfig, LoraConfig
 from litmini.data import tokenize
 from litmini.export import export
+from litmini.finetune_config import DataConfig, LoraConfig
 from litmini.models import FAMILIES, family
-from litmini.peft_format import save_adapter
+from litmini.peft_save import save_adapter
 from litmini.records import Example
 from litmini.tokenizer import Tokenizer
 

@@ -19,18 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from litmini import checkpoint
-from litmini.checkpoint import (
-    check_checkpoint_dir,
-    load_model,
-    parse_dtype,
-    read_tensors,
-    save_model,
-    save_trained,
-    shards,
-)
+from litmini.checkpoint import check_checkpoint_dir, load_model, parse_dtype, save_model, save_trained
 from litmini.config import UserError
 from litmini.files import read_json, write_aside, write_json
 from litmini.models import llama
+from litmini.tensors import read_tensors, shards
 
 INDEX = "model.safetensors.index.json"
 

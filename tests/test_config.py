@@ -13,16 +13,16 @@ import pytest
 import yaml
 
 from litmini.cli import command, parse
-from litmini.config import (
+from litmini.config import UserError
+from litmini.files import existing_file, is_disk_full
+from litmini.finetune_config import (
     FinetuneConfig,
     FinetuneDoraConfig,
     FinetuneFullConfig,
     FinetuneIa3Config,
     FinetuneLoraConfig,
     FinetuneQloraConfig,
-    UserError,
 )
-from litmini.files import existing_file, is_disk_full
 from litmini.runs import plain
 
 ROOT = Path(__file__).parents[1]

@@ -21,11 +21,12 @@ from test_gguf_families import SENTENCEPIECE, SHAPE, plain_bpe, sentencepiece_vo
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from litmini.checkpoint import check_checkpoint_dir, load_model, shards
+from litmini.checkpoint import check_checkpoint_dir, load_model
 from litmini.config import UserError
 from litmini.convert import convert
 from litmini.files import read_json
 from litmini.models import llama
+from litmini.tensors import shards
 from litmini.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_to_litmini.py"

@@ -10,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.data import Examples, describe, load_data, show_masks, tokenize
 from litmini.files import file_hash
+from litmini.finetune_config import DataConfig
 from litmini.loss import IGNORE
 from litmini.records import Example
 from litmini.tokenizer import Tokenizer

@@ -9,8 +9,9 @@ import torch
 
 from litmini.adapters import add_adapters
 from litmini.cards import CARDS, GIB, fitting, share, tokens_per_day
-from litmini.config import LoraConfig, OptimConfig
+from litmini.config import OptimConfig
 from litmini.estimate import Memory, _Ledger, estimate, full_rows, optimizer_bytes
+from litmini.finetune_config import LoraConfig
 from litmini.launch import checkpoint_activations
 from litmini.models import llama, mixtral
 from litmini.optim import make_optimizer

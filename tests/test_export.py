@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import litmini
-from litmini.adapters import LoRALinear, add_adapters
-from litmini.checkpoint import load_model, read_tensors, save_model, shards
-from litmini.config import LoraConfig, UserError
+from litmini.adapters import add_adapters
+from litmini.checkpoint import load_model, save_model
+from litmini.config import UserError
 from litmini.export import export, merge_error, parse_size
 from litmini.files import read_json
+from litmini.finetune_config import LoraConfig
+from litmini.lora import LoRALinear
 from litmini.models import llama
-from litmini.peft_format import save_adapter
+from litmini.peft_save import save_adapter
+from litmini.tensors import read_tensors, shards
 from litmini.tokenizer import Tokenizer
 
 TOKENS = torch.tensor([[5, 300, 17, 17, 260, 511, 4, 99]])

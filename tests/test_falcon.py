@@ -12,7 +12,7 @@ from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
 from litmini.adapters import add_adapters
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import falcon
 
 NEW = {"new_decoder_architecture": True}

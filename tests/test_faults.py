@@ -22,12 +22,14 @@ from safetensors.torch import load_file
 
 from litmini import files
 from litmini import finetune as finetune_steps
-from litmini.checkpoint import read_tensors, save_model, shards
-from litmini.config import DataConfig, FinetuneLoraConfig, TrainConfig, UserError
+from litmini.checkpoint import save_model
+from litmini.config import TrainConfig, UserError
 from litmini.files import Background, read_json, write_aside, write_json
+from litmini.finetune_config import DataConfig, FinetuneLoraConfig
 from litmini.models import llama
 from litmini.runs import Run
 from litmini.state import load_state
+from litmini.tensors import read_tensors, shards
 from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 

@@ -22,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from litmini import finetune
 from litmini import manifest as manifest_module
 from litmini.checkpoint import load_model
-from litmini.config import FinetuneFullConfig, FinetuneLoraConfig
 from litmini.data import Example
 from litmini.evaluate import answer_all, exact_match
 from litmini.files import file_hash
+from litmini.finetune_config import FinetuneFullConfig, FinetuneLoraConfig
 from litmini.launch import weight_dtype
 from litmini.loggers import make_loggers
 from litmini.manifest import git_state, weights_hash

@@ -19,10 +19,11 @@ from transformers.generation import (
 from transformers.models.auto import CONFIG_MAPPING
 
 import litmini
-from litmini.adapters import LoRALinear
 from litmini.cache import KVCache
-from litmini.config import SamplingConfig, UserError
+from litmini.config import UserError
 from litmini.generation import Batch, finish_all, generate, stream, stream_reply
+from litmini.generation_config import SamplingConfig
+from litmini.lora import LoRALinear
 from litmini.loss import IGNORE
 from litmini.models import llama
 from litmini.reply import Reply

@@ -13,7 +13,7 @@ from transformers import GPT2Config
 from litmini.adapters import add_adapters
 from litmini.cache import KVCache
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import gpt2
 
 SIZES = {**SMALL, "n_positions": 256}

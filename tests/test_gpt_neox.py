@@ -12,7 +12,7 @@ from transformers import GPTNeoXConfig
 
 from litmini.adapters import add_adapters
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import gpt_neox
 
 SIZES = {**SMALL, "intermediate_size": 80, "max_position_embeddings": 256}

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.data import load_data
+from litmini.finetune_config import DataConfig
 from litmini.hub_data import choose_files, find_files
 from litmini.tokenizer import Tokenizer
 

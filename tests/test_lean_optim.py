@@ -5,16 +5,9 @@ import torch
 from lightning.fabric import Fabric
 
 from litmini.adapters import add_adapters
-from litmini.config import (
-    DataConfig,
-    FinetuneFullConfig,
-    FinetuneLoraConfig,
-    LoraConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-)
+from litmini.config import OptimConfig, TrainConfig, UserError
 from litmini.estimate import full_rows
+from litmini.finetune_config import DataConfig, FinetuneFullConfig, FinetuneLoraConfig, LoraConfig
 from litmini.launch import loss_scaling, make_fabric, offload_activations
 from litmini.lean_optim import stochastic_round
 from litmini.models import llama

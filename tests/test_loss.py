@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from litmini.adapters import LoRALinear
+from litmini.lora import LoRALinear
 from litmini.loss import IGNORE, linear_cross_entropy
 from litmini.models import llama
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from litmini.adapters import add_adapters
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.meter import Meter, peak_flops, peak_memory_mib
 from litmini.models import gpt2, llama, mixtral
 from litmini.quantize import quantize_linears

@@ -10,10 +10,6 @@ from torch import nn
 
 import litmini
 from litmini.adapters import (
-    DoRALinear,
-    FullLayer,
-    LoRALinear,
-    PiSSALinear,
     adapters,
     add_adapters,
     learning_rate_ratios,
@@ -22,11 +18,14 @@ from litmini.adapters import (
     restore_adapters,
 )
 from litmini.checkpoint import load_model, save_model, save_trained
-from litmini.config import LoraConfig, OptimConfig, UserError
+from litmini.config import OptimConfig, UserError
 from litmini.export import export
+from litmini.finetune_config import LoraConfig
+from litmini.lora import DoRALinear, FullLayer, LoRALinear, PiSSALinear
 from litmini.models import llama, mixtral, qwen3_moe
 from litmini.optim import make_optimizer
-from litmini.peft_format import load_adapter, save_adapter
+from litmini.peft_format import load_adapter
+from litmini.peft_save import save_adapter
 from litmini.quantize import NF4Linear
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512

@@ -11,7 +11,7 @@ from transformers.models.mpt.modeling_mpt import MptModel, build_mpt_alibi_tenso
 
 from litmini.adapters import add_adapters
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import mpt
 
 CLIPPED = {"alibi_bias_max": 16, "clip_qkv": 0.8}

@@ -11,7 +11,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, Olmo2RotaryEm
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
 from litmini.adapters import add_adapters
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import olmo2
 
 SHAPE = {**SMALL, "intermediate_size": 80, "max_position_embeddings": 256, "pad_token_id": None}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.data import Examples, load_data
 from litmini.examples import ENTRY
+from litmini.finetune_config import DataConfig
 from litmini.loss import IGNORE
 from litmini.packing import Batch, Rows, pack
 from litmini.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedd
 from litmini.adapters import add_adapters
 from litmini.cache import KVCache
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import phi3
 
 SHAPE = {**SMALL, "intermediate_size": 80, "num_key_value_heads": 2, "max_position_embeddings": 256}

@@ -15,14 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import litmini
 from litmini import quantize
-from litmini.adapters import DoRALinear, adapters, add_adapters, merge_adapters
+from litmini.adapters import adapters, add_adapters, merge_adapters
 from litmini.checkpoint import load_model, save_model
-from litmini.config import LoraConfig, OptimConfig, QuantizeConfig, UserError
+from litmini.config import OptimConfig, UserError
 from litmini.export import export, merge_error
 from litmini.files import read_json
+from litmini.finetune_config import LoraConfig, QuantizeConfig
+from litmini.lora import DoRALinear
 from litmini.models import llama, mixtral
 from litmini.optim import make_optimizer
-from litmini.peft_format import load_adapter, save_adapter
+from litmini.peft_format import load_adapter
+from litmini.peft_save import save_adapter
 from litmini.quantize import NF4Linear, load_quantized, quantize_linears
 
 ROOT = Path(__file__).parent.parent

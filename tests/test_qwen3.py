@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from litmini.adapters import add_adapters
-from litmini.config import LoraConfig
+from litmini.finetune_config import LoraConfig
 from litmini.models import qwen3
 
 SHAPE = {**SMALL, "intermediate_size": 80, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}

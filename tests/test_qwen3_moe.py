@@ -13,7 +13,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qw
 
 from litmini.adapters import add_adapters, linears
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig, UserError
+from litmini.config import UserError
+from litmini.finetune_config import LoraConfig
 from litmini.launch import checkpoint_activations
 from litmini.models import qwen3_moe
 

@@ -14,10 +14,12 @@ import litmini
 from litmini.adapters import merge_adapters, restore_adapters
 from litmini.bank import AdapterBank
 from litmini.checkpoint import load_model, save_model
-from litmini.config import Ia3Config, QuantizeConfig, UserError
+from litmini.config import UserError
 from litmini.export import export
+from litmini.finetune_config import Ia3Config, QuantizeConfig
 from litmini.models import qwen2
-from litmini.peft_format import load_adapter, save_adapter
+from litmini.peft_format import load_adapter
+from litmini.peft_save import save_adapter
 from litmini.quantize import load_quantized
 from litmini.rescaling import add_ia3
 

@@ -18,10 +18,11 @@ import litmini
 from litmini.adapters import add_adapters
 from litmini.bank import AdapterBank
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig, SamplingConfig
 from litmini.engine import Engine, Job
+from litmini.finetune_config import LoraConfig
 from litmini.generation import finish_all
-from litmini.peft_format import save_adapter
+from litmini.generation_config import SamplingConfig
+from litmini.peft_save import save_adapter
 from litmini.reply import Reply
 from litmini.serving import Limits, Server, make_app
 from litmini.tokenizer import Tokenizer

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from litmini import records, token_cache
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.data import Examples, load_data, tokenize
 from litmini.examples import ENTRY, Part
+from litmini.finetune_config import DataConfig
 from litmini.records import read_chunks, read_examples
 from litmini.token_cache import cache_directory, tokenize_file
 from litmini.tokenizer import Tokenizer

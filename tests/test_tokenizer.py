@@ -9,8 +9,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from litmini.config import DataConfig, UserError
+from litmini.config import UserError
 from litmini.data import tokenize
+from litmini.finetune_config import DataConfig
 from litmini.records import Example
 from litmini.tokenizer import Tokenizer
 

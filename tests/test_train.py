@@ -18,10 +18,12 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from torch import nn
 
-from litmini.adapters import LoRALinear, add_adapters
+from litmini.adapters import add_adapters
 from litmini.checkpoint import load_model
-from litmini.config import LoraConfig, OptimConfig, TrainConfig, UserError
+from litmini.config import OptimConfig, TrainConfig, UserError
+from litmini.finetune_config import LoraConfig
 from litmini.launch import checkpoint_activations
+from litmini.lora import LoRALinear
 from litmini.loss import IGNORE
 from litmini.models import llama
 from litmini.optim import learning_rate, make_optimizer

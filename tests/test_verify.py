@@ -10,10 +10,10 @@ import torch
 
 import litmini.train
 import litmini.verify
-from litmini.adapters import LoRALinear
 from litmini.cache import LayerCache
 from litmini.checkpoint import disk_tensors, load_model, save_model
 from litmini.config import UserError
+from litmini.lora import LoRALinear
 from litmini.models import family
 from litmini.tokenizer import Tokenizer
 from litmini.verify import CHECKS, check_bits, rows
@@ -61,7 +61,7 @@ original_update, original_merged = LayerCache.update, LoRALinear.merged_weight
     [
         ("check_cache", "litmini.cache.LayerCache.update", broken_update),
         ("check_packing", "litmini.models.llama.make_mask", None),
-        ("check_merge", "litmini.adapters.LoRALinear.merged_weight", lambda self: original_merged(self) * 1.001),
+        ("check_merge", "litmini.lora.LoRALinear.merged_weight", lambda self: original_merged(self) * 1.001),
         ("check_accumulation", "litmini.train._targets", lambda batches: 2 * len(batches)),
         ("check_resume", "litmini.verify.load_state", lambda directory, model, optimizer: litmini.train.Progress(1)),
     ],
