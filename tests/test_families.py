@@ -89,4 +89,4 @@ def test_finetune_merge_and_generate(checkpoint, tmp_path, monkeypatch, capfd):
     for directory in (tmp_path / "merged", tmp_path / "hf"):
         words = ["--prompt", "Two mugs", "--max_new_tokens", 8, "--ignore_eos", "true", "--dtype", "fp32"]
         run(monkeypatch, "generate", "--checkpoint_dir", directory, *words)
-        assert capfd.readouterr().out.strip()
+        assert capfd.readouterr().out.strip("\n")  # any text: an untrained model may say control characters
