@@ -57,7 +57,8 @@ def run_both(script: str, *arguments: str) -> str:
 
 def metrics(directory: Path) -> list[dict[str, str]]:
     with (directory / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+        moody = ("tokens_per_second", "mfu", "memory_mib")
+        return [{k: v for k, v in row.items() if k not in moody} for row in csv.DictReader(file)]
 
 
 def product(directory: Path) -> dict[str, torch.Tensor]:
