@@ -32,11 +32,16 @@ def load(
     from litmini.checkpoint import parse_dtype
     from litmini.config import QuantizeConfig
     from litmini.peft_format import load_adapter, read_adapter
-    from litmini.quantize import load_quantized
+    from litmini.quantize import convert, load_quantized
     from litmini.tokenizer import Tokenizer
 
-    double = read_adapter(adapter_dir).quantize.double if adapter_dir is not None else True
-    model = load_quantized(checkpoint_dir, QuantizeConfig(bits, double), parse_dtype(dtype), device)
+    wanted = stored = parse_dtype(dtype)
+    config = QuantizeConfig(bits)
+    if adapter_dir is not None and (adapter := read_adapter(adapter_dir)).quantize.bits == bits == 4:
+        config, stored = adapter.quantize, adapter.dtype  # the 4-bit weights that it was trained on
+    model = load_quantized(checkpoint_dir, config, stored, device)
+    if stored != wanted:
+        convert(model, wanted)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training

@@ -139,11 +139,16 @@ class DoRALinear(LoRALinear):
     def gain(self) -> Tensor:
         """m / norm, (out,) in fp32; computed once where nothing is trained any more."""
         m = self.lora_magnitude_vector
-        if not m.requires_grad and self._frozen_gain is not None:
+        trained = any(p.requires_grad for p in (m, self.lora_A, self.lora_B))
+        if not trained and self._frozen_gain is not None:
             return self._frozen_gain
         gain = m / self.norm(weight_as_stored(self.base))
-        self._frozen_gain = None if m.requires_grad else gain
+        self._frozen_gain = None if trained else gain
         return gain
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DoRALinear":
+        self._frozen_gain = None  # of the old device or dtype
+        return super()._apply(fn, recurse)
 
     def change(self, x: Tensor, y: Tensor, *ends: Tensor) -> Tensor:
         gain = self.gain()
@@ -310,7 +315,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
     make = layer or STARTS[config.init]
     for name in names:
         made = make(there[name], ranks[name], alphas[name], config.dropout, config.rank_stabilized)
-        replace_module(model, name, made)
+        replace_module(model, name, made.train(there[name].training))
     for name in whole:
         replace_module(model, name, FullLayer(model.get_submodule(name)))
     return names

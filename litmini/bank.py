@@ -29,7 +29,7 @@ class AdapterBank:
         self.model = model.requires_grad_(False)
         self.names: list[str] = []
         self._layers: dict[str, _Layer] = {}
-        self._rows: dict[str, Tensor] = {}
+        self._rows = _Rows()
 
     def add(self, name: str, directory: str | Path) -> None:
         """Load the adapter of `directory` as `name`, in the place of one that has this name already.
@@ -65,15 +65,14 @@ class AdapterBank:
         """Inside, row i of every batch goes through the adapter `rows[i]`, or through the bare base where it is None."""
         self._check([name for name in rows if name is not None])
         device = next(self.model.parameters()).device
-        before = dict(self._rows)
-        self._rows.clear()
+        before = vars(self._rows).copy()
+        self._rows.count, self._rows.of = len(rows), {}
         for name in dict.fromkeys(name for name in rows if name is not None):
-            self._rows[name] = torch.tensor([i for i, row in enumerate(rows) if row == name], device=device)
+            self._rows.of[name] = torch.tensor([i for i, row in enumerate(rows) if row == name], device=device)
         try:
             yield
         finally:
-            self._rows.clear()
-            self._rows.update(before)
+            vars(self._rows).update(before)
 
     def _check(self, names: Sequence[str]) -> None:
         if unknown := sorted(set(names) - set(self.names)):
@@ -90,22 +89,34 @@ class AdapterBank:
                 replace_module(self.model, full, layer)
 
 
+class _Rows:
+    """Which rows of the batch go through which adapter, and how many rows there are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.of: dict[str, Tensor] = {}
+
+
 class _Layer(nn.Module):
     """A layer of the base, and the adapters over it, each for its rows."""
 
-    def __init__(self, base: nn.Module, rows: dict[str, Tensor]) -> None:
+    def __init__(self, base: nn.Module, rows: _Rows) -> None:
         super().__init__()
         self.base = base
         self.adapters: dict[str, nn.Module] = {}
-        self.rows = rows  # of the bank: adapter -> the rows of the batch that it changes
+        self.rows = rows  # of the bank
 
     def forward(self, x: Tensor, *ends: Any) -> Tensor:
         y = self.base(x, *ends)
-        for name, rows in self.rows.items():
+        for name, rows in self.rows.of.items():
             if name not in self.adapters:
                 continue
             if ends:
                 raise UserError("adapters over experts serve alone: their rows are sorted by expert.")
+            if len(x) != self.rows.count:
+                raise UserError(
+                    f"{self.rows.count} names of adapters for a batch of {len(x)} rows, expected one for each."
+                )
             layer: Any = self.adapters[name]
             changed = layer.change(x[rows], y[rows]) if isinstance(layer, LoRALinear) else layer(x[rows])
             y = y.index_copy(0, rows, changed.to(y.dtype))

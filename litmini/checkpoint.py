@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from litmini.config import UserError
 from litmini.files import read_json, restore, write_json
-from litmini.models import FAMILIES, family
+from litmini.models import FAMILIES, family, skeleton
 from litmini.sharding import whole
 
 UMASK = os.umask(0)
@@ -156,8 +156,7 @@ def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
     """The family module and the model of a checkpoint, with all parameters on the meta device."""
     module, config = read_config(directory)
     try:
-        with torch.device("meta"):
-            return module, module.Model(config)
+        return module, skeleton(module, config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
 
@@ -332,11 +331,13 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
             whole(parameter)
         return
     source = Path(base)
-    module, _ = read_config(source)
+    module, empty = empty_model(source)
     dtypes = {name: tensor.dtype for name, tensor in read_tensors(shards(source))}
     tensors: Iterable[tuple[str, Tensor]] = ((name, whole(p.detach())) for name, p in model.named_parameters())
     tensors = disk_tensors(module, model.config, tensors)
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
+    if parameter_names(model).keys() > parameter_names(empty).keys():  # a merge untied the head
+        raw["tie_word_embeddings"] = False
     save_model(
         directory, raw, ((name, t.to(dtypes.get(name, torch.float32))) for name, t in tensors), side_files=source
     )

@@ -43,7 +43,6 @@ class Source(NamedTuple):
     kind: str
     config: dict[str, Any]
     """What `config.json` shall hold."""
-    files: list[Path]
     read: Callable[[bool], Tensors]
     """meta -> the tensors under Hugging Face's names; on the meta device, only their shapes."""
     ties: bool = True
@@ -132,11 +131,11 @@ def _find(path: Path) -> Source:
         file = directory / "lit_model.pth"
         state = load_pickle(file)
         read = read_litgpt(file, raw, state)
-        return Source("litgpt", raw, [file], read, ties=False)
+        return Source("litgpt", raw, read, ties=False)
     if parts := sorted(directory.glob("consolidated.*.pth")):
         states = [load_pickle(part) for part in parts]
         raw, read = read_meta(directory, read_json(directory / "params.json"), states)
-        return Source("Meta", raw, parts, read, ties=False)
+        return Source("Meta", raw, read, ties=False)
     raise UserError(f"{directory} holds no weights that are read here; expected {KINDS}.")
 
 
@@ -148,7 +147,7 @@ def _safetensors(directory: Path) -> Source:
             return ((name, torch.empty(shape, device="meta")) for name, shape in read_shapes(files).items())
         return read_tensors(files)
 
-    return Source("safetensors", read_json(directory / "config.json"), files, read)
+    return Source("safetensors", read_json(directory / "config.json"), read)
 
 
 def _bin(directory: Path) -> Source:
@@ -169,7 +168,7 @@ def _bin(directory: Path) -> Source:
             for name, tensor in load_pickle(file).items():
                 yield name, tensor.to("meta") if meta else tensor
 
-    return Source("pytorch_model.bin", read_json(directory / "config.json"), files, read)
+    return Source("pytorch_model.bin", read_json(directory / "config.json"), read)
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ join and leave between steps.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from litmini.cache import CHUNK, KVCache
 from litmini.config import ModelConfig, SamplingConfig, UserError
 from litmini.loss import IGNORE
 from litmini.models import use_model_file
+from litmini.peft_format import BASE_FILE
 from litmini.reply import Reply
 from litmini.speculative import Draft
 from litmini.tokenizer import Message, Tokenizer
@@ -169,6 +172,8 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     use_model_file(config.model_file)
     model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits)
+    if config.adapter_dir and config.bits == 16 and (Path(config.adapter_dir) / BASE_FILE).is_file():
+        print(f"note: {config.adapter_dir} was trained over a 4-bit base; --bits 4 gives it that.", file=sys.stderr)
     if config.chat_template != "auto":
         tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
     return model, tokenizer

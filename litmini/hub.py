@@ -160,7 +160,7 @@ def hub_reason(error: Exception, repo: str, revision: str | None = None) -> str:
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then {log_in}."
     if isinstance(error, RepositoryNotFoundError):
-        near = _nearest(repo)
+        near = [] if repo.startswith("datasets/") else _nearest(repo)
         hint = f" Near it: {', '.join(near)}." if near else ""
         return (
             f"{repo} is not on the Hugging Face hub, or private: check the spelling; if it is private, {log_in}.{hint}"

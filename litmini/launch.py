@@ -43,7 +43,8 @@ def make_fabric(config: RunConfig) -> Fabric:
         if config.precision == "16-mixed":
             raise UserError("precision 16-mixed does not go with --strategy fsdp. Use --precision bf16-mixed.")
         strategy = ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each process would introduce itself
+    for name in ("lightning.fabric", "lightning.pytorch"):  # each process would introduce itself
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
         fabric = Fabric(

@@ -117,7 +117,7 @@ def save_adapter(
     one: Any = None
     for name, module in adapters(model).items():
         if isinstance(module, FullLayer):
-            full.add(leaf(name))
+            full.add(name)
             tensors |= {f"{PREFIX}{name}.{kind}": whole(p) for kind, p in module.full.named_parameters()}
             continue
         if isinstance(module, IA3Linear):
@@ -146,7 +146,7 @@ def save_adapter(
             "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in stacks}) or None,
             "use_dora": isinstance(one, DoRALinear),
             "use_rslora": one.rank_stabilized,
-            "modules_to_save": sorted(full) or None,
+            "modules_to_save": _endings(full, model),
         }
     write_json(directory / "adapter_config.json", settings)
     if quantize is not None and quantize.bits == 4:
@@ -174,6 +174,12 @@ def _lora_settings(ranks: dict[str, int], alphas: dict[str, float], base: str) -
     }
 
 
+def _endings(full: set[str], model: nn.Module) -> list[str] | None:
+    """Ends of names by which PEFT finds these modules, and no others: leaf names, where they do."""
+    others = [name for name, _ in model.named_modules() if name not in full]
+    return sorted({name if any(o.endswith(leaf(name)) for o in others) else leaf(name) for name in full}) or None
+
+
 def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The most frequent value, and the others by name: by leaf name where all of that leaf agree."""
     usual = Counter(values.values()).most_common(1)[0][0]
@@ -199,7 +205,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     ia3 = settings.get("peft_type") == "IA3"
     if not ia3:
         _refuse(path, settings)
-    saved_in_full = tuple(settings.get("modules_to_save") or ())
+    saved_in_full = tuple(settings.get("modules_to_save") or ())  # PEFT means every module whose name ends so
     layers: dict[str, dict[str, Tensor]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     stacked = [kind for kind in STACKS if kind in {leaf(name) for name in settings.get("target_parameters") or ()}]
@@ -214,7 +220,7 @@ def read_adapter(directory: str | Path) -> Adapter:
             if stacked and (above != name or leaf(above) == "experts"):
                 name = f"{above}.{stacked[0] if above != name else stacked[-1]}"
             layers.setdefault(name, {})[kind] = tensor.float()
-        elif key.startswith(PREFIX) and leaf(owner) in saved_in_full:
+        elif key.startswith(PREFIX) and owner.endswith(saved_in_full):
             full.setdefault(owner, {})[parameter] = tensor.float()
         else:
             strange.append(key)
@@ -230,7 +236,7 @@ def read_adapter(directory: str | Path) -> Adapter:
             f"{path}/adapter_model.safetensors has unexpected tensors: {', '.join(strange[:10]) or 'none at all'}"
         )
     if ia3:
-        check_ia3(path, settings, layers)
+        check_ia3(path, layers)
     elif not any(pair["lora_B"].any() for pair in layers.values()):
         raise UserError(f"the adapter in {path} does nothing: every lora_B is zero. Was it saved before training?")
     quantize, dtype = QuantizeConfig(), torch.bfloat16
@@ -248,14 +254,13 @@ def _refuse(path: Path, settings: dict[str, Any]) -> None:
     plain: dict[str, Any] = {
         "peft_type": "LORA",
         "bias": "none",
-        "fan_in_fan_out": False,
         "trainable_token_indices": None,
         "lora_bias": False,
         "alora_invocation_tokens": None,
         "layer_replication": None,
         "use_qalora": False,
     }
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         raise UserError(
             f"{path}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base itself; "
             f"convert it with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)."
@@ -283,13 +288,23 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
     return adapter
 
 
+def _above(name: str) -> tuple[str, str]:
+    """The block that holds a stack of experts, and the stack's own name: `model.layers.0`, `experts.down_proj`."""
+    parts = name.split(".")
+    return ".".join(parts[:-3]), ".".join(parts[-2:])
+
+
 def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """The layers of `model` that `adapter` covers, by name.
 
     Raises:
         UserError: it was made for another base; all names and both shapes are listed.
     """
-    there = linears(model) | experts(model)
+    stacks = experts(model)
+    there = linears(model) | stacks
+    for name in [n for n in adapter.layers if n not in there]:  # transformers 5 gave the module above another name
+        if same := [n for n in stacks if _above(n) == _above(name)]:
+            adapter.layers[same[0]] = adapter.layers.pop(name)
     modules = dict(model.named_modules())
     covered: dict[str, Any] = {}
     problems = []

@@ -70,7 +70,7 @@ def _watch_parent() -> None:
 
 def is_first() -> bool:
     """Whether this is the first process, as far as is known before they have met."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))
     return rank == "0"
 
 

@@ -137,6 +137,14 @@ def quantize_linears(model: nn.Module, double: bool = True) -> list[str]:
     return list(inner)
 
 
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let `model` compute in `dtype`; 4-bit weights stay as they are."""
+    model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.dtype = dtype
+
+
 def load_quantized(
     directory: str | Path, config: QuantizeConfig, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> nn.Module:

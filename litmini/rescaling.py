@@ -72,13 +72,11 @@ def ia3_settings(layers: dict[str, IA3Linear], base: str) -> dict[str, Any]:
     }
 
 
-def check_ia3(path: Path, settings: dict[str, Any], layers: dict[str, dict[str, Tensor]]) -> None:
-    """Refuse an IA3 adapter of PEFT's that litmini cannot apply, or that does nothing.
+def check_ia3(path: Path, layers: dict[str, dict[str, Tensor]]) -> None:
+    """Refuse an IA3 adapter that does nothing.
 
     Raises:
-        UserError: says which.
+        UserError: it does.
     """
-    if settings.get("fan_in_fan_out"):
-        raise UserError(f"{path}/adapter_config.json uses what litmini does not implement: fan_in_fan_out = true")
     if all(bool((tensors["ia3_l"] == 1).all()) for tensors in layers.values()):
         raise UserError(f"the adapter in {path} does nothing: every ia3_l is one. Was it saved before training?")

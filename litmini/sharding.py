@@ -6,16 +6,18 @@ Every parameter is then a DTensor cut by its first dimension. All processes take
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from litmini.config import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 SHARES = "training_state"  # directory in a checkpoint: a safetensors file of each process
 
@@ -34,7 +36,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def shard(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
     """Share each `Block`, then the rest of `model`, out over the mesh's dimension `data_parallel`.
 
     Rank 0 has the values; elsewhere parameters may be on the meta device. So every process but that one needs, beside its
@@ -55,7 +57,7 @@ def _spread(part: nn.Module, device: torch.device) -> None:
     for _, module in sorted(part.named_modules(), key=lambda item: item[0]):  # in one order everywhere
         for tensors in (module._parameters, module._buffers):
             for name, tensor in sorted(tensors.items()):
-                if tensor is None or isinstance(tensor, DTensor):
+                if tensor is None or is_share(tensor):
                     continue
                 if tensor not in new:
                     if tensor.is_meta:
@@ -68,19 +70,28 @@ def _spread(part: nn.Module, device: torch.device) -> None:
                 tensors[name] = new[tensor]  # type: ignore[assignment]
 
 
+def is_share(tensor: Any) -> TypeGuard["DTensor"]:
+    """Whether a tensor is shared out over processes."""
+    if not dist.is_initialized():
+        return False  # importing DTensor takes a second, which a command that only talks can save
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_share(parameter) for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes, each of which must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_share(tensor) else tensor
 
 
 def held_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of a model's parameters: (in this process, in all)."""
     parameters = list(model.parameters())
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    local = [p.to_local() if is_share(p) else p for p in parameters]
     return sum(p.numel() * p.element_size() for p in local), sum(p.numel() * p.element_size() for p in parameters)
 
 

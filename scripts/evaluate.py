@@ -1,7 +1,7 @@
 """Measure a model: the perplexity of a text, exact match on questions, tasks of lm-eval; any of them in one run.
 
     python scripts/evaluate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
-        --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/val.jsonl
+        --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/heldout.jsonl
 
 Questions are a file of any form that finetuning reads; the last turn is what the model must say, letter by letter. Tasks
 need pip install -e ".[lm-eval]".

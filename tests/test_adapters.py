@@ -11,8 +11,9 @@ from torch import nn
 
 import litmini
 from litmini.adapters import LoRALinear, add_adapters, linears, merge_adapters, restore_adapters
-from litmini.checkpoint import load_model
+from litmini.checkpoint import load_model, save_model
 from litmini.config import LoraConfig, UserError
+from litmini.models import gpt2
 from litmini.peft_format import load_adapter, save_adapter
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
@@ -43,6 +44,22 @@ def test_starts_as_the_base_exactly(tiny_dir):
     expected = model(TOKENS)
     add_adapters(model, LoraConfig(rank=4, dropout=0.5))
     assert torch.equal(model.eval()(TOKENS), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "orthogonal"}])
+def test_peft_over_transposed_layers(tmp_path, tokenizer_dir, settings):
+    """GPT-2's in transformers: `fan_in_fan_out` says how the base is stored there, and nothing of the adapter."""
+    model = gpt2.Model(gpt2.PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    tensors = gpt2.to_hf(((n, p.detach()) for n, p in model.named_parameters()), model.config)
+    save_model(tmp_path, gpt2.config_to_hf(model.config), tensors, tokenizer_dir)
+    theirs = peft_model(tmp_path, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **settings)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    ours, _ = litmini.load(tmp_path, tmp_path / "adapter", dtype="fp32")
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=2e-5, rtol=1e-5)
 
 
 def test_our_adapter_in_peft(tiny_dir, tmp_path):

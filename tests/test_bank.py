@@ -71,6 +71,15 @@ def test_swapped_and_removed_without_a_trace(tiny_dir, saved):
         pass
 
 
+def test_rows_without_a_name_are_an_error(tiny_dir, saved):
+    """Not the bare base: whoever serves several customers would not notice."""
+    bank = AdapterBank(load_model(tiny_dir, torch.float32))
+    bank.add("lora", saved["lora"])
+    for rows in (["lora"], ["lora"] * 5):
+        with bank.use(rows), pytest.raises(UserError, match=rf"{len(rows)} names of adapters for a batch of 4 rows"):
+            bank.model(TOKENS)
+
+
 def test_an_adapter_that_does_not_fit_leaves_the_others(tiny_dir, saved, tmp_path):
     model = load_model(tiny_dir, torch.float32)
     bank = AdapterBank(model)

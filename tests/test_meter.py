@@ -84,7 +84,12 @@ def test_only_the_experts_that_a_token_goes_to_count() -> None:
     matrices = sum(
         p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "lm_head" not in n
     )
-    assert Meter(model, CPU, torch.float32).per_token == 6 * (matrices + experts * config.n_active / config.n_experts)
+    share = config.n_active / config.n_experts
+    assert Meter(model, CPU, torch.float32).per_token == 6 * (matrices + experts * share)
+    before = 4 * (matrices + experts * share)
+    add_adapters(model, LoraConfig(rank=4, targets=["gate_up_proj"]))  # of each expert one
+    added = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 3)
+    assert added > 0 and Meter(model, CPU, torch.float32).per_token == before + 6 * added * share
 
 
 def test_padding_and_rows_without_a_target_cost_nothing() -> None:

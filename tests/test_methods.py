@@ -21,10 +21,10 @@ from litmini.adapters import (
     remove_adapters,
     restore_adapters,
 )
-from litmini.checkpoint import load_model, save_model
+from litmini.checkpoint import load_model, save_model, save_trained
 from litmini.config import LoraConfig, OptimConfig, UserError
 from litmini.export import export
-from litmini.models import llama
+from litmini.models import llama, mixtral, qwen3_moe
 from litmini.optim import make_optimizer
 from litmini.peft_format import load_adapter, save_adapter
 from litmini.quantize import NF4Linear
@@ -44,6 +44,7 @@ METHODS = {  # our settings, our class, PEFT's settings
         None,
         {"modules_to_save": ["embed_tokens", "lm_head"]},
     ),
+    "a whole module whose name ends others": ({"modules_to_save": ["norm"]}, None, {"modules_to_save": ["model.norm"]}),
     "whole norms, rsdora": (
         {"rank_stabilized": True, "modules_to_save": ["input_layernorm"]},
         DoRALinear,
@@ -222,6 +223,41 @@ def test_frozen_dora_computes_its_gain_once(tiny_dir, tmp_path, monkeypatch):
     assert torch.equal(loaded(TOKENS), expected)
 
 
+def test_gain_follows_what_is_trained_beside_a_frozen_magnitude():
+    layer, x = trained_dora(nn.Linear(16, 12).requires_grad_(False)), torch.randn(3, 16)
+    layer.lora_magnitude_vector.requires_grad_(False)
+    layer(x)
+    layer.lora_B.data += 1
+    torch.testing.assert_close(layer(x), layer.merge()(x), atol=1e-4, rtol=1e-4)
+    layer.requires_grad_(False)(x)
+    assert layer.double().gain().dtype == torch.float64, "computed again for what .to() made of it"
+
+
+def test_dropout_waits_for_training(tiny_dir):
+    model = load_model(tiny_dir, torch.float32)
+    add_adapters(model, LoraConfig(rank=4, dropout=0.5, init="pissa"))
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(TOKENS), model(TOKENS))
+
+
+def test_a_head_that_a_merge_untied_is_saved(tokenizer_dir, tmp_path):
+    """Requirement 15."""
+    config = dataclasses.replace(llama.PRESETS["tiny"], tied=True)
+    tied = llama.Model(config)
+    tied.init_weights(torch.Generator().manual_seed(0))
+    for part in ("tied", "merged", "same"):
+        (tmp_path / part).mkdir()
+    save_model(tmp_path / "tied", llama.config_to_hf(config), tied.named_parameters(), tokenizer_dir)
+    model = load_model(tmp_path / "tied", torch.float32)
+    save_trained(model, tmp_path / "same", tmp_path / "tied")
+    assert (tmp_path / "same/config.json").read_text() == (tmp_path / "tied/config.json").read_text()
+    add_adapters(model, LoraConfig(rank=4, targets=["lm_head"]))
+    expected = changed(model)(TOKENS)
+    merge_adapters(model)
+    save_trained(model, tmp_path / "merged", tmp_path / "tied")
+    torch.testing.assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected, atol=5e-5, rtol=1e-4)
+
+
 def test_small_updates_of_whole_modules_are_not_lost(tiny_dir):
     """Requirement 17: what is trained is in fp32, beside a base in bf16, and computes in bf16."""
     model, _ = ours(tiny_dir, {"modules_to_save": ["embed_tokens", "lm_head"]}, None, torch.bfloat16)
@@ -287,3 +323,32 @@ def test_counts_of_adapters(tiny_dir):
     model, _ = ours(tiny_dir, {"modules_to_save": ["lm_head"]}, DoRALinear)
     assert sum(isinstance(m, LoRALinear) for m in adapters(model).values()) == 6
     assert sum(isinstance(m, FullLayer) for m in adapters(model).values()) == 1
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3_moe], ids=["mixtral", "qwen3_moe"])
+def test_adapters_over_experts_between_peft_and_us(family, tokenizer_dir, tmp_path):
+    config = family.PRESETS["tiny"]
+    base = family.Model(config)
+    base.init_weights(torch.Generator().manual_seed(0))
+    for part in ("base", "theirs", "ours"):
+        (tmp_path / part).mkdir()
+    tensors = family.to_hf(((n, p.detach()) for n, p in base.named_parameters()), config)
+    save_model(tmp_path / "base", family.config_to_hf(config), tensors, tokenizer_dir)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj"], target_parameters=stacks, task_type="CAUSAL_LM"
+    )
+    reference = changed(peft.get_peft_model(reference, settings)).eval()
+    reference.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "base", torch.float32)
+    load_adapter(model, tmp_path / "theirs")
+    with torch.no_grad():
+        expected = reference(TOKENS).logits
+        torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-4)
+        assert (base(TOKENS) - expected).abs().max() > 0.05
+    save_adapter(model, tmp_path / "ours", "base")
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()(TOKENS).logits
+    torch.testing.assert_close(again, expected, atol=5e-5, rtol=1e-4)

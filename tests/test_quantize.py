@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import litmini
 from litmini import quantize
-from litmini.adapters import DoRALinear, adapters, add_adapters
+from litmini.adapters import DoRALinear, adapters, add_adapters, merge_adapters
 from litmini.checkpoint import load_model, save_model
 from litmini.config import LoraConfig, OptimConfig, QuantizeConfig, UserError
 from litmini.export import export, merge_error
@@ -203,6 +203,24 @@ def test_merges_into_what_was_trained_or_the_original(tiny_dir, tmp_path, traine
     packed, _ = litmini.load(tiny_dir, directory, dtype="fp32", bits=4)
     assert torch.equal(packed(TOKENS), expected)
     assert merge_error(tiny_dir, directory, tmp_path / "original", "fp32")[0] > difference
+
+
+def test_loaded_as_it_was_quantised_for_training(tiny_dir, tmp_path):
+    """From bf16, though the checkpoint, and what is asked for, is in fp32."""
+    model = load_quantized(tiny_dir, QuantizeConfig(4), torch.bfloat16)
+    add_adapters(model, LoraConfig(rank=4, targets=["q_proj"]))
+    for module in adapters(model).values():
+        nn.init.normal_(module.lora_B, std=0.1)
+    save_adapter(model, tmp_path, str(tiny_dir), quantize=QuantizeConfig(4))
+    loaded, _ = litmini.load(tiny_dir, tmp_path, dtype="fp32", bits=4)
+    assert loaded(TOKENS).dtype == torch.float32
+    packed = [[m for m in one.modules() if isinstance(m, NF4Linear)] for one in (model, loaded)]
+    assert packed[0] and all(
+        torch.equal(a.dequantize(torch.float32), b.dequantize(torch.float32)) for a, b in zip(*packed, strict=True)
+    )
+    expected = loaded(TOKENS)
+    merge_adapters(loaded)
+    torch.testing.assert_close(loaded(TOKENS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_damaged_note_of_the_base(tiny_dir, trained):

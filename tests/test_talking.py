@@ -224,3 +224,17 @@ def test_evaluate_refuses(base, tmp_path):
     assert "text file not found" in run("evaluate.py", *base, "--perplexity=nowhere.txt", status=1)
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
     assert "is not UTF-8 text" in run("evaluate.py", *base, "--perplexity", tmp_path / "bad.txt", status=1)
+
+
+# benchmark.py
+
+
+def test_benchmark_of_generation(tiny_dir, tmp_path):
+    words = ["--prompt_tokens=8", "--new_tokens=24", "--batch_size=2", "--rounds=1", "--out", tmp_path / "results.json"]
+    printed = run("benchmark.py", "--checkpoint_dir", tiny_dir, *words)
+    found = json.loads((tmp_path / "results.json").read_text())["generate"]
+    assert found["weights_bytes"] == 2 * (sum(p.numel() for p in litmini.load(tiny_dir)[0].parameters()) - 512 * 64)
+    for name in ("litmini", "transformers"):
+        assert len(found[name]) >= 3 and found[name]["prefill_tokens_per_second"] > 0
+        assert f"| {name} | " in printed
+    assert 0.1 < found["litmini"]["seconds_to_first_token"] < 100

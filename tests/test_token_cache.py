@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from litmini import token_cache
+from litmini import records, token_cache
 from litmini.config import DataConfig, UserError
 from litmini.data import Examples, load_data, tokenize
 from litmini.examples import ENTRY, Part
@@ -56,8 +56,11 @@ def entries(cache: Path) -> list[str]:
     return sorted(p.name for p in cache.iterdir())
 
 
-def test_tokens_do_not_depend_on_processes_or_cache(tokenizer: Tokenizer, tmp_path: Path, cache: Path) -> None:
+def test_tokens_do_not_depend_on_processes_or_cache(
+    tokenizer: Tokenizer, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In memory, by one process, by three, and read back: equal, in order, drops counted."""
+    monkeypatch.setattr(records, "CHUNK", 100)
     path = write(tmp_path / "a.jsonl", 2500)
     config = DataConfig(path, max_seq_len=60, max_dropped=0.02)
     expected = tokenize(read_examples(path, True), tokenizer, config, "training")

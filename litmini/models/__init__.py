@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 from litmini.config import UserError
 from litmini.files import existing_file
@@ -86,3 +87,21 @@ def _last_line(error: BaseException, file: str) -> int | None:
         line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == file else line
         trace = trace.tb_next
     return line
+
+
+def skeleton(module: ModuleType, config: Any) -> Any:
+    """A family's model with all parameters on the meta device, without any work on their values."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NoInit(TorchFunctionMode):
+        """On the meta device torch's initialisers do nothing either, but import the compiler for it: a second."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), NoInit():
+        return module.Model(config)
