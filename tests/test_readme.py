@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 import litmini
 import litmini.models
+from litmini.cli import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +30,27 @@ def commands() -> list[list[str]]:
 def test_there_are_commands():
     assert len(commands()) == 8
     assert all(word[0] == "python" and (ROOT / word[1]).is_file() for word in commands())
+
+
+def test_other_command_lines_are_understood(monkeypatch):
+    """Those of blocks that are not run, as they need what is not here: each setting is one that its script knows."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "scripts/" in line]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+        found: list[tuple] = []
+        monkeypatch.setattr("litmini.cli.command", lambda *given, found=found, **named: found.append((given, named)))
+        runpy.run_path(str(ROOT / words[at]), run_name="__main__")
+        (_, config_class, doc), named = found[0]
+        rest = [f"config_hub/{word}" if word == "my.yaml" else word for word in words[at + 1 :]]
+        if "config_hub/my.yaml" in rest:
+            kind = Path(words[at]).stem.removeprefix("finetune_").removeprefix("lora")
+            rest[rest.index("config_hub/my.yaml")] = str(
+                ROOT / f"config_hub/quickstart{'_' + kind if kind else ''}.yaml"
+            )
+        parse(config_class, doc, argv=rest, **named)
 
 
 def test_files_named_in_the_readme_exist():
