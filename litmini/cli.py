@@ -19,7 +19,7 @@ import jsonargparse
 import yaml
 
 from litmini.config import UserError
-from litmini.files import existing_file, is_disk_full
+from litmini.files import existing_file, is_disk_full, release
 from litmini.processes import alone, first_to_fail, is_first, leave
 
 T = TypeVar("T")
@@ -159,6 +159,8 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
         raise
     except BaseException as error:
         leave(_report(error) if first_to_fail(error) else 1)
+    finally:
+        release()
     leave(0)
 
 

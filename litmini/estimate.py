@@ -47,7 +47,7 @@ class Memory:
     process: int = 0
     """Python, torch, the data: what is there before the model."""
     allocator: int = 0
-    """What a CPU's malloc has between the pieces: a twentieth of what comes and goes, by experience."""
+    """What a CPU's malloc has between the pieces: a tenth of what comes and goes, by experience."""
 
     @property
     def total(self) -> int:
@@ -77,7 +77,7 @@ def estimate(
         trained=sum(map(nbytes, trained)),
         optimizer=sum(optimizer_bytes(p, config, p in matrices) for p in trained),
         process=process,
-        allocator=sum(peak.values()) // 20 if process else 0,
+        allocator=sum(peak.values()) // 10 if process else 0,
         **peak,
     )
 
@@ -260,6 +260,6 @@ def process_bytes() -> int:
     tiny = llama.Model(llama.PRESETS["tiny"])
     tiny.init_weights(torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float32):
-        loss, _ = tiny.to(dtype)(**full_rows(2, 600, 512))
+        loss, _ = tiny.to(dtype)(**full_rows(1, 32, 512))
         loss.backward()
     return resident()

@@ -93,7 +93,7 @@ def discard(directory: Path) -> None:
 
 
 def hold(directory: Path) -> None:
-    """Lock a directory for as long as this process lives.
+    """Lock a directory until `release`, or the end of this process.
 
     Raises:
         UserError: another process has.
@@ -104,6 +104,12 @@ def hold(directory: Path) -> None:
         if (descriptor := lock(directory)) is None:
             raise UserError(f"another process is writing {directory}: wait for it, or stop it, or choose another name.")
         _held[key] = descriptor
+
+
+def release() -> None:
+    """Let others write what this process holds."""
+    while _held:
+        os.close(_held.popitem()[1])
 
 
 def _take_name(aside: Path, directory: Path) -> None:

@@ -115,6 +115,8 @@ def compare(config: EstimateConfig) -> None:
 
     from litmini.estimate import process_bytes
 
+    if config.method == "qlora":
+        import bitsandbytes  # noqa: F401
     process = process_bytes()  # first: what the estimate itself imports is not in a run
     model = build(config)
     print(
