@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import nn
 from two import ROOT, command, run_two, values
 
-from litmini.adapters import DoRALinear, LoRALinear, add_adapters
-from litmini.config import LoraConfig, SamplingConfig
+from litmini.adapters import add_adapters
+from litmini.finetune_config import LoraConfig
 from litmini.generation import finish_all
+from litmini.generation_config import SamplingConfig
 from litmini.launch import checkpoint_activations
+from litmini.lora import DoRALinear, LoRALinear
 from litmini.loss import IGNORE
 from litmini.models import FAMILIES, family
 from litmini.quantize import quantize_linears
@@ -57,8 +59,10 @@ def run_both(script: str, *arguments: str) -> str:
 
 def metrics(directory: Path) -> list[dict[str, str]]:
     with (directory / "metrics.csv").open() as file:
-        moody = ("tokens_per_second", "mfu", "memory_mib")
-        return [{k: v for k, v in row.items() if k not in moody} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "memory_mib")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def product(directory: Path) -> dict[str, torch.Tensor]:

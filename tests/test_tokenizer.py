@@ -89,11 +89,11 @@ def test_bos_once(directory: Path, frames: bool, writes: bool) -> None:
         (directory / "chat_template.jinja").write_text(BOS_TEMPLATE)
     tokenizer, config = Tokenizer(directory), DataConfig("")
     trained = tokenize([Example("a:1", messages=CHAT)], tokenizer, config, "training")
-    for ids in (trained.inputs.tolist(), tokenizer.encode_prompt(CHAT[:2]), tokenizer.encode_prompt("Hi")):
+    for ids in (trained[0][0].tolist(), tokenizer.encode_prompt(CHAT[:2]), tokenizer.encode_prompt("Hi")):
         assert ids.count(END) == writes and (ids[0] == END) == writes
     raw = Tokenizer(directory, "none")
     trained = tokenize([Example("a:1", prompt="Add:", text="Add: 3")], raw, config, "training")
-    for ids in (trained.inputs.tolist(), raw.encode_prompt("Add:"), raw.encode("")):
+    for ids in (trained[0][0].tolist(), raw.encode_prompt("Add:"), raw.encode("")):
         assert ids.count(END) == frames and (ids[:1] == [END]) == frames
     assert AutoTokenizer.from_pretrained(directory)("Add:").input_ids == raw.encode("Add:")
 
