@@ -151,6 +151,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     slopes: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T * scale) v over the keys that `mask` allows.
 
@@ -160,6 +161,7 @@ def attend(
         scale: 1 / sqrt(head_dim) by default.
         softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2.
         slopes: (n_heads,) fp32; slope * (query - key position) is taken off each score (ALiBi, arXiv 2108.12409).
+        dropout: on the softmax; 0 outside of training.
 
     Returns:
         (B, n_heads, T, head_dim), in v's dtype.
@@ -168,7 +170,7 @@ def attend(
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = scale or 1.0 / math.sqrt(q.shape[-1])
     if mask.documents is None:
-        return _kernel(q, k, v, mask.allowed, scale, softcap, _alibi(mask.queries, mask.keys, slopes))
+        return _kernel(q, k, v, mask.allowed, scale, softcap, _alibi(mask.queries, mask.keys, slopes), dropout)
     B, n_heads, T, head_dim = q.shape
     sizes = [count * longest for count, longest in mask.documents.shapes]
     parts = [_Unpack.apply(x.transpose(1, 2).flatten(0, 1), mask.documents).split(sizes) for x in (q, k, v)]
@@ -179,7 +181,7 @@ def attend(
         if mask.window is not None and longest > mask.window:
             allowed = _allowed(steps, steps, mask.window)
         # padding comes last: no real token sees it
-        y = _kernel(rows[0], rows[1], rows[2], allowed, scale, softcap, _alibi(steps, steps, slopes))
+        y = _kernel(rows[0], rows[1], rows[2], allowed, scale, softcap, _alibi(steps, steps, slopes), dropout)
         outputs.append(y.transpose(1, 2).flatten(0, 1))  # (count * longest, n_heads, head_dim)
     packed = _Repack.apply(torch.cat(outputs), mask.documents)  # (B * T, n_heads, head_dim)
     return packed.view(B, T, n_heads, head_dim).transpose(1, 2)
@@ -193,7 +195,14 @@ def _alibi(queries: Tensor, keys: Tensor, slopes: Tensor | None) -> Tensor | Non
 
 
 def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     """One product of attention; `allowed` None means causal, T being S or 1."""
     B, n_heads, T, head_dim = q.shape
@@ -202,7 +211,14 @@ def _kernel(
     if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > EXPLICIT_LENGTH):
         causal = allowed is None and T > 1
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=n_heads != n_kv_heads
+            q,
+            k,
+            v,
+            attn_mask=allowed,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=n_heads != n_kv_heads,
+            dropout_p=dropout,
         )
     if allowed is None:
         allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -216,4 +232,6 @@ def _kernel(
     if bias is not None:
         scores = scores + bias
     weights = torch.softmax(scores + hidden, dim=-1).to(v.dtype)  # in fp32 inside
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return torch.bmm(weights.view(B * n_kv_heads, repeats * T, S), v).view(B, n_heads, T, head_dim)

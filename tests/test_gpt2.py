@@ -49,6 +49,17 @@ class TestGPT2(FamilyTests):
         "openai-community/gpt2-xl": 1_557_611_200,
     }
 
+    def test_dropout_is_where_that_of_transformers_is(self, directory):
+        # the same random numbers, drawn in the same order, fall on the same places
+        theirs = reference(GPT2Config(**SIZES, attn_implementation="eager"))
+        model, (tokens, _) = load_model(directory(theirs), torch.float32).train(), batch()
+        outputs = []
+        for run in (model, lambda t: theirs.train()(t, use_cache=False).logits):
+            torch.manual_seed(5)
+            outputs.append(run(tokens))
+        torch.testing.assert_close(*outputs, rtol=0, atol=self.bound)
+        assert (model(tokens) - outputs[0]).abs().max() > 0.1
+
     def test_files_of_2019(self, directory):
         """Names without `transformer.`, causal masks among the weights, no head."""
         theirs = reference(GPT2Config(**SIZES))

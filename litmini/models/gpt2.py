@@ -5,7 +5,8 @@ fused linear, all heads with keys of their own, GELU (tanh form), biases in ever
 
 Differs from llama.py in: positions (a table of `max_positions` rows, not rotary), norm, the fused linear, the MLP without
 gate, biases, smaller initial weights where a block ends. Hugging Face keeps these linears as "Conv1D", (in, out):
-`from_hf` and `to_hf` transpose them. Dropout of the pretraining (0.1) is left out: finetuning has that of its adapters.
+`from_hf` and `to_hf` transpose them. While training, dropout (0.1 in the published files) on the embedding, on the weights
+of attention, and on what attention and MLP add.
 
 Paper: Language Models are Unsupervised Multitask Learners (Radford et al. 2019).
 """
@@ -33,6 +34,9 @@ class Config:
     max_positions: int
     norm_eps: float = 1e-5
     tied: bool = True
+    embd_dropout: float = 0.0  # while training: on the sum of embeddings
+    attn_dropout: float = 0.0  # on the weights of attention
+    resid_dropout: float = 0.0  # on the outputs of attention and MLP
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads:
@@ -47,12 +51,13 @@ class Config:
         return self.dim // self.n_heads
 
 
+PUBLISHED: dict[str, Any] = {"embd_dropout": 0.1, "attn_dropout": 0.1, "resid_dropout": 0.1}
 PRESETS = {
     "tiny": Config(512, 64, 2, 4, 256, 256),  # for tests
-    "openai-community/gpt2": Config(50257, 768, 12, 12, 3072, 1024),
-    "openai-community/gpt2-medium": Config(50257, 1024, 24, 16, 4096, 1024),  # wider, twice as deep
-    "openai-community/gpt2-large": Config(50257, 1280, 36, 20, 5120, 1024),
-    "openai-community/gpt2-xl": Config(50257, 1600, 48, 25, 6400, 1024),
+    "openai-community/gpt2": Config(50257, 768, 12, 12, 3072, 1024, **PUBLISHED),
+    "openai-community/gpt2-medium": Config(50257, 1024, 24, 16, 4096, 1024, **PUBLISHED),  # wider, twice as deep
+    "openai-community/gpt2-large": Config(50257, 1280, 36, 20, 5120, 1024, **PUBLISHED),
+    "openai-community/gpt2-xl": Config(50257, 1600, 48, 25, 6400, 1024, **PUBLISHED),
 }
 
 
@@ -69,7 +74,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
         "reorder_and_upcast_attn": not hf.get("reorder_and_upcast_attn"),
         "add_cross_attention": not hf.get("add_cross_attention"),
         "quantization_config": hf.get("quantization_config") is None,
-    }  # embd_pdrop, attn_pdrop and resid_pdrop, 0.1 in every published file, change nothing but pretraining
+    }
     if lacking := [f"{key} = {hf.get(key)!r}" for key, ok in implemented.items() if not ok]:
         raise ValueError(f"not implemented in gpt2.py: {', '.join(lacking)}")
     dim = hf.get("n_embd", 768)
@@ -82,6 +87,9 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
         max_positions=hf.get("n_positions", 1024),
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         tied=hf.get("tie_word_embeddings", True),
+        embd_dropout=hf.get("embd_pdrop", 0.1),
+        attn_dropout=hf.get("attn_pdrop", 0.1),
+        resid_dropout=hf.get("resid_pdrop", 0.1),
     )
 
 
@@ -99,9 +107,9 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "n_ctx": config.max_positions,  # the older name
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        "embd_pdrop": config.embd_dropout,
+        "attn_pdrop": config.attn_dropout,
+        "resid_pdrop": config.resid_dropout,
         "tie_word_embeddings": config.tied,
     }
 
@@ -109,7 +117,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.dropout = config.head_dim, config.attn_dropout
         self.c_attn = nn.Linear(config.dim, 3 * config.dim)
         self.c_proj = nn.Linear(config.dim, config.dim)
 
@@ -119,7 +127,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_heads, T, head_dim) each
         if cache is not None:
             k, v = cache.update(k, v, mask)  # (B, n_heads, S, head_dim)
-        y = attend(q, k, v, mask)  # (B, n_heads, T, head_dim)
+        y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, n_heads, T, head_dim)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -140,10 +148,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor, mask: Mask, cache: Any = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class Model(nn.Module):
@@ -202,6 +211,7 @@ class Model(nn.Module):
         mask = make_mask(positions, documents, cache, window=None)
         # (B, T, dim); padding has no row in the table: any will do, no real token sees it
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions.clamp(min=0))
+        x = F.dropout(x, self.config.embd_dropout, self.training)
         for i, block in enumerate(self.transformer["h"].children()):
             x = block(x, mask, None if cache is None else cache[i])
         x = self.transformer["ln_f"](x)
