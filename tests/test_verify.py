@@ -1,5 +1,6 @@
 """verify.py: every check passes on what is right, and fails on what is not."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -14,9 +15,9 @@ from litmini.cache import LayerCache
 from litmini.checkpoint import disk_tensors, load_model, save_model
 from litmini.config import UserError
 from litmini.lora import LoRALinear
-from litmini.models import family
+from litmini.models import family, gpt2
 from litmini.tokenizer import Tokenizer
-from litmini.verify import CHECKS, check_bits, rows
+from litmini.verify import CHECKS, check_accumulation, check_bits, rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import verify  # the script
@@ -129,3 +130,12 @@ class Scaled:
 
     def __call__(self, directory, tokens, ours, rounded):
         return self.original(directory, tokens, ours * 1.01, rounded * 1.01)
+
+
+def test_accumulation_is_not_judged_by_a_familys_dropout():
+    config = dataclasses.replace(gpt2.PRESETS["tiny"], embd_dropout=0.1, attn_dropout=0.1, resid_dropout=0.1)
+    model = gpt2.Model(config).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    result = check_accumulation(model, torch.arange(48).reshape(4, 12) * 7 % 512)
+    assert result.passed, result
+    assert model.train().training, "it can be trained again"
