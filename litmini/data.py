@@ -3,6 +3,7 @@ tokens on disk; `packing.py` makes rows and batches of them."""
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from litmini.config import UserError
 from litmini.examples import encode_examples
+from litmini.files import content_hash, existing_file
 from litmini.finetune_config import DataConfig
 from litmini.hub_data import find_files
 from litmini.loss import IGNORE
-from litmini.records import Example, bad_records, pick_examples
+from litmini.records import Example, bad_records, find_places, pick_examples
 from litmini.token_cache import TokenFile, tokenize_file
 from litmini.tokenizer import Tokenizer
 
@@ -32,6 +34,8 @@ class Examples:
     """How many of these were cut, too."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by name."""
+    paths: list[str] = field(default_factory=list)
+    """Where each file is, in the order of `arrays`."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -42,6 +46,21 @@ class Examples:
         span = slice(entry["start"], entry["start"] + entry["size"])
         inputs, labels = self.arrays[entry["file"]]
         return inputs[span], labels[span]
+
+    def places(self, numbers: Sequence[int]) -> list[str]:
+        """Where examples are: file:line, which takes reading the file up to there; or their record, if it has changed."""
+        entries = self.table[list(numbers)]
+        found: dict[tuple[int, int], str] = {}
+        for file in np.unique(entries["file"]).tolist():
+            path, wanted = self.paths[file], entries["number"][entries["file"] == file].tolist()
+            try:
+                if content_hash(existing_file(path, "data file")) not in self.files.values():
+                    raise UserError(f"{path} was changed.")
+                places = find_places(path, set(wanted))
+            except UserError:
+                places = {n: f"{path}, which was changed: record {n + 1}" for n in wanted}
+            found |= {(file, n): place for n, place in places.items()}
+        return [found[int(entry["file"]), int(entry["number"])] for entry in entries]
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -104,7 +123,7 @@ def load_data(
                 f"--data.val_fraction {config.val_fraction} leaves nothing of {len(train)} examples to train on"
             )
         held, rest = np.sort(order[:count]), np.sort(order[count:])
-        val = Examples(train.arrays, train.table[held], files=train.files)
+        val = Examples(train.arrays, train.table[held], files=train.files, paths=train.paths)
         train = dataclasses.replace(train, table=train.table[rest])
     held_out: list[Example] = []
     if val:
@@ -121,6 +140,7 @@ def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, 
     files: list[tuple[int, str, TokenFile]] = []
     for number, names in enumerate(sets):
         files += [(number, name, tokenize_file(path, tokenizer, config, what)) for name, path in names.items()]
+    paths = [path for names in sets for path in names.values()]
     tables = []
     for i, (number, _, file) in enumerate(files):
         tables.append(file.table.copy())
@@ -130,7 +150,7 @@ def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, 
     _check_dropped(dropped, records, first, config, what)
     hashes = {name: f.sha256 for _, name, f in files}
     arrays, truncated = [(f.inputs, f.labels) for _, _, f in files], sum(f.truncated_dropped for _, _, f in files)
-    return Examples(arrays, np.concatenate(tables), dropped, truncated, hashes)
+    return Examples(arrays, np.concatenate(tables), dropped, truncated, hashes, paths)
 
 
 def describe(name: str, examples: Examples) -> str:

@@ -74,8 +74,12 @@ def check_seal(directory: Path) -> None:
     Raises:
         UserError: some are missing or changed; names them.
     """
-    damaged = []
-    for name, digest in read_json(directory / SEAL).items():
+    damaged, sealed = [], dict[str, Any]()
+    try:
+        sealed = read_json(directory / SEAL)
+    except UserError:
+        damaged.append(SEAL)
+    for name, digest in sealed.items():
         file = directory / name
         if not file.is_file() or file_hash(file) != digest:
             damaged.append(name)

@@ -180,17 +180,22 @@ def run_training(
         if isinstance(data.train, Rows) and not data.train.pack:  # packed rows are all of one length
             rehearse(fabric, wrapped, optimizer, data.train.longest_batch(micro))
 
-    def batches(step: int) -> list[Batch]:
+    def rows(step: int) -> range:
         batch = config.train.global_batch_size
-        rows = range(step * batch, min((step + 1) * batch, data.total_rows))
-        return list(data.train.batches(rows, micro, rank, world))
+        return range(step * batch, min((step + 1) * batch, data.total_rows))
+
+    def save_batch(step: int, parts: list[Batch], losses: list[float]) -> str:
+        mine = rows(step - 1)[rank::world]
+        return save_bad_step(
+            fabric, run.directory, step, parts, losses, data.tokenizer, lambda: data.train.places(mine)
+        )
 
     try:
         fit(
             fabric,
             wrapped,
             optimizer,
-            batches=batches,
+            batches=lambda step: list(data.train.batches(rows(step), micro, rank, world)),
             learning_rate=lambda step: learning_rate(step, data.total_steps, config.optim),
             total_steps=data.total_steps,
             config=config.train,
@@ -202,9 +207,7 @@ def run_training(
             max_grad_norm=config.optim.max_grad_norm,
             observe=meter,
             sample=lambda progress: log_samples(model, data, run, progress),
-            save_batch=lambda step, parts, losses: save_bad_step(
-                run.directory, step, parts, losses, data.tokenizer, rank
-            ),
+            save_batch=save_batch,
         )
     finally:
         run.saving.wait()

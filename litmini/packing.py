@@ -113,6 +113,12 @@ class Rows:
         examples, bounds = self._plan(epoch)
         return examples[bounds[index] : bounds[index + 1]].tolist()
 
+    def places(self, numbers: Sequence[int]) -> list[list[str]]:
+        """file:line of each example of the rows `numbers`."""
+        rows = [self.row(number) for number in numbers]
+        places = iter(self.examples.places([i for row in rows for i in row]))
+        return [[next(places) for _ in row] for row in rows]
+
     def batch(self, rows: list[list[int]]) -> Batch:
         """Tensors (len(rows), T) int64: tokens, positions, documents and labels.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from litmini.config import UserError
 from litmini.files import existing_file
+from litmini.json_list import read_items
 from litmini.tokenizer import Message
 
 CHUNK, CHUNK_BYTES = 1000, 1 << 20  # records in memory at once: so many, or fewer where they are long
@@ -96,6 +97,18 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
     return found
 
 
+def find_places(path: str, wanted: Collection[int]) -> dict[int, str]:
+    """Where the records with the numbers `wanted` (from 0) are: file:line. The file is read up to the last of them."""
+    found: dict[int, str] = {}
+    first, last = 0, max(wanted)
+    for chunk in read_chunks(path):
+        found |= {n: chunk.places[n - first] for n in wanted if first <= n < first + len(chunk.places)}
+        first += len(chunk.places)
+        if first > last:
+            break
+    return found
+
+
 def parse_chunk(
     chunk: Chunk, form: str | None, has_template: bool, examples: list[Example], problems: list[str]
 ) -> str | None:
@@ -125,7 +138,7 @@ def bad_records(problems: list[str]) -> UserError:
 
 
 def read_chunks(path: str) -> Iterator[Chunk]:
-    """The records of a file, `CHUNK` at a time: memory does not grow with the file, but for .json, a single list.
+    """The records of a file, `CHUNK` at a time: memory does not grow with the file.
 
     Raises:
         UserError: the file is missing, empty or of a kind that is not read, or is not what its name says.
@@ -150,12 +163,16 @@ def _lines(file: Path) -> Iterator[Chunk]:
 
 
 def _json(file: Path) -> Iterator[Chunk]:
-    records = _parse(_decode(file.read_bytes().removeprefix(BOM_UTF8), file))
-    if isinstance(records, ValueError):
-        raise UserError(f"{file}: {records}; one record a line belongs in a .jsonl file")
-    if not isinstance(records, list):
-        raise UserError(f"{file}: expected a JSON list of records; one record a line belongs in a .jsonl file")
-    yield from _group((f"{file}:record {number}", record) for number, record in enumerate(records, 1))
+    with file.open(encoding="utf-8-sig") as opened:
+        try:
+            yield from _group(
+                (f"{file}:record {number}", record) for number, record in enumerate(read_items(opened), 1)
+            )
+        except UnicodeDecodeError:
+            _decode(file.read_bytes(), file)
+            raise
+        except (ValueError, RecursionError) as error:  # the latter: absurdly deep lists
+            raise UserError(f"{file}: {error}; one record a line belongs in a .jsonl file") from None
 
 
 def _csv(file: Path) -> Iterator[Chunk]:

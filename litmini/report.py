@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from litmini.files import read_json, write_text
-from litmini.runs import read_metrics, read_samples
+from litmini.runs import REPORT, read_metrics, read_samples
 
 SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
@@ -55,7 +55,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
         config=(directory / "config.yaml").read_text(encoding="utf-8"),
         details=yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True),
     )
-    write_text(directory / "report.html", html)
+    write_text(directory / REPORT, html)
 
 
 def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PROCESSES = ("devices", "num_nodes", "strategy")
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
 SAMPLES = "samples.jsonl"
+REPORT = "report.html"  # the last thing that a run writes: without it, its result is yet to be measured
 MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
     r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
     r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
@@ -77,7 +78,7 @@ class Run:
                     f"{self.directory} holds a run already. Go on with it: --resume auto. Or start another: "
                     f"--out_dir {self._free_name()}"
                 )
-        elif (self.directory / "final").exists():
+        elif (self.directory / "final").exists() and ((self.directory / REPORT).exists() or not steps):
             raise UserError(
                 f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
                 f"Start another: --out_dir {self._free_name()}"
@@ -270,9 +271,14 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_samples(directory: Path) -> list[dict[str, Any]]:
     """What the model said during a run: step, question, expected and given."""
     file = directory / SAMPLES
-    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
+    return [json.loads(line) for line in _whole_lines(file)] if file.is_file() else []
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
+    return list(csv.DictReader(_whole_lines(file)))
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that grows by lines, but for one that a process left unfinished as it died."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        return [line for line in opened if line.endswith("\n")]

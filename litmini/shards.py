@@ -7,7 +7,7 @@ read is compared with its checksum.
 
 import mmap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,11 @@ class Windows:
     def place(self, row: int) -> tuple[Shard, int]:
         """The shard of a row, counted through all epochs, and where in it the row begins."""
         return self._places(row // BLOCK)[row % BLOCK]
+
+    def places(self, numbers: Sequence[int]) -> list[list[str]]:
+        """Where the tokens of the rows `numbers` are: shard and first token."""
+        found = [self.place(number) for number in numbers]
+        return [[f"{shard.file}: token {start}"] for shard, start in found]
 
     def _compute_places(self, block: int) -> list[tuple[Shard, int]]:
         """The place of each row in a block."""

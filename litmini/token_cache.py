@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from litmini import examples, records
+from litmini import examples, json_list, records
 from litmini import tokenizer as tokenizer_code
 from litmini.config import UserError
 from litmini.examples import ENTRY, Part, encode_examples
@@ -116,9 +116,8 @@ def tokenize_file(
 
 
 def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> str:
-    code = [
-        Path(file).read_text() for file in (__file__, records.__file__, examples.__file__, str(tokenizer_code.__file__))
-    ]
+    modules = (records, json_list, examples, tokenizer_code)
+    code = [Path(str(file)).read_text() for file in (__file__, *(module.__file__ for module in modules))]
     parts = {
         "data": sha256 + suffix,
         "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -27,7 +28,7 @@ from litmini.config import TrainConfig, UserError
 from litmini.files import Background, read_json, write_aside, write_json
 from litmini.finetune_config import DataConfig, FinetuneLoraConfig
 from litmini.models import llama
-from litmini.runs import Run
+from litmini.runs import Run, read_metrics, read_samples
 from litmini.state import load_state
 from litmini.tensors import read_tensors, shards
 from litmini.tokenizer import Tokenizer
@@ -209,6 +210,23 @@ def test_the_newest_step_counts_not_the_newest_file(start):
     assert start(resume="auto")[2].step == 10
 
 
+def test_a_line_that_was_cut_off_is_forgotten(start):
+    """A row of metrics or a sample, written in part as the process died, or the disk filled."""
+    run, model, _ = start()
+    for step in (1, 2):
+        run.log({"step": step, "loss": step / 2})
+        run.log_samples(step, [{"given": "é"}])
+    save(run, model, 2)
+    run.saving.wait()
+    for name, part in (("metrics.csv", "1,5"), ("samples.jsonl", '{"step": 3, "giv')):
+        with (run.directory / name).open("a") as file:
+            file.write(part)
+    start(resume="auto")
+    assert [row["step"] for row in read_metrics(run.directory / "metrics.csv")] == ["1", "2"]
+    assert [row["step"] for row in read_samples(run.directory)] == [1, 2]
+    assert (run.directory / "metrics.csv").read_text().endswith("\n")
+
+
 def test_resuming_a_run_that_saved_nothing_says_so(start, capfd):
     start(resume="auto")
     assert "holds no checkpoint yet" in capfd.readouterr().out
@@ -261,7 +279,7 @@ def test_a_bad_step_is_named_and_its_batch_saved(poisoned, tmp_path, monkeypatch
     words = ["--data.path", data, "--train.on_nonfinite", choice, "--train.save_every", 4]
     status, out, error = finetune(base, tmp_path / "run", monkeypatch, capfd, *words)
     bad = list((tmp_path / "run").glob("bad-step-*.json"))
-    assert len(bad) == 1 and f"Its batch is in {bad[0]}" in (error if choice == "stop" else out)
+    assert len(bad) == 1 and f"Its batch is in {bad[0]} ({data}:" in (error if choice == "stop" else out)
     saved = read_json(bad[0])
     step = saved["step"]
     texts = [[e["text"] for row in part["rows"] for e in row] for part in saved["micro_batches"]]
@@ -269,6 +287,8 @@ def test_a_bad_step_is_named_and_its_batch_saved(poisoned, tmp_path, monkeypatch
         p["loss_sum"] == "nan" for p in saved["micro_batches"]
     ]
     assert sum("5~" in text for part in texts for text in part) == 1
+    for example in (e for part in saved["micro_batches"] for row in part["rows"] for e in row):
+        assert example["place"] == f"{data}:{int(re.search(r'([0-9])~?[?]', example['text'])[1]) + 1}"
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
     if choice == "stop":
         assert status == 1 and f"step {step}: loss nan" in error and "--train.on_nonfinite skip" in error

@@ -1,6 +1,7 @@
 """Files of every form and format give the same examples; what is wrong with one is told by file and line."""
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from litmini import json_list
 from litmini.config import UserError
-from litmini.records import read_examples
+from litmini.json_list import read_items
+from litmini.records import find_places, read_examples
 
 CHAT = [{"role": "user", "content": "Hi “you” 🙂\n"}, {"role": "assistant", "content": "Hello, you"}]
 SHARE = [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
@@ -81,6 +84,7 @@ def test_every_form_in_every_format(tmp_path: Path, form: str, kind: str) -> Non
     places = {"jsonl": "1 3", "json": "record 1,record 2", "csv": "2 3", "parquet": "row 1,row 2"}[kind]
     if (form, kind) != ("text", "csv"):  # a cell of two lines
         assert [e.where for e in examples] == [f"{file}:{p}" for p in places.split("," if "," in places else " ")]
+    assert find_places(file, {1}) == {1: examples[1].where}
 
 
 def test_what_a_turn_carries_beside_its_content_is_kept(tmp_path: Path) -> None:
@@ -181,3 +185,22 @@ def test_problems_come_in_one_error(tmp_path: Path) -> None:
     message = error_of(tmp_path / "a.jsonl")
     assert "a.jsonl:18: found tekst" in message and "a.jsonl:19" not in message
     assert message.count("a.jsonl:") == 10 and message.endswith("... and 12 more")
+
+
+def test_a_list_in_pieces_is_what_json_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, and the place of what is wrong, whatever is read at once."""
+    values = [{"a": [1, 2.5, -3e-7, None]}, {}, [], 'a"]}\u00e9,\n', 12345, 1.5, True, {"b": {"c": "d" * 50}}]
+    whole = json.dumps(values, indent=1) + "\n "
+    broken = [whole[:i] + mark + whole[i + 1 :] for i in range(0, len(whole), 3) for mark in ("", ",", '"', "]", "x")]
+    for size in (1, 7, 1 << 20):
+        monkeypatch.setattr(json_list, "PIECE", size)
+        for text in (whole, " []", *broken):
+            try:
+                expected, where = json.loads(text), ""
+            except json.JSONDecodeError as error:
+                expected, where = None, f"line {error.lineno} column {error.colno}"
+            if expected is None:
+                with pytest.raises(ValueError, match=f"not valid JSON: .*{where}$"):
+                    list(read_items(io.StringIO(text)))
+            elif isinstance(expected, list):
+                assert list(read_items(io.StringIO(text))) == expected
