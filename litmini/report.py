@@ -156,7 +156,7 @@ PAGE = """<!doctype html>
   .row { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); }
   .wide { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
   .value { font-size: 1.5rem; font-weight: 600; line-height: 1.3; }
-  svg { width: 100%; height: auto; display: block; }
+  svg { width: 100%; height: auto; display: block; } .loss { overflow-x: auto; } .loss svg { min-width: 30rem; }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0; }
   dt { color: #64748b; } dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
   .word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; } h3 { margin: 0 0 .5rem; font-size: 1rem; }
@@ -179,7 +179,7 @@ PAGE = """<!doctype html>
 </div>
 
 <h2>Loss</h2>
-<div class="box">{{ loss | safe }}</div>
+<div class="box loss">{{ loss | safe }}</div>
 <div class="row wide" style="margin-top: .8rem">
 {% for chart in charts %}
   <div class="box">{{ chart | safe }}</div>
@@ -215,7 +215,7 @@ PAGE = """<!doctype html>
 </div>
 
 <h2>How it was made</h2>
-<details class="box" open><summary>configuration</summary><pre>{{ config }}</pre></details>
+<details class="box"><summary>configuration</summary><pre>{{ config }}</pre></details>
 <details class="box"><summary>manifest</summary><pre>{{ details }}</pre></details>
 </main></body>
 </html>

@@ -34,7 +34,11 @@ def _repeatable():
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
     """A byte-level BPE of 512 tokens with chat tokens and a ChatML template."""
-    directory = tmp_path_factory.mktemp("tokenizer")
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_tokenizer(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -55,7 +59,11 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A complete checkpoint of llama's `tiny` preset, with random weights in fp32."""
-    directory = tmp_path_factory.mktemp("tiny")
+    return make_tiny(tmp_path_factory.mktemp("tiny"), tokenizer_dir)
+
+
+def make_tiny(directory: Path, tokenizer_dir: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
     config = llama.PRESETS["tiny"]
     model = llama.Model(config)
     model.init_weights(torch.Generator().manual_seed(0))

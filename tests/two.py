@@ -1,4 +1,4 @@
-"""Two processes on the CPU, for tests: each runs a function, or a script's real command line, as `torchrun` would start it.
+"""Processes on the CPU, for tests: two of them run a function, or a script's real command line, as `torchrun` would start it.
 
 They come from a server process that has torch already, so starting them costs next to nothing.
 """
@@ -8,7 +8,7 @@ import os
 import runpy
 import socket
 import sys
-import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "litmini.finetune", "litmini.adapters", "bitsandbytes"])
+PRELOADED = [
+    "torch",
+    "lightning.fabric",
+    "litmini.finetune",
+    "litmini.adapters",
+    "litmini.pretrain",
+    "litmini.peft_save",
+]
+CONTEXT.set_forkserver_preload([*PRELOADED, "bitsandbytes", "jsonargparse", "matplotlib.backends.backend_agg"])
 
 
 @dataclass
@@ -31,31 +39,48 @@ class Ended:
     err: str
 
 
-def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Ended]:
-    """`work(*arguments)` on rank 0 and rank 1."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as place:
+def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 300, processes: int = 2) -> list[Ended]:
+    """`work(*arguments)` on rank 0 and rank 1, or in one process of its own."""
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
-        started = []
-        for rank in range(2):
-            ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_start, args=(theirs, rank, port, place, work, arguments))
-            process.start()
-            theirs.close()
-            started.append((process, ours))
-        ended = []
-        for rank, (process, pipe) in enumerate(started):
-            try:
-                value = pipe.recv() if pipe.poll(timeout) else "no answer in time"
-            except EOFError:  # it left without a word
-                value = None
-            process.join(10)
-            process.kill()
-            process.join()
-            out, err = (Path(place, f"{rank}.{name}").read_text() for name in ("out", "err"))
-            ended.append(Ended(process.exitcode, value, out, err))
-        return ended
+    started = []
+    for rank in range(processes):
+        ours, theirs = zip(*(CONTEXT.Pipe(duplex=False) for _ in range(3)), strict=True)
+        process = CONTEXT.Process(target=_start, args=(theirs, rank, processes, port, work, arguments))
+        process.start()
+        for end in theirs:
+            end.close()
+        said = [_Listener(end) for end in ours[1:]]
+        started.append((process, ours[0], said))
+    ended = []
+    for process, pipe, said in started:
+        try:
+            value = pipe.recv() if pipe.poll(timeout) else "no answer in time"
+        except EOFError:  # it left without a word
+            value = None
+        process.join(10)
+        process.kill()
+        process.join()
+        ended.append(Ended(process.exitcode, value, *(listener.text() for listener in said)))
+    return ended
+
+
+class _Listener(threading.Thread):
+    """Reads what a process prints: no file that it could fill, and no pipe that could be full."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(daemon=True)
+        self.pipe, self.read = pipe, b""
+        self.start()
+
+    def run(self) -> None:
+        while part := os.read(self.pipe.fileno(), 1 << 16):
+            self.read += part
+
+    def text(self) -> str:
+        self.join(10)  # longer only where what it started lives on
+        return self.read.decode()
 
 
 def values(ended: list[Ended]) -> list[Any]:
@@ -64,13 +89,19 @@ def values(ended: list[Ended]) -> list[Any]:
     return [end.value for end in ended]
 
 
-def _start(pipe: Connection, rank: int, port: int, place: str, work: Callable[..., Any], arguments: Any) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{place}/{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+def _start(
+    pipes: tuple[Connection, ...], rank: int, processes: int, port: int, work: Callable[..., Any], arguments: Any
+) -> None:
+    for number in (1, 2):
+        os.dup2(pipes[number].fileno(), number)
+        pipes[number].close()
+    # These were made for files, which can be sought in
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    if processes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     try:
-        pipe.send(work(*arguments))
+        pipes[0].send(work(*arguments))
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -1,0 +1,457 @@
+"""Faults of every kind at many moments of whole runs, and what each of them cost.
+
+    python tests/fault_table.py --times 20
+
+Each run is met by a fault, goes on with `--resume auto`, and is then compared, bit by bit, with one that was left alone:
+weights, optimizer state, metrics and samples. The moments are counted in calls of Python functions, so they are spread
+evenly over every phase of a run, and are the same in every run. Models are tiny; `test_fault_table.py` is the short form.
+"""
+
+import argparse
+import csv
+import inspect
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from conftest import make_tiny, make_tokenizer
+from safetensors.torch import load_file, save_file
+from two import ROOT, Ended, command, run_two
+
+SCRIPTS = ("finetune_full", "finetune_lora", "finetune_qlora", "finetune_dora", "finetune_ia3", "pretrain")
+PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
+STEPS, SAVE_EVERY = 6, 2
+MOODY = ("tokens_per_second", "mfu", "memory_mib")
+EXPECTED: dict[str, tuple[tuple[int, ...], str]] = {  # how a run ends, and what it says once where that is not 0
+    "kill": ((-signal.SIGKILL,), ""),
+    "SIGTERM": ((128 + signal.SIGTERM,), "Go on with --resume auto"),
+    "Ctrl-C": ((128 + signal.SIGINT,), "Go on with --resume auto"),
+    "full disk": ((0, 1), "error: the disk is full"),
+    "new data": ((0,), ""),
+}
+POISON = "~"  # the base has a twin in which the embedding of this token is NaN
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a fault comes: after so many calls of Python functions in a phase, in the process `rank`."""
+
+    phase: str
+    at: int
+    what: str
+    rank: int = 0
+
+
+def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
+    """Count calls by phase once the command line is read, and `act` at `moment`; returns the counts, which will grow."""
+    from litmini import cli, finetune, train
+    from litmini.data import load_data
+    from litmini.runs import Run
+
+    entries = {load_data: "tokenising", train.fit: "step", train.evaluate: "evaluation", Run.checkpoint: "save"}
+    entries |= {finetune.measure: "evaluation", finetune.log_samples: "evaluation", Run.save_final: "final export"}
+    entries[finetune.finish] = "report"
+    phases = {inspect.unwrap(entry).__code__: phase for entry, phase in entries.items()}
+    counts = dict.fromkeys(PHASES, 0)
+    local = threading.local()
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        if not hasattr(local, "phases"):
+            is_saver = threading.current_thread().name.startswith("ThreadPoolExecutor")
+            local.phases = ["save" if is_saver else "start"]
+        if event == "call" and frame.f_code in phases:
+            local.phases.append(phases[frame.f_code])
+        elif event == "return" and frame.f_code in phases:
+            local.phases.pop()
+        phase = local.phases[-1]
+        counts[phase] += 1
+        if moment and phase == moment.phase and counts[phase] == moment.at:
+            act()
+
+    parse = cli.parse
+
+    def parse_and_begin(*args: Any, **kwargs: Any) -> Any:
+        config = parse(*args, **kwargs)
+        threading.setprofile(profile)
+        sys.setprofile(profile)
+        return config
+
+    cli.parse = parse_and_begin
+    return counts
+
+
+def play(
+    script: str, words: list[str], cache: str, moment: Moment | None = None, late: float = 0, counted: bool = False
+) -> dict[str, int]:
+    """Run a command line in this process, with a fault; returns the calls of each phase.
+
+    Args:
+        late: seconds that the clock is put back.
+        counted: count calls also where there is no fault.
+    """
+    from litmini import meter, report
+
+    os.environ["LITMINI_CACHE"] = cache
+    now = time.time
+    time.time = lambda: now() - late
+    report._figure = lambda *_: SimpleNamespace(savefig=draw_nothing)
+    meter.peak_flops = lambda *_: (1e12, "assumed")  # charts and this take longer than the rest
+    mine = moment and moment.rank == int(os.environ.get("RANK", 0))
+    if mine and moment.what == "gradients":
+        break_gradients(moment.at)
+    data = words[len(words) - words[::-1].index("--data.path")]
+    act = {
+        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)),
+        "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+        "Ctrl-C": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "new data": lambda: Path(data).write_text(Path(data).read_text() + "{}\n"),
+    }
+    counts = dict[str, int]()
+    if mine or counted:
+        counts = watch(moment if mine else None, act.get(moment.what, print) if moment else print)
+    try:
+        command(script, *words)
+    except SystemExit as end:
+        sys.setprofile(None)
+        if end.code:
+            raise
+    return counts
+
+
+def draw_nothing(file: Any, **_: Any) -> None:
+    if isinstance(file, Path):
+        file.touch()
+    else:
+        file.write("<svg>")
+
+
+def break_gradients(step: int) -> None:
+    """Let the gradients of the `step`-th optimizer step be NaN."""
+    from litmini import train
+
+    take, steps = train._take_step, iter(range(1, 10**6))
+
+    def broken(fabric: Any, *rest: Any) -> Any:
+        backward = fabric.backward
+        if next(steps) == step:
+            fabric.backward = lambda loss: backward(loss * float("nan"))
+        taken = take(fabric, *rest)
+        fabric.backward = backward
+        return taken
+
+    train._take_step = broken
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    fault: str
+    where: str = ""
+    runs: int = 0
+    again: int = 0
+    """Steps that had to be done again, at most."""
+    lost: list[str] = field(default_factory=list)
+    """What was not as it should be."""
+
+    def __str__(self) -> str:
+        return f"| {self.fault} | {self.where} | {self.runs} | {self.again} | {'; '.join(self.lost) or 'nothing'} |"
+
+
+class Place:
+    """A directory with a tiny model, data and a corpus, and undisturbed runs to compare with."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.base, self.data = directory / "base", directory / "data.jsonl"
+        make_tiny(self.base, make_tokenizer(directory / "tokenizer"))
+        lines = (ROOT / "config_hub/quickstart/train.jsonl").read_text().splitlines()
+        self.data.write_text("\n".join(lines[:36]) + "\n")
+        (directory / "held_out.jsonl").write_text("\n".join(lines[36:40]) + "\n")
+        self.whole: dict[str, tuple[Path, list[dict[str, int]]]] = {}
+        self.count = 0
+
+    def corpus(self) -> Path:
+        """Token shards of the same text, made once."""
+        corpus = self.directory / "corpus"
+        if not corpus.exists():
+            with (text := self.directory / "text.jsonl").open("w") as out:
+                for line in self.data.open():
+                    question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+                    out.write(json.dumps({"text": f"{question}\n{answer}"}) + "\n")
+            words = [text, "--tokenizer", self.base, "--out_dir", corpus, "--val_fraction", 0.1, "--workers", 1]
+            (ended,) = run_two(command, "prepare_data", *words, processes=1)
+            assert ended.status == 0, ended.err
+        return corpus
+
+    def poisoned(self) -> tuple[Path, Path, int]:
+        """A base that gives NaN for one token, and data in which one line has that token: (base, data, line)."""
+        base, data, line = self.directory / "poisoned", self.directory / "poisoned.jsonl", 8
+        if not base.exists():
+            from litmini.tokenizer import Tokenizer
+
+            shutil.copytree(self.base, base)
+            tensors = load_file(base / "model.safetensors")
+            tensors["model.embed_tokens.weight"][Tokenizer(base).encode(POISON)[0]] = float("nan")
+            save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+            texts = [f"{i} plus one?{POISON if i == line else ''}" for i in range(1, 13)]
+            data.write_text("".join(json.dumps({"prompt": text, "completion": "yes"}) + "\n" for text in texts))
+        return base, data, line
+
+    def words(self, script: str, out_dir: Path, more: Iterable[object] = ()) -> list[str]:
+        words: list[object] = ["--out_dir", out_dir, "--precision", "32-true", "--optim.lr", 1e-2]
+        words += ["--train.global_batch_size", 4, "--train.micro_batch_size", 1, "--train.max_steps", STEPS]
+        words += ["--train.save_every", SAVE_EVERY, "--train.eval_every", 2, "--train.sample_every", 3]
+        words += ["--eval.samples", 1, "--eval.max_new_tokens", 2, "--data.max_seq_len", 128]
+        if script == "pretrain":
+            words += ["--model", "llama/tiny", "--data.path", self.corpus(), "--data.val_rows", 2]
+        else:
+            words += ["--checkpoint_dir", self.base, "--data.path", self.data]
+            words += ["--data.val_path", self.directory / "held_out.jsonl"]
+        if script in ("finetune_lora", "finetune_qlora", "finetune_dora"):
+            words += ["--lora.dropout", 0.2, "--lora.rank", 4]
+        return list(map(str, [*words, *more]))
+
+    def run(
+        self, script: str, words: list[str], moment: Moment | None = None, late: float = 0, counted: bool = False
+    ) -> list[Ended]:
+        """The command in as many processes as it asks for, with an empty token cache."""
+        self.count += 1
+        processes = int(words[words.index("--devices") + 1]) if "--devices" in words else 1
+        cache = str(self.directory / f"cache-{self.count}")
+        return run_two(play, script, words, cache, moment, late, counted, processes=processes, timeout=120)
+
+    def undisturbed(self, script: str, more: tuple[object, ...] = ()) -> tuple[Path, list[dict[str, int]]]:
+        """(directory, calls of each phase in each process) of a run that was left alone."""
+        key = f"{script} {' '.join(map(str, more))}"
+        if key not in self.whole:
+            out = self.directory / f"whole-{len(self.whole)}"
+            ended = self.run(script, self.words(script, out, more), counted=True)
+            assert all(end.status == 0 for end in ended), "".join(end.out + end.err for end in ended)
+            self.whole[key] = out, [end.value for end in ended]
+        return self.whole[key]
+
+    def new(self) -> Path:
+        self.count += 1
+        return self.directory / f"run-{self.count}"
+
+
+def differences(found: Path, expected: Path) -> list[str]:
+    """What of a run is not, to the bit, what it is in another."""
+    wrong = []
+    last = f"step-{STEPS:06d}"
+    for file in sorted(file for part in ("final", last) for file in (expected / part).rglob("*.safetensors")):
+        name = file.relative_to(expected)
+        ours, theirs = load_file(file), load_file(found / name) if (found / name).exists() else {}
+        if ours.keys() != theirs.keys() or any((ours[k].view(-1) != theirs[k].view(-1)).any() for k in ours):
+            wrong.append(str(name))
+    wrong += [name for name in ("metrics.csv", "samples.jsonl") if rows(found / name) != rows(expected / name)]
+    return wrong + ["report.html"] * (not (found / "report.html").exists())
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as opened:
+        read: Any = csv.DictReader(opened) if file.suffix == ".csv" else map(json.loads, opened)
+        return [{k: v for k, v in row.items() if k not in MOODY} for row in read]
+
+
+def go_on(place: Place, row: Row, script: str, words: list[str], whole: Path, late: float = 0) -> None:
+    """Resume the run of `words`, compare it with `whole`, and put what it cost into the table's row."""
+    out = Path(words[words.index("--out_dir") + 1])
+    done = len(rows(out / "metrics.csv"))
+    resumed = place.run(script, [*words, "--resume", "auto"], late=late)
+    said = "".join(end.out + end.err for end in resumed)
+    row.runs += 1
+    if "is finished" not in said and any(end.status for end in resumed):
+        row.lost.append(f"{out.name} does not go on: {said[-500:]}")
+        return
+    from_step = re.search(r"going on from .*, after step (\d+)", said)
+    row.again = max(row.again, done - int(from_step[1]) if from_step else 0 if "is finished" in said else done)
+    row.lost += [f"{out.name}: {name}" for name in differences(out, whole)]
+
+
+def sweep(
+    place: Place, what: str, script: str, phase: str, times: int, more: tuple[object, ...] = (), rank: int = 0
+) -> Row:
+    """The fault `what` at `times` moments of a phase, evenly spread."""
+    whole, all_counts = place.undisturbed(script, more)
+    counts = all_counts[rank]
+    row = Row(f"{what}: {phase}" if not more else f"{what}, rank {rank} of 2: {phase}", script)
+    for i in range(times if counts[phase] else 0):
+        out = place.new()
+        words = place.words(script, out, more)
+        moment = Moment(phase, 1 + int((i + 0.5) / times * 0.98 * counts[phase]), what, rank)
+        started = time.monotonic()
+        ended = place.run(script, words, moment)
+        said = "".join(end.err for end in ended)
+        status = ended[rank if what == "kill" else 0].status  # that of a signal is the first process's
+        expected, message = EXPECTED[what]
+        if status not in expected or (status and message and said.count(message) != 1):
+            row.lost.append(f"{moment}: expected {expected} and '{message}', found {status} and {said[-500:]}")
+        if time.monotonic() - started > 60 or any(end.status == 0 for end in ended if len(ended) > 1):
+            row.lost.append(f"{moment}: the others did not end")
+        if what == "new data":  # it is not read again
+            place.data.write_text("".join(place.data.read_text().rpartition("{}\n")[0]))
+        go_on(place, row, script, words, whole)
+        shutil.rmtree(out, ignore_errors=True)
+    return row
+
+
+def stopped(place: Place, script: str, more: tuple[object, ...] = ()) -> tuple[list[str], Path]:
+    """A run that was killed while it saved step 6, so that it has those of steps 2 and 4: its words, its directory."""
+    _, (counts, *_) = place.undisturbed(script, more)
+    out = place.new()
+    words = place.words(script, out, more)
+    (ended, *_) = place.run(script, words, Moment("save", counts["save"] * 3 // 4, "kill"))
+    assert ended.status == -signal.SIGKILL and (out / "step-000004").exists(), ended.err
+    return words, out
+
+
+def refuse(place: Place, row: Row, script: str, words: list[str], *said: str) -> bool:
+    """Whether `--resume auto` is refused with a message that has all of `said`."""
+    (ended,) = place.run(script, [*words, "--resume", "auto"])
+    fine = ended.status == 1 and "Traceback" not in ended.err and all(part in ended.err for part in said)
+    if not fine:
+        row.lost.append(f"expected {said}, got {ended.status} {ended.err[-300:]}")
+    return fine
+
+
+def corrupted(place: Place, script: str) -> Row:
+    """Every file of the newest checkpoint damaged in three ways: it is refused, and the one before it does."""
+    row = Row("corrupted checkpoint", script)
+    words, out = stopped(place, script)
+    whole, _ = place.undisturbed(script)
+    shutil.copytree(out, place.directory / "spare")
+    for file in sorted(path for path in (out / "step-000004").rglob("*") if path.is_file()):
+        for damage in ("flip", "cut", "delete"):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            {"flip": lambda: file.write_bytes(content), "cut": lambda: file.write_bytes(content[:-3])}.get(  # noqa: B023
+                damage, file.unlink
+            )()
+            refuse(place, row, script, words, file.name, "step-000002")
+            shutil.rmtree(out)
+            shutil.copytree(place.directory / "spare", out)
+            row.runs += 1
+    shutil.rmtree(out / "step-000004")
+    go_on(place, row, script, words, whole)
+    return row
+
+
+def changed_data(place: Place, script: str) -> Row:
+    """The training and held-out files changed between two parts of a run: refused until they are as they were."""
+    row = Row("data file changed while stopped", script)
+    words, _ = stopped(place, script)
+    for file in (place.data, place.directory / "held_out.jsonl"):
+        content = file.read_bytes()
+        for other in (content + content.split(b"\n")[0] + b"\n", content.replace(b"a", b"b", 1)):
+            file.write_bytes(other)
+            refuse(place, row, script, words, file.name, "changed since the run began")
+            row.runs += 1
+        file.write_bytes(content)
+    go_on(place, row, script, words, place.undisturbed(script)[0])
+    return row
+
+
+def clock_back(place: Place, script: str) -> Row:
+    """All clocks a year back when the run goes on, and the newest checkpoint has the oldest date."""
+    row = Row("clock a year back", script)
+    words, out = stopped(place, script)
+    for i, step in enumerate(sorted(out.glob("step-*"), reverse=True)):
+        os.utime(step, (i, i))
+    go_on(place, row, script, words, place.undisturbed(script)[0], late=365 * 86_400)
+    return row
+
+
+def bad_gradients(
+    place: Place, script: str, more: tuple[object, ...] = (), steps: Iterable[int] = range(1, STEPS + 1)
+) -> Row:
+    """NaN in the gradients of each step in turn: the run stops before the step is taken, and goes on from its checkpoint."""
+    row = Row("NaN in gradients" + ", 2 processes" * bool(more), script)
+    for step in steps:
+        words = place.words(script, place.new(), more)
+        ended = place.run(script, words, Moment("step", step, "gradients"))
+        error = "".join(end.err for end in ended)
+        expected = f"error: step {step}: loss "
+        if any(end.status != 1 for end in ended) or error.count(expected) != 1 or "bad-step-" not in error:
+            row.lost.append(f"step {step}: {error[-300:]}")
+        go_on(place, row, script, words, place.undisturbed(script, more)[0])
+    return row
+
+
+def bad_data(place: Place, script: str, more: tuple[object, ...] = ()) -> Row:
+    """An example that gives NaN: the run stops and names it, by file and line; skipped, it ends as if skipped at once."""
+    row = Row("NaN in data" + ", 2 processes" * bool(more), script)
+    base, data, line = place.poisoned()
+    poison = ("--checkpoint_dir", base, "--data.path", data, "--data.pack", "false", *more)
+    skip = ("--train.on_nonfinite", "skip")
+    whole, _ = place.undisturbed(script, (*poison, *skip))
+    words = place.words(script, place.new(), poison)
+    ended = place.run(script, words)
+    error = "".join(end.err for end in ended)
+    if any(end.status != 1 for end in ended) or error.count("error: ") != 1 or f"({data}:{line})" not in error:
+        row.lost.append(f"expected {data}:{line}, got {error[-500:]}")
+    go_on(place, row, script, [*words, *skip], whole)
+    return row
+
+
+def table(place: Place, scripts: Iterable[str], times: int) -> Iterable[Row]:
+    """All rows; of the phases of one process, `times` moments each."""
+    for script in scripts:
+        for phase in PHASES:
+            yield sweep(place, "kill", script, phase, times)
+    for script, strategy in (("finetune_lora", "ddp"), ("finetune_qlora", "fsdp"), ("pretrain", "ddp")):
+        for rank in (0, 1):
+            for phase in ("start", "step", "save", "final export"):
+                yield sweep(
+                    place, "kill", script, phase, -(-times // 4), ("--devices", 2, "--strategy", strategy), rank
+                )
+    for what in ("SIGTERM", "Ctrl-C"):
+        yield sweep(place, what, "finetune_lora", "step", -(-times // 2))
+        yield sweep(place, what, "finetune_lora", "step", -(-times // 4), ("--devices", 2, "--strategy", "ddp"), 1)
+    for phase in PHASES:
+        yield sweep(place, "full disk", "finetune_lora", phase, -(-times // 2))
+    yield sweep(place, "new data", "finetune_lora", "step", -(-times // 4))
+    for script in ("finetune_lora", "pretrain"):
+        yield corrupted(place, script)
+        yield clock_back(place, script)
+        yield bad_gradients(place, script)
+    yield changed_data(place, "finetune_lora")
+    yield bad_data(place, "finetune_lora")
+    for strategy in ("ddp", "fsdp"):
+        yield bad_data(place, "finetune_lora", ("--devices", 2, "--strategy", strategy))
+        yield bad_gradients(place, "finetune_lora", ("--devices", 2, "--strategy", strategy))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20, help="moments in each phase of a run of one process")
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="which are killed in each phase")
+    settings = parser.parse_args()
+    print("| fault | where | runs | steps done again, at most | lost |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        found = []
+        for row in table(Place(Path(directory)), settings.scripts, settings.times):
+            print(row, flush=True)
+            found.append(row)
+    print(f"\n{sum(row.runs for row in found)} runs, {sum(bool(row.lost) for row in found)} rows with a loss")
+    sys.exit(any(row.lost for row in found))
+
+
+if __name__ == "__main__":
+    main()
