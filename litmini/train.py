@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from litmini.config import TrainConfig, UserError
@@ -217,7 +218,7 @@ def _take_step(
         all ranks.
     """
     losses = []
-    keep = not hasattr(next(model.parameters()), "full_tensor")  # sharded: gradients are, too, after each micro-batch
+    keep = not isinstance(next(model.parameters()), DTensor)  # sharded: gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
         with fabric.no_backward_sync(model, enabled=keep and i + 1 < len(micro_batches)):
             loss, _ = model(**fabric.to_device(batch))
@@ -228,7 +229,7 @@ def _take_step(
         norm = optimizer.take_norm()  # type: ignore[attr-defined]
     else:
         clipped: Any = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
-        norm = float(clipped.full_tensor() if hasattr(clipped, "full_tensor") else clipped)
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
     mean = float(total) / max(1, targets)  # CPU-GPU sync point
     if not (math.isfinite(mean) and math.isfinite(norm)):

@@ -133,17 +133,6 @@ def test_replicas_equal_one_process(tiny_dir, tmp_path):
     assert_close(tmp_path / "one", tmp_path / "two")
 
 
-def test_replicas_with_dropout_resume_exactly(tiny_dir, tmp_path):
-    """Requirement 22 in two processes: dropout is a function of the seed, the step and the rank."""
-    arguments = words(tiny_dir, tmp_path / "run", "--lora.dropout", 0.3, *DDP)
-    run_both("finetune_lora", *arguments)
-    undisturbed, rows = product(tmp_path / "run"), metrics(tmp_path / "run")
-    forget(tmp_path / "run")
-    run_both("finetune_lora", *arguments, "--resume", "auto")
-    assert metrics(tmp_path / "run") == rows
-    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in product(tmp_path / "run").items())
-
-
 def test_a_lost_or_damaged_share_is_named(tiny_dir, tmp_path):
     arguments = [*words(tiny_dir, tmp_path / "run", "--train.max_steps", 2), *map(str, FSDP)]
     run_both("finetune_lora", *arguments)
