@@ -416,7 +416,12 @@ def kills(place: Place, scripts: Iterable[str], times: int) -> Iterable[Row]:
 
 
 def deaths(place: Place, scripts: Iterable[str], times: int) -> Iterable[Row]:
-    for script, strategy in (("finetune_lora", "ddp"), ("finetune_qlora", "fsdp"), ("pretrain", "ddp")):
+    for script, strategy in (
+        ("finetune_lora", "ddp"),
+        ("finetune_qlora", "fsdp"),
+        ("finetune_full", "fsdp"),
+        ("pretrain", "ddp"),
+    ):
         for rank in (0, 1):
             for phase in ("start", "step", "save", "final export"):
                 yield sweep(

@@ -28,20 +28,14 @@ def check(row: Row, runs: int, again: int = 2) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_kill_in_any_phase_loses_nothing(place: Place, script: str) -> None:
-    """Requirement 22, with dropout, shuffling, packing and accumulation, over more than an epoch."""
+    """Requirement 22, with dropout, shuffling, packing and accumulation, over two epochs."""
     some = PHASES[2 + SCRIPTS.index(script) % 3 :][:1]  # step, evaluation or save
-    for phase in PHASES if script == "finetune_lora" else some:
+    for phase in PHASES[1:6] if script == "finetune_lora" else some:
         check(sweep(place, "kill", script, phase, 1), 1)
 
 
 @pytest.mark.parametrize(
-    ("script", "more", "rank", "phase"),
-    [
-        ("finetune_lora", DDP, 1, "step"),
-        ("finetune_qlora", FSDP, 0, "save"),
-        ("finetune_full", FSDP, 1, "final export"),
-        ("pretrain", DDP, 0, "step"),
-    ],
+    ("script", "more", "rank", "phase"), [("finetune_lora", DDP, 1, "step"), ("finetune_qlora", FSDP, 0, "save")]
 )
 def test_the_death_of_one_of_two_ends_both_and_loses_nothing(
     place: Place, script: str, more: tuple[object, ...], rank: int, phase: str
@@ -51,12 +45,10 @@ def test_the_death_of_one_of_two_ends_both_and_loses_nothing(
 
 def test_a_signal_to_any_process_stops_all_after_the_same_step(place: Place) -> None:
     check(sweep(place, "SIGTERM", "finetune_lora", "step", 1, DDP, rank=1), 1, again=0)
-    check(sweep(place, "Ctrl-C", "finetune_lora", "step", 1), 1, again=0)
 
 
-@pytest.mark.parametrize("phase", ["save", "final export"])
-def test_a_full_disk_is_named_and_loses_nothing(place: Place, phase: str) -> None:
-    check(sweep(place, "full disk", "finetune_lora", phase, 1), 1)
+def test_a_full_disk_is_named_and_loses_nothing(place: Place) -> None:
+    check(sweep(place, "full disk", "finetune_lora", "final export", 1), 1)
 
 
 def test_data_that_changes_while_it_is_trained_on_changes_nothing(place: Place) -> None:
@@ -67,11 +59,10 @@ def test_clocks_do_not_matter(place: Place) -> None:
     check(clock_back(place, "finetune_lora"), 1)
 
 
-@pytest.mark.parametrize("more", [(), DDP, FSDP], ids=str)
-def test_a_bad_example_is_named_by_file_and_line_whoever_has_it(place: Place, more: tuple[object, ...]) -> None:
-    check(bad_data(place, "finetune_lora", more), 1)
+def test_a_bad_example_is_named_by_file_and_line_whichever_process_has_it(place: Place) -> None:
+    check(bad_data(place, "finetune_lora", DDP), 1)
 
 
-@pytest.mark.parametrize(("script", "more"), [("pretrain", ()), ("finetune_lora", FSDP)])
-def test_bad_gradients_stop_the_run_before_the_step(place: Place, script: str, more: tuple[object, ...]) -> None:
-    check(bad_gradients(place, script, more, steps=[4]), 1, again=1)
+def test_bad_gradients_stop_the_run_before_the_step(place: Place) -> None:
+    """Of a corpus, too, whose rows have no documents to tell apart."""
+    check(bad_gradients(place, "pretrain", steps=[4]), 1, again=1)
