@@ -30,6 +30,8 @@ from conftest import make_tiny, make_tokenizer
 from safetensors.torch import load_file, save_file
 from two import Ended, command, run_two
 
+from litmini.files import SEAL
+
 SCRIPTS = ("finetune_full", "finetune_lora", "finetune_qlora", "finetune_dora", "finetune_ia3", "pretrain")
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
 STEPS, SAVE_EVERY = 6, 2
