@@ -101,7 +101,7 @@ def theirs(name: str, method: str, documents: int) -> int:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_less_is_kept_for_backward_than_by_peft(name):
-    assert ours(name, "lora", 4) < theirs(name, "lora", 4)
+    assert ours(name, "lora", 4) < 0.7 * theirs(name, "lora", 4)
 
 
 @pytest.mark.parametrize("method", METHODS)

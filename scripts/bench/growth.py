@@ -14,6 +14,7 @@ from work import LORA, SEED, hardware, versions, write_samples
 
 SAMPLES = (1_000, 10_000, 100_000, 1_000_000)
 ACCUMULATED = (1, 8, 64)  # micro-batches in a step
+DOCUMENTS, LENGTH = (4, 8, 16), 256  # of a micro-batch whose activations are counted
 NOTHING = ("real_tokens_per_second", "peak_memory_mib", "mfu", "seconds_to_first_step", "loss_start", "loss_end")
 
 
@@ -71,7 +72,10 @@ def accumulation(config: Any, place: Path) -> list[tuple[str, float, str]]:
 
 
 def activations(dtype: str) -> list[tuple[str, float, str]]:
-    """What the forward pass of a block keeps for each token, in the smallest preset of each family: counted, not run."""
+    """What the forward pass of a block keeps for each token, in the smallest preset of each family: counted, not run.
+
+    From one more block and more documents, so that what is there once only does not count; twice, at different sizes.
+    """
     import torch
 
     from litmini.adapters import add_adapters
@@ -79,28 +83,30 @@ def activations(dtype: str) -> list[tuple[str, float, str]]:
     from litmini.estimate import estimate
     from litmini.models import FAMILIES, family
 
-    found = []
     kind, precision = (torch.bfloat16, "bf16-true") if dtype == "bf16" else (torch.float32, "32-true")
-    for name in sorted(FAMILIES):
-        module = family(name)
+
+    def kept(module: Any, config: Any, documents: int) -> int:
+        positions = torch.arange(LENGTH).repeat(documents)[None]
+        ids = torch.arange(documents).repeat_interleave(LENGTH)[None] + 1
+        tokens = torch.ones_like(positions)
+        batch = {"tokens": tokens, "positions": positions, "documents": ids, "labels": tokens}
+        sizes = []
+        for layers in (1, 2):
+            with torch.device("meta"):
+                model = module.Model(replace(config, n_layers=layers)).to(kind)
+                add_adapters(model, LORA)
+            sizes.append(estimate(model, batch, OptimConfig(), precision).activations)
+        return sizes[1] - sizes[0]
+
+    found = []
+    for module in dict.fromkeys(family(name) for name in sorted(FAMILIES)):
         preset = min((p for p in module.PRESETS if p != "tiny"), key=lambda p: module.PRESETS[p].dim)
-        config = module.PRESETS[preset]
-        kept = []
+        what = f"kept for backward by a block of {preset}, LoRA, documents of {LENGTH}"
         try:
-            for layers, documents in ((1, 4), (2, 4), (1, 8), (2, 8)):
-                with torch.device("meta"):
-                    model = module.Model(replace(config, n_layers=layers)).to(kind)
-                    add_adapters(model, LORA)
-                positions = torch.arange(256).repeat(documents)[None]
-                ids = torch.arange(documents).repeat_interleave(256)[None] + 1
-                tokens = torch.ones_like(positions)
-                batch = {"tokens": tokens, "positions": positions, "documents": ids, "labels": tokens}
-                kept.append(estimate(model, batch, OptimConfig(), precision).activations)
+            sizes = [kept(module, module.PRESETS[preset], documents) for documents in DOCUMENTS]
         except UserError as error:
-            print(f"note: {name}: {error}", file=sys.stderr)
+            print(f"note: {preset}: {error}", file=sys.stderr)
             continue
-        for at, documents in ((0, 4), (2, 8)):
-            per_token = (kept[at + 1] - kept[at]) / (256 * documents)
-            what = f"kept for backward in a block of {preset}, LoRA, {documents} documents of 256"
-            found.append((what, per_token / 1024, "KiB a token"))
+        for few, more, a, b in zip(sizes, sizes[1:], DOCUMENTS, DOCUMENTS[1:], strict=False):
+            found.append((f"{what}, {a} to {b}", (more - few) / (b - a) / LENGTH / 1024, "KiB a token"))
     return found

@@ -14,7 +14,7 @@ def finetune(job: Job) -> dict[str, Any]:
     mixed = job["task"] == "full" and job["dtype"] == "bf16"
     precision = "bf16-mixed" if mixed else "bf16-true" if job["dtype"] == "bf16" else "32-true"
     fabric = lightning.Fabric(devices=1, precision=precision)  # type: ignore[arg-type]
-    model = fabric.setup_module(load(job, fabric))
+    model: Any = fabric.setup_module(load(job, fabric))
 
     def loss(samples: list[list[int]], targets: int) -> Any:
         tokens, _, labels = padded(samples)
