@@ -8,6 +8,7 @@ environment: --pythons '{litgpt: /path/to/its/python}'. `pip install -e ".[bench
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ Task = Literal["lora", "qlora", "dora", "full", "packed", "generate", "convert",
 
 @dataclass(kw_only=True)
 class BenchmarkConfig(ModelConfig):
-    """Settings of benchmark.py."""
+    """Settings of benchmark.py. Of the model's, adapter_dir, model_file, chat_template and bits are for generate."""
 
     checkpoint_dir: str = "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
     """Model to use."""
@@ -91,10 +92,15 @@ class BenchmarkConfig(ModelConfig):
 
 
 def main(config: BenchmarkConfig) -> None:
+    if config.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes; before torch looks
+
     from report import chart, make_rows, table
 
+    from litmini.checkpoint import check_checkpoint_dir
     from litmini.files import write_json, write_text
 
+    check_checkpoint_dir(config.checkpoint_dir)
     place = Path(config.out_dir)
     (place / "runs").mkdir(parents=True, exist_ok=True)
     tools: list[str] = [tool for tool in config.tools if is_there(config, tool)]

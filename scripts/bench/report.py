@@ -13,6 +13,9 @@ FORMULA = (
     "attention 12 x layers x heads x head_dim for each key that a token sees. The same for all tools."
 )
 
+COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
+COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32"]
+
 
 def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
     """One row for each task, tool and dtype: the medians of its rounds."""
@@ -56,6 +59,9 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
         "peak_memory_mib": median(result["peak_memory_mib"] for result in results),
         "mfu": flops / spent / rate,
         "seconds_to_first_step": median(result["seconds_to_first_step"] for result in results),
+        "seconds_to_first_step_done": median(
+            result["seconds_to_first_step"] + result["seconds"][0] for result in results
+        ),
         "loss_start": median(mean(result["losses"][:ENDS]) for result in results),
         "loss_end": median(mean(result["losses"][-ENDS:]) for result in results),
         "held_out_loss": median(held_out) if held_out else None,
@@ -82,40 +88,38 @@ def is_same_work(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | No
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown."""
-    lines = []
-    if rows:
-        cpu, *_ = {row["hardware"]["cpu"] for row in rows}
-        device, *_ = {row["hardware"]["device"] for row in rows}
-        named = {name: text for row in rows for name, text in row["versions"].items()}
-        rates = {r["dtype"]: r["product_flops_per_second"] for r in rows if r.get("product_flops_per_second")}
-        said = ", ".join(f"{dtype} {rate / 1e9:,.0f} Gflop/s" for dtype, rate in rates.items())
-        lines.append(f"{device if device != 'cpu' else cpu}, {rows[0]['hardware']['threads']} threads; ")
-        lines[-1] += ", ".join(f"{name} {text}" for name, text in sorted(named.items()))
-        lines[-1] += f"; matrix products: {said}" if said else ""
-    lines += [
-        "",
-        "| task | tool | dtype | real tok/s | peak MiB | MFU | to first step, s | loss, first and last 5 steps",
-    ]
-    lines[-1] += " | held-out loss, in fp32 |"
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
+    """In Markdown, under the hardware, the versions and the rates of matrix products; above the formula of MFU."""
+    if not rows:
+        return "Nothing was measured.\n"
+    lines = [_circumstances(rows), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in (row for row in rows if "what" not in row):
-        shape = {
-            "real_tokens_per_second": ",.0f",
-            "peak_memory_mib": ",.0f",
-            "mfu": ".0%",
-            "seconds_to_first_step": ".1f",
-        }
-        figures = ["" if row.get(name) is None else format(row[name], form) for name, form in shape.items()]
-        ends = f"{row['loss_start']:.3f}, {row['loss_end']:.3f}" if row["loss_start"] is not None else ""
-        if "seconds" in row:
-            ends = f"{row['seconds']:.1f} s in all"
-        held_out = "" if row.get("held_out_loss") is None else f"{row['held_out_loss']:.3f}"
         tool = row["tool"] + (" (not the same work)" if row.get("same_work") is False else "")
-        lines.append(f"| {' | '.join([row['task'], tool, row['dtype'], *figures, ends, held_out])} |")
-    lines += ["", FORMULA, ""]
-    return "\n".join([*lines, *(["| growth | |", "|---|---|", *grown, ""] if grown else [])])
+        start = _figure(row, "seconds_to_first_step", ".1f")
+        if done := _figure(row, "seconds_to_first_step_done", ".1f"):
+            start += f" ({done})"  # with what is compiled in that step
+        losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
+        whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
+        cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
+        cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]
+        cells += [whole or ", ".join(filter(None, losses)), _figure(row, "held_out_loss", ".3f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
+    lines += ["", FORMULA, "", *(["| growth | |", "|---|---|", *grown, ""] if grown else [])]
+    return "\n".join(lines)
+
+
+def _figure(row: dict[str, Any], name: str, form: str) -> str:
+    return "" if row.get(name) is None else format(row[name], form)
+
+
+def _circumstances(rows: list[dict[str, Any]]) -> str:
+    """On what, and with which versions."""
+    hardware, rates = rows[0]["hardware"], {row["dtype"]: row.get("product_flops_per_second") for row in rows}
+    named = sorted({(name, text) for row in rows for name, text in row["versions"].items()})
+    machine = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
+    products = ", ".join(f"{dtype} {rate / 1e9:,.0f} Gflop/s" for dtype, rate in rates.items() if rate)
+    said = [f"{machine}, {hardware['threads']} threads", ", ".join(f"{name} {text}" for name, text in named)]
+    return "; ".join([*said, f"matrix products {products}"] if products else said)
 
 
 def chart(rows: list[dict[str, Any]], file: Path) -> None:
