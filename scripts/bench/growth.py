@@ -36,7 +36,7 @@ def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
     found = []
     for count in SAMPLES:
         file = place / f"growth-{count}.jsonl"
-        write_samples(file, count, most=60)
+        write_samples(file, count, most=40)
         os.environ["LITMINI_CACHE"] = str(place / f"cache-{time.time_ns()}")
         started = time.perf_counter()
         settings = DataConfig(path=str(file), train_on="all", max_seq_len=config.max_seq_len)
