@@ -75,7 +75,9 @@ def device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, Any]:
+def train(
+    job: Job, model: Any, micro_loss: MICRO_LOSS, backward: Callable[[Any], None] = lambda loss: loss.backward()
+) -> dict[str, Any]:
     """A plain training loop, AdamW over what is trainable in `model`.
 
     Args:
@@ -93,7 +95,7 @@ def train(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, Any]:
         targets, total = sum(len(sample) - 1 for sample in samples), torch.zeros((), device=device())
         for at in range(0, len(samples), size):
             loss = micro_loss(samples[at : at + size], targets)
-            loss.backward()
+            backward(loss)
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, job["max_grad_norm"])
         optimizer.step()

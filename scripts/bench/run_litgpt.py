@@ -23,7 +23,7 @@ def finetune(job: Job) -> dict[str, Any]:
         wanted = labels[..., 1:]
         return chunked_cross_entropy(logits, wanted) * ((wanted != -100).sum() / targets)
 
-    found = train(job, model, loss)
+    found = train(job, model, loss, fabric.backward)
     model = model.module.float()  # without Fabric's autocast
     return {**found, "held_out_loss": held_out_loss(job, model, loss)}
 
