@@ -37,18 +37,43 @@ class Mask:
     """With a cache: where its layers put the new keys."""
 
 
-@dataclass(frozen=True)
 class Documents:
-    """Where the tokens of packed documents stand when each document has a row of its own, similar lengths together."""
+    """Where the tokens of packed documents stand when each document has a place of its own, similar lengths together.
 
-    index: Tensor
-    """(M,) for each place in the new rows, which of the B * T tokens stands there; any one where it is padding."""
-    real: Tensor
-    """(M, 1, 1) bool: the place is no padding."""
-    inverse: Tensor
-    """(B * T,) for each token, its place in the new rows."""
-    shapes: list[tuple[int, int]]
-    """(documents, length) of each group of rows; their places follow each other."""
+    Attributes:
+        shapes: (documents, length) of each group; their places follow each other, each document padded to its group's
+            length, which leaves less than a quarter of them empty.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], index: Tensor, real: Tensor) -> None:
+        """
+        Args:
+            index: (M,) int64; for each place, which of the B * T tokens stands there; any one where it is empty.
+            real: (M,) bool; the place is not empty.
+        """
+        self.shapes, self.index, self.real = shapes, index, real
+        self._rows: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def rows(self, n_heads: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the rows of (B * T, n_heads), the order in which each document has its heads one after the other.
+
+        Returns:
+            (M * n_heads,) which row stands at each place; (B * T * n_heads,) the place of each row; and, unless all are
+            in use, (M * n_heads, 1) bool whether the place is.
+        """
+        if n_heads not in self._rows:
+            heads = torch.arange(n_heads)[:, None]
+            index, real, start = [], [], 0
+            for count, length in self.shapes:
+                tokens = slice(start, start + count * length)
+                index.append((self.index[tokens].view(count, 1, length) * n_heads + heads).flatten())
+                real.append(self.real[tokens].view(count, 1, length).expand(-1, n_heads, -1).flatten())
+                start = tokens.stop
+            places, used = torch.cat(index), torch.cat(real)
+            inverse = torch.empty(int(self.real.sum()) * n_heads, dtype=torch.int64)
+            inverse[places[used]] = used.nonzero().flatten()
+            self._rows[n_heads] = places, inverse, None if bool(used.all()) else used[:, None]
+        return self._rows[n_heads]
 
 
 def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
@@ -111,36 +136,39 @@ def _unpack(documents: Tensor) -> Documents:
         index.append((first[at : at + count, None] + offsets).clamp(max=B * T - 1).flatten())
         real.append((offsets < lengths[at : at + count, None]).flatten())
         at += count
-    flat_index, flat_real = torch.cat(index), torch.cat(real)
-    inverse = torch.empty(B * T, dtype=torch.int64)
-    inverse[flat_index[flat_real]] = flat_real.nonzero().flatten()
-    return Documents(flat_index, flat_real[:, None, None], inverse, shapes)
+    return Documents(shapes, torch.cat(index), torch.cat(real))
 
 
 class _Unpack(torch.autograd.Function):
-    """(B * T, heads, head_dim) -> (M, heads, head_dim). Every token has one place, so the gradient is a gather, too."""
+    """(B, n_heads, T, head_dim) -> (M * n_heads, head_dim). Every row has one place, so the gradient is a gather, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, documents: Documents) -> Tensor:  # type: ignore[override,no-untyped-def]
-        ctx.documents = documents
-        return x.index_select(0, documents.index)
+        ctx.documents, ctx.shape = documents, x.shape
+        return x.transpose(1, 2).reshape(-1, x.shape[-1]).index_select(0, documents.rows(x.shape[1])[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        return grad.index_select(0, ctx.documents.inverse), None  # padding is seen by padding only: its gradient is 0
+        B, n_heads, T, head_dim = ctx.shape  # empty places are seen by empty places only: their gradient is 0
+        rows = grad.index_select(0, ctx.documents.rows(n_heads)[1])
+        return rows.view(B, T, n_heads, head_dim).transpose(1, 2), None
 
 
 class _Repack(torch.autograd.Function):
-    """The way back: (M, heads, head_dim) -> (B * T, heads, head_dim)."""
+    """The way back: (M * n_heads, head_dim) -> (B, n_heads, T, head_dim)."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, documents: Documents) -> Tensor:  # type: ignore[override,no-untyped-def]
-        ctx.documents = documents
-        return y.index_select(0, documents.inverse)
+    def forward(ctx, y: Tensor, documents: Documents, shape: torch.Size) -> Tensor:  # type: ignore[override,no-untyped-def]
+        B, n_heads, T, head_dim = shape
+        ctx.documents, ctx.n_heads = documents, n_heads
+        rows = y.index_select(0, documents.rows(n_heads)[1])
+        return rows.view(B, T, n_heads, head_dim).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        return grad.index_select(0, ctx.documents.index).mul_(ctx.documents.real), None
+        places, _, used = ctx.documents.rows(ctx.n_heads)
+        rows = grad.transpose(1, 2).reshape(-1, grad.shape[-1]).index_select(0, places)
+        return rows if used is None else rows.mul_(used), None, None
 
 
 def attend(
@@ -171,20 +199,36 @@ def attend(
     scale = scale or 1.0 / math.sqrt(q.shape[-1])
     if mask.documents is None:
         return _kernel(q, k, v, mask.allowed, scale, softcap, _alibi(mask.queries, mask.keys, slopes), dropout)
-    B, n_heads, T, head_dim = q.shape
-    sizes = [count * longest for count, longest in mask.documents.shapes]
-    parts = [_Unpack.apply(x.transpose(1, 2).flatten(0, 1), mask.documents).split(sizes) for x in (q, k, v)]
+    return _document_by_document(q, k, v, mask, scale, softcap, slopes, dropout)
+
+
+def _document_by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    slopes: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`attend` for packed rows on a CPU."""
+    assert mask.documents is not None
+    head_dim = q.shape[-1]
+    parts = []
+    for x in (q, k, v):
+        sizes = [count * x.shape[1] * longest for count, longest in mask.documents.shapes]
+        parts.append(_Unpack.apply(x, mask.documents).split(sizes))
     outputs = []
     for (count, longest), *qkv in zip(mask.documents.shapes, *parts, strict=True):
-        rows = [x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv]  # (count, heads, longest, head_dim)
+        rows = [x.view(count, -1, longest, head_dim) for x in qkv]  # (count, heads, longest, head_dim)
         steps, allowed = torch.arange(longest)[None], None
         if mask.window is not None and longest > mask.window:
             allowed = _allowed(steps, steps, mask.window)
-        # padding comes last: no real token sees it
+        # what is empty comes last: no real token sees it
         y = _kernel(rows[0], rows[1], rows[2], allowed, scale, softcap, _alibi(steps, steps, slopes), dropout)
-        outputs.append(y.transpose(1, 2).flatten(0, 1))  # (count * longest, n_heads, head_dim)
-    packed = _Repack.apply(torch.cat(outputs), mask.documents)  # (B * T, n_heads, head_dim)
-    return packed.view(B, T, n_heads, head_dim).transpose(1, 2)
+        outputs.append(y.reshape(-1, head_dim))  # (count * n_heads * longest, head_dim)
+    return _Repack.apply(torch.cat(outputs), mask.documents, q.shape)
 
 
 def _alibi(queries: Tensor, keys: Tensor, slopes: Tensor | None) -> Tensor | None:
@@ -226,12 +270,20 @@ def _kernel(
     repeats = n_heads // n_kv_heads
     q = q.reshape(B * n_kv_heads, repeats * T, head_dim)  # the heads that share a key head stand below each other
     k, v = k.reshape(B * n_kv_heads, S, head_dim), v.reshape(B * n_kv_heads, S, head_dim)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(B, n_heads, T, S) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    weights = torch.softmax(scores + hidden, dim=-1).to(v.dtype)  # in fp32 inside
+    if plain:  # one product that scales and hides
+        if hidden.dim() == 2:
+            hidden = hidden.repeat(repeats, 1)  # (repeats * T, S)
+        else:
+            hidden = hidden.expand(B, n_heads, T, S).reshape(B * n_kv_heads, repeats * T, S)
+        scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scale).view(B, n_heads, T, S)
+    else:
+        scores = torch.bmm(q, k.transpose(1, 2)).view(B, n_heads, T, S) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias
+        scores = scores + hidden
+    weights = torch.softmax(scores, dim=-1).to(v.dtype)  # in fp32 inside
     if dropout:
         weights = F.dropout(weights, dropout)
     return torch.bmm(weights.view(B * n_kv_heads, repeats * T, S), v).view(B, n_heads, T, head_dim)

@@ -136,6 +136,8 @@ class RunConfig(ABC):
     """Machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
+    compile: bool = False
+    """torch.compile for each block: it takes a minute at first, so it is for long runs. Needs a C++ compiler on a CPU."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     seed: int = 1337

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 CHUNK = 1024  # rows of logits in memory at once
+CACHED = 64  # of these, so many go through softmax at a time on a CPU: in fp32 they fit its cache
 
 
 class ZLossHead(nn.Linear):
@@ -63,6 +64,28 @@ def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor, softcap: float | 
     return F.cross_entropy(logits, wanted, reduction="sum")
 
 
+def _gradient_of_logits(
+    logits: Tensor, wanted: Tensor, softcap: float | None, z_weight: float, replace: bool
+) -> Tensor:
+    """Summed cross entropy (fp32) of logits (n, vocab) against `wanted` (n, 1); its gradient takes the logits' place."""
+    wide = logits.float()
+    if softcap is not None:
+        bent = torch.tanh(wide / softcap)
+        wide = bent * softcap
+    log_p = torch.log_softmax(wide, -1)
+    losses = log_p.gather(1, wanted).neg_()  # (n, 1)
+    if replace:
+        log_sum = wide.gather(1, wanted) + losses
+        grad = log_p.exp_()
+        if z_weight:
+            grad.mul_(1 + 2 * z_weight * log_sum)
+        grad.scatter_add_(1, wanted, torch.full_like(losses, -1.0))
+        if softcap is not None:
+            grad.mul_(1 - bent.square())
+        logits.copy_(grad)
+    return losses.sum()
+
+
 class _PlainHead(torch.autograd.Function):
     """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice."""
 
@@ -77,26 +100,14 @@ class _PlainHead(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), chunk):
             part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
-            logits = (part @ cast.T).float()  # (c, vocab)
-            if softcap is not None:
-                bent = torch.tanh_(logits.div_(softcap))
-                slope = 1 - bent.square()  # of the softcap, (c, vocab)
-                logits = bent.mul_(softcap)
-            log_sum = logits.logsumexp(-1, keepdim=True)  # (c, 1)
-            total += (log_sum - logits.gather(1, want)).sum()
-            if not (need_rows or need_weight):
-                continue
-            d_logits = logits.sub_(log_sum).exp_()  # softmax, in place
-            if z_weight:
-                d_logits.mul_(1 + 2 * z_weight * log_sum)
-            d_logits.scatter_add_(1, want, torch.full_like(log_sum, -1.0))
-            if softcap is not None:
-                d_logits.mul_(slope)
-            d_logits = d_logits.to(rows.dtype)
+            logits = part @ cast.T  # (c, vocab)
+            some = CACHED if rows.device.type == "cpu" else chunk
+            for few, few_want in zip(logits.split(some), want.split(some), strict=True):
+                total += _gradient_of_logits(few, few_want, softcap, z_weight, need_rows or need_weight)
             if d_rows is not None:
-                d_rows[start : start + chunk] = d_logits @ cast
+                d_rows[start : start + chunk] = logits @ cast
             if d_weight is not None:
-                d_weight += d_logits.T @ part
+                d_weight += logits.T @ part
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total

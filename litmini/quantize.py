@@ -18,6 +18,7 @@ from litmini.config import UserError
 from litmini.finetune_config import QuantizeConfig
 
 BLOCK = 64  # weights that share an absmax
+PIECE = 2**18  # weights that are quantised at once, whole blocks
 NESTED = 256  # values of absmax that share a scale, with double quantisation
 
 
@@ -41,7 +42,9 @@ class NF4Linear(nn.Module):
         if self.in_features % BLOCK:
             raise UserError(f"4-bit layers need an input size that is a multiple of {BLOCK}, found {self.in_features}.")
         rows = weight.shape[:-1]
-        packed, absmax = _kernels().quantize_4bit.default(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+        pieces = weight.reshape(-1).split(PIECE)  # the kernel takes 20 bytes of memory for each weight on a CPU
+        found = [_kernels().quantize_4bit.default(piece, BLOCK, "nf4", torch.uint8) for piece in pieces]
+        packed, absmax = (torch.cat(parts) for parts in zip(*found, strict=True))
         if double:
             offset = absmax.mean()
             absmax, scale = _kernels().quantize_blockwise.default(absmax - offset, _code(absmax.device), NESTED)

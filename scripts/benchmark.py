@@ -1,189 +1,279 @@
-"""Measure speed: ours beside transformers' (where it is installed), in turns, so that a busy machine is unfair to neither.
+"""Measure speed and memory: ours beside other tools' (where they are installed), on the same samples, in turns.
 
-    python scripts/benchmark.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --tasks '[generate]'
+    python scripts/benchmark.py --tasks '[lora]' --dtypes '[bf16]' --json results.json
 
-Each figure is the best of `--rounds`: what else runs on a machine can only slow it down.
+Every run is a process of its own. Real tokens are those that carry loss: padding does not count. Peers that need another
+environment: --pythons '{litgpt: /path/to/its/python}'. `pip install -e ".[bench]"` brings transformers, PEFT and TRL.
 """
 
+import itertools
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from litmini.cli import command
-from litmini.config import check
+from litmini.config import UserError, check
 from litmini.generation_config import ModelConfig
+
+BENCH = Path(__file__).parent / "bench"
+sys.path.insert(0, str(BENCH))
+METHODS = {"lora": "lora", "qlora": "qlora", "dora": "dora", "full": "full", "packed": "lora"}
+ABLE = {
+    "litmini": [*METHODS, "convert"],
+    "transformers": [*METHODS, "convert"],
+    "trl": ["lora", "full", "packed"],
+    "litgpt": ["lora", "full", "convert"],
+}
+Task = Literal["lora", "qlora", "dora", "full", "packed", "generate", "convert", "growth"]
 
 
 @dataclass(kw_only=True)
 class BenchmarkConfig(ModelConfig):
-    """Settings of benchmark.py."""
+    """Settings of benchmark.py. Of the model's, adapter_dir, model_file, chat_template and bits are for generate."""
 
-    tasks: list[Literal["generate"]] = field(default_factory=lambda: ["generate"])
-    """What to measure."""
-    rounds: int = 5
-    """How often each figure is measured."""
+    checkpoint_dir: str = "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Model to use."""
+    model: str | None = None
+    """The same as --checkpoint_dir."""
+    data: str | None = None
+    """Training file of any form that finetuning reads; by default, made-up samples of 20 to 400 tokens."""
+    tasks: list[Task] = field(default_factory=lambda: ["lora"])
+    """lora, qlora, dora, full: rows of max_seq_len; packed: LoRA, one row of packed_len in a step, packed by all tools;
+    generate: greedy decoding; convert: checkpoints; growth: cost as data and accumulation grow, of litmini alone."""
+    tools: list[Literal["litmini", "transformers", "trl", "litgpt"]] = field(
+        default_factory=lambda: ["litmini", "transformers", "trl", "litgpt"]
+    )
+    """Whom to measure; those that are not installed are left out."""
+    dtypes: list[Literal["bf16", "fp32"]] = field(default_factory=list)
+    """Of products; none: that of --dtype. Full finetuning keeps weights in fp32 either way."""
+    steps: int = 12
+    """Optimizer steps of a run."""
+    warmup_steps: int = 2
+    """Of these, how many at the beginning are not timed."""
+    rounds: int = 3
+    """How often each figure is measured, all tools in turns."""
+    max_seq_len: int = 512
+    """Longest sample in tokens, and our rows."""
+    micro_batch_size: int = 4
+    """Rows in one forward pass; a step is so many of our rows, and the samples in them."""
+    packed_len: int = 2048
+    """Tokens of a packed row."""
+    pythons: dict[str, str] = field(default_factory=dict)
+    """Tool -> the Python interpreter that has it, where this one does not."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further words for litmini's own command line: '{litmini: --train.checkpoint_activations true}'."""
     prompt_tokens: int = 128
-    """Length of the prompt."""
+    """generate: length of the prompt."""
     new_tokens: int = 64
-    """Tokens to generate."""
+    """generate: tokens to generate."""
     batch_size: int = 8
-    """Prompts in the batch that is compared with one prompt."""
+    """generate: prompts in the batch that is compared with one prompt."""
+    out_dir: str = "out/benchmark"
+    """Where runs, table.md, chart.png and results.json are written."""
+    resume: bool = False
+    """Keep the runs that are in out_dir already, if their settings are the same, and the rows of other tasks."""
+    json: str | None = None
+    """Another place for results.json."""
     out: str | None = None
-    """JSON file for the results, beside what is printed."""
+    """JSON file for all that was measured of generation."""
 
     def __post_init__(self) -> None:
-        sizes = ("rounds", "prompt_tokens", "batch_size")
-        check("", self, new_tokens=self.new_tokens > 1, **{name: getattr(self, name) > 0 for name in sizes})
+        self.checkpoint_dir = self.model or self.checkpoint_dir
+        sizes = ("rounds", "prompt_tokens", "batch_size", "max_seq_len", "micro_batch_size", "packed_len")
+        fine = {name: getattr(self, name) > 0 for name in sizes}
+        check("", self, new_tokens=self.new_tokens > 1, steps=self.steps > self.warmup_steps >= 0, **fine)
+        if unknown := sorted({*self.pythons, *self.options} - set(ABLE)):
+            raise UserError(f"no tool {', '.join(unknown)}; there are: {', '.join(ABLE)}.")
 
 
 def main(config: BenchmarkConfig) -> None:
-    import platform
-    from pathlib import Path
+    if config.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes; before torch looks
+
+    from report import chart, make_rows, table
+
+    from litmini.checkpoint import check_checkpoint_dir
+    from litmini.files import write_json, write_text
+
+    check_checkpoint_dir(config.checkpoint_dir)
+    place = Path(config.out_dir)
+    (place / "runs").mkdir(parents=True, exist_ok=True)
+    tools: list[str] = [tool for tool in config.tools if is_there(config, tool)]
+    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    turns = list(itertools.product(config.tasks, config.dtypes or [config.dtype]))
+    if config.resume and (place / "results.json").is_file():
+        kept = json.loads((place / "results.json").read_text())
+        rows = [row for row in kept if (row["task"], row["dtype"]) not in turns]
+    for task, dtype in turns:
+        if task == "generate":
+            rows += generate(replace(config, dtype=dtype, model=None))
+        elif task == "growth":
+            from growth import measure_growth
+
+            rows += measure_growth(config, place)
+        elif task == "convert":
+            jobs = [{"tool": tool, "variant": "", "task": task, "dtype": dtype} for tool in tools if task in ABLE[tool]]
+            found += run_in_turns(config, place, jobs)
+        else:
+            found += run_in_turns(config, place, training_jobs(config, place, task, dtype, tools))
+        everything = [*make_rows(found, config.warmup_steps), *rows]
+        write_json(place / "results.json", everything)  # type: ignore[arg-type]
+        if config.json:
+            write_json(Path(config.json), everything)  # type: ignore[arg-type]
+        write_text(place / "table.md", table(everything))
+        chart(everything, place / "chart.png")
+    print(table(everything))
+
+
+def is_there(config: BenchmarkConfig, tool: str) -> bool:
+    """Whether a tool is installed; says so if not."""
+    package = {"transformers": "peft"}.get(tool, tool)
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    there = tool == "litmini" or not subprocess.run([config.pythons.get(tool, sys.executable), "-c", code]).returncode
+    if not there:
+        print(f"note: {tool} is not installed here, and left out. See --pythons.", file=sys.stderr)
+    return there
+
+
+def training_jobs(
+    config: BenchmarkConfig, place: Path, task: str, dtype: str, tools: list[str]
+) -> list[dict[str, Any]]:
+    """One job for each tool that can do it: the same samples in the same steps."""
+    import shlex
 
     import torch
+    from work import LORA, SEED, plan_work, write_samples
 
-    from litmini.files import write_json
-
-    results: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "dtype": config.dtype,
+    method: Any = METHODS[task]
+    length, rows = (config.packed_len, 1) if task == "packed" else (config.max_seq_len, config.micro_batch_size)
+    data = Path(config.data) if config.data else place / f"samples-{config.steps * rows * length}.jsonl"
+    if not config.data:
+        write_samples(data, config.steps * rows * length // 150 + 50, most=min(400, config.max_seq_len))
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    work = place / f"work-{task}-{dtype}.json"
+    plan_work(config.checkpoint_dir, data, method, config.steps, rows, length, kind).save(work)
+    precision = "32-true" if dtype == "fp32" else "bf16-mixed" if method == "full" else "bf16-true"
+    rate = 2e-5 if method == "full" else 2e-4
+    words = ["--checkpoint_dir", config.checkpoint_dir, "--data.path", data, "--data.train_on", "all", "--seed", SEED]
+    words += ["--data.max_seq_len", length, "--train.global_batch_size", rows, "--train.micro_batch_size", rows]
+    words += ["--train.max_steps", config.steps, "--optim.lr", rate, "--optim.schedule", "constant"]
+    words += ["--eval.samples", 0, "--precision", precision]
+    words += [] if method == "full" else ["--lora.rank", LORA.rank, "--lora.alpha", LORA.alpha]
+    job = {
+        "task": task,
+        "method": method,
+        "dtype": dtype,
+        "packed": task == "packed",
+        "micro_batch_size": config.micro_batch_size,
+        "lr": rate,
+        "betas": (0.9, 0.95),
+        "max_grad_norm": 1.0,
+        "rank": LORA.rank,
+        "alpha": LORA.alpha,
+        "work": str(work),
+        "words": [*map(str, words), *shlex.split(config.options.get("litmini", ""))],
     }
-    if "generate" in config.tasks:
-        results["generate"] = benchmark_generate(config)
-        print(report_generate(results))
-    if config.out is not None:
-        write_json(Path(config.out), results)
+    if "litgpt" in tools and task in ABLE["litgpt"]:
+        job["litgpt_dir"] = str(place / "litgpt" / Path(config.checkpoint_dir).name)
+        if not Path(job["litgpt_dir"], "lit_model.pth").exists():
+            made = {"task": "convert", "tool": "litgpt", "out_dir": job["litgpt_dir"], "dtype": dtype, "variant": ""}
+            if run(replace(config, resume=False), place, made, "convert-for-litgpt") is None:
+                tools = [tool for tool in tools if tool != "litgpt"]
+    jobs = [{**job, "tool": tool, "variant": ""} for tool in tools if task in ABLE[tool]]
+    if task == "lora" and dtype == "bf16" and "transformers" in tools:
+        jobs.append({**job, "tool": "transformers", "variant": "bf16 adapters"})
+    return jobs
 
 
-def benchmark_generate(config: BenchmarkConfig) -> dict[str, Any]:
-    """Tokens a second of prefill and greedy decoding, alone and in a batch, and what memory bandwidth would allow."""
-    import torch
-
-    from litmini.generation import finish_all, open_model
-    from litmini.generation_config import SamplingConfig
-    from litmini.reply import Reply
-
-    model, _ = open_model(config)
-    settings: Any = model.config
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(
-        0, settings.vocab_size, (config.batch_size, config.prompt_tokens), generator=generator
-    ).tolist()
-
-    def ours(count: int, rows: int) -> None:
-        sampling = SamplingConfig(max_new_tokens=count, ignore_eos=True)
-        finish_all(model, [Reply(prompt, sampling, []) for prompt in prompts[:rows]])
-
-    engines: dict[str, Callable[[int, int], None]] = {"litmini": ours}
-    if (theirs := reference(config, prompts)) is not None:
-        engines["transformers"] = theirs
-    times: dict[tuple[str, int, int], float] = {}
-    bandwidth = 0.0
-    for run in engines.values():
-        run(2, config.batch_size)  # what is done once only
-    for _ in range(config.rounds):
-        bandwidth = max(bandwidth, read_bandwidth(next(model.parameters()).device))
-        for name, run in engines.items():
-            for count in (1, config.new_tokens):
-                for rows in (1, config.batch_size):
-                    seconds = timed(partial(run, count, rows))
-                    times[name, count, rows] = min(times.get((name, count, rows), float("inf")), seconds)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not settings.tied:  # of an embedding of its own, one row is read
-        weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
-    found: dict[str, Any] = {"weights_bytes": weights, "bandwidth_bytes_per_second": bandwidth}
-    found["bound_tokens_per_second"] = bandwidth / weights
-    for name in engines:
-        steps = config.new_tokens - 1
-        decode = {n: times[name, config.new_tokens, n] - times[name, 1, n] for n in (1, config.batch_size)}
-        found[name] = {
-            "prefill_tokens_per_second": config.prompt_tokens / times[name, 1, 1],
-            "decode_tokens_per_second": steps / decode[1],
-            f"batch_{config.batch_size}_tokens_per_second": config.batch_size * steps / decode[config.batch_size],
-        }
-    found["litmini"]["seconds_to_first_token"] = min(
-        timed(lambda: first_token(config)) for _ in range(min(config.rounds, 3))
-    )
+def run_in_turns(config: BenchmarkConfig, place: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every job once in each round; one that fails is not tried again."""
+    found, failed = [], set()
+    for turn in range(config.rounds):
+        for number, job in enumerate(jobs):
+            if number not in failed:
+                named = [job["task"], job["dtype"], job["tool"], job["variant"].replace(" ", "-"), str(turn)]
+                result = run(config, place, job, "-".join(filter(None, named)))
+                found += [result] if result else []
+                failed |= set() if result else {number}
     return found
 
 
-def reference(config: BenchmarkConfig, prompts: list[list[int]]) -> Callable[[int, int], None] | None:
-    """The same with transformers, or None where it is not installed."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        print("transformers is not installed: only litmini is measured.", file=sys.stderr)
-        return None
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    model = AutoModelForCausalLM.from_pretrained(config.checkpoint_dir, dtype=dtype).eval().to(device)
+def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The result of a job, with the job itself and the rate of matrix products just before it; none if it fails."""
+    import shutil
 
-    def theirs(count: int, rows: int) -> None:
-        tokens = torch.tensor(prompts[:rows], device=device)
-        model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            do_sample=False,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            pad_token_id=0,
-        )
-
-    return theirs
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    import time
-
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def read_bandwidth(device: Any) -> float:
-    """Bytes a second at which all threads together read memory: a sum over 256 MiB."""
     import torch
+    from work import hardware, product_rate
 
-    numbers = torch.ones(2**26, device=device)
-    numbers.sum().item()
-    return max(numbers.numel() * 4 / timed(lambda: numbers.sum().item()) for _ in range(3))
+    from litmini.files import file_hash
+
+    place = place / "runs"
+    result, out = place / f"{name}.result.json", place / name
+    job = {"out_dir": str(out), "result": str(result), "model": config.checkpoint_dir, **job}
+    if "words" in job:
+        job |= {"words": [*job["words"], "--out_dir", str(out)], "work_sha256": file_hash(job["work"])}
+    if config.resume and result.is_file() and (kept := json.loads(result.read_text())).get("job") == plain(job):
+        return kept
+    shutil.rmtree(job["out_dir"], ignore_errors=True)
+    result.unlink(missing_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = product_rate(device, torch.bfloat16 if job["dtype"] == "bf16" else torch.float32)
+    print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+    (place / f"{name}.json").write_text(json.dumps({**job, "started_at": time.time()}))
+    python = config.pythons.get(job["tool"], sys.executable)
+    words = [python, str(BENCH / f"run_{job['tool']}.py"), str(place / f"{name}.json")]
+    started = time.time()
+    with (place / f"{name}.log").open("w") as log:
+        ended = subprocess.run(words, stdout=log, stderr=log)
+    print(f"{time.time() - started:.0f} s", file=sys.stderr)
+    if ended.returncode:
+        lines = (place / f"{name}.log").read_text(errors="replace").splitlines()
+        print(f"note: {name} failed and is left out: {' | '.join(lines[-2:])}", file=sys.stderr)
+        return None
+    whole = {**json.loads(result.read_text()), "job": plain(job), "product_rate": rate, "hardware": hardware()}
+    result.write_text(json.dumps(whole))
+    shutil.rmtree(out, ignore_errors=True)  # weights
+    return whole
 
 
-def first_token(config: BenchmarkConfig) -> None:
-    """The whole command, from its start to one token."""
-    import subprocess
-    from pathlib import Path
-
-    words = [sys.executable, str(Path(__file__).with_name("generate.py")), "--checkpoint_dir", config.checkpoint_dir]
-    words += ["--dtype", config.dtype, "--device", config.device, "--prompt", "Hi", "--max_new_tokens", "1"]
-    subprocess.run(words, check=True, capture_output=True)
+def plain(job: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(job))
 
 
-def report_generate(results: dict[str, Any]) -> str:
-    """A table in Markdown."""
-    found = results["generate"]
-    bound = found["bound_tokens_per_second"]
-    lines = [
-        f"{results['machine']}, torch {results['torch']}, {results['dtype']}: memory is read at "
-        f"{found['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, so at most {bound:.1f} tokens/s "
-        f"for {found['weights_bytes'] / 1e6:.0f} MB of weights",
-        "",
-        "| | prefill, tokens/s | decode, tokens/s | of the bound | batch, tokens/s | batch / alone |",
-        "|---|---|---|---|---|---|",
+def generate(config: BenchmarkConfig) -> list[dict[str, Any]]:
+    from generation import benchmark_generate, report_generate
+    from work import hardware, versions
+
+    from litmini.files import write_json
+
+    results: dict[str, Any] = {"machine": f"{hardware()['cpu']}, {hardware()['threads']} threads"}
+    results |= {**versions(), "dtype": config.dtype}
+    results["generate"] = benchmark_generate(config)
+    print(report_generate(results))
+    if config.out is not None:
+        write_json(Path(config.out), results)
+    return [
+        {
+            "task": "generate",
+            "tool": tool,
+            "dtype": config.dtype,
+            "real_tokens_per_second": results["generate"][tool]["decode_tokens_per_second"],
+            "seconds_to_first_step": results["generate"][tool].get("seconds_to_first_token"),
+            **dict.fromkeys(("peak_memory_mib", "mfu", "loss_start", "loss_end")),
+            **results["generate"][tool],
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        for tool in ("litmini", "transformers")
+        if tool in results["generate"]
     ]
-    for name in ("litmini", "transformers"):
-        if name in found:
-            prefill, decode, batch, *_ = found[name].values()
-            lines.append(
-                f"| {name} | {prefill:.0f} | {decode:.1f} | {decode / bound:.0%} | {batch:.1f} | {batch / decode:.1f} |"
-            )
-    lines += ["", f"from the command to the first token: {found['litmini']['seconds_to_first_token']:.1f} s"]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

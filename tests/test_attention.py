@@ -121,35 +121,42 @@ def test_dense_masks_equal_grouped_documents(window, kernel):
 def test_groups_hold_every_token_once_and_little_padding():
     documents, _ = packed()
     groups = _unpack(documents)
-    places = groups.index[groups.real.flatten()]
+    places = groups.index[groups.real]
     assert torch.equal(places.sort().values, torch.arange(documents.numel()))
-    assert torch.equal(groups.index[groups.inverse], torch.arange(documents.numel()))
-    assert groups.real[groups.inverse].all()
     assert sum(count for count, _ in groups.shapes) == 17  # 16 documents and one of padding
     assert sum(count * longest for count, longest in groups.shapes) == len(groups.index) < documents.numel() / 0.75
     at = 0
     for count, longest in groups.shapes:  # each row of a group is one document
         for row in groups.index[at : at + count * longest].view(count, longest):
-            real = groups.real.flatten()[at : at + longest]
+            real = groups.real[at : at + longest]
             assert len(documents.flatten()[row[real]].unique()) == 1 and real[0]
             at += longest
 
 
 def test_unpack_and_repack_are_plain_indexing():
-    groups = _unpack(packed()[0])
-    tokens = len(groups.inverse)
-    x = torch.randn(tokens, 2, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(len(groups.index), 2, 3, dtype=torch.float64, requires_grad=True)
-    for function, plain, source in (
-        (_Unpack.apply, lambda z: z[groups.index], x),
-        (_Repack.apply, lambda z: z[groups.inverse], y),
+    """Each document has its heads one after the other; the way back is the inverse, and so are the gradients."""
+    documents, _ = packed()
+    groups, (B, T), n_heads = _unpack(documents), documents.shape, 2
+    plain, used, at = [], [], 0  # which (token, head) stands where, counted one by one
+    for count, longest in groups.shapes:
+        for _ in range(count):
+            for head in range(n_heads):
+                plain += [int(groups.index[at + i]) * n_heads + head for i in range(longest)]
+                used += groups.real[at : at + longest].tolist()
+            at += longest
+    x = torch.randn(B, n_heads, T, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(len(plain), 3, dtype=torch.float64, requires_grad=True)
+    where = torch.empty(B * T * n_heads, dtype=torch.int64)
+    where[torch.tensor(plain)[used]] = torch.arange(len(plain))[used]
+    there = x.transpose(1, 2).reshape(-1, 3)[plain]
+    back = y[where].view(B, T, n_heads, 3).transpose(1, 2)
+    upstream = torch.randn_like(there) * torch.tensor(used)[:, None]  # nothing real sees padding
+    for found, expected, source, up in (
+        (_Unpack.apply(x, groups), there, x, upstream),
+        (_Repack.apply(y, groups, x.shape), back, y, torch.randn_like(back)),
     ):
-        found, expected = function(source, groups), plain(source)
         assert torch.equal(found, expected)
-        upstream = torch.randn_like(found)
-        if source is x:  # what comes back to padding is zero: nothing real sees it
-            upstream = upstream * groups.real
-        one, other = (torch.autograd.grad(z, source, upstream)[0] for z in (found, expected))
+        one, other = (torch.autograd.grad(z, source, up)[0] for z in (found, expected))
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 

@@ -260,6 +260,47 @@ def test_loading_never_holds_more_than_one_linear_in_16_bits(tiny_dir, monkeypat
     assert [type(m) for m in model.modules()].count(nn.Linear) == 1
 
 
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from litmini.finetune_config import QuantizeConfig
+from litmini.quantize import load_quantized
+
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+small = load_quantized(sys.argv[1], QuantizeConfig(4), torch.bfloat16)  # whatever is imported or set up once
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = resident("VmRSS")
+model = load_quantized(sys.argv[2], QuantizeConfig(4), torch.bfloat16)
+kept = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+print(kept, resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="measured with Linux's /proc")
+def test_peak_of_loading_is_the_4_bit_size_and_one_shard(tmp_path, tokenizer_dir):
+    """206 MB of linears in bf16, shards of 30 MB: what is resident at most, the mapped file included."""
+    tiny = llama.PRESETS["tiny"]
+    for name, n_layers in (("small", 1), ("large", 8)):
+        config = dataclasses.replace(
+            tiny, dim=1024, n_layers=n_layers, n_heads=8, n_kv_heads=8, head_dim=128, ffn_dim=2816
+        )
+        tensors = llama.Model(config).bfloat16().state_dict().items()
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, llama.config_to_hf(config), tensors, tokenizer_dir, 30_000_000)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept, peak = map(int, done.stdout.split())
+    print(f"{kept / 1e6:.0f} MB kept, {peak / 1e6:.0f} MB taken at the peak")
+    assert 54e6 < kept < 60e6 < peak < kept + 35_000_000
+
+
 def test_bitsandbytes_costs_nothing_where_it_is_not_used_and_says_nothing_where_it_is():
     code = """
 import sys, torch

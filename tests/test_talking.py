@@ -230,7 +230,15 @@ def test_evaluate_refuses(base, tmp_path):
 
 
 def test_benchmark_of_generation(tiny_dir, tmp_path):
-    words = ["--prompt_tokens=8", "--new_tokens=24", "--batch_size=2", "--rounds=1", "--out", tmp_path / "results.json"]
+    words = [
+        "--tasks=[generate]",
+        "--prompt_tokens=8",
+        "--new_tokens=24",
+        "--batch_size=2",
+        "--rounds=1",
+        "--out",
+        tmp_path / "results.json",
+    ]
     printed = run("benchmark.py", "--checkpoint_dir", tiny_dir, *words)
     found = json.loads((tmp_path / "results.json").read_text())["generate"]
     assert found["weights_bytes"] == 2 * (sum(p.numel() for p in litmini.load(tiny_dir)[0].parameters()) - 512 * 64)

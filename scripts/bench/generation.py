@@ -1,0 +1,138 @@
+"""Prefill and greedy decoding: ours beside transformers' (where it is installed), in turns in one process.
+
+Each figure is the best of all rounds: what else runs on a machine can only slow it down.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+def benchmark_generate(config: Any) -> dict[str, Any]:
+    """Tokens a second of prefill and greedy decoding, alone and in a batch, and what memory bandwidth would allow."""
+    import torch
+
+    from litmini.generation import finish_all, open_model
+    from litmini.generation_config import SamplingConfig
+    from litmini.reply import Reply
+
+    model, _ = open_model(config)
+    settings: Any = model.config
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(
+        0, settings.vocab_size, (config.batch_size, config.prompt_tokens), generator=generator
+    ).tolist()
+
+    def ours(count: int, rows: int) -> None:
+        sampling = SamplingConfig(max_new_tokens=count, ignore_eos=True)
+        finish_all(model, [Reply(prompt, sampling, []) for prompt in prompts[:rows]])
+
+    engines: dict[str, Callable[[int, int], None]] = {"litmini": ours}
+    if "transformers" in config.tools and (theirs := reference(config, prompts)) is not None:
+        engines["transformers"] = theirs
+    times: dict[tuple[str, int, int], float] = {}
+    bandwidth = 0.0
+    for run in engines.values():
+        run(2, config.batch_size)  # what is done once only
+    for _ in range(config.rounds):
+        bandwidth = max(bandwidth, read_bandwidth(next(model.parameters()).device))
+        for name, run in engines.items():
+            for count in (1, config.new_tokens):
+                for rows in (1, config.batch_size):
+                    seconds = timed(partial(run, count, rows))
+                    times[name, count, rows] = min(times.get((name, count, rows), float("inf")), seconds)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not settings.tied:  # of an embedding of its own, one row is read
+        weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
+    found: dict[str, Any] = {"weights_bytes": weights, "bandwidth_bytes_per_second": bandwidth}
+    found["bound_tokens_per_second"] = bandwidth / weights
+    for name in engines:
+        steps = config.new_tokens - 1
+        decode = {n: times[name, config.new_tokens, n] - times[name, 1, n] for n in (1, config.batch_size)}
+        found[name] = {
+            "prefill_tokens_per_second": config.prompt_tokens / times[name, 1, 1],
+            "decode_tokens_per_second": steps / decode[1],
+            f"batch_{config.batch_size}_tokens_per_second": config.batch_size * steps / decode[config.batch_size],
+        }
+    found["litmini"]["seconds_to_first_token"] = min(
+        timed(lambda: first_token(config)) for _ in range(min(config.rounds, 3))
+    )
+    return found
+
+
+def reference(config: Any, prompts: list[list[int]]) -> Callable[[int, int], None] | None:
+    """The same with transformers, or None where it is not installed."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        print("transformers is not installed: only litmini is measured.", file=sys.stderr)
+        return None
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(config.checkpoint_dir, dtype=dtype).eval().to(device)
+
+    def theirs(count: int, rows: int) -> None:
+        tokens = torch.tensor(prompts[:rows], device=device)
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            pad_token_id=0,
+        )
+
+    return theirs
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    import time
+
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def read_bandwidth(device: Any) -> float:
+    """Bytes a second at which all threads together read memory: a sum over 256 MiB."""
+    import torch
+
+    numbers = torch.ones(2**26, device=device)
+    numbers.sum().item()
+    return max(numbers.numel() * 4 / timed(lambda: numbers.sum().item()) for _ in range(3))
+
+
+def first_token(config: Any) -> None:
+    """The whole command, from its start to one token."""
+    import subprocess
+    from pathlib import Path
+
+    script = Path(__file__).parents[1] / "generate.py"
+    words = [sys.executable, str(script), "--checkpoint_dir", config.checkpoint_dir]
+    words += ["--dtype", config.dtype, "--device", config.device, "--prompt", "Hi", "--max_new_tokens", "1"]
+    subprocess.run(words, check=True, capture_output=True)
+
+
+def report_generate(results: dict[str, Any]) -> str:
+    """A table in Markdown."""
+    found = results["generate"]
+    bound = found["bound_tokens_per_second"]
+    lines = [
+        f"{results['machine']}, torch {results['torch']}, {results['dtype']}: memory is read at "
+        f"{found['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, so at most {bound:.1f} tokens/s "
+        f"for {found['weights_bytes'] / 1e6:.0f} MB of weights",
+        "",
+        "| | prefill, tokens/s | decode, tokens/s | of the bound | batch, tokens/s | batch / alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("litmini", "transformers"):
+        if name in found:
+            prefill, decode, batch, *_ = found[name].values()
+            lines.append(
+                f"| {name} | {prefill:.0f} | {decode:.1f} | {decode / bound:.0%} | {batch:.1f} | {batch / decode:.1f} |"
+            )
+    lines += ["", f"from the command to the first token: {found['litmini']['seconds_to_first_token']:.1f} s"]
+    return "\n".join(lines)

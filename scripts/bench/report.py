@@ -1,0 +1,143 @@
+"""What was measured, as rows, as a table and as a chart."""
+
+import json
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+ENDS = 5  # steps whose mean is the loss at the start, and at the end
+SAME = 0.05  # losses of tools that do the same work are closer than this
+FORMULA = (
+    "MFU = (flops of the timed steps / their seconds) / rate of a matrix product measured before each run. Flops, for real "
+    "tokens only: 2 forward and 2 back for each number of a matrix, 2 more where it is trained; the head for targets; "
+    "attention 12 x layers x heads x head_dim for each key that a token sees. The same for all tools."
+)
+
+COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
+COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32"]
+
+
+def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
+    """One row for each task, tool and dtype: the medians of its rounds."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for result in found:
+        job = result["job"]
+        label = ", ".join(filter(None, (job["tool"], job["variant"])))
+        groups.setdefault((job["task"], job["dtype"], label), []).append(result)
+    rates: dict[str, float] = {}
+    for result in found:
+        dtype = result["job"]["dtype"]
+        rates[dtype] = max(rates.get(dtype, 0.0), result["product_rate"])
+    rows = [
+        {
+            "task": task,
+            "tool": tool,
+            "dtype": dtype,
+            **(converted(results) if task == "convert" else trained(results, warmup, rates[dtype])),
+            "rounds": len(results),
+            "product_flops_per_second": rates[dtype],
+            "versions": results[0]["versions"],
+            "hardware": results[0]["hardware"],
+        }
+        for (task, dtype, tool), results in groups.items()
+    ]
+    for row in rows:
+        row["same_work"] = is_same_work(row, [r for r in rows if r["task"] == row["task"]])
+    return rows
+
+
+def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str, Any]:
+    """The medians of training runs."""
+    work = json.loads(Path(results[0]["job"]["work"]).read_text())
+    targets = sum(len(sample) - 1 for step in work["steps"][warmup:] for sample in step)
+    flops = sum(work["flops"][warmup:])
+    spent = median(sum(result["seconds"][warmup:]) for result in results)
+    held_out = [result["held_out_loss"] for result in results if result.get("held_out_loss") is not None]
+    return {
+        "real_tokens_per_second": targets / spent,
+        "seconds_per_step": spent / (len(work["steps"]) - warmup),
+        "peak_memory_mib": median(result["peak_memory_mib"] for result in results),
+        "mfu": flops / spent / rate,
+        "seconds_to_first_step": median(result["seconds_to_first_step"] for result in results),
+        "seconds_to_first_step_done": median(
+            result["seconds_to_first_step"] + result["seconds"][0] for result in results
+        ),
+        "loss_start": median(mean(result["losses"][:ENDS]) for result in results),
+        "loss_end": median(mean(result["losses"][-ENDS:]) for result in results),
+        "held_out_loss": median(held_out) if held_out else None,
+    }
+
+
+def converted(results: list[dict[str, Any]]) -> dict[str, Any]:
+    nothing = ("real_tokens_per_second", "mfu", "seconds_to_first_step", "loss_start", "loss_end")
+    return {
+        name: median(result[name] for result in results) for name in ("seconds", "peak_memory_mib")
+    } | dict.fromkeys(nothing)
+
+
+def is_same_work(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | None:
+    """Whether its losses are the others': at the start and end among those of its dtype, and on held-out samples."""
+    if row["loss_start"] is None:
+        return None
+    same = [other for other in others if other["dtype"] == row["dtype"]]
+    pairs = [(row[name], [other[name] for other in same]) for name in ("loss_start", "loss_end")]
+    scored = [other["held_out_loss"] for other in others if other["held_out_loss"] is not None]
+    if row["held_out_loss"] is not None:  # in fp32, whatever the training was in
+        pairs.append((row["held_out_loss"], scored))
+    return all(abs(mine - median(theirs)) <= SAME for mine, theirs in pairs)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, under the hardware, the versions and the rates of matrix products; above the formula of MFU."""
+    if not rows:
+        return "Nothing was measured.\n"
+    lines = [_circumstances(rows), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in (row for row in rows if "what" not in row):
+        tool = row["tool"] + (" (not the same work)" if row.get("same_work") is False else "")
+        start = _figure(row, "seconds_to_first_step", ".1f")
+        if done := _figure(row, "seconds_to_first_step_done", ".1f"):
+            start += f" ({done})"  # with what is compiled in that step
+        losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
+        whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
+        cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
+        cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]
+        cells += [whole or ", ".join(filter(None, losses)), _figure(row, "held_out_loss", ".3f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
+    lines += ["", FORMULA, "", *(["| growth | |", "|---|---|", *grown, ""] if grown else [])]
+    return "\n".join(lines)
+
+
+def _figure(row: dict[str, Any], name: str, form: str) -> str:
+    return "" if row.get(name) is None else format(row[name], form)
+
+
+def _circumstances(rows: list[dict[str, Any]]) -> str:
+    """On what, and with which versions."""
+    hardware, rates = rows[0]["hardware"], {row["dtype"]: row.get("product_flops_per_second") for row in rows}
+    named = sorted({(name, text) for row in rows for name, text in row["versions"].items()})
+    machine = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
+    products = ", ".join(f"{dtype} {rate / 1e9:,.0f} Gflop/s" for dtype, rate in rates.items() if rate)
+    said = [f"{machine}, {hardware['threads']} threads", ", ".join(f"{name} {text}" for name, text in named)]
+    return "; ".join([*said, f"matrix products {products}"] if products else said)
+
+
+def chart(rows: list[dict[str, Any]], file: Path) -> None:
+    """Bars of tokens a second and of peak memory, for each training task and dtype."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["mfu"] is not None][::-1]
+    if not shown:
+        return
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [f"{row['task']} {row['dtype']}: {row['tool']}" for row in shown]
+    colours = ["C1" if row["tool"] == "litmini" else "C0" for row in shown]
+    panels = (("real_tokens_per_second", "real tokens a second"), ("peak_memory_mib", "peak memory, MiB"))
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        bars = axes.barh(names, [row[key] for row in shown], color=colours)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        axes.margins(x=0.15)
+        axes.set_title(title)
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,75 @@
+"""transformers, with PEFT for adapters, in a plain loop: no trainer costs anything."""
+
+import time
+from typing import Any
+
+from common import Job, device, held_out_loss, in_row, main, padded, peak_memory_mib, train
+
+
+def finetune(job: Job) -> dict[str, Any]:
+    import torch
+
+    model = load(job)
+    mixed = job["task"] == "full" and job["dtype"] == "bf16"  # weights in fp32, products in bf16
+
+    def loss(samples: list[list[int]], targets: int) -> Any:
+        with torch.autocast(device().type, torch.bfloat16, enabled=mixed and model.training):
+            return model(**batch(samples, job["packed"]), num_items_in_batch=targets, use_cache=False).loss
+
+    found = train(job, model, loss)
+    if job["method"] != "qlora":
+        found["held_out_loss"] = held_out_loss(job, model.float(), loss)
+    return found
+
+
+def load(job: Job) -> Any:
+    """The model of a job, with its adapters, on the device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole = job["method"] == "full"
+    dtype = torch.bfloat16 if job["dtype"] == "bf16" and not whole else torch.float32
+    options: dict[str, Any] = {}
+    if job["method"] == "qlora":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, **options).to(device())
+    if whole:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    # prepare_model_for_kbit_training would put embedding, head and norms into fp32, and make QLoRA slower
+    config = LoraConfig(
+        r=job["rank"],
+        lora_alpha=job["alpha"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        use_dora=job["method"] == "dora",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=job["variant"] != "bf16 adapters")
+
+
+def batch(samples: list[list[int]], packed: bool) -> dict[str, Any]:
+    """Padded to the longest; or all in one row, without a mask."""
+    names = ("input_ids", "position_ids" if packed else "attention_mask", "labels")
+    return dict(zip(names, in_row(samples) if packed else padded(samples), strict=True))
+
+
+def convert(job: Job) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").save_pretrained(job["out_dir"])
+    AutoTokenizer.from_pretrained(job["model"]).save_pretrained(job["out_dir"])
+    return {"seconds": time.time() - job["started_at"], "peak_memory_mib": peak_memory_mib()}
+
+
+if __name__ == "__main__":
+    training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed"), finetune)
+    main({**training, "convert": convert}, ["transformers", "peft", "bitsandbytes"])

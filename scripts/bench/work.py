@@ -1,0 +1,119 @@
+"""The work that `scripts/benchmark.py` gives to every tool: which samples in which optimizer step, and the flops they need.
+
+A step is as many rows as litmini puts into it, packed; other tools get the same samples in the same step, in micro-batches
+of their own. The loss of a step is the mean over its target tokens, in all tools.
+"""
+
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from litmini.adapters import add_adapters
+from litmini.checkpoint import empty_model
+from litmini.data import load_data
+from litmini.finetune_config import DataConfig, LoraConfig
+from litmini.lora import DoRALinear
+from litmini.meter import Meter
+from litmini.packing import Rows
+from litmini.tokenizer import Tokenizer
+
+SEED = 1337
+HELD_OUT = 16  # samples that every result is scored on, in fp32
+MEAN_TOKENS = 210  # of a sample that is made up
+LORA = LoraConfig(rank=8, alpha=16)
+Method = Literal["lora", "qlora", "dora", "full"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained on."""
+
+    steps: list[list[list[int]]]
+    """Optimizer step -> samples -> token ids. A sample of n tokens has n - 1 inputs and n - 1 targets."""
+    held_out: list[list[int]]
+    """Samples of no step, if the data suffice."""
+    flops: list[float]
+    """That each step needs, by `litmini.meter`: padding and recomputation do not count."""
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)))
+
+
+def write_samples(file: Path, count: int, seed: int = SEED, most: int = 400) -> None:
+    """A JSONL file of made-up instructions and answers, of 20 to about `most` tokens, evenly spread; always the same."""
+    draw = random.Random(seed)
+    who = ["The teacher", "A farmer", "My neighbour", "The old captain", "An engineer", "Our doctor", "The young cook"]
+    does = ["bought", "repaired", "painted", "described", "carried", "sold", "forgot", "measured", "found", "borrowed"]
+    what = ["a red boat", "the kitchen clock", "seven letters", "an open book", "the wooden bridge", "two green apples"]
+    when = ["in the morning", "near the station", "before the storm", "last winter", "at the market", "without a word"]
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            sentences = [
+                f"{draw.choice(who)} {draw.choice(does)} {draw.choice(what)} {draw.choice(when)}."
+                for _ in range(round(draw.uniform(0, (most - 20) / 9.4)))
+            ]
+            about, rest = sentences[:1] or ["Nothing."], sentences[1:]
+            text = f"### Instruction:\nGo on, number {number}. {about[0]}\n\n### Response:\n{' '.join(rest)}"
+            out.write(json.dumps({"text": text}) + "\n")
+
+
+def plan_work(
+    checkpoint_dir: str, data: Path, method: Method, steps: int, rows: int, max_seq_len: int, dtype: torch.dtype
+) -> Work:
+    """The first `steps` optimizer steps that litmini takes with `rows` packed rows of `max_seq_len` tokens in each."""
+    config = DataConfig(path=str(data), train_on="all", max_seq_len=max_seq_len)
+    examples, _, _ = load_data(config, Tokenizer(checkpoint_dir), SEED)
+    packed = Rows(examples, max_seq_len, True, SEED)
+    _, model = empty_model(Path(checkpoint_dir))
+    if method != "full":
+        add_adapters(model, LORA, DoRALinear if method == "dora" else None)
+    meter = Meter(model, torch.device("cpu"), dtype)
+    chosen, flops = [], []
+    for step in range(steps):
+        members = [packed.row(number) for number in range(step * rows, (step + 1) * rows)]
+        flops.append(meter.flops([packed.batch(members)]))
+        chosen.append(sorted(i for row in members for i in row))  # as in the file: lengths are mixed
+    used = {i for step in chosen for i in step}
+    left = [i for i in range(len(examples)) if i not in used] or list(range(len(examples)))
+
+    def tokens(i: int) -> list[int]:
+        inputs, labels = examples[i]
+        return [*inputs.tolist(), int(labels[-1])]
+
+    return Work([[tokens(i) for i in step] for step in chosen], [tokens(i) for i in left[:HELD_OUT]], flops)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Flops a second of a large matrix product: the best seen in about `seconds`."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best
+
+
+def versions() -> dict[str, str]:
+    """Of what runs in this process."""
+    import litmini
+
+    return {"torch": torch.__version__, "litmini": litmini.__version__}
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import platform
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        name = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), name)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"device": gpu or "cpu", "cpu": name, "threads": torch.get_num_threads()}

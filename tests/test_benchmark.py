@@ -1,0 +1,83 @@
+"""The benchmark: the work that all tools get, its command line, and what it makes of results."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from report import make_rows, table
+from work import plan_work, write_samples
+
+from litmini.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_samples_are_the_same_each_time_and_of_all_lengths(tmp_path, tiny_dir):
+    for name in ("one", "two"):
+        write_samples(tmp_path / name, 200, most=200)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    texts = [json.loads(line)["text"].split() for line in (tmp_path / "one").open()]
+    assert len(set(map(len, texts))) > 15 and len(texts) == 200
+
+
+def test_every_sample_of_a_step_is_what_the_file_says(tmp_path, tiny_dir):
+    write_samples(tmp_path / "data.jsonl", 40, most=60)
+    tokenizer = Tokenizer(tiny_dir)
+    work = plan_work(str(tiny_dir), tmp_path / "data.jsonl", "lora", 3, 2, 128, torch.float32)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "data.jsonl").open()]
+    known = {tuple([*tokenizer.encode(text), tokenizer.stop_ids[0]])[:129] for text in texts}
+    chosen = [tuple(sample) for step in work.steps for sample in step]
+    assert set(chosen) <= known and len(set(chosen)) == len(chosen)
+    assert not set(map(tuple, work.held_out)) & set(chosen)
+    assert all(sum(len(sample) - 1 for sample in step) <= 2 * 128 for step in work.steps)
+    assert len(work.flops) == 3 and min(work.flops) > 0
+
+
+def test_the_command_compares_the_same_work(tmp_path, tiny_dir, monkeypatch, capsys):
+    """Processes of their own; transformers has the same loss, and a tool that is not there is a note."""
+    words = ["--model", tiny_dir, "--tasks", "[lora]", "--dtypes", "[fp32]", "--steps", 6, "--rounds", 1]
+    words += ["--tools", "[litmini, transformers, litgpt]", "--max_seq_len", 64, "--out_dir", tmp_path / "out"]
+    words += ["--pythons", "{litgpt: /bin/false}", "--json", tmp_path / "rows.json"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/benchmark.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 0 and "note: litgpt is not installed" in said.err, said.err
+    rows = {row["tool"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows.keys() == {"litmini", "transformers"}
+    for row in rows.values():
+        assert row["real_tokens_per_second"] > 0 and row["peak_memory_mib"] > 100 and 0 < row["mfu"] < 1
+        assert 0.5 < row["seconds_to_first_step"] < 100 and row["versions"]["torch"] and row["same_work"]
+    one, other = rows.values()
+    for name in ("loss_start", "loss_end", "held_out_loss"):
+        assert one[name] == pytest.approx(other[name], abs=0.01)  # adapters start at random
+    assert "| lora | litmini | fp32 |" in said.out and (tmp_path / "out/chart.png").stat().st_size > 5_000
+
+
+def result(tmp_path: Path, tool: str, seconds: float, loss: float, held_out: float = 2.0) -> dict:
+    (tmp_path / "work.json").write_text(json.dumps({"steps": [[[0] * 11]] * 4, "flops": [1e9] * 4}))
+    job = {"task": "lora", "tool": tool, "variant": "", "dtype": "bf16", "work": str(tmp_path / "work.json")}
+    return {
+        "job": job,
+        "seconds": [9.0, seconds, seconds, seconds],
+        "losses": [loss] * 4,
+        "seconds_to_first_step": 1.0,
+        "peak_memory_mib": 100.0,
+        "held_out_loss": held_out,
+        "product_rate": 1e10,
+        "versions": {},
+        "hardware": {"cpu": "a", "device": "cpu", "threads": 1},
+    }
+
+
+def test_rows_are_medians_without_the_warm_up_and_other_work_is_marked(tmp_path):
+    found = [result(tmp_path, "litmini", seconds, 3.0) for seconds in (0.5, 0.1, 0.2)]
+    found += [result(tmp_path, "trl", 1.0, 3.01), result(tmp_path, "litgpt", 1.0, 3.2)]
+    rows = {row["tool"]: row for row in make_rows(found, 1)}
+    assert rows["litmini"]["real_tokens_per_second"] == pytest.approx(50)
+    assert rows["litmini"]["mfu"] == pytest.approx(1e9 / 0.2 / 1e10)
+    assert [rows[tool]["same_work"] for tool in ("litmini", "trl", "litgpt")] == [True, True, False]
+    assert "litgpt (not the same work)" in table(list(rows.values()))
