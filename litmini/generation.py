@@ -164,6 +164,8 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     Raises:
         UserError: as `litmini.load`, or the device cannot be used here.
     """
+    if config.compile and config.bits == 4:
+        raise UserError("--compile is for weights in 16 or 32 bits, not for --bits 4.")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,6 +177,10 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits)
     if config.adapter_dir and config.bits == 16 and (Path(config.adapter_dir) / BASE_FILE).is_file():
         print(f"note: {config.adapter_dir} was trained over a 4-bit base; --bits 4 gives it that.", file=sys.stderr)
+    if config.compile:
+        from litmini.compiled import compile_decoding
+
+        compile_decoding(model)
     if config.chat_template != "auto":
         tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
     return model, tokenizer

@@ -53,6 +53,8 @@ class ServeConfig(ModelConfig):
         check("", self, **{name: getattr(self, name) > 0 for name in sizes}, port=0 <= self.port < 2**16)
         if self.adapters and self.adapter_dir is not None:
             raise UserError("expected --adapter_dir DIR, or --adapters '{NAME: DIR}', not both.")
+        if self.adapters and self.compile:
+            raise UserError("--compile goes with one model, not with --adapters.")
 
 
 def main(config: ServeConfig) -> None:
