@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 def decode(model: llama.Model, tokens: torch.Tensor, start: int) -> torch.Tensor:
     """Logits of each token after the first `start`, which are read at once."""
     cache = KVCache(model.config, 1, tokens.shape[1] + start, next(model.parameters()).dtype)
-    with torch.no_grad():
+    with torch.inference_mode():  # as generation does
         parts = [model(tokens[:, :start], cache=cache)[:, -1:]]
         parts += [model(part, cache=cache) for part in tokens[:, start:].split(1, 1)]
     return torch.cat(parts, 1).float()
