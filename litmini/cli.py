@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` answers at once: a script impor
 
 import dataclasses
 import difflib
+import io
 import json
 import os
 import re
@@ -151,6 +152,8 @@ def _keep(self: Any, text: str, width: int, indent: str) -> str:
 def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
     """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
     config = parse(config_class, doc, positional=positional)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     if not is_first():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would tell of every connection that another ends
     try:

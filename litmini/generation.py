@@ -22,6 +22,7 @@ from litmini.loss import IGNORE
 from litmini.models import use_model_file
 from litmini.peft_format import BASE_FILE
 from litmini.reply import Reply
+from litmini.sharding import is_sharded
 from litmini.speculative import Draft
 from litmini.tokenizer import Message, Tokenizer
 
@@ -43,8 +44,9 @@ class Batch:
         self.cache: KVCache | None = None
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        # inference_mode takes a tenth off each operation; weights that FSDP gathers in it could not be trained afterwards
+        self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode
 
-    @torch.no_grad()  # not inference_mode: weights that FSDP gathers in it could not be trained on afterwards
     def add(self, replies: list[Reply]) -> None:
         """Let further replies join: their prompts are read, together, in one forward for each chunk of tokens.
 
@@ -66,25 +68,26 @@ class Batch:
         tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in replies], device=self.device)
         lengths = torch.tensor([[len(r.prompt)] for r in replies], device=self.device)  # (B, 1)
         positions = torch.arange(longest, device=self.device) - (longest - lengths)  # (B, T), below 0: padding
-        with self._adapters(replies):
-            prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
         rows = [(cache, i, len(r.prompt) - 1) for i, r in enumerate(replies)]
-        self._gather(self._rows() + rows, [*self.replies, *replies])
+        with self._without_gradients():
+            with self._adapters(replies):
+                prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
+            self._gather(self._rows() + rows, [*self.replies, *replies])
         if self.draft is not None:
             self.draft.begin(capacity)
 
-    @torch.no_grad()
     def step(self) -> None:
         """The next token of every reply (with a draft: one or more); those that end leave the batch."""
-        if self.draft is not None:
-            self._step_drafted(self.draft, self.replies[0])
-        else:
-            tokens = torch.tensor([r.tokens[-1:] for r in self.replies], device=self.device)  # (B, 1)
-            positions = torch.tensor([[len(r.tokens) - 1] for r in self.replies], device=self.device)
-            with one_row_kernels(tokens, self.dtype), self._adapters(self.replies):
-                logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
-            for reply, row in zip(self.replies, logits, strict=True):
-                reply.choose(row)
+        with self._without_gradients():
+            if self.draft is not None:
+                self._step_drafted(self.draft, self.replies[0])
+            else:
+                tokens = torch.tensor([r.tokens[-1:] for r in self.replies], device=self.device)  # (B, 1)
+                positions = torch.tensor([[len(r.tokens) - 1] for r in self.replies], device=self.device)
+                with one_row_kernels(tokens, self.dtype), self._adapters(self.replies):
+                    logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
+                for reply, row in zip(self.replies, logits, strict=True):
+                    reply.choose(row)
         self.drop()
 
     def _step_drafted(self, draft: Draft, reply: Reply) -> None:
@@ -100,12 +103,12 @@ class Batch:
             if reply.choose(row) != guess or reply.finish:
                 break  # what was read beyond it is read again: the cache takes an earlier position
 
-    @torch.no_grad()
     def drop(self) -> None:
         """Let replies that have ended leave."""
         going = [(row, r) for row, r in zip(self._rows(), self.replies, strict=True) if r.finish is None]
         if len(going) < len(self.replies):
-            self._gather([row for row, _ in going], [r for _, r in going])
+            with self._without_gradients():
+                self._gather([row for row, _ in going], [r for _, r in going])
 
     def _adapters(self, replies: list[Reply]) -> contextlib.AbstractContextManager[None]:
         """Each row goes through the adapter that its reply names."""
@@ -164,6 +167,8 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     Raises:
         UserError: as `litmini.load`, or the device cannot be used here.
     """
+    if config.compile and config.bits == 4:
+        raise UserError("--compile is for weights in 16 or 32 bits, not for --bits 4.")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,6 +180,10 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     model, tokenizer = litmini.load(config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits)
     if config.adapter_dir and config.bits == 16 and (Path(config.adapter_dir) / BASE_FILE).is_file():
         print(f"note: {config.adapter_dir} was trained over a 4-bit base; --bits 4 gives it that.", file=sys.stderr)
+    if config.compile:
+        from litmini.compiled import compile_decoding
+
+        compile_decoding(model)
     if config.chat_template != "auto":
         tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
     return model, tokenizer

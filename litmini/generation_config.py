@@ -25,6 +25,8 @@ class ModelConfig:
     """4 puts the base's linears into NF4 while they are loaded: a quarter of the memory, somewhat other answers."""
     device: str = "auto"
     """auto: a GPU where there is one, else the CPU."""
+    compile: bool = False
+    """Compile what is done for each token: faster, but the first answer takes longer, the very first one much longer."""
 
 
 @dataclass(kw_only=True)

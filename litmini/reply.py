@@ -49,7 +49,8 @@ class TextStream:
             self.text += self._held[: min(found)]
             self._held, self.stopped = "", True
             return
-        starts = (n for s in self.stop for n in range(len(s) - 1, 0, -1) if self._held.endswith(s[:n]))
+        longest = len(self._held)
+        starts = (n for s in self.stop for n in range(min(len(s) - 1, longest), 0, -1) if self._held.endswith(s[:n]))
         keep = len(self._held) - max(starts, default=0)
         self.text, self._held = self.text + self._held[:keep], self._held[keep:]
 

@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -73,15 +74,21 @@ class Server:
         self.base = next(iter(tokenizers))
         self.context = min(limits.max_context, config.max_positions)
         self.engine = Engine(model, bank, limits.max_batch, limits.max_queue)
+        self.preparing = ThreadPoolExecutor(2, "litmini-prepare")  # few: what a body becomes is many times its size
         self.started = int(time.time())
+
+    def close(self) -> None:
+        """Stop the threads; what is unfinished stays so."""
+        self.engine.close()
+        self.preparing.shutdown(cancel_futures=True)
 
     def check_key(self, request: "Request") -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise Refused(401, "wrong or missing API key.", "authentication_error")
 
-    async def read_body(self, request: "Request") -> Any:
-        """The JSON of a request, of which no more is read than allowed."""
+    async def read_body(self, request: "Request") -> bytes:
+        """The body of a request, of which no more is read than allowed."""
         most = self.limits.max_body_bytes
         if not request.headers.get("content-type", "").startswith("application/json"):
             raise Refused(415, "expected Content-Type: application/json.")  # a web page cannot send that unasked
@@ -98,10 +105,25 @@ class Server:
                 raise Refused(408, f"the body took more than {self.limits.body_seconds:.0f} s.") from None
         if len(body) > most or not length.isdigit() or int(length) > most:
             raise Refused(413, f"the body has more than {most:,} bytes.")
+        return bytes(body)
+
+    def prepare(self, body: bytes, chat: bool) -> tuple[Asked, str, list[list[int]]]:
+        """What a body asks, of which model, and the token ids of its prompts."""
         try:
-            return json.loads(body)
+            content = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not valid JSON: {error}"[:300]) from None
+        try:
+            asked = read_request(content, chat, self.limits.max_new_tokens)
+            name = asked.model or self.base
+            if name not in self.tokenizers:
+                raise Refused(404, f"no model {name!r:.100}; there are: {', '.join(self.tokenizers)}.")
+            prompts = encode(asked, self.tokenizers[name])
+            for prompt in prompts:
+                check_prompt(prompt, self.context)
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        return asked, name, prompts
 
     async def models(self, request: "Request") -> dict[str, Any]:
         """What there is to talk to."""
@@ -115,16 +137,8 @@ class Server:
         """Check, queue, answer: the body of the response, or the events of a stream."""
         self.check_key(request)
         body = await self.read_body(request)
-        try:
-            asked = read_request(body, chat, self.limits.max_new_tokens)
-            name = asked.model or self.base
-            if name not in self.tokenizers:
-                raise Refused(404, f"no model {name!r:.100}; there are: {', '.join(self.tokenizers)}.")
-            prompts = await asyncio.to_thread(encode, asked, self.tokenizers[name])
-            for prompt in prompts:
-                check_prompt(prompt, self.context)
-        except UserError as error:
-            raise Refused(400, str(error)) from None
+        loop = asyncio.get_running_loop()
+        asked, name, prompts = await loop.run_in_executor(self.preparing, self.prepare, body, chat)
         answer = Answering(self, asked, name, prompts)
         try:
             self.engine.submit(answer.jobs)
@@ -141,7 +155,8 @@ class Answering:
     def __init__(self, server: Server, asked: Asked, name: str, prompts: list[list[int]]) -> None:
         self.server, self.asked, self.prompts = server, asked, prompts
         self.tokenizer = server.tokenizers[name]
-        self.moved, loop = asyncio.Event(), asyncio.get_running_loop()
+        self.moved = moved = asyncio.Event()  # the jobs know it, not this object: no cycle keeps requests in memory
+        loop = asyncio.get_running_loop()
         self.jobs: list[Job] = []
         for number, prompt in enumerate(p for p in prompts for _ in range(asked.n)):
             room = min(asked.sampling.max_new_tokens, server.context - len(prompt))
@@ -149,7 +164,7 @@ class Answering:
             sampling = replace(asked.sampling, max_new_tokens=room, seed=seed)
             adapter = None if name == server.base else name
             reply = Reply(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
-            self.jobs.append(Job(reply, lambda: loop.call_soon_threadsafe(self.moved.set)))
+            self.jobs.append(Job(reply, lambda: loop.call_soon_threadsafe(moved.set)))
         kind = "chat.completion" if asked.chat else "text_completion"
         self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -268,7 +283,7 @@ def make_app(server: Server) -> "Starlette":
     @asynccontextmanager
     async def lifespan(app: "Starlette") -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(server.engine.close)
+        await asyncio.to_thread(server.close)
 
     routes = [
         Route("/v1/models", models, methods=["GET"]),

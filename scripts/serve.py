@@ -31,18 +31,30 @@ class ServeConfig(ModelConfig):
     """Requests that may wait; others are refused with status 429."""
     max_connections: int = 256
     """Connections; others are refused with status 503."""
+    idle_seconds: float = 10.0
+    """A connection on which nothing is asked for so long is closed."""
     max_new_tokens: int = 1024
     """Longest answer in tokens."""
     max_context: int = 8192
     """Longest prompt and answer together, where the model's own limit is not lower."""
-    max_body_mib: float = 4.0
-    """Largest request in MiB."""
+    max_body_mib: float = 1.0
+    """Largest request in MiB; all connections together can hold max_connections times that."""
 
     def __post_init__(self) -> None:
-        sizes = ("max_batch", "max_queue", "max_connections", "max_new_tokens", "max_context", "max_body_mib")
+        sizes = (
+            "max_batch",
+            "max_queue",
+            "max_connections",
+            "idle_seconds",
+            "max_new_tokens",
+            "max_context",
+            "max_body_mib",
+        )
         check("", self, **{name: getattr(self, name) > 0 for name in sizes}, port=0 <= self.port < 2**16)
         if self.adapters and self.adapter_dir is not None:
             raise UserError("expected --adapter_dir DIR, or --adapters '{NAME: DIR}', not both.")
+        if self.adapters and self.compile:
+            raise UserError("--compile goes with one model, not with --adapters.")
 
 
 def main(config: ServeConfig) -> None:
@@ -54,6 +66,7 @@ def main(config: ServeConfig) -> None:
     try:
         import uvicorn
 
+        from litmini.connections import connection_type
         from litmini.serving import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
@@ -85,6 +98,7 @@ def main(config: ServeConfig) -> None:
             config.max_context,
             int(config.max_body_mib * 2**20),
         )
+        listener.listen()  # who reads the next line may connect at once
         port = listener.getsockname()[1]
         print(f"{', '.join(tokenizers)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
         if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
@@ -92,7 +106,7 @@ def main(config: ServeConfig) -> None:
         settings = uvicorn.Config(
             make_app(Server(model, tokenizers, limits, key, bank)),
             log_level="warning",
-            limit_concurrency=config.max_connections,
+            http=connection_type(config.max_connections, config.idle_seconds),
             timeout_graceful_shutdown=5,
         )
         uvicorn.Server(settings).run(sockets=[listener])

@@ -121,7 +121,6 @@ metric_list:
 def test_a_local_task_of_lm_eval_gives_what_its_own_model_gives(
     loaded, tiny_dir, tmp_path, monkeypatch, kind, target, metric, more
 ):
-    pytest.importorskip("lm_eval", reason="the lm-eval extra")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

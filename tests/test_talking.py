@@ -8,13 +8,22 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
+import torch
 from test_scripts import ROOT, SCRIPTS, run
+from torch import nn
 
 import litmini
+from litmini.adapters import add_adapters
+from litmini.finetune_config import LoraConfig
+from litmini.generation import Batch
+from litmini.models import llama
+from litmini.peft_save import save_adapter
+from litmini.reply import Reply
 from litmini.tokenizer import Tokenizer
 
 WORDS = ("--dtype", "fp32")
@@ -91,9 +100,66 @@ def test_drafts_say_what_plain_decoding_says(base, tiny_dir):
     assert "temperature 0" in run("generate.py", *words, "--prompt_lookup=4", "--temperature=1", status=1)
 
 
-def test_four_bits(tiny_dir):
-    words = ["--checkpoint_dir", tiny_dir, "--prompt=Hi", "--max_new_tokens=8", "--ignore_eos"]
-    assert run("generate.py", *words, "--bits=4") != run("generate.py", *words)
+def make_adapter(directory: Path, checkpoint: Path, base: nn.Module) -> Path:
+    """An adapter that changes much."""
+    add_adapters(base, LoraConfig(rank=4, alpha=64))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in base.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=generator)
+    directory.mkdir()
+    save_adapter(base, directory, str(checkpoint))
+    return directory
+
+
+def test_four_bits_and_an_adapter(tiny_dir, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", tiny_dir, litmini.load(tiny_dir, dtype="fp32")[0])
+    words = ["--checkpoint_dir", tiny_dir, "--prompt=Hi", "--max_new_tokens=8", "--ignore_eos", "--dtype=fp32"]
+    found = {}
+    for bits in (4, 16):
+        for directory in (None, adapter):
+            model, tokenizer = litmini.load(tiny_dir, directory, dtype="fp32", bits=bits)
+            said = run("generate.py", *words, f"--bits={bits}", *(["--adapter_dir", adapter] if directory else []))
+            assert said == litmini.generate(model, tokenizer, "Hi", max_new_tokens=8, ignore_eos=True) + "\n"
+            found[bits, directory] = said
+    assert found[4, None] != found[16, None] != found[16, adapter] and found[4, None] != found[4, adapter]
+
+
+def test_an_adapter_of_another_base(base, tiny_dir, tmp_path):
+    other = llama.Model(replace(llama.PRESETS["tiny"], n_layers=3, ffn_dim=192))
+    adapter = make_adapter(tmp_path / "adapter", tiny_dir, other)
+    (tmp_path / "text.txt").write_text("some text")
+    for words in (
+        ("generate.py", *base, "--prompt=x", "--adapter_dir", adapter),
+        ("chat.py", *base, "--adapter_dir", adapter),
+        ("evaluate.py", *base, "--perplexity", tmp_path / "text.txt", "--adapter_dir", adapter),
+        ("serve.py", *base, "--port=0", "--adapters", json.dumps({"other": str(adapter)})),
+    ):
+        error = run(*words, status=1)
+        assert f"{adapter} was made for another base" in error and "layers.2" in error
+
+
+def test_a_stop_string_that_never_comes(base, tmp_path):
+    questions, words = tmp_path / "questions.jsonl", ["--max_new_tokens=9", "--ignore_eos"]
+    questions.write_text('{"prompt": "Say 7."}\n' * 2)
+    answers = []
+    for name, more in (("with", ["--stop=[never, '\\n\\n\\n\\n']"]), ("without", [])):
+        run("generate.py", *base, "--prompts", questions, "--out", tmp_path / name, *words, *more)
+        answers += map(json.loads, (tmp_path / name).read_text().splitlines())
+    assert all(a["finish_reason"] == "length" and a["n_tokens"] == 9 for a in answers)
+    assert len({a["answer"] for a in answers}) == 1
+
+
+def test_a_terminal_that_knows_no_such_letter(base, tiny_dir, monkeypatch):
+    """As one whose locale is not UTF-8: the answer goes on."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("litmini.generation.stream_reply", lambda *_: iter(["na", "ï", "ve"]))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, base), "--prompt=x"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(SCRIPTS / "generate.py"), run_name="__main__")
+    out.seek(0)
+    assert out.read() == "na?ve\n"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +227,28 @@ def test_chat_answers_mistakes_and_goes_on(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "two.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert "holds 2 conversations" in run("chat.py", *base, "--history", tmp_path / "two.jsonl", status=1)
     assert "no chat template" in run("chat.py", *base, "--chat_template=none", status=1)
+
+
+def test_an_answer_that_is_interrupted_stays_in_the_conversation(base, tmp_path, monkeypatch, capsys):
+    def interrupted(model: nn.Module, reply: Reply):
+        batch = Batch(model)
+        batch.add([reply])
+        for _ in range(4):
+            batch.step()
+            yield reply.take()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("litmini.generation.stream_reply", interrupted)
+    typed = ["Say 7.", f"/save {tmp_path}/talk.jsonl"]
+    printed, _ = chat(typed, *base, "--ignore_eos", monkeypatch=monkeypatch, capsys=capsys)
+    (turn, answer) = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
+    assert turn["content"] == "Say 7." and answer["content"] and answer["content"] in printed
+
+
+def test_a_history_that_is_none(base, tmp_path):
+    for content in ("", "{", '{"messages": [{"role": "user"}]}', '{"text": "a"}'):
+        (tmp_path / "talk.jsonl").write_text(content)
+        assert "talk.jsonl" in run("chat.py", *base, "--history", tmp_path / "talk.jsonl", status=1)
 
 
 # serve.py
