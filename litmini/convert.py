@@ -73,7 +73,7 @@ def convert(
         return target
     found = _find(path)
     try:
-        module = family(found.config.get("model_type", ""))
+        module = family(str(found.config.get("model_type", "")))
         config = module.config_from_hf(found.config)
         with torch.device("meta"):
             model = module.Model(config)
@@ -82,7 +82,9 @@ def convert(
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: {error}.") from None
     there = list(found.read(True))
-    check_fit(path, model, {name: tuple(t.shape) for name, t in model_tensors(module, config, there)})
+    shapes = {name: tuple(t.shape) for name, t in model_tensors(module, config, there)}
+    integers = [f"{name} is {t.dtype}, expected floating point" for name, t in there if not t.is_floating_point()]
+    check_fit(path, model, shapes, [text for text in integers if text.split()[0] in shapes])
     raw = {key: value for key, value in found.config.items() if key != "torch_dtype"}  # since v5: `dtype`
     names = parameter_names(model)
     if not found.ties and (untied := _untied(names, module, config, found)):

@@ -1,5 +1,6 @@
 """Files that torch saved: opened as tensors only (`weights_only`), and read one tensor at a time."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ class Pickle:
         state = _open(file, zipped)
         if isinstance(state, dict) and isinstance(state.get("model"), dict):  # litgpt's pretraining
             state = state["model"]
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
             raise UserError(f"{file} holds no tensors by name; expected a state dict of {', '.join(sorted(FAMILIES))}.")
+        if strange := [name for name, t in state.items() if t.layout != torch.strided or t.is_quantized]:
+            raise UserError(f"{file}: {strange[0]} is sparse or quantised; plain tensors are read.")
         self.found: dict[str, Tensor] = state
 
     def get(self, name: str, meta: bool = False) -> Tensor:
@@ -69,8 +72,9 @@ def _open(file: Path, zipped: bool) -> Any:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         check_no_pointer(file)
         if "Weights only load failed" in str(error):
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise UserError(
-                f"{file} is refused: it holds more than tensors, and opening that could run any code. Ask its author "
-                f"for safetensors. ({reason})"
+                f"{file} is refused: it holds more than tensors{f', such as {wanted[1]},' if wanted else ','} and opening "
+                f"that could run any code. Ask its author for safetensors."
             ) from None
         raise UserError(f"weight file {file} is truncated or damaged ({reason}). Get it again.") from None

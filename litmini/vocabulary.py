@@ -178,6 +178,9 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
     found = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
     if found is None:
         raise UserError(f"{source} has neither tokenizer.json nor tokenizer.model; put one of them there.")
+    for beside in (source / "tokenizer_config.json", source / "generation_config.json"):
+        if beside.is_file():
+            read_json(beside)  # refuses what is damaged
     if found.name == "tokenizer.json":
         try:
             Tokenizer.from_file(str(found))

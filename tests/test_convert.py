@@ -107,10 +107,15 @@ class Evil:
 def test_a_pickle_that_wants_to_run_code(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     hf(source, tiny_llama(320))
     torch.save({"x": Evil()}, source / "pytorch_model.bin")
-    assert "pytorch_model.bin is refused: it holds more than tensors" in refused(source, tmp_path / "out")
+    message = refused(source, tmp_path / "out")
+    assert "pytorch_model.bin is refused: it holds more than tensors" in message and "print" in message
     assert "the pickle was run" not in capsys.readouterr().out
     torch.save({"x": 1}, source / "pytorch_model.bin")
     assert "holds no tensors by name" in refused(source, tmp_path / "out")
+    torch.save({1: torch.ones(1)}, source / "pytorch_model.bin")
+    assert "holds no tensors by name" in refused(source, tmp_path / "out")
+    torch.save({"x": torch.eye(3).to_sparse()}, source / "pytorch_model.bin")
+    assert "pytorch_model.bin: x is sparse or quantised" in refused(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors", "lit", "meta", "gguf"])
@@ -222,6 +227,12 @@ def test_what_cannot_be_converted(source: Path, tmp_path: Path) -> None:
     torch.save(tensors, source / "pytorch_model.bin")
     message = refused(source, tmp_path / "out")
     assert "unexpected extra (64,)" in message and "missing model.norm.weight" in message
+    tensors["model.norm.weight"] = tensors.pop("extra")
+    torch.save({name: t.to(torch.int8) for name, t in tensors.items()}, source / "pytorch_model.bin")
+    assert "self_attn.v_proj.weight is torch.int8, expected floating point" in refused(source, tmp_path / "out")
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "tokenizer_config.json").write_text("[1]")
+    assert "tokenizer_config.json holds a JSON list" in refused(source, tmp_path / "out")
     (source / "config.json").write_text(json.dumps({"model_type": "gptj"}))
     assert "model_type 'gptj' is not implemented" in refused(source, tmp_path / "out")
     (tmp_path / "there").mkdir()
