@@ -49,7 +49,7 @@ class Pickle:
             return like
         span = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
         values = torch.empty(span, dtype=like.dtype)
-        content = memoryview(values.view(torch.uint8).numpy())
+        content: Any = values.view(torch.uint8).numpy()
         with self.file.open("rb", buffering=0) as opened:
             opened.seek(offset + int(like.storage_offset()) * like.element_size())
             done = 0

@@ -111,6 +111,8 @@ def _open(file: Path, backend: str = "mmap") -> Iterator[Any]:
         raise UserError(f"weight file {file} cannot be read: {error}") from None
     except (SafetensorError, ValueError, RuntimeError) as error:
         check_no_pointer(file)
+        if "Cannot allocate memory" in str(error):
+            raise UserError(f"{file} does not fit into the memory that is left.") from None
         raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
 
 
@@ -137,7 +139,7 @@ def read_empty(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
         UserError: as `read_tensors`; a dtype is not known here.
     """
     for file in files:
-        with _open(file) as opened:
+        with _open(file, "pread") as opened:
             for name in opened.offset_keys():
                 found = opened.get_slice(name)
                 if (code := found.get_dtype()) not in DTYPES:

@@ -64,7 +64,7 @@ def test_metadata_and_tensors_are_those_of_the_packages_reader(tmp_path: Path, t
         "a.words": ["x", "", "你好"],
         "a.numbers": [3, 2**20],
         "a.flags": [True, False],
-        "general.alignment": 64,
+        "general.alignment": 4096,
     }
     kind = gguf.GGMLQuantizationType.Q5_1
     model = tiny_llama(tokenizer.get_vocab_size())
