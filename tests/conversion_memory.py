@@ -159,14 +159,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=words.directory) as directory:
         found = measure(Path(directory), n_layers, shard, 2 * shard)
         copies = [copy_speed(Path(directory) / "large" / "lit" / "lit_model.pth") for _ in range(3)]
-    print(
-        f"| conversion | read, MB | written, MB | of {shard // 10**6} MB shards; peak, MB | MB/s |\n|---|---|---|---|---|"
-    )
+    print(f"| conversion | read, MB | written, MB, in files of {shard // 10**6} | peak, MB | CPU, s | MB/s |")
+    print("|---|---|---|---|---|---|")
     for name, row in found.items():
-        numbers = [row["read"] / 1e6, row["written"] / 1e6, row["peak"] / 1e6]
         speed = (row["read"] + row["written"]) / row["seconds"] / 1e6
-        print(f"| {name} | {' | '.join(f'{n:,.0f}' for n in [*numbers, speed, row['cpu']])} |")
-    print(f"| dd conv=fsync, three times | | | | {', '.join(f'{speed / 1e6:,.0f}' for speed in copies)} | |")
+        numbers = (
+            f"{row['read'] / 1e6:,.0f} | {row['written'] / 1e6:,.0f} | {row['peak'] / 1e6:,.0f} | {row['cpu']:.1f}"
+        )
+        print(f"| {name} | {numbers} | {speed:,.0f} |")
+    print(f"| dd conv=fsync, three times | | | | | {', '.join(f'{speed / 1e6:,.0f}' for speed in copies)} |")
 
 
 if __name__ == "__main__":

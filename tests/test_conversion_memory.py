@@ -11,10 +11,10 @@ from conversion_memory import LARGEST, LAYER_BYTES, WAYS, measure
 @pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's /proc")
 def test_a_model_larger_than_the_memory(tmp_path: Path) -> None:
     """210 MB in 80 MB more than the interpreter has; what is taken, mapped files included, is a few tensors of 13 MB."""
-    shard, n_layers = 30_000_000, 4
+    shard, n_layers = 40_000_000, 4
     found = measure(tmp_path, n_layers, shard, limit=80_000_000)
     print("more than the interpreter, in MB:", {name: round(row["peak"] / 1e6) for name, row in found.items()})
     assert found.keys() == WAYS.keys()
     assert all(row["read"] + row["written"] > n_layers * LAYER_BYTES for row in found.values())
-    assert all(0 < row["peak"] < 4 * LARGEST < 2 * shard for row in found.values()), found
+    assert all(0 < row["peak"] < 5 * LARGEST < 2 * shard for row in found.values()), found
     shutil.rmtree(tmp_path)  # 1.6 GB
