@@ -5,6 +5,7 @@ A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tok
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from litmini.config import UserError
-from litmini.files import read_json, restore, write_json
+from litmini.files import check_room, read_json, restore, write_json
 from litmini.models import FAMILIES, family, skeleton
 from litmini.sharding import whole
-from litmini.tensors import read_tensors, shards, weight_map, write_tensors
+from litmini.tensors import read_empty, read_tensors, shards, weight_map, write_stream
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -193,45 +194,46 @@ def save_model(
     tensors: Iterable[tuple[str, Tensor]],
     side_files: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    empty: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a Hugging Face directory (into `directory`, which exists): weights in shards, one shard in memory at a time.
+    """Write a Hugging Face directory (into `directory`, which exists): weights in shards, one tensor in memory at a time.
 
     Args:
         config: what `config.json` shall hold; `dtype` is added from the tensors.
-        tensors: (name, tensor) in any order, already in the dtype to save.
+        tensors: (name, tensor) in any order.
         side_files: a directory whose tokenizer, template and generation files are copied.
         max_shard_bytes: a tensor larger than this gets a shard of its own.
+        empty: the same names and shapes in the same order, in the dtypes to save, on the meta device, say; None: `tensors`
+            are in memory anyway.
+
+    Raises:
+        UserError: the disk has too little room, or a name occurs twice.
     """
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total = 0
-    written: list[tuple[Path, list[str]]] = []
-    dtypes: dict[str, int] = {}
-
-    def write() -> None:
-        file = directory / f"shard-{len(written):05d}.safetensors"
-        write_tensors(file, pending)
-        written.append((file, list(pending)))
-
-    for name, tensor in tqdm(tensors, desc="saving", unit="tensor", disable=None, leave=False):
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            write()
-            pending, pending_bytes = {}, 0
-        pending[name], pending_bytes, total = tensor, pending_bytes + size, total + size
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        dtypes[dtype] = dtypes.get(dtype, 0) + size
-    write()
-    if len(written) == 1:
-        written[0][0].rename(directory / "model.safetensors")
-    else:
-        weight_map = {}
-        for i, (file, names) in enumerate(written, 1):
-            final = f"model-{i:05d}-of-{len(written):05d}.safetensors"
-            file.rename(directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    if empty is None:
+        empty = tensors = list(tensors)
+    parts: list[list[tuple[str, Tensor]]] = [[]]
+    sizes, dtypes = [0], Counter[str]()
+    for name, like in empty:
+        size = like.numel() * like.element_size()
+        if parts[-1] and sizes[-1] + size > max_shard_bytes:
+            parts, sizes = [*parts, []], [*sizes, 0]
+        parts[-1].append((name, like))
+        sizes[-1] += size
+        dtypes[str(like.dtype).removeprefix("torch.")] += size
+    if twice := [name for name, count in Counter(name for part in parts for name, _ in part).items() if count > 1]:
+        raise UserError(f"{twice[0]} is there twice: the files to be read are not of one checkpoint.")
+    check_room(directory, sum(sizes))
+    total = sum(map(len, parts))
+    stream = iter(tqdm(tensors, desc="saving", total=total, unit="tensor", disable=None, leave=False))
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for file, part in zip(files if len(parts) > 1 else ["model.safetensors"], parts, strict=True):
+        write_stream(directory / file, part, stream)
+    assert next(stream, None) is None, "more tensors came than were announced"
+    if len(parts) > 1:
+        places = {name: file for file, part in zip(files, parts, strict=True) for name, _ in part}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(places.items()))}
         write_json(directory / "model.safetensors.index.json", index)
-    write_json(directory / "config.json", {**config, "dtype": max(dtypes, key=lambda name: dtypes[name])})
+    write_json(directory / "config.json", {**config, "dtype": dtypes.most_common(1)[0][0]})
     if side_files is not None:
         copy_side_files(side_files, directory)
 
@@ -266,13 +268,15 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
             whole(parameter)
         return
     source = Path(base)
-    module, empty = empty_model(source)
-    dtypes = {name: tensor.dtype for name, tensor in read_tensors(shards(source))}
-    tensors: Iterable[tuple[str, Tensor]] = ((name, whole(p.detach())) for name, p in model.named_parameters())
-    tensors = disk_tensors(module, model.config, tensors)
+    module, fresh = empty_model(source)
+    dtypes = {name: like.dtype for name, like in read_empty(shards(source))}
+    parameters = list(model.named_parameters())
+    shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
+    empty = [
+        (name, like.to(dtypes.get(name, torch.float32))) for name, like in disk_tensors(module, model.config, shapes)
+    ]
+    tensors = disk_tensors(module, model.config, ((name, whole(p.detach())) for name, p in parameters))
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
-    if parameter_names(model).keys() > parameter_names(empty).keys():  # a merge untied the head
+    if parameter_names(model).keys() > parameter_names(fresh).keys():  # a merge untied the head
         raw["tie_word_embeddings"] = False
-    save_model(
-        directory, raw, ((name, t.to(dtypes.get(name, torch.float32))) for name, t in tensors), side_files=source
-    )
+    save_model(directory, raw, tensors, side_files=source, empty=empty)

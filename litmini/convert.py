@@ -1,10 +1,10 @@
 """Checkpoints of other layouts in: pickled shards, Meta's, litgpt's, and GGUF files become Hugging Face directories.
 
-Files are memory-mapped and tensors pass one by one, so that what is in memory is one shard of the result and the file's
-pages. Pickles are opened as tensors only (`weights_only`): one that wants to run code is refused.
+Tensors pass one by one, each read when its turn comes and written at once: memory depends on the largest of them, not on
+the model, its files or the shards.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from litmini.checkpoint import (
-    FAMILIES,
     check_fit,
     copy_side_files,
     disk_tensors,
@@ -24,7 +23,8 @@ from litmini.config import UserError
 from litmini.files import read_json, write_aside, write_json
 from litmini.gguf_import import import_gguf
 from litmini.models import family
-from litmini.tensors import read_shapes, read_tensors, shards
+from litmini.pickles import Pickle
+from litmini.tensors import give_memory_back, read_empty, read_tensors, shards
 from litmini.vocabulary import ensure_tokenizer
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -57,7 +57,7 @@ def convert(
 
     Args:
         dtype: of the result; None keeps each tensor's own, and means bf16 for a GGUF file.
-        max_shard_bytes: size of a weight file; bounds the memory that is needed.
+        max_shard_bytes: size of a weight file.
 
     Raises:
         UserError: `source` is nothing that is read here, or damaged, or does not fit its own settings; `out_dir` exists.
@@ -65,6 +65,7 @@ def convert(
     path, target = Path(source), Path(out_dir)
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
+    give_memory_back()
     if path.is_file() and path.suffix == ".gguf":
         with write_aside(target) as aside:
             facts = import_gguf(path, aside, dtype or torch.bfloat16, max_shard_bytes)
@@ -72,7 +73,7 @@ def convert(
         return target
     found = _find(path)
     try:
-        module = family(found.config.get("model_type", ""))
+        module = family(str(found.config.get("model_type", "")))
         config = module.config_from_hf(found.config)
         with torch.device("meta"):
             model = module.Model(config)
@@ -80,21 +81,30 @@ def convert(
         raise UserError(f"{path}: its config.json lacks the key {error}.") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: {error}.") from None
-    check_fit(path, model, {name: tuple(t.shape) for name, t in model_tensors(module, config, found.read(True))})
+    there = list(found.read(True))
+    shapes = {name: tuple(t.shape) for name, t in model_tensors(module, config, there)}
+    integers = [f"{name} is {t.dtype}, expected floating point" for name, t in there if not t.is_floating_point()]
+    check_fit(path, model, shapes, [text for text in integers if text.split()[0] in shapes])
     raw = {key: value for key, value in found.config.items() if key != "torch_dtype"}  # since v5: `dtype`
     names = parameter_names(model)
     if not found.ties and (untied := _untied(names, module, config, found)):
         raw["tie_word_embeddings"] = False
         names |= {name: [name] for name in untied}
 
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model_tensors(module, config, found.read(False)):
-            if name in names:  # no second name of a tied weight, no buffer of old files
-                yield name, tensor if dtype is None else tensor.to(dtype)
+    def to_disk(tensors: Tensors) -> Tensors:
+        """Without second names of tied weights, and buffers of old files."""
+        inside = ((name, t) for name, t in model_tensors(module, config, tensors) if name in names)
+        return disk_tensors(module, config, inside)
 
+    empty = [(name, like if dtype is None else like.to(dtype)) for name, like in to_disk(there)]
+    stream = to_disk(found.read(False))
+    final, present = dict(empty), {name: like.shape for name, like in there}
+    if all(present.get(name) == like.shape for name, like in empty):  # Hugging Face's layout already: as it comes
+        empty = [(name, final[name]) for name, _ in there if name in final]
+        stream = ((name, tensor) for name, tensor in found.read(False) if name in final)
     with write_aside(target) as aside:
         ensure_tokenizer(path if path.is_dir() else path.parent, aside)  # before the weights: it may be refused
-        save_model(aside, raw, disk_tensors(module, config, stream()), max_shard_bytes=max_shard_bytes)
+        save_model(aside, raw, stream, max_shard_bytes=max_shard_bytes, empty=empty)
         copy_side_files(path if path.is_dir() else path.parent, aside, replace=False)
         write_json(aside / "source.json", {"source": str(path), "format": found.kind})
     return target
@@ -126,12 +136,10 @@ def _find(path: Path) -> Source:
         return _bin(directory)
     if (directory / "lit_model.pth").is_file():
         raw = read_json(directory / "config.json")
-        file = directory / "lit_model.pth"
-        state = load_pickle(file)
-        read = read_litgpt(file, raw, state)
+        read = read_litgpt(Pickle(directory / "lit_model.pth"), raw)
         return Source("litgpt", raw, read, ties=False)
     if parts := sorted(directory.glob("consolidated.*.pth")):
-        states = [load_pickle(part) for part in parts]
+        states = [Pickle(part) for part in parts]
         raw, read = read_meta(directory, read_json(directory / "params.json"), states)
         return Source("Meta", raw, read, ties=False)
     raise UserError(f"{directory} holds no weights that are read here; expected {KINDS}.")
@@ -141,9 +149,7 @@ def _safetensors(directory: Path) -> Source:
     files = shards(directory)
 
     def read(meta: bool) -> Tensors:
-        if meta:
-            return ((name, torch.empty(shape, device="meta")) for name, shape in read_shapes(files).items())
-        return read_tensors(files)
+        return read_empty(files) if meta else read_tensors(files, copied=True)
 
     return Source("safetensors", read_json(directory / "config.json"), read)
 
@@ -162,42 +168,7 @@ def _bin(directory: Path) -> Source:
             raise UserError(f"{directory} lacks {', '.join(lacking)}, which {index.name} names. Download it again.")
 
     def read(meta: bool) -> Tensors:
-        for file in files:
-            for name, tensor in load_pickle(file).items():
-                yield name, tensor.to("meta") if meta else tensor
+        for file in map(Pickle, files):
+            yield from ((name, file.get(name, meta)) for name in file.found)
 
     return Source("pytorch_model.bin", read_json(directory / "config.json"), read)
-
-
-def load_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch saved, memory-mapped.
-
-    Raises:
-        UserError: it is damaged, or holds anything but tensors by name.
-    """
-    if not file.is_file():
-        raise UserError(f"weight file not found: {file}")
-    try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            state = torch.load(file, map_location="cpu", weights_only=True)  # of torch before 1.6: read as a whole
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged pickles and archives raise any class
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if "Cannot allocate memory" in str(error):
-            raise UserError(f"{file} does not fit into the memory that is left.") from None
-        if "Weights only load failed" in str(error):
-            raise UserError(
-                f"{file} is refused: it holds more than tensors, and opening that could run any code. Ask its author "
-                f"for safetensors. ({reason})"
-            ) from None
-        raise UserError(f"weight file {file} is truncated or damaged ({reason}). Get it again.") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # litgpt's pretraining
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{file} holds no tensors by name; expected a state dict of {', '.join(sorted(FAMILIES))}.")
-    return state

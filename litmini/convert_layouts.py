@@ -15,6 +15,7 @@ from torch import Tensor
 from litmini.config import UserError
 from litmini.gguf_import import half_split
 from litmini.models import family, llama
+from litmini.pickles import Pickle
 
 Tensors = Iterable[tuple[str, Tensor]]
 Read = Callable[[bool], Tensors]
@@ -44,15 +45,15 @@ def _rename(name: str, names: dict[str, str]) -> str:
     return f"{new}.{kind}" if new else name
 
 
-def read_meta(directory: Path, params: dict[str, Any], states: list[dict[str, Tensor]]) -> tuple[dict[str, Any], Read]:
+def read_meta(directory: Path, params: dict[str, Any], states: list[Pickle]) -> tuple[dict[str, Any], Read]:
     """`config.json` and the reader of Meta's checkpoint; `states` are its model parallel parts in order.
 
     Raises:
         UserError: params.json is incomplete, or the parts are not of one model.
     """
-    names = [name for name in states[0] if name != "rope.freqs"]
-    if differing := [i for i, state in enumerate(states) if set(state) != set(states[0])]:
-        raise UserError(f"{directory}/consolidated.{differing[0]:02d}.pth has other tensors than the first part.")
+    names = [name for name in states[0].found if name != "rope.freqs"]
+    if differing := [state.file for state in states if set(state.found) != set(states[0].found)]:
+        raise UserError(f"{differing[0]} has other tensors than the first part.")
     try:
         config = _meta_config(params, states)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -65,8 +66,7 @@ def read_meta(directory: Path, params: dict[str, Any], states: list[dict[str, Te
     def read(meta: bool) -> Iterator[tuple[str, Tensor]]:
         for old in names:
             new = _rename(old, META_NAMES)
-            parts = [state[old].to("meta") if meta else state[old] for state in states]
-            tensor = _join(parts, shapes.get(new))
+            tensor = _join([state.get(old, meta) for state in states], shapes.get(new))
             if new.endswith(("q_proj.weight", "k_proj.weight")):
                 tensor = half_split(tensor.contiguous(), config.head_dim)
             yield new, tensor
@@ -82,16 +82,17 @@ def _join(parts: list[Tensor], shape: tuple[int, ...] | None) -> Tensor:
     return torch.cat(parts, short[0] if short else 0)
 
 
-def _meta_config(params: dict[str, Any], states: list[dict[str, Tensor]]) -> llama.Config:
+def _meta_config(params: dict[str, Any], states: list[Pickle]) -> llama.Config:
     """What params.json does not say is seen in the tensors, or known of the generation."""
-    first, dim, n_heads = states[0], params["dim"], params["n_heads"]
+    first, dim, n_heads = states[0].found, params["dim"], params["n_heads"]
     theta = float(params.get("rope_theta", 10_000.0))
     scaled, generation = bool(params.get("use_scaled_rope")), params.get("norm_eps", 1e-5)
     small = dim <= 3072  # Llama 3.2 1B and 3B, whose head is the embedding
     factor = float(params.get("rope_scaling_factor", 32.0 if small else 8.0))
     positions = 131_072 if scaled else {500_000.0: 8192, 1_000_000.0: 16_384}.get(theta, 0)
     output = first.get("output.weight")
-    tied = output is None or (len(states) == 1 and torch.equal(output, first["tok_embeddings.weight"]))
+    pair = ("output.weight", "tok_embeddings.weight")
+    tied = output is None or (len(states) == 1 and torch.equal(*map(states[0].get, pair)))
     vocab = first["tok_embeddings.weight"].shape[0] if output is None else output.shape[0] * len(states)
     return llama.Config(
         vocab_size=vocab,
@@ -170,33 +171,35 @@ LITGPT = {  # model_type -> names
 }
 
 
-def read_litgpt(file: Path, raw: dict[str, Any], state: dict[str, Tensor]) -> Read:
+def read_litgpt(state: Pickle, raw: dict[str, Any]) -> Read:
     """The reader of litgpt's checkpoint; `raw` is the config.json that litgpt keeps beside it.
 
     Raises:
         UserError: it holds an adapter, or a family that is not implemented.
     """
-    kind = raw.get("model_type")
+    file, kind = state.file, raw.get("model_type")
     if kind not in LITGPT:
         raise UserError(f"{file}: of litgpt's files, model_type '{kind}' is not read; there are: {', '.join(LITGPT)}.")
-    if adapters := [name for name in state if "lora_" in name or "adapter" in name or "gating_factor" in name]:
+    if adapters := [name for name in state.found if "lora_" in name or "adapter" in name or "gating_factor" in name]:
         raise UserError(f"{file} holds an adapter ({adapters[0]}). Merge it first: litgpt merge_lora {file.parent}")
     config = family(kind).config_from_hf(raw)
 
     def read(meta: bool) -> Iterator[tuple[str, Tensor]]:
-        for old, whole in state.items():
-            tensor = whole.to("meta") if meta else whole
+        for old in state.found:
+            tensor = state.get(old, meta)
             stem, _, leaf = old.rpartition(".")
             if not stem.endswith((".attn.qkv", ".attn.attn")):
                 yield _rename(old, LITGPT[kind]), tensor
                 continue
-            q, k, v = _split_qkv(tensor, config, by_group=stem.endswith(".attn.attn"))
             number = re.findall(r"\d+", stem)[0]
+            parts = _split_qkv(tensor, config, by_group=stem.endswith(".attn.attn"))
             if kind == "gpt_neox":
-                yield f"gpt_neox.layers.{number}.attention.query_key_value.{leaf}", _by_group(q, k, v, config)
-                continue
-            for letter, part in zip("qkv", (q, k, v), strict=True):
-                yield f"model.layers.{number}.self_attn.{letter}_proj.{leaf}", part
+                yield f"gpt_neox.layers.{number}.attention.query_key_value.{leaf}", _by_group(*parts, config)
+            else:
+                yield from (
+                    (f"model.layers.{number}.self_attn.{c}_proj.{leaf}", t) for c, t in zip("qkv", parts, strict=True)
+                )
+            del parts  # or they would be held while the next one is read
 
     return read
 

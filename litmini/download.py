@@ -17,7 +17,7 @@ from typing import Any
 
 from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir
 from litmini.config import UserError
-from litmini.files import file_hash, read_json, write_aside, write_json
+from litmini.files import check_room, file_hash, read_json, write_aside, write_json
 from litmini.gguf_import import import_gguf
 from litmini.gguf_read import read_gguf
 from litmini.hub import from_hub
@@ -180,9 +180,7 @@ def _extract_gguf(archive: Path, directory: Path) -> Path:
             if members[0].startswith("/") or "\\" in members[0] or ".." in Path(members[0]).parts:
                 raise UserError(f"{archive.name} holds a file that climbs out of its directory: {members[0]!r}.")
             file = directory / Path(members[0]).name
-            size, free = opened.getinfo(members[0]).file_size, shutil.disk_usage(directory).free
-            if size > free:
-                raise UserError(f"too little disk in {directory}: {file.name} needs {size:,} bytes, {free:,} are free.")
+            check_room(directory, opened.getinfo(members[0]).file_size)
             with opened.open(members[0]) as packed, file.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
     except zipfile.BadZipFile as error:
@@ -192,7 +190,7 @@ def _extract_gguf(archive: Path, directory: Path) -> Path:
 
 def _checkpoint_name(file: Path) -> str:
     """`org/name` from general.organization and the file's name without its quantisation, as in Name.Q4_1.gguf."""
-    organization = read_gguf(file)[1].get("general.organization")
+    organization = read_gguf(file)[0].get("general.organization")
     name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32|MXFP4)$", "", file.stem, flags=re.I)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", f"{organization}/{name}"):
         raise UserError(f"{file.name} does not say whose model it is: add --out_dir checkpoints/ORG/NAME")

@@ -24,7 +24,7 @@ from litmini.files import read_json, write_aside
 from litmini.lora import dense
 from litmini.peft_format import Adapter, check_adapter, read_adapter
 from litmini.quantize import NF4Linear, quantizable
-from litmini.tensors import read_shapes, read_tensors, shards
+from litmini.tensors import give_memory_back, read_empty, read_tensors, shards
 from litmini.tokenizer import Tokenizer
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
@@ -45,7 +45,7 @@ def export(
     Args:
         base: what an adapter that was trained on a 4-bit base is added to: the dequantised weights, or the original ones.
         dtype: of the result; None keeps each tensor's own.
-        max_shard_bytes: also bounds the memory that is needed.
+        max_shard_bytes: size of a weight file.
 
     Raises:
         UserError: `out_dir` exists, or the checkpoint or adapter is incomplete, damaged or does not fit.
@@ -53,11 +53,12 @@ def export(
     source, target = check_checkpoint_dir(checkpoint_dir), Path(out_dir)
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
+    give_memory_back()
     module, model = empty_model(source)  # refuses what is not implemented
-    empty = ((name, torch.empty(shape, device="meta")) for name, shape in read_shapes(shards(source)).items())
+    empty = list(read_empty(shards(source)))
     check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}  # since v5: `dtype`
-    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source))
+    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter = read_adapter(adapter_dir)
@@ -66,14 +67,18 @@ def export(
         if any(_changed(adapter, name) for name in tied):
             raw["tie_word_embeddings"] = False
         quantized = set(quantizable(model)) if adapter.quantize.bits == 4 and base == "trained" else set()
-        merged = _merged(model, model_tensors(module, model.config, tensors), adapter, quantized, dtype)
-        tensors = disk_tensors(module, model.config, merged)
+
+        def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+            inside = model_tensors(module, model.config, stream)
+            return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized))
+
+        empty, tensors = list(with_adapter(empty)), with_adapter(tensors)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
-        tensors = ((name, tensor.to(dtype)) for name, tensor in tensors)
+        empty = [(name, like.to(dtype)) for name, like in empty]
     with write_aside(target) as aside:
-        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes)
+        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
         tokenizer.save(aside)
     return target
 
@@ -88,11 +93,10 @@ def _merged(
     tensors: Iterable[tuple[str, Tensor]],
     adapter: Adapter,
     quantized: set[str],
-    dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `model`, which is empty, with the adapter's changes added to those that it covers.
 
-    Of a tied parameter each name is written, if any of them is changed.
+    Of a tied parameter each name is written, if any of them is changed. Sums are in fp32: who saves them rounds once.
 
     Args:
         quantized: linears whose weight is taken as it is in 4 bits: that is what the adapter was trained on.
@@ -102,26 +106,26 @@ def _merged(
         same = names.get(name, [name])
         for own in same if any(_changed(adapter, n) for n in same) else [name]:
             owner, _, last = own.rpartition(".")
-            if owner in adapter.full:
-                yield own, adapter.full[owner][last].to(dtype or tensor.dtype)
+            if tensor.is_meta:
+                yield own, tensor  # a change changes neither shape nor the dtype to save
+            elif owner in adapter.full:
+                yield own, adapter.full[owner][last]
             elif last == "weight" and (owner in adapter.layers or owner in quantized):
-                yield own, _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized, dtype)
+                yield own, _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized)
             elif last == "bias":
-                yield own, adapter.merged_bias(owner, tensor).to(dtype or tensor.dtype)
+                yield own, adapter.merged_bias(owner, tensor)
             else:
                 yield own, tensor
 
 
-def _merge(
-    base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantized: bool, dtype: torch.dtype | None
-) -> Tensor:
-    """The change is added in fp32 and rounded once, to `dtype` or the weight's own."""
+def _merge(base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantized: bool) -> Tensor:
+    """Weight and change, added in fp32."""
     empty = base.weight
     base.weight = nn.Parameter(weight.to(adapter.dtype) if quantized else weight.float(), requires_grad=False)
     layer: Any = NF4Linear(base, adapter.quantize.double) if quantized else base
     merged = adapter.over(name, layer).merged_weight() if name in adapter.layers else dense(layer)  # type: ignore[operator]
     base.weight = empty
-    return merged.detach().to(dtype or weight.dtype)
+    return merged.detach()
 
 
 @torch.no_grad()

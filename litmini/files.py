@@ -17,6 +17,7 @@ from typing import Any
 from litmini.config import UserError
 
 SEAL = "sha256.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _held: dict[tuple[int, int], int] = {}  # (device, inode) of a directory -> descriptor that locks it
 
 
@@ -225,6 +226,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        check_no_pointer(path)
         raise UserError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
@@ -237,6 +239,35 @@ def write_text(path: Path, text: str) -> None:
     aside.write_text(text, encoding="utf-8")
     _flush(aside)
     aside.rename(path)
+
+
+def check_no_pointer(file: Path) -> None:
+    """Call this where a file is not what it should be.
+
+    Raises:
+        UserError: it is the few lines that git keeps in place of a large file.
+    """
+    with suppress(OSError), file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{file} is not here: that file is only git's pointer to it, since the repository was cloned without "
+                f"git-lfs. Type: git -C {file.parent} lfs pull. Or get the model anew: python scripts/download.py ORG/NAME"
+            )
+
+
+def check_room(directory: Path, needed: int, spare: int = 0) -> None:
+    """Before anything is written in `directory`, which need not exist yet: is there room for it?
+
+    Raises:
+        UserError: fewer than `needed` + `spare` bytes are free.
+    """
+    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed + spare > free:
+        raise UserError(
+            f"too little disk: {needed / 1e9:.2f} GB are still to come and {free / 1e9:.2f} GB are free in {parent}. "
+            f"Free some space, or choose another --out_dir."
+        )
 
 
 def is_disk_full(error: BaseException) -> bool:

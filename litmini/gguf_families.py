@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import ReaderTensor
 
 from litmini.config import UserError
-from litmini.gguf_read import Metadata
+from litmini.gguf_read import Metadata, StoredTensor
 from litmini.models import gemma, gemma2, gemma3, gpt2, llama, qwen2, qwen3
 
 
 class Settings:
     """The settings of a file's architecture. Those that nobody asked for are refused at the end."""
 
-    def __init__(self, metadata: Metadata, architecture: str, tensors: dict[str, ReaderTensor]) -> None:
+    def __init__(self, metadata: Metadata, tensors: dict[str, StoredTensor], architecture: str) -> None:
         self.metadata, self.architecture, self.tensors = metadata, architecture, tensors
         self.expected: dict[str, Any] = {}
         self.asked = {"vocab_size"}  # some files have it; the embedding's rows are what counts
@@ -44,7 +43,7 @@ class Settings:
         head_dim = self.get("attention.key_length", dim // n_heads)
         self.expect(attention__value_length=head_dim, rope__dimension_count=head_dim)
         return {
-            "vocab_size": int(self.tensors["token_embd.weight"].shape[-1]),
+            "vocab_size": self.tensors["token_embd.weight"].shape[0],
             "dim": dim,
             "n_layers": self.need("block_count"),
             "n_heads": n_heads,
@@ -75,7 +74,7 @@ def _llama(s: Settings) -> llama.Config:
         scaling = llama.RopeScaling("linear", s.need("rope.scaling.factor", float))
         s.expect(rope__scaling__type="linear")
     elif "rope_freqs.weight" in s.tensors:
-        scaling = _llama3_scaling(s.tensors["rope_freqs.weight"].data, theta, s.metadata.file)
+        scaling = _llama3_scaling(s.tensors["rope_freqs.weight"].read(0, 1)[0], theta, s.metadata.file)
     biases: dict[str, Any] = {
         "attn_bias": "blk.0.attn_q.bias" in s.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in s.tensors,
@@ -155,7 +154,7 @@ def _gpt2(s: Settings) -> gpt2.Config:
     n_heads = s.need("attention.head_count")
     s.expect(attention__head_count_kv=n_heads)
     return gpt2.Config(
-        vocab_size=int(s.tensors["token_embd.weight"].shape[-1]),
+        vocab_size=s.tensors["token_embd.weight"].shape[0],
         dim=s.need("embedding_length"),
         n_layers=s.need("block_count"),
         n_heads=n_heads,

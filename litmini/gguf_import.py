@@ -4,6 +4,7 @@ Weights are dequantised one tensor at a time; tokenizer, chat template and stop 
 What is in a file but not understood is an error, never ignored.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,20 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import ReaderTensor
-from gguf.quants import dequantize
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from litmini.checkpoint import disk_tensors, save_model
 from litmini.config import UserError
 from litmini.gguf_families import ARCHITECTURES, Architecture, Settings
-from litmini.gguf_read import read_gguf
+from litmini.gguf_read import StoredTensor, read_gguf
 from litmini.gguf_tokenizer import write_tokenizer
 from litmini.models import family
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-CHUNK = 2**22  # numbers that are dequantised at once
+CHUNK = 2**18  # numbers that are dequantised at once
 
 
 def import_gguf(
@@ -37,7 +35,7 @@ def import_gguf(
         file: the GGUF file.
         out_dir_aside: an existing, empty directory.
         dtype: of the weights written.
-        max_shard_bytes: size of a weight file; one at a time is in memory.
+        max_shard_bytes: size of a weight file.
 
     Returns:
         architecture, organization and license as in the metadata; quantization: how many tensors of each type;
@@ -46,14 +44,13 @@ def import_gguf(
     Raises:
         UserError: the file is damaged, or holds an architecture, tensor, setting or tokenizer that is not implemented.
     """
-    reader, metadata = read_gguf(file)
+    metadata, tensors = read_gguf(file)
     name = metadata.need("general.architecture", str)
     if name not in ARCHITECTURES:
         raise UserError(f"{file}: GGUF architecture '{name}' is not supported; there are: {', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
     module = family(architecture.model_type)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    settings = Settings(metadata, name, tensors)
+    settings = Settings(metadata, tensors, name)
     try:
         config = architecture.config(settings)
         settings.refuse_the_rest()
@@ -64,35 +61,37 @@ def import_gguf(
     kept = _fitting(tensors, architecture, model, file)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for old, new in tqdm(kept.items(), desc=f"dequantising {file.name}", unit=" tensors", disable=None):
+        for old, new in kept.items():
             values = _values(tensors[old], dtype, minus=1.0 if architecture.norms_plus_one and "norm" in old else 0.0)
             yield new, half_split(values, config.head_dim) if _pattern(old) in architecture.interleaved else values
 
     ids = write_tokenizer(metadata, out_dir_aside, config.max_positions)
-    hf = disk_tensors(module, config, stream())
-    save_model(out_dir_aside, {**module.config_to_hf(config), **ids}, hf, max_shard_bytes=max_shard_bytes)
+    shapes = ((new, torch.empty(tensors[old].shape, dtype=dtype, device="meta")) for old, new in kept.items())
+    empty, hf = (disk_tensors(module, config, pairs) for pairs in (shapes, stream()))
+    raw = {**module.config_to_hf(config), **ids}
+    save_model(out_dir_aside, raw, hf, max_shard_bytes=max_shard_bytes, empty=empty)
     weights: Counter[str] = Counter()
-    for tensor in reader.tensors:
-        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    for tensor in tensors.values():
+        weights[tensor.kind.name] += math.prod(tensor.shape)
     main_type = max(weights, key=lambda key: weights[key])
     return {
         "architecture": name,
         "organization": metadata.get("general.organization"),
         "license": metadata.get("general.license"),
-        "quantization": dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
+        "quantization": dict(Counter(tensor.kind.name for tensor in tensors.values())),
         "main_type": main_type,
         "bits": int(re.findall(r"\d+", main_type)[0]),
     }
 
 
-def _values(tensor: ReaderTensor, dtype: torch.dtype, minus: float) -> Tensor:
-    """A tensor's numbers less `minus`, in `dtype`; dequantised a few rows at a time, since numpy does it in fp32."""
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    values = torch.empty(shape, dtype=dtype)
-    step = max(1, CHUNK // shape[-1]) if len(shape) > 1 else shape[0]
-    for start in range(0, shape[0], step):
-        rows = dequantize(tensor.data[start : start + step], tensor.tensor_type)
-        values[start : start + step] = torch.from_numpy(np.require(rows, requirements=["C", "W"])) - minus
+def _values(tensor: StoredTensor, dtype: torch.dtype, minus: float) -> Tensor:
+    """A tensor's numbers less `minus`, in `dtype`; read and dequantised a few rows at a time, since that is done in fp32."""
+    values = torch.empty(tensor.shape, dtype=dtype)
+    rows = values.view(-1, tensor.shape[-1])
+    step = max(1, CHUNK // tensor.shape[-1])
+    for start in range(0, len(rows), step):
+        part = tensor.read(start, min(start + step, len(rows)))
+        rows[start : start + step] = torch.from_numpy(np.require(part, requirements=["C", "W"])) - minus
     return values
 
 
@@ -103,15 +102,15 @@ def half_split(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def _fitting(
-    tensors: dict[str, ReaderTensor], architecture: Architecture, model: nn.Module, file: Path
+    tensors: dict[str, StoredTensor], architecture: Architecture, model: nn.Module, file: Path
 ) -> dict[str, str]:
     """GGUF's names -> the model's, of all tensors to keep; what does not fit `model` is reported in one error."""
-    strange = [f"{t.name} is {t.tensor_type.name}" for t in tensors.values() if t.tensor_type.name not in TYPES]
+    strange = [f"{t.name} is {t.kind.name}" for t in tensors.values() if t.kind.name not in TYPES]
     if strange:
         raise UserError(f"{file}: {', '.join(strange[:3])}; the types that are read: {', '.join(TYPES)}.")
     kept = {old: _new_name(old, architecture) for old in tensors if old not in architecture.consumed}
     expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    found = {new: tuple(int(n) for n in reversed(tensors[old].shape)) for old, new in kept.items()}
+    found = {new: tensors[old].shape for old, new in kept.items()}
     if problems := [f"{key} is missing" for key in expected if key not in found] + [
         f"{key} has shape {shape}, the metadata implies {expected.get(key, 'none such')}"
         for key, shape in found.items()

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 
 from litmini.checkpoint import SIDE_FILES, check_checkpoint_dir
 from litmini.config import UserError
-from litmini.files import is_disk_full, write_aside, write_json
+from litmini.files import check_room, is_disk_full, write_aside, write_json
 from litmini.tensors import shards
 
 INDEX = "model.safetensors.index.json"
@@ -98,13 +98,7 @@ def _check_disk(wanted: list[Any], incomplete: Path) -> None:
     """Before anything is fetched: is there room for what is still to come?"""
     there = sum(file.stat().st_size for file in incomplete.rglob("*") if file.is_file())
     needed = sum(file.size or 0 for file in wanted) - there
-    parent = next(p for p in incomplete.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if needed + SPARE > free:
-        raise UserError(
-            f"too little disk: {needed / 1e9:.2f} GB are still to come and {free / 1e9:.2f} GB are free in {parent}. "
-            f"Nothing was downloaded; free some space, or choose another --out_dir."
-        )
+    check_room(incomplete, needed, SPARE)
 
 
 def _check_content(wanted: list[Any], directory: Path, page: str) -> None:

@@ -60,14 +60,17 @@ class Blueprint:
         def save(directory: Path | None) -> None:
             if self.checkpoint:
                 return save_trained(model, directory, base=self.checkpoint)
-            tensors = ((name, whole(parameter.detach())) for name, parameter in model.named_parameters())
+            parameters = list(model.named_parameters())
+            tensors = ((name, whole(parameter.detach())) for name, parameter in parameters)
             if directory is None:
                 for _ in tensors:  # this process hands its shares over
                     pass
                 return
             ends = tokenizer.stop_ids if len(tokenizer.stop_ids) > 1 else tokenizer.stop_ids[0]
             raw = {**self.module.config_to_hf(self.config), "bos_token_id": None, "eos_token_id": ends}
-            save_model(directory, raw, disk_tensors(self.module, self.config, tensors))
+            shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
+            empty, stream = (disk_tensors(self.module, self.config, pairs) for pairs in (shapes, tensors))
+            save_model(directory, raw, stream, empty=empty)
 
         return save
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from litmini.checkpoint import copy_side_files
 from litmini.config import UserError
-from litmini.files import existing_file, read_json, write_json
+from litmini.files import check_no_pointer, existing_file, read_json, write_json
 
 Message = dict[str, Any]
 
@@ -58,6 +58,7 @@ class Tokenizer:
             exact = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', file.read_text(encoding="utf-8"))
             self.fast = FastTokenizer.from_str(exact)  # offsets that cover white space too; ids are the same
         except Exception as error:  # tokenizers raises plain Exception
+            check_no_pointer(file)
             raise UserError(f"{file} is damaged: {error}") from None
         self.fast.no_truncation()
         self.fast.no_padding()

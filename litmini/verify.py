@@ -120,16 +120,33 @@ def random_adapter(model: nn.Module, seed: int, dropout: float = 0.0) -> None:
         nn.init.normal_(adapter.lora_B, std=0.02)
 
 
+@contextlib.contextmanager
+def _bare(model: nn.Module) -> Iterator[None]:
+    """Without its own adapters."""
+    own = remove_adapters(model)
+    try:
+        yield
+    finally:
+        restore_adapters(model, own)
+
+
 @torch.no_grad()
 def check_merge(model: nn.Module, tokens: Tensor) -> Check:
-    """An adapter beside its base, against the sum of the two. In fp32: saving in bf16 rounds the sum once."""
-    base = model(tokens)
-    random_adapter(model, seed=1)
+    """An adapter beside its base, the model's own or a random one, against the sum of the two.
+
+    In fp32: saving in bf16 rounds the sum once.
+    """
+    own = adapters(model)
+    with _bare(model):
+        base = model(tokens)
+    if not own:
+        random_adapter(model, seed=1)
     unmerged = model(tokens)
     replaced = merge_adapters(model)
     merged = model(tokens)
     restore_adapters(model, replaced)
-    remove_adapters(model)
+    if not own:
+        remove_adapters(model)
     check = compare_logits("merged = unmerged", merged, unmerged)
     check.measured["effect"] = float((unmerged - base).abs().max())
     check.passed = bool(check.passed) and check.measured["effect"] > check.measured["max_difference"]
@@ -193,11 +210,12 @@ def check_accumulation(model: nn.Module, tokens: Tensor) -> Check:
     targets = [tokens.shape[1] - 1, 3, 1, tokens.shape[1] // 2]
     cut = [[_batch(tokens, targets)], [_batch(tokens[i : i + 1], [n]) for i, n in enumerate(targets)]]
     updates = []
-    for micro_batches in cut:
-        random_adapter(model, seed=2)
-        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        _train(model, [micro_batches], OptimConfig(name="sgd", lr=1.0), Path("none"))
-        updates.append(torch.cat([(p - before[name]).flatten() for name, p in _trained(model).items()]))
+    with _bare(model):
+        for micro_batches in cut:
+            random_adapter(model, seed=2)
+            before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            _train(model, [micro_batches], OptimConfig(name="sgd", lr=1.0), Path("none"))
+            updates.append(torch.cat([(p - before[name]).flatten() for name, p in _trained(model).items()]))
     del model.train
     model.config = config
     error = float((updates[0] - updates[1]).norm() / updates[0].norm())
@@ -208,7 +226,7 @@ def check_resume(model: nn.Module, tokens: Tensor) -> Check:
     """Two steps, against one, saved, loaded into other adapters, and one more; with dropout. The same to the bit."""
     batches = [[_batch(tokens[:2], [9, 4])], [_batch(tokens[2:], [2, 9])]]
     optim, results = OptimConfig(lr=1e-2, weight_decay=0.1), []
-    with tempfile.TemporaryDirectory(prefix="litmini-") as directory:
+    with tempfile.TemporaryDirectory(prefix="litmini-") as directory, _bare(model):
         for state, stops in ((Path(directory) / "none", [None]), (Path(directory) / "step-1", [1, None])):
             for seed, stop in enumerate(stops, 3):
                 if adapters(model):

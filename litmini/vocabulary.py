@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from litmini.config import UserError
-from litmini.files import read_json, write_json
+from litmini.files import check_no_pointer, read_json, write_json
 
 NORMAL, UNKNOWN, SPECIAL, ADDED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types, as SentencePiece numbers them
 SPACE = "\u2581"
@@ -178,12 +178,21 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
     found = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
     if found is None:
         raise UserError(f"{source} has neither tokenizer.json nor tokenizer.model; put one of them there.")
+    for beside in (source / "tokenizer_config.json", source / "generation_config.json"):
+        if beside.is_file():
+            read_json(beside)  # refuses what is damaged
     if found.name == "tokenizer.json":
+        try:
+            Tokenizer.from_file(str(found))
+        except Exception as error:  # tokenizers raises plain Exception
+            check_no_pointer(found)
+            raise UserError(f"{found} is damaged: {error}") from None
         shutil.copyfile(found, target / found.name)
         return
     try:
         tokenizer, bos, ends = read_sentencepiece(found), "<s>", ["</s>"]
     except UserError:
+        check_no_pointer(found)
         if found.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer indeed
             raise
         tokenizer, bos, ends = (

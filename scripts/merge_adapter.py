@@ -3,7 +3,7 @@
     python scripts/merge_adapter.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
         --adapter_dir out/quickstart/final --out_dir checkpoints/mine/quickstart
 
-Needs the memory of one shard, then, to measure what the rounding did, that of the model.
+Needs the memory of a few tensors, then, to measure what the rounding did, that of the model.
 """
 
 from dataclasses import dataclass

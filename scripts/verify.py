@@ -1,19 +1,23 @@
 """Check on this machine that a checkpoint behaves here as it should.
 
     python scripts/verify.py checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
+    python scripts/verify.py checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --adapter_dir out/quickstart/final
 
 Logits against transformers in fp32 and bf16 (needs `pip install transformers`; skipped without it), import and export
 bit by bit, cached and uncached, packed and unpacked, merged and unmerged, accumulated and at once, resumed and not. Exit
 status 1 if one of them fails. Memory: 4 bytes a parameter, twice for a moment where transformers rounds its own.
+
+With an adapter, logits are compared with those of peft, and it is this adapter that is merged; training is checked with
+random ones. With 4 bits, transformers gets the numbers that the packed weights stand for.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from litmini.cli import command
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from litmini.verify import Check
 
@@ -24,6 +28,10 @@ class VerifyConfig:
 
     checkpoint: str
     """Checkpoint directory, or the final/ of a full finetuning run."""
+    adapter_dir: str | None = None
+    """Adapter over it, such as the final/ of a LoRA run."""
+    bits: Literal[4, 16] | None = None
+    """Of the base's linears; none: as the adapter was trained, 16 without one."""
     json: str | None = None
     """File to write the results to."""
     device: str = "auto"
@@ -40,11 +48,15 @@ def main(config: VerifyConfig) -> None:
     from litmini.checkpoint import check_checkpoint_dir
     from litmini.config import UserError
     from litmini.files import write_json
+    from litmini.peft_format import read_adapter
+    from litmini.quantize import NF4Linear, convert
     from litmini.verify import CHECKS, check_bits, rows
 
     directory = check_checkpoint_dir(config.checkpoint)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = litmini.load(directory, dtype="fp32", device=device)
+    trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
+    bits: Literal[4, 16] = config.bits or (4 if trained == 4 else 16)
+    model, tokenizer = litmini.load(directory, config.adapter_dir, "fp32", device, bits)
     tokens = rows(tokenizer, model, device)
     with torch.no_grad():
         ours = model(tokens)
@@ -53,38 +65,64 @@ def main(config: VerifyConfig) -> None:
         results.append(check(model, tokens))
         with torch.no_grad():
             assert torch.equal(model(tokens), ours), f"{check.__name__} left the model changed"
+    packed = {name: m.dequantize() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    convert(model, torch.bfloat16)
     with torch.no_grad():
-        rounded = model.bfloat16()(tokens).float()
+        rounded = model(tokens).float()
     del model
-    results = against_transformers(str(directory), tokens, ours, rounded) + results
+    results = against_transformers(str(directory), config.adapter_dir, packed, tokens, ours, rounded) + results
     for result in results:
         word = {True: "ok", False: "FAILED", None: "skipped"}[result.passed]
         numbers = ", ".join(f"{key} {value:.3g}" for key, value in result.measured.items())
         print(f"{result.name:34} {word:8} {numbers}{'; ' * bool(numbers and result.note)}{result.note}")
     if config.json:
         versions = {"litmini": litmini.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        facts = {"checkpoint": str(directory), "device": device, "rows": list(tokens.shape), "versions": versions}
+        facts: dict[str, Any] = {
+            "checkpoint": str(directory),
+            "adapter_dir": config.adapter_dir,
+            "bits": bits,
+            "device": device,
+        }
+        facts |= {"rows": list(tokens.shape), "versions": versions}
         write_json(Path(config.json), {**facts, "checks": [vars(result) for result in results]})
     if failed := [result.name for result in results if result.passed is False]:
         raise UserError(f"{directory}: {len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
 
 
-def against_transformers(directory: str, tokens: "Tensor", ours: "Tensor", rounded: "Tensor") -> "list[Check]":
-    """Logits in fp32 and bf16 against those of transformers. In bf16 both are rounded: ours may be as far from fp32."""
+def against_transformers(
+    directory: str,
+    adapter_dir: str | None,
+    packed: "dict[str, Tensor]",
+    tokens: "Tensor",
+    ours: "Tensor",
+    rounded: "Tensor",
+) -> "list[Check]":
+    """Logits in fp32 and bf16 against those of transformers. In bf16 both are rounded: ours may be as far from fp32.
+
+    Args:
+        packed: what the weights that we have in 4 bits stand for, by layer.
+    """
     import torch
 
     from litmini.verify import Check, compare_logits
 
-    names = ("logits = transformers, fp32", "logits = transformers, bf16")
+    library = "peft" if adapter_dir else "transformers"
+    names = [f"logits = {library}, {dtype}" for dtype in ("fp32", "bf16")]
     try:
         from transformers import AutoModelForCausalLM
-    except ImportError:
-        return [Check(name, None, note="transformers is not installed: pip install transformers") for name in names]
-    try:
+
         theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        for name, weight in packed.items():
+            _put_weight(theirs, name.removesuffix(".base"), weight)
+        if adapter_dir:
+            from peft import PeftModel
+
+            theirs = PeftModel.from_pretrained(theirs, adapter_dir)
         theirs = theirs.to(tokens.device).eval()
+    except ImportError as error:
+        return [Check(name, None, note=f"{error.name} is not installed: pip install {error.name}") for name in names]
     except (ValueError, KeyError, OSError) as error:  # a family of ours alone, or one newer than that transformers
-        note = f"transformers cannot load it: {str(error).splitlines()[0]}"
+        note = f"{library} cannot load it: {str(error).splitlines()[0]}"
         return [Check(name, None, note=note) for name in names]
     with torch.no_grad():
         exact = theirs(tokens, use_cache=False).logits
@@ -94,6 +132,18 @@ def against_transformers(directory: str, tokens: "Tensor", ours: "Tensor", round
     checks[1].measured |= {"error_to_fp32": errors[0], "theirs": errors[1]}
     checks[1].passed = errors[0] <= 1.5 * errors[1] + 1e-6
     return checks
+
+
+def _put_weight(model: "nn.Module", name: str, weight: "Tensor") -> None:
+    """Give a layer of transformers' other numbers.
+
+    Raises:
+        ValueError: it keeps them in another layout.
+    """
+    there: Any = dict(model.named_parameters()).get(f"{name}.weight")
+    if there is None or there.shape != weight.shape or type(model.get_submodule(name)).__name__ != "Linear":
+        raise ValueError(f"in 4 bits, since it keeps {name} in another layout")
+    there.data.copy_(weight)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ def write_gguf(
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[list] = writer.add_array
         add[type(value)](key, value)
+    writer.data_alignment = (settings or {}).get("general.alignment", writer.data_alignment)
     real = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == ARCHITECTURES.get(kind, kind))
     names = gguf.get_tensor_name_map(real, model.config.num_hidden_layers)
     for name, array in hf_tensors(model).items():

@@ -28,6 +28,8 @@ class Hub(BaseHTTPRequestHandler):
     """name -> bytes after which the connection breaks, the first time that the file is asked for."""
     lies: dict[str, bytes]
     """name -> what is sent instead of the content that the listing describes."""
+    together: threading.Barrier | None
+    """Where requests for weight files wait for each other."""
     answers: dict[str, tuple[int, dict[str, str]]]
     """part of a path -> status and headers to answer with."""
 
@@ -125,6 +127,8 @@ class Hub(BaseHTTPRequestHandler):
             self.ranges.append(f"{name} {asked[1]}")
             status, content = 206, content[int(asked[1]) :]
             headers["Content-Range"] = f"bytes {asked[1]}-{whole - 1}/{whole}"
+        if self.command == "GET" and self.together is not None and name.endswith(".safetensors"):
+            self.together.wait()
         if self.command == "GET" and name in self.drop_once:
             return self.answer(status, content, headers | {"ETag": f'"{etag}"'}, drop_after=self.drop_once.pop(name))
         self.answer(status, content, headers | {"ETag": f'"{etag}"'})
@@ -150,7 +154,7 @@ class Hub(BaseHTTPRequestHandler):
 def serve(files: dict[str, bytes]) -> Iterator[type[Hub]]:
     """A server of its own; the class that is yielded holds its state and its `url`."""
     state = {"files": dict(files), "authorizations": set(), "requests": Counter(), "ranges": [], "uploads": {}}
-    handler = type("Handler", (Hub,), {**state, "drop_once": {}, "lies": {}, "answers": {}})
+    handler = type("Handler", (Hub,), {**state, "drop_once": {}, "lies": {}, "answers": {}, "together": None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

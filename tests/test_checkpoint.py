@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import litmini.tensors
 from litmini import checkpoint
 from litmini.checkpoint import check_checkpoint_dir, load_model, parse_dtype, save_model, save_trained
 from litmini.config import UserError
@@ -323,22 +324,17 @@ def test_sigkill_before_each_change_on_disk_leaves_one_whole_version(tmp_path):
 # Saving
 
 
-def test_shards_equal_the_single_file(tiny_dir, tmp_path, monkeypatch):
+def test_shards_equal_the_single_file(tiny_dir, tmp_path):
     tensors = load_file(tiny_dir / "model.safetensors")
-    held: list[int] = []
-    write = checkpoint.write_tensors
-    monkeypatch.setattr(
-        checkpoint, "write_tensors", lambda f, t: (held.append(sum(v.nbytes for v in t.values())), write(f, t))[1]
-    )
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     save_model(sharded, read_json(tiny_dir / "config.json"), tensors.items(), tiny_dir, max_shard_bytes=60_000)
     names = [p.name for p in shards(sharded)]
     assert len(names) > 3 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
     assert not (sharded / "model.safetensors").exists() and not list(sharded.glob("shard-*"))
-    assert max(held) <= max(60_000, max(t.nbytes for t in tensors.values())) and sum(held) == sum(
-        t.nbytes for t in tensors.values()
-    )
+    held = [sum(tensor.nbytes for _, tensor in read_tensors([file])) for file in shards(sharded)]
+    assert max(held) <= max(60_000, max(t.nbytes for t in tensors.values()))
+    assert sum(held) == sum(t.nbytes for t in tensors.values())
     again = dict(read_tensors(shards(sharded)))
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], tensors[n]) for n in tensors)
     index = read_json(sharded / INDEX)
@@ -349,7 +345,7 @@ def test_shards_equal_the_single_file(tiny_dir, tmp_path, monkeypatch):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_one_shard_is_in_memory_at_a_time(tmp_path):
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     alive: list[int] = []
 
     def stream():
@@ -357,12 +353,43 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path):
             tensor = torch.zeros(1000)
             alive.append(i)
             weakref.finalize(tensor, alive.remove, i)
-            assert len(alive) <= 5, alive  # a shard of four, and the one that comes
+            assert len(alive) <= 2, alive  # the one that comes, and the one before it
             yield f"t{i}", tensor
             del tensor
 
-    save_model(tmp_path, {}, stream(), max_shard_bytes=16_000)
+    empty = [(f"t{i}", torch.empty(1000, device="meta")) for i in range(12)]
+    save_model(tmp_path, {}, stream(), max_shard_bytes=16_000, empty=empty)
     assert len(shards(tmp_path)) == 3
+
+
+def test_files_are_those_of_safetensors(tmp_path):
+    """To the byte; with dtypes of several sizes, odd and empty shapes, and tensors that are not contiguous."""
+    tensors = {
+        f"{i}.{n}": torch.rand(n, 3).to(t) for i, t in enumerate((torch.bfloat16, torch.float32)) for n in (5, 0)
+    }
+    tensors |= {"b.t": torch.rand(4, 7).T, "scalar": torch.tensor(1.5), "long": torch.arange(3)}
+    names = ["scalar", "0.5", "b.t", "1.5", "long", "0.0", "1.0"]  # in any order
+    (tmp_path / "ours").mkdir()
+    save_model(tmp_path / "ours", {}, ((name, tensors[name]) for name in names))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_rounding_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(litmini.tensors, "PIECE", 100)
+    tensor = torch.randn(37, 11)
+    empty = [("a", torch.empty(37, 11, dtype=torch.bfloat16, device="meta"))]
+    save_model(tmp_path, {}, [("a", tensor)], empty=empty)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor.bfloat16())
+
+
+def test_what_cannot_be_saved_is_known_before_a_byte_is_written(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="a is there twice"):
+        save_model(tmp_path, {}, [("a", torch.zeros(1))] * 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 399}))
+    with pytest.raises(UserError, match=r"too little disk: 0\.00 GB are still to come and 0\.00 GB are free in"):
+        save_model(tmp_path, {}, [("a", torch.zeros(100))])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_dtype_in_config_is_that_of_most_bytes(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,6 +330,24 @@ def test_a_dropped_connection_goes_on_where_it_broke(hub: type[Hub], monkeypatch
     assert (TARGET / "model.safetensors").read_bytes() == WEIGHTS
     (resumed,) = hub.ranges
     assert 0 < int(resumed.removeprefix("model.safetensors ")) <= 70_000
+
+
+def test_several_files_at_once_with_a_progress_bar(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Eight files, none of which the server gives before all eight are asked for; bars as on a terminal."""
+    monkeypatch.setenv("TQDM_POSITION", "-1")
+    names = [f"model-{i:05d}-of-00008.safetensors" for i in range(1, 9)]
+    hub.files = {name: content for name, content in WANTED.items() if not name.endswith(".safetensors")}
+    hub.files |= {name: save({name: torch.arange(100.0)}) for name in names}
+    hub.files["model.safetensors.index.json"] = json.dumps(
+        {"weight_map": dict(zip(names, names, strict=True))}
+    ).encode()
+    hub.together = threading.Barrier(8, timeout=20)
+    download(REPO)
+    assert not hub.together.broken and len(list(TARGET.glob("*.safetensors"))) == 8
+    shown = capfd.readouterr().err
+    assert "Downloading bytes" in shown and "Fetching 12 files" in shown and "100%" in shown
 
 
 @pytest.mark.parametrize("lie", [WEIGHTS[:-4] + b"abcd", WEIGHTS[:-4]])

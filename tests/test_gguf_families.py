@@ -113,8 +113,7 @@ def test_the_largest_gemma_scales_scores_otherwise(case: str, layers: int, tmp_p
     theirs = make(case)
     for n_layers, expected in ((layers, 64 // 4), (layers - 1, 32)):
         theirs.config.num_hidden_layers = n_layers
-        reader, metadata = read_gguf(write_gguf(tmp_path / "a.gguf", theirs))
-        settings = Settings(metadata, case, {tensor.name: tensor for tensor in reader.tensors})
+        settings = Settings(*read_gguf(write_gguf(tmp_path / "a.gguf", theirs)), case)
         assert ARCHITECTURES[case].config(settings).query_scalar == expected
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from litmini.checkpoint import check_checkpoint_dir, load_model
 from litmini.config import UserError
 from litmini.gguf_import import import_gguf
+from litmini.gguf_read import read_gguf
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,31 @@ def test_quantised_weights_and_facts(tmp_path: Path, out: Path, tokenizer: Token
     tensors = load_file(out / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], expected)
+
+
+def test_metadata_and_tensors_are_those_of_the_packages_reader(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Every field, of every type, and every tensor's numbers."""
+    settings: dict[str, object] = {"a.bool": True, "a.int": 7, "a.float": 1e-5, "a.text": "ü", "a.list": [1.5, -2.0]}
+    settings |= {
+        "a.words": ["x", "", "你好"],
+        "a.numbers": [3, 2**20],
+        "a.flags": [True, False],
+        "general.alignment": 4096,
+    }
+    kind = gguf.GGMLQuantizationType.Q5_1
+    model = tiny_llama(tokenizer.get_vocab_size())
+    file = write_gguf(tmp_path / "a.gguf", model, tokenizer, quantized=kind, settings=settings)
+    theirs, (metadata, tensors) = gguf.GGUFReader(file), read_gguf(file)
+    fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    found = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in metadata.fields.items()}
+    assert found == fields and metadata.get("a.float") == 1e-5 != found["a.float"]
+    assert list(tensors) == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        ours = tensors[tensor.name]
+        assert (ours.kind, ours.nbytes, ours.shape) == (tensor.tensor_type, tensor.n_bytes, tuple(tensor.shape[::-1]))
+        rows = ours.nbytes // ours.row_bytes
+        assert np.array_equal(ours.read(0, rows).ravel(), dequantize(tensor.data, tensor.tensor_type).ravel())
+        assert np.array_equal(ours.read(rows - 1, rows), ours.read(0, rows)[-1:])
 
 
 def test_settings_lose_the_noise_of_fp32(tmp_path: Path, out: Path, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,9 @@
 """Results out: runs resolved, adapters merged or kept, model cards, the hub on request, and the way to GGUF."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from gguf_files import write_gguf
+from gguf_files import TEXTS, write_gguf
 from hub_server import COMMIT, serve
 from safetensors.torch import load_file
 from test_download import use_hub
@@ -23,6 +25,7 @@ from litmini.export import export
 from litmini.files import read_json
 from litmini.gguf_import import import_gguf
 from litmini.publish import export_adapter, model_card, push, resolve
+from litmini.tokenizer import Tokenizer as OurTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import convert_to_hf  # the script
@@ -154,3 +157,22 @@ def test_the_way_to_gguf_and_back(run: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         ours = [load_model(d, torch.float32)(TOKENS) for d in (out, tmp_path / "back")]
     assert torch.equal(*ours)
+
+
+@pytest.mark.real
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="set LLAMA_CPP to a directory with convert_hf_to_gguf.py")
+def test_llama_cpps_own_converter(smollm2: Path, tmp_path: Path) -> None:
+    """The real model, exported, through the program itself, and back: weights to the bit, tokens, template, stop tokens."""
+    out = export(smollm2, tmp_path / "out")
+    file = tmp_path / "a.gguf"
+    script = Path(os.environ["LLAMA_CPP"]) / "convert_hf_to_gguf.py"
+    words = [sys.executable, str(script), str(out), "--outfile", str(file), "--outtype", "bf16"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "back").mkdir()
+    import_gguf(file, tmp_path / "back")
+    before, after = (load_file(d / "model.safetensors") for d in (out, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    ours, theirs = OurTokenizer(out), OurTokenizer(tmp_path / "back")
+    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
+    assert ours.chat_template == theirs.chat_template and ours.stop_ids == theirs.stop_ids

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_export import make_adapter
 
+import litmini
 import litmini.train
 import litmini.verify
 from litmini.cache import LayerCache
 from litmini.checkpoint import disk_tensors, load_model, save_model
 from litmini.config import UserError
+from litmini.export import export
 from litmini.lora import LoRALinear
 from litmini.models import family, gpt2
+from litmini.tensors import shards
 from litmini.tokenizer import Tokenizer
 from litmini.verify import CHECKS, check_accumulation, check_bits, rows
 
@@ -122,14 +126,38 @@ def test_other_weights_and_no_transformers(
         verify.main(verify.VerifyConfig(str(tmp_path / "none")))
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_adapter_over_shards(
+    bits: int, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The user's own adapter, over a base in several files, in 16 and in 4 bits; against peft, and against a false one."""
+    sharded = export(tiny_dir, tmp_path / "sharded", max_shard_bytes=100_000)
+    assert len(shards(sharded)) > 2
+    adapter = make_adapter(tiny_dir, tmp_path / "adapter", ["all-linear", "lm_head"])
+    settings = verify.VerifyConfig(str(sharded), str(adapter), bits=bits, json=str(tmp_path / "v.json"), device="cpu")
+    verify.main(settings)
+    facts = json.loads((tmp_path / "v.json").read_text())
+    assert facts["bits"] == bits and facts["adapter_dir"] == str(adapter)
+    assert [check["name"] for check in facts["checks"][:2]] == ["logits = peft, fp32", "logits = peft, bf16"]
+    assert all(check["passed"] for check in facts["checks"]) and len(facts["checks"]) == 8
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="1 of 8 checks failed: merged = unmerged"):
+        patch.setattr(LoRALinear, "merged_weight", lambda self: original_merged(self) * 1.001)
+        verify.main(settings)
+    other = make_adapter(tiny_dir, tmp_path / "other", ["all-linear", "lm_head"])
+    real = litmini.load
+    monkeypatch.setattr(litmini, "load", lambda directory, _, *rest: real(directory, other, *rest))
+    with pytest.raises(UserError, match="2 of 8 checks failed: logits = peft, fp32, logits = peft, bf16"):
+        verify.main(settings)
+
+
 class Scaled:
     """Logits that are off by a hundredth."""
 
     def __init__(self, original) -> None:
         self.original = original
 
-    def __call__(self, directory, tokens, ours, rounded):
-        return self.original(directory, tokens, ours * 1.01, rounded * 1.01)
+    def __call__(self, directory, adapter_dir, packed, tokens, ours, rounded):
+        return self.original(directory, adapter_dir, packed, tokens, ours * 1.01, rounded * 1.01)
 
 
 def test_accumulation_is_not_judged_by_a_familys_dropout():
