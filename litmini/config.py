@@ -134,8 +134,9 @@ class RunConfig(ABC):
     """Processes on each node, one for each GPU."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it; hsdp: the
+    processes of a node share a model, and every node has a copy."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     seed: int = 1337

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, for tests: each runs a function, or a script's real command line, as `torchrun` would start it.
+"""Two processes on the CPU, or four, for tests: each runs a function, or a script's command line, as `torchrun` starts it.
 
 They come from a server process that has torch already, so starting them costs next to nothing.
 """
@@ -31,16 +31,18 @@ class Ended:
     err: str
 
 
-def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Ended]:
-    """`work(*arguments)` on rank 0 and rank 1."""
+def run_two(
+    work: Callable[..., Any], *arguments: Any, timeout: float = 300, devices: int = 2, nodes: int = 1
+) -> list[Ended]:
+    """`work(*arguments)` on rank 0 and rank 1, or on those of several nodes."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as place:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         started = []
-        for rank in range(2):
+        for rank in range(devices * nodes):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_start, args=(theirs, rank, port, place, work, arguments))
+            process = CONTEXT.Process(target=_start, args=(theirs, rank, devices, nodes, port, place, work, arguments))
             process.start()
             theirs.close()
             started.append((process, ours))
@@ -59,15 +61,25 @@ def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> 
 
 
 def values(ended: list[Ended]) -> list[Any]:
-    """What both processes returned."""
+    """What the processes returned."""
     assert all(end.status == 0 for end in ended), "\n".join(end.out + end.err for end in ended)
     return [end.value for end in ended]
 
 
-def _start(pipe: Connection, rank: int, port: int, place: str, work: Callable[..., Any], arguments: Any) -> None:
+def _start(
+    pipe: Connection,
+    rank: int,
+    devices: int,
+    nodes: int,
+    port: int,
+    place: str,
+    work: Callable[..., Any],
+    arguments: Any,
+) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{place}/{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % devices), GROUP_RANK=str(rank // devices))
+    os.environ.update(WORLD_SIZE=str(devices * nodes), LOCAL_WORLD_SIZE=str(devices))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     try:
         pipe.send(work(*arguments))
