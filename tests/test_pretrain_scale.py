@@ -138,6 +138,37 @@ def test_replicas_and_shares_are_one_process(place, one, shared):
     assert_close(one, shared)
 
 
+def test_muon_on_shares_is_muon_on_one_process(place, one):
+    """Its products are in bf16, so sums in another order show: the curves part by thousandths."""
+    more = ["--optim.name", "muon", "--train.max_steps", 3]
+    train(place, "muon", *more)
+    train(place, "muon-fsdp", *more, *FSDP, devices=2)
+    for a, b in zip(curve(place / "muon"), curve(place / "muon-fsdp"), strict=True):
+        assert b == pytest.approx(a, rel=5e-3)
+    assert curve(place / "muon")[2][3] != pytest.approx(curve(one)[2][3], rel=5e-3)
+
+
+def slurm(*arguments):
+    """pretrain.py as `srun` starts it: one task on each of two nodes."""
+    rank, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        del os.environ[name]
+    os.environ.update(
+        SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="1", SLURM_NNODES="2", SLURM_JOB_NAME="train", SLURM_JOB_ID="1"
+    )
+    os.environ.update(SLURM_PROCID=rank, SLURM_NODEID=rank, SLURM_LOCALID="0", SLURM_NODELIST="localhost")
+    os.environ.update(MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
+    command("pretrain", *arguments)
+
+
+def test_started_by_slurm(place, one):
+    how = ["--devices", 1, "--num_nodes", 2, "--strategy", "fsdp"]
+    ended = run_two(slurm, *words(place, "slurm", *how))
+    assert all(end.status == 0 for end in ended), "\n".join(end.err for end in ended)
+    assert "2 processes share the parameters" in ended[0].out and not ended[1].out
+    assert_close(one, place / "slurm")
+
+
 def test_four_processes_share_on_nodes_and_copy_across_them(place, one):
     """hsdp on 2 x 2: each process holds half, and a share is written once."""
     said, file = train(place, "hsdp", *HSDP, devices=2, nodes=2)
