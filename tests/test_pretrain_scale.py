@@ -237,6 +237,7 @@ def saved_in_the_background(directory):
         wait = save_shares(directory, model, optimizer)
         step()  # with gathers and sums among the processes
         written_too_soon = any(directory.glob("*.safetensors"))
+        distributed.barrier()  # both have looked
         trained.set()
         wait()
     distributed.barrier()
