@@ -225,9 +225,9 @@ def _take_step(
     sharded = isinstance(next(model.parameters()), DTensor)  # gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
         more = i + 1 < len(micro_batches)
-        if sharded:
-            model.module.set_requires_all_reduce(not more)  # copies of the shares (hsdp) are added up once a step
         with fabric.no_backward_sync(model, enabled=more and not sharded):
+            if sharded:  # Fabric has just switched it on
+                model.module.set_requires_all_reduce(not more)  # copies of the shares (hsdp) are added up once a step
             loss, _ = model(**fabric.to_device(batch))
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
         losses.append(loss.detach())
