@@ -14,9 +14,8 @@ from torch import Tensor
 
 from litmini.cache import KVCache, Slots
 
-EXPLICIT_LENGTH = (
-    512  # on the CPU, up to here two products and a softmax beat the fused kernel (bf16, forward + backward)
-)
+# On the CPU, up to here two products and a softmax beat the fused kernel in bf16 (forward + backward), but not in fp32.
+EXPLICIT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,8 @@ def _kernel(
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
     plain = softcap is None and bias is None
-    if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > EXPLICIT_LENGTH):
+    causal_fp32 = allowed is None and q.dtype == torch.float32
+    if plain and (q.device.type != "cpu" or T == 1 or causal_fp32 or max(T, S) > EXPLICIT_LENGTH):
         causal = allowed is None and T > 1
         return F.scaled_dot_product_attention(
             q,

@@ -33,17 +33,24 @@ def tokens_per_day(model: nn.Module, length: int, mfu: float, devices: int) -> d
     Args:
         mfu: as `litmini.meter` defines it.
     """
-    meter = Meter(model, torch.device("cpu"), torch.bfloat16)
-    flops = meter.per_token + meter.per_target + meter.per_key * (length + 1) / 2
+    flops = token_flops(model, length)
     return {name: mfu * PUBLISHED[name] * devices * 86400 / flops for name, _ in CARDS if name in PUBLISHED}
 
 
-def share(memory: Memory, model: nn.Module, devices: int, strategy: str) -> Memory:
-    """The memory of each of several devices, by arithmetic.
+def token_flops(model: nn.Module, length: int) -> float:
+    """Operations that training on a token needs, on average over a full row in which all tokens are trained."""
+    meter = Meter(model, torch.device("cpu"), torch.bfloat16)
+    return meter.per_token + meter.per_target + meter.per_key * (length + 1) / 2
+
+
+def share(memory: Memory, model: nn.Module, devices: int, strategy: str, num_nodes: int = 1) -> Memory:
+    """The memory of each of several devices, `devices` on each node, by arithmetic.
 
     ddp: all of it, and a second copy of the gradients to exchange. fsdp: a share of weights, gradients and averages; gathered
-    are embedding, head and two blocks (the one that computes and the next), and the gradients of a block.
+    are embedding, head and two blocks (the one that computes and the next), and the gradients of a block. hsdp: the same, with
+    shares of one node.
     """
+    devices = devices if strategy == "hsdp" else devices * num_nodes
     if devices == 1:
         return memory
     if strategy == "ddp":

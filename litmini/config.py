@@ -134,8 +134,9 @@ class RunConfig(ABC):
     """Processes on each node, one for each GPU."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it."""
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it; hsdp: the
+    processes of a node share a model, and every node has a copy."""
     compile: bool = False
     """torch.compile for each block: it takes a minute at first, so it is for long runs. Needs a C++ compiler on a CPU."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)

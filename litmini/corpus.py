@@ -21,7 +21,7 @@ from tqdm import tqdm
 from litmini.config import UserError
 from litmini.documents import Piece, Source, read_pieces
 from litmini.encode import SPLITS, Encoder, Recipe, encode_all, tokenizer_hash
-from litmini.files import file_hash, read_json, write_json
+from litmini.files import file_hash, hold, read_json, write_json
 
 FORMAT = "litmini tokens 1"
 PAGE = 4096  # bytes that have a checksum of their own
@@ -139,6 +139,7 @@ def prepare(
             return index
         raise UserError(f"{directory} holds another corpus. Choose another --out_dir, or delete it.")
     directory.mkdir(parents=True, exist_ok=True)
+    hold(directory)
     item_bytes = array(Encoder(recipe).code).itemsize
     splits = [Shards(directory, split, item_bytes, recipe.shard_tokens) for split in SPLITS]
     counts = _resume(directory, made_from, splits, say)
@@ -191,14 +192,19 @@ def _resume(directory: Path, made_from: dict[str, Any], splits: list[Shards], sa
             raise UserError(f"{directory} holds {there[0]} but no index.json. Choose another --out_dir, or delete it.")
         return Counts()
     state = read_json(file)
-    counts = Counts(**state["counts"])
-    before, begun = state["made_from"], counts.source + 1
-    if before["recipe"] != made_from["recipe"] or before["sources"][:begun] != made_from["sources"][:begun]:
+    try:
+        counts = Counts(**state["counts"])
+        before, begun = state["made_from"], counts.source + 1
+        same = before["recipe"] == made_from["recipe"] and before["sources"][:begun] == made_from["sources"][:begun]
+        saved_splits = [{key: saved[key] for key in ("done", "size", "documents")} for saved in state["splits"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): delete {directory} and start again.") from None
+    if not same:
         raise UserError(
             f"{directory} was begun with other settings, another tokenizer or other text. Start again: delete it, or "
             f"choose another --out_dir."
         )
-    for shards, saved in zip(splits, state["splits"], strict=True):
+    for shards, saved in zip(splits, saved_splits, strict=True):
         shards.restore(saved)
     say(f"going on in {directory} after {counts.documents:,} documents")
     return counts

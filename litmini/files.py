@@ -23,7 +23,7 @@ _held: dict[tuple[int, int], int] = {}  # (device, inode) of a directory -> desc
 
 @contextmanager
 def write_aside(
-    directory: Path, later: Callable[[Callable[[], None]], object] | None = None, sealed: bool = False
+    directory: Path, later: Callable[[Callable[..., None]], object] | None = None, sealed: bool = False
 ) -> Iterator[Path]:
     """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
 
@@ -32,7 +32,8 @@ def write_aside(
 
     Args:
         later: takes what is left to do after the block (waiting for the disk, renaming), to call it in a thread, say.
-            What was written in the block is a copy already: the kernel's, in memory.
+            What was written in the block is a copy already: the kernel's, in memory. It may be given what waits for others
+            who write there, to call that first.
         sealed: add the hash of each file, for `check_seal`.
 
     Raises:
@@ -42,8 +43,10 @@ def write_aside(
     aside = _aside(directory)
     lock = _claim(aside, directory)
 
-    def finish() -> None:
+    def finish(wait: Callable[[], None] | None = None) -> None:
         try:
+            if wait:
+                wait()
             if sealed:
                 files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
                 hashes = {str(file.relative_to(aside)): file_hash(file) for file in files}

@@ -31,7 +31,7 @@ def forecast(model: nn.Module, config: RunConfig, rows: Rows | Windows, total_ro
         memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
     except UserError as error:
         return str(error)
-    memory = share(memory, model, world, config.strategy)
+    memory = share(memory, model, config.devices, config.strategy, config.num_nodes)
     there = _memory_of(device)
     rows_text = f"{micro} rows of {batch['tokens'].shape[1]:,} tokens"
     lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {rows_text}:", describe(memory)]

@@ -40,10 +40,16 @@ def make_fabric(config: RunConfig) -> Fabric:
             "Use --precision bf16-mixed."
         )
     strategy: Any = config.strategy
-    if strategy == "fsdp":
+    if strategy in ("fsdp", "hsdp"):
         if config.precision == "16-mixed":
-            raise UserError("precision 16-mixed does not go with --strategy fsdp. Use --precision bf16-mixed.")
-        strategy = ModelParallelStrategy(shard, data_parallel_size=count, tensor_parallel_size=1)
+            raise UserError(f"precision 16-mixed does not go with --strategy {strategy}. Use --precision bf16-mixed.")
+        if strategy == "hsdp" and min(config.devices, config.num_nodes) < 2:
+            raise UserError(
+                f"--strategy hsdp shares a model inside of each node and copies it across nodes: it needs 2 or more of each, "
+                f"found {config.devices} devices on {config.num_nodes} nodes. Use --strategy fsdp."
+            )
+        copies = config.num_nodes if strategy == "hsdp" else 1  # Fabric has names of its own for the mesh's dimensions
+        strategy = ModelParallelStrategy(shard, data_parallel_size=copies, tensor_parallel_size=count // copies)
     for name in ("lightning.fabric", "lightning.pytorch"):  # each process would introduce itself
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():

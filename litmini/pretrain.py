@@ -21,9 +21,10 @@ from litmini.files import content_hash
 from litmini.finetune import Data, idle_optim, warn
 from litmini.loss import ZLossHead
 from litmini.models import FAMILIES, family, use_model_file
+from litmini.open_corpus import Corpus
 from litmini.pretrain_config import PretrainConfig
 from litmini.sharding import whole
-from litmini.shards import Corpus, Windows
+from litmini.shards import Windows
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
     )
     fabric.print(f"held-out: {len(val):,} rows" if val else "warning: no held-out text in the corpus")
     statistics = {"statistics": {"rows": len(rows), "held_out_rows": len(val) if val else 0, "epochs": epochs}}
-    hashes = {name: content_hash(Path(name)) for name in config.data_files()}
+    hashes = {f"{c.name}/index.json": content_hash(c.directory / "index.json") for c in corpora}
     samples = _samples(val, tokenizer, config.eval.samples) if val else []
     return Data(tokenizer, rows, val, samples, total, steps, statistics, hashes)
 
@@ -176,19 +177,19 @@ def _check_tokenizers(corpora: list[Corpus], plan: Blueprint) -> None:
     first = corpora[0]
     for other in corpora[1:]:
         if any(other.index[key] != first.index[key] for key in ("tokenizer_sha256", "end")):
-            raise UserError(f"{other.directory} and {first.directory} were made with different tokenizers.")
+            raise UserError(f"{other.name} and {first.name} were made with different tokenizers.")
     if plan.checkpoint:
         own = tokenizer_hash((plan.checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
         if own != first.index["tokenizer_sha256"]:
             raise UserError(
-                f"{first.directory} was not made with the tokenizer of {plan.checkpoint}. Prepare the text again with "
+                f"{first.name} was not made with the tokenizer of {plan.checkpoint}. Prepare the text again with "
                 f"--tokenizer {plan.checkpoint}"
             )
-    if first.index["vocab_size"] > plan.config.vocab_size:
+    if first.vocab_size > plan.config.vocab_size:
         raise UserError(
-            f"{first.directory} has a vocabulary of {first.index['vocab_size']:,}, the model one of "
+            f"{first.name} has a vocabulary of {first.vocab_size:,}, the model one of "
             f"{plan.config.vocab_size:,}: its tokens have no embedding. Type --model.vocab_size "
-            f"{first.index['vocab_size']}, or prepare the text with the model's own tokenizer."
+            f"{first.vocab_size}, or prepare the text with the model's own tokenizer."
         )
 
 

@@ -12,7 +12,7 @@ class CorpusConfig:
     """Data: token shards that prepare_data.py wrote."""
 
     path: list[str] | str
-    """Directory of a corpus, or a list of several."""
+    """Directory of a corpus, or URL of one in object storage, or a list of several."""
     weights: list[float] | None = None
     """The share of rows from each of several corpora; none: each row of all of them once in an epoch."""
     max_seq_len: int = 1024
@@ -61,6 +61,3 @@ class PretrainConfig(RunConfig):
     @property
     def base(self) -> str:
         return self.model
-
-    def data_files(self) -> list[str]:
-        return [f"{path}/index.json" for path in self.data.paths]

@@ -114,7 +114,7 @@ class Run:
             raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
         self.before = read_json(run / "manifest.json")
         self.results = self.before.get("results", {})
-        files = [name for name in self.before.get("data", {}) if not name.startswith(HUB)]
+        files = [name for name in self.before.get("data", {}) if not name.startswith(HUB) and "://" not in name]
         hashes = {name: {"sha256": content_hash(existing_file(name, "data file"))} for name in files}
         check_same(self.before, {"data": hashes}, self.restart_from)
         self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
@@ -193,12 +193,16 @@ class Run:
         """
         directory = self.directory / f"step-{progress.step:06d}"
         self.saving.wait()
-        with self._aside(directory, save_weights, later=self.saving, sealed=True) as aside:
+        wait = None
+        with self._aside(directory, save_weights, later=lambda finish: self.saving(finish, wait), sealed=True) as aside:
             if is_sharded(self.model):
-                save_shares(Path(self.fabric.broadcast(str(aside))) / SHARES, self.model, self.optimizer)
+                place = Path(self.fabric.broadcast(str(aside))) / SHARES
+                wait = save_shares(place, self.model, self.optimizer)
             if aside:
                 save_state(aside, progress, self.model, self.optimizer)
                 write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})
+            elif wait:
+                self.saving(wait)
         if self.fabric.is_global_zero:
             for logger in self.loggers:
                 logger.save()

@@ -3,8 +3,9 @@
 Every parameter is then a DTensor cut by its first dimension. All processes take part in each forward, and in `whole`.
 """
 
+import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -37,7 +38,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
-    """Share each `Block`, then the rest of `model`, out over the mesh's dimension `data_parallel`.
+    """Share each `Block`, then the rest of `model`, out over the mesh's second dimension; the first one holds copies.
 
     Rank 0 has the values; elsewhere parameters may be on the meta device. So every process but that one needs, beside its
     share, memory for one block. A block's parameters are gathered before its forward and its backward, and freed after.
@@ -45,9 +46,11 @@ def shard(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    if mesh.ndim == 2 and mesh.size(0) == 1:  # no copies
+        mesh = mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
     for part in [*blocks(model), model]:
         _spread(part, device)
-        fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return model
 
 
@@ -104,34 +107,48 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
                 yield f"{key}/{name}", value
 
 
-def save_shares(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write every process's share of `named_state` into `directory`, as safetensors. All processes call this."""
+def save_shares(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Begin to write every process's share of `named_state` into `directory`, as safetensors. All processes call this.
+
+    What is written is a copy in the CPU's memory: training goes on meanwhile.
+
+    Returns:
+        Waits until all processes have written, and raises what failed.
+    """
     import torch.distributed.checkpoint as checkpoint
 
     tensors = {name: value for name, value in named_state(model, optimizer) if isinstance(value, Tensor)}
-    try:
-        writer = checkpoint.HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        checkpoint.save(tensors, storage_writer=writer)
-    except checkpoint.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+    writer = checkpoint.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    written: Any = checkpoint.async_save(tensors, storage_writer=writer, process_group=_beside(dist.group.WORLD))
+
+    def wait() -> None:
+        try:
+            written.result()
+        except checkpoint.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
+
+    return wait
 
 
-def load_shares(directory: Path, files: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+@functools.cache
+def _beside(world: Any) -> Any:
+    """The processes of `world` once more, to speak of a checkpoint while training speaks to them."""
+    return dist.new_group(backend="gloo")
+
+
+def load_shares(directory: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Read this process's share of every tensor named `kind/parameter` in the safetensors files of `directory`.
 
     How many processes wrote them does not matter. All processes call this.
 
     Args:
-        files: those that must be there.
         like: the parameters; a tensor of a parameter's shape is shared out as that parameter is.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is damaged.
     """
     import torch.distributed.checkpoint as checkpoint
 
-    if lost := [name for name in files if not (directory / name).is_file()]:
-        raise UserError(f"{directory} is damaged: it lacks {', '.join(lost)}; resume from another step-*.")
     try:
         reader = checkpoint.HuggingFaceStorageReader(str(directory))
         tensors = {}

@@ -1,15 +1,11 @@
 """Token shards -> rows -> batches. Which tokens are in which row is a pure function of the seed and the row's number.
 
 The order is a keyed permutation that is computed, not stored: nothing here grows with the corpus, any row can be asked
-for at any time, and a resumed run, on as many processes as one likes, goes on with the very next row. Every page that is
-read is compared with its checksum.
+for at any time, and a resumed run, on as many processes as one likes, goes on with the very next row.
 """
 
-import mmap
-import zlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,94 +13,12 @@ import torch
 from torch import Tensor
 
 from litmini.config import UserError
-from litmini.corpus import FORMAT, PAGE
-from litmini.encode import tokenizer_hash
-from litmini.files import read_json
 from litmini.loss import IGNORE
+from litmini.open_corpus import Corpus, Shard
 
 BLOCK = 4096
 """Rows whose places are computed together; in each, corpora have exactly their shares."""
 ROUNDS = 8
-
-
-class Shard:
-    """One file of token ids, mapped into memory when it is first read."""
-
-    def __init__(self, file: Path, tokens: int, dtype: np.dtype) -> None:
-        self.file, self.tokens, self.dtype = file, tokens, dtype
-        expected = tokens * dtype.itemsize
-        size = file.stat().st_size if file.is_file() else -1
-        if size != expected:
-            what = "is missing" if size < 0 else f"has {size:,} bytes, index.json says {expected:,}"
-            raise UserError(f"{file} {what}. Copy it again, or prepare the corpus again.")
-
-    @cached_property
-    def _map(self) -> tuple[mmap.mmap, np.ndarray, np.ndarray]:
-        with self.file.open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):
-            mapped.madvise(mmap.MADV_RANDOM)
-        checksums = self.file.with_suffix(".crc")
-        expected = -(-len(mapped) // PAGE)
-        pages = np.fromfile(checksums, np.uint32) if checksums.is_file() else np.empty(0, np.uint32)
-        if len(pages) != expected:
-            raise UserError(
-                f"{checksums} has {len(pages):,} checksums, expected {expected:,}. Prepare the corpus again."
-            )
-        return mapped, np.frombuffer(mapped, self.dtype), pages
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), not copied.
-
-        Raises:
-            UserError: a page that holds some of them is not what was written.
-        """
-        mapped, tokens, checksums = self._map
-        size = self.dtype.itemsize
-        for page in range(start * size // PAGE, ((start + count) * size - 1) // PAGE + 1):
-            content = memoryview(mapped)[page * PAGE : (page + 1) * PAGE]
-            if zlib.crc32(content) != checksums[page]:
-                raise UserError(
-                    f"{self.file} is damaged: bytes {page * PAGE:,} to {page * PAGE + len(content):,} fail their "
-                    f"checksum. Copy the file again, or prepare the corpus again."
-                )
-        return tokens[start : start + count]
-
-    def expect(self, start: int, count: int) -> None:
-        """Ask the system to read these tokens ahead, while the model computes."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            begin = start * self.dtype.itemsize // PAGE * PAGE
-            self._map[0].madvise(mmap.MADV_WILLNEED, begin, (start + count) * self.dtype.itemsize - begin)
-
-
-class Corpus:
-    """A directory that `prepare_data.py` wrote.
-
-    Raises:
-        UserError: a file is missing, truncated, or of another tokenizer.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        file = self.directory / "index.json"
-        if not file.is_file():
-            unfinished = (self.directory / "progress.json").is_file()
-            raise UserError(
-                f"{self.directory} is an unfinished corpus: type its prepare_data.py command again to go on."
-                if unfinished
-                else f"{file} not found: {self.directory} is no corpus. Make one: python scripts/prepare_data.py --help"
-            )
-        self.index = read_json(file)
-        if self.index.get("format") != FORMAT:
-            raise UserError(f"{file} has format {self.index.get('format')!r}, expected '{FORMAT}'.")
-        tokenizer = self.directory / "tokenizer.json"
-        if tokenizer_hash(tokenizer.read_text(encoding="utf-8")) != self.index["tokenizer_sha256"]:
-            raise UserError(f"{tokenizer} is not the tokenizer that made these shards. Prepare the corpus again.")
-        dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
-        self.splits = {
-            split: [Shard(self.directory / s["file"], s["tokens"], dtype) for s in content["shards"]]
-            for split, content in self.index["splits"].items()
-        }
 
 
 class Windows:
@@ -132,15 +46,15 @@ class Windows:
         isolate: bool = False,
         limit: int | None = None,
     ) -> None:
-        self.length, self.seed, self.isolate = length, seed, isolate
-        self.end = corpora[0].index["end"]
+        self.length, self.seed, self.isolate, self.split = length, seed, isolate, split
+        self.end, self.vocab_size = corpora[0].end, corpora[0].vocab_size
         groups = [corpora] if weights is None else [[corpus] for corpus in corpora]
         self.shards = [[shard for corpus in group for shard in corpus.splits[split]] for group in groups]
         # starts[g][s]: the number of group g's first window in its shard s; the last entry is how many there are
         self.starts = [np.cumsum([0, *((s.tokens - 1) // length for s in shards)]) for shards in self.shards]
         for group, shards, starts in zip(groups, self.shards, self.starts, strict=True):
             if not starts[-1]:
-                names = ", ".join(str(corpus.directory) for corpus in group)
+                names = ", ".join(corpus.name for corpus in group)
                 most = max((s.tokens for s in shards), default=0)
                 raise UserError(
                     f"{names}: the longest {split} shard has {most:,} tokens, a row needs {length + 1:,} (data.max_seq_len "
@@ -194,9 +108,15 @@ class Windows:
             nothing = torch.zeros((1, self.length), dtype=torch.int64)
             return {"tokens": nothing, "labels": nothing + IGNORE, "documents": nothing}
         windows = np.empty((len(rows), self.length + 1), np.int64)
-        for i, row in enumerate(rows):
-            shard, start = self.place(row)
+        places = self._expect(rows)
+        for i, (shard, start) in enumerate(places):
             windows[i] = shard.read(start, self.length + 1)
+        if (largest := int(windows.max())) >= self.vocab_size:
+            shard, _ = places[int(windows.max(axis=1).argmax())]
+            raise UserError(
+                f"{shard.file} holds token {largest:,}, index.json says that there are {self.vocab_size:,}. Prepare the "
+                f"corpus again."
+            )
         tokens, labels = windows[:, :-1], windows[:, 1:]
         batch: dict[str, Any] = {"tokens": tokens, "labels": labels}
         if self.isolate:
@@ -209,15 +129,21 @@ class Windows:
             batch["documents"] = 1 + np.cumsum(first, axis=1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    def _expect(self, rows: list[int]) -> list[tuple[Shard, int]]:
+        """The places of rows, which will be read soon."""
+        places = [self.place(row) for row in rows]
+        for shard, start in places:
+            shard.expect(start, self.length + 1)
+        return places
+
     def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the rows `numbers`, in micro-batches, as many on every rank; no other rows are read.
 
         Where the rows do not suffice for all ranks, a micro-batch is one row of padding.
         """
         mine = numbers[rank::world]
-        for row in mine:  # of the next step
-            shard, start = self.place(row + len(numbers))
-            shard.expect(start, self.length + 1)
+        if self.split == "train":
+            self._expect([row + len(numbers) for row in mine])  # those of the next step
         for i in range(-(-len(numbers) // (micro_batch * world))):
             yield self.batch(list(mine[i * micro_batch : (i + 1) * micro_batch]))
 

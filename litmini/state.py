@@ -17,7 +17,7 @@ from litmini.train import Progress
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state.
 
-    Of a sharded model, the tensors are in `SHARES` already: see `litmini.sharding.save_shares`.
+    Of a sharded model, the tensors are in `SHARES`: see `litmini.sharding.save_shares`.
     """
     tensors: dict[str, torch.Tensor] = {}
     scalars, pointers = {}, set()
@@ -30,7 +30,7 @@ def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer:
             scalars[name] = value
     saved: dict[str, Any] = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
     if is_sharded(model):
-        saved["shares"] = sorted(path.name for path in (directory / SHARES).iterdir())
+        saved["shares"] = True
     else:
         write_tensors(directory / "training_state.safetensors", tensors)
     write_json(directory / "training_state.json", saved)
@@ -45,12 +45,12 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         saved = read_json(directory / "training_state.json")
         progress, numbers = Progress(**saved["progress"]), dict(saved["optimizer"])
-        shares = list(saved.get("shares", []))
+        shares = bool(saved.get("shares"))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if shares or is_sharded(model):
-        tensors = load_shares(directory / SHARES if shares else directory, shares, trainable)
+        tensors = load_shares(directory / SHARES if shares else directory, trainable)
     else:
         tensors = read_tensors([directory / "training_state.safetensors"])
     restored: dict[str, dict[str, Any]] = {name: {} for name in trainable}

@@ -121,7 +121,7 @@ def fit(
     with _signals() as received, bar:
         for step in range(progress.step, total_steps):
             started = time.perf_counter()
-            torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
+            _seed(fabric.device, hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
             micro_batches = batches(step)
             targets, tokens, stop = _total(fabric, _targets(micro_batches), _tokens(micro_batches), len(received))
             rate = learning_rate(step)
@@ -156,6 +156,11 @@ def fit(
     return progress
 
 
+def _seed(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed`, which takes a tenth of a millisecond to write down who called it, for GPUs to come."""
+    torch.default_generator.manual_seed(seed) if device.type == "cpu" else torch.manual_seed(seed)
+
+
 def _total(fabric: Fabric, *counts: int) -> list[int]:
     """Sums over all ranks; of signals, too, so that all stop after the same step."""
     total: Any = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum")
@@ -182,7 +187,7 @@ def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
 
 def _show(fabric: Fabric, bar: tqdm, metrics: dict[str, float], progress: Progress) -> None:
     """Move the bar or, in log files, print a line for each twentieth of the run."""
-    bar.set_postfix_str(_in_words(metrics))
+    bar.set_postfix_str(_in_words(metrics), refresh=False)
     bar.update()
     if bar.disable and progress.step % max(1, bar.total // 20) == 0:
         left = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
@@ -218,9 +223,12 @@ def _take_step(
         all ranks.
     """
     losses = []
-    keep = not isinstance(next(model.parameters()), DTensor)  # sharded: gradients are, too, after each micro-batch
+    sharded = isinstance(next(model.parameters()), DTensor)  # gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
-        with fabric.no_backward_sync(model, enabled=keep and i + 1 < len(micro_batches)):
+        more = i + 1 < len(micro_batches)
+        with fabric.no_backward_sync(model, enabled=more and not sharded):
+            if sharded:  # Fabric has just switched it on
+                model.module.set_requires_all_reduce(not more)  # copies of the shares (hsdp) are added up once a step
             loss, _ = model(**fabric.to_device(batch))
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
         losses.append(loss.detach())

@@ -42,6 +42,8 @@ def train_tokenizer(stream: Iterable[str], kind: str, vocab_size: int, special: 
         for text in stream:
             counts.update(text)
         names = [END, UNKNOWN, *special]
+        if vocab_size <= len(names):
+            raise UserError(f"--vocab_size {vocab_size}: special tokens alone are {len(names)}.")
         kept = sorted(letter for letter, _ in counts.most_common(vocab_size - len(names)))
         if not kept:
             raise UserError("no text to make a tokenizer of.")

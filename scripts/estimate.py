@@ -1,7 +1,7 @@
 """How much memory and time a training run will take, without loading a weight.
 
     python scripts/estimate.py HuggingFaceTB/SmolLM2-135M --method lora --max_seq_len 2048
-    python scripts/estimate.py meta-llama/Llama-3.1-8B --method full --devices 8 --strategy fsdp
+    python scripts/estimate.py meta-llama/Llama-3.1-8B --method full --devices 8 --num_nodes 64 --strategy hsdp
 
 --check trains two steps of each given length in a process of its own and compares its measured peak.
 """
@@ -12,6 +12,8 @@ from typing import Any, Literal
 from litmini.cli import command
 from litmini.config import OptimConfig, UserError, check
 from litmini.finetune_config import LoraConfig
+
+POSITIVE = ("max_seq_len", "micro_batch_size", "micro_batches", "devices", "num_nodes", "node_gb", "network_gb", "mfu")
 
 
 @dataclass
@@ -26,8 +28,8 @@ class EstimateConfig:
     """Tokens in a row."""
     micro_batch_size: int = 4
     """Rows in one forward pass on one device."""
-    accumulate: bool = False
-    """Several micro-batches in an optimizer step: gradients are there while the next one runs."""
+    micro_batches: int = 1
+    """Those of one device in an optimizer step; of several, gradients of the first are there while the next one runs."""
     checkpoint_activations: bool = False
     """Keep only each block's input."""
     precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "auto"
@@ -35,38 +37,51 @@ class EstimateConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     devices: int = 1
-    """How many devices share the work."""
-    strategy: Literal["ddp", "fsdp"] = "fsdp"
+    """How many devices share the work, on each node."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
     """How several share it."""
+    node_gb: float = 450.0
+    """What a device sends to others of its node, GB a second."""
+    network_gb: float = 50.0
+    """What a device sends to other nodes, GB a second."""
     mfu: float = 0.4
     """Share of a card's published operations a second that training reaches, for tokens a day."""
     check: list[int] = field(default_factory=list)
     """Row lengths at which to train two steps on this machine and compare; MODEL is a checkpoint directory then."""
 
     def __post_init__(self) -> None:
-        numbers = {name: getattr(self, name) > 0 for name in ("max_seq_len", "micro_batch_size", "devices", "mfu")}
+        numbers = {name: getattr(self, name) > 0 for name in POSITIVE}
         check("", self, check=all(length > 0 for length in self.check), **numbers)
         if self.precision == "auto":
             self.precision = "bf16-mixed" if self.method == "full" else "bf16-true"
 
 
 def main(config: EstimateConfig) -> None:
-    from litmini import cards, estimate
+    from litmini import cards, estimate, layouts
 
     if config.check:
         return compare(config)
     model = build(config)
     memory = estimate_at(config, model, config.max_seq_len)
-    memory = cards.share(memory, model, config.devices, config.strategy)
+    memory = cards.share(memory, model, config.devices, config.strategy, config.num_nodes)
+    devices = config.devices * config.num_nodes
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
     rows = f"{config.micro_batch_size} rows of {config.max_seq_len:,} tokens in a micro-batch"
-    print(f"peak memory of each of {config.devices} devices, {rows}:\n{estimate.describe(memory)}")
+    print(f"peak memory of each of {devices} devices, {rows}:\n{estimate.describe(memory)}")
     print(f"fits on: {cards.fitting(memory)}")
     print(f"tokens a day at {config.mfu:.0%} MFU of the published bf16 rate:")
-    for name, tokens in cards.tokens_per_day(model, config.max_seq_len, config.mfu, config.devices).items():
-        print(f"  {config.devices} x {name:10}{tokens:18,.0f}")
+    for name, tokens in cards.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
+        print(f"  {devices} x {name:10}{tokens:18,.0f}")
+    if devices > 1:
+        sent = layouts.traffic(model, config.strategy, config.devices, config.num_nodes)
+        flops, tokens = cards.token_flops(model, config.max_seq_len), config.micro_batch_size * config.max_seq_len
+        speeds = (config.node_gb * 1e9, config.network_gb * 1e9)
+        print(f"communication and compute ({config.strategy}, {config.micro_batches} micro-batches a step):")
+        print(layouts.compare(sent, flops, tokens, config.micro_batches, config.mfu, speeds))
 
 
 def build(config: EstimateConfig) -> Any:
@@ -102,7 +117,7 @@ def estimate_at(config: EstimateConfig, model: Any, length: int, process: int = 
     from litmini.estimate import estimate, full_rows
 
     batch = full_rows(config.micro_batch_size, length, model.config.vocab_size)
-    return estimate(model, batch, config.optim, config.precision, config.accumulate, process)
+    return estimate(model, batch, config.optim, config.precision, config.micro_batches > 1, process)
 
 
 def compare(config: EstimateConfig) -> None:
@@ -133,7 +148,7 @@ def compare(config: EstimateConfig) -> None:
             rows = config.micro_batch_size
             command += [
                 f"--train.micro_batch_size={rows}",
-                f"--train.global_batch_size={rows * (1 + config.accumulate)}",
+                f"--train.global_batch_size={rows * config.micro_batches}",
             ]
             command += [f"--precision={config.precision}", f"--optim.name={config.optim.name}"]
             command += [f"--train.checkpoint_activations={str(config.checkpoint_activations).lower()}"]

@@ -194,7 +194,7 @@ class Place:
                 for line in self.data.open():
                     out.write(json.dumps({"text": " ".join(json.loads(line).values())}) + "\n")
             words = [text, "--tokenizer", self.base, "--out_dir", corpus, "--val_fraction", 0.1, "--workers", 1]
-            (ended,) = run_two(command, "prepare_data", *words, processes=1)
+            (ended,) = run_two(command, "prepare_data", *words, devices=1)
             assert ended.status == 0, ended.err
         return corpus
 
@@ -233,7 +233,7 @@ class Place:
         self.count += 1
         processes = int(words[words.index("--devices") + 1]) if "--devices" in words else 1
         cache = str(self.directory / f"cache-{self.count}")
-        return run_two(play, script, words, cache, moment, late, counted, processes=processes, timeout=120)
+        return run_two(play, script, words, cache, moment, late, counted, devices=processes, timeout=120)
 
     def undisturbed(self, script: str, more: tuple[object, ...] = ()) -> tuple[Path, list[dict[str, int]]]:
         """(directory, calls of each phase in each process) of a run that was left alone."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         assert joined(source, separator="<|x|>\n") == TEXTS, source
         assert source.size > 0 and source.stamp
     assert joined(sources[4]) == ["<|x|>\n".join(TEXTS)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+def test_memory_does_not_grow_with_a_file(tmp_path, name):
+    """24 MB, as one document or as many; a piece is a million characters."""
+    line = "the cat sat on the mat and looked at another cat\n" * 100
+    lines = line if "txt" in name else json.dumps({"text": line}) + "\n"
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        for _ in range(5000):
+            file.write(lines)
+    (source,) = find_sources([str(tmp_path / name)])
+    tracemalloc.start()
+    characters = sum(len(piece.text) for piece in read_pieces(source))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert characters == 5000 * len(line) > 24e6
+    assert peak < 10e6
 
 
 @pytest.mark.parametrize("piece", [40, 64, 1000])

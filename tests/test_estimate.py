@@ -13,6 +13,7 @@ from litmini.config import OptimConfig
 from litmini.estimate import Memory, _Ledger, estimate, full_rows, optimizer_bytes
 from litmini.finetune_config import LoraConfig
 from litmini.launch import checkpoint_activations
+from litmini.layouts import Traffic, compare, traffic
 from litmini.models import llama, mixtral
 from litmini.optim import make_optimizer
 from litmini.quantize import quantize_linears
@@ -142,10 +143,27 @@ def test_several_devices_and_cards():
     shared = share(memory, model, 4, "fsdp")
     assert (shared.trained, shared.optimizer, shared.gradients, shared.activations) == (250, 500, 250, 300)
     assert shared.temporary > memory.temporary
+    assert share(memory, model, 4, "hsdp", 16) == shared == share(memory, model, 1, "fsdp", 4)
     assert [gib for _, gib in CARDS] == sorted(gib for _, gib in CARDS)
     assert fitting(memory) == "RTX 4060 (8 GiB) and larger"
     assert fitting(Memory(20 * GIB, 0, 0, 0, 0, 0, 0, process=10**15)) == "RTX 4090 (24 GiB) and larger"
     assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the ordinary cards: 221 GiB"
+
+
+def test_what_gpus_send_to_each_other():
+    """Eight on each of two nodes; half of the weights are trained."""
+    model = torch.nn.Sequential(torch.nn.Linear(100, 100, bias=False), torch.nn.Linear(100, 100, bias=False))
+    model[0].requires_grad_(False)
+    trained, all_ = 40_000, 80_000
+    assert traffic(model, "ddp", 8, 1) == Traffic((0, 0), (2 * trained * 7 / 8, 0))
+    assert traffic(model, "ddp", 8, 2) == Traffic((0, 0), (0, 2 * trained * 15 / 16))
+    assert traffic(model, "fsdp", 8, 1) == Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 0))
+    assert traffic(model, "fsdp", 8, 2) == Traffic((0, (2 * all_ + trained) * 15 / 16), (0, 0))
+    hsdp = Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 2 * trained / 8 / 2))
+    assert traffic(model, "hsdp", 8, 2) == hsdp
+    said = compare(Traffic((4e9, 0), (0, 1e9)), 989e12 / 1000, 500, 2, 0.5, (8e9, 1e9))
+    assert "sends 8.0 GB inside of a node: 1 s at 8 GB/s" in said and "sends 1.0 GB between nodes: 1 s at 1" in said
+    assert "computes 2 s (H100), which does not hide that: a step has 1,000 tokens for each, 1,000 would do" in said
 
 
 def test_tokens_a_day():
@@ -169,8 +187,26 @@ def test_the_estimate_script(capfd, monkeypatch, tiny_dir):
     words = ["--max_seq_len", 32, "--micro_batch_size", 1]
     out = run(capfd, monkeypatch, "estimate", tiny_dir, *words, "--method", "qlora")
     assert "fits on: RTX 4060" in out and "1 x H100" in out
-    out = run(capfd, monkeypatch, "estimate", "EleutherAI/pythia-14m", *words, "--devices", 8, "--lora.targets=[dense]")
-    assert "8 x H100" in out and f"{6 * 16 * 2 * 128:,} parameters are trained" in out
+    out = run(
+        capfd,
+        monkeypatch,
+        "estimate",
+        "EleutherAI/pythia-14m",
+        *words,
+        "--devices",
+        8,
+        "--lora.targets=[dense]",
+        "--num_nodes",
+        2,
+        "--strategy",
+        "hsdp",
+    )
+    assert (
+        "16 x H100" in out
+        and "inside of a node" in out
+        and "between nodes" in out
+        and f"{6 * 16 * 2 * 128:,} parameters are trained" in out
+    )
 
 
 def test_dry_run_says_what_a_run_takes(capfd, monkeypatch, tiny_dir, tmp_path):

@@ -1,6 +1,7 @@
 """Data sets of the hub: which files are meant, and a small server that speaks as much of the hub's protocol as they need."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import pytest
 
 from litmini.config import UserError
 from litmini.data import load_data
+from litmini.documents import find_sources, read_pieces
 from litmini.finetune_config import DataConfig
 from litmini.hub_data import choose_files, find_files
 from litmini.tokenizer import Tokenizer
@@ -48,9 +50,19 @@ class Hub(BaseHTTPRequestHandler):
         if path.startswith("/api/datasets/"):
             if "/revision/" in path and not path.endswith(("/main", "/v1", COMMIT)):
                 return self.answer(404, error="RevisionNotFound")
+            if tree := re.search(r"/tree/\w+/?(.*)", path):
+                return self.answer(200, json.dumps(self.listing(tree[1])).encode())
             siblings = [{"rfilename": name} for name in self.files]
             return self.answer(200, json.dumps({"id": "acme/mugs", "sha": COMMIT, "siblings": siblings}).encode())
-        self.answer(200, self.files[path.split(f"/datasets/acme/mugs/resolve/{COMMIT}/")[1]])
+        content = self.files[re.split(r"/datasets/acme/mugs/resolve/\w+/", path)[1]]
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.answer(206, content[int(part[1]) : int(part[2]) + 1]) if part else self.answer(200, content)
+
+    def listing(self, folder: str) -> list[dict]:
+        """Everything below a folder, which is more than was asked for, but not wrong."""
+        names = [name for name in self.files if name.startswith(folder)]
+        files = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": f"{len(n):x}"} for n in names]
+        return files + ([] if folder else [{"type": "directory", "path": "data", "oid": "d"}])
 
     def answer(self, status: int, body: bytes = b"", error: str | None = None) -> None:
         self.send_response(status)
@@ -79,6 +91,16 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     server.shutdown()
     server.server_close()
+
+
+def test_text_of_a_data_set_is_streamed() -> None:
+    """As prepare_data.py and train_tokenizer.py read hf://datasets/ORG/NAME."""
+    sources = find_sources(["hf://datasets/acme/mugs/data/train*"])
+    assert [s.name.rsplit("/", 1)[-1] for s in sources] == sorted(n[5:] for n in Hub.files if "train" in n)
+    texts = [piece.text for source in sources for piece in read_pieces(source, "completion")]
+    assert texts == ["one", "two", "three"]
+    with pytest.raises(UserError, match="hf://datasets/acme/none cannot be listed: .*repository not found"):
+        find_sources(["hf://datasets/acme/none"])
 
 
 def test_a_data_set_by_id(tokenizer_dir: Path, tmp_path: Path) -> None:

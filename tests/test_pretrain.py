@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,23 +132,6 @@ def test_killed_and_resumed_equals_undisturbed(place, whole):
 def assert_same(one, two):
     one, two = load_file(one), load_file(two)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_two_processes_go_on_where_one_stopped(place, whole):
-    """Data order and loss are those of one process, from any checkpoint."""
-    words = settings(
-        place, "two", "--train.save_every", 3, "--train.eval_every", 4, "--devices", 2, "--strategy", "ddp"
-    )
-    words += ["--train.micro_batch_size", 1, "--resume", place / "whole/step-000006"]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, str(ROOT / "scripts/pretrain.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = losses(place / "whole")[6:], losses(place / "two")
-    assert [row[:2] for row in one] == [row[:2] for row in two]
-    for a, b in zip(one, two, strict=True):
-        assert float(a[2]) == pytest.approx(float(b[2]), rel=1e-5)
-        assert float(a[5] or 0) == pytest.approx(float(b[5] or 0), rel=1e-5)
 
 
 def test_pretraining_goes_on_from_a_checkpoint(place, whole):
@@ -304,6 +288,79 @@ def test_what_does_not_fit_is_refused(place, words, message):
     error = run("pretrain.py", *settings(place, "refused", *words), status=1)
     assert re.search(message, error), error
     assert not (place / "refused").exists()
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+DAMAGE = {
+    "truncated": (
+        lambda c: os.truncate(c / "train-00000.bin", 9000),
+        r"train-00000.bin has 9,000 bytes, index.json says",
+    ),
+    "flipped": (
+        lambda c: [flip(c / f"train-0000{i}.bin") for i in (0, 1)],
+        r"train-0000.\.bin is damaged: bytes .* checksum",
+    ),
+    "no shard": (lambda c: (c / "train-00001.bin").unlink(), r"train-00001.bin is missing"),
+    "no checksums": (
+        lambda c: [f.unlink() for f in c.glob("train*.crc")],
+        r"train-0000.\.crc has 0 checksums, expected",
+    ),
+    "no tokenizer": (lambda c: (c / "tokenizer.json").unlink(), r"tokenizer of a corpus not found: .*tokenizer.json"),
+    "other tokenizer": (
+        lambda c: edit(c / "tokenizer.json", lambda t: t["model"]["merges"].pop()),
+        r"is not the tokenizer",
+    ),
+    "no index": (lambda c: (c / "index.json").write_text("{"), r"index.json is not valid JSON"),
+    "half an index": (lambda c: edit(c / "index.json", lambda i: i.pop("splits")), r"index.json is damaged \(KeyError"),
+    "strange tokens": (lambda c: edit(c / "index.json", lambda i: i.update(dtype="float64")), r"index.json is damaged"),
+    "few tokens": (
+        lambda c: edit(c / "index.json", lambda i: i.update(vocab_size=60)),
+        r"bin holds token \d+, index.json says",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_corpus_is_named(place, tmp_path, name):
+    damage, message = DAMAGE[name]
+    damage(shutil.copytree(place / "corpus", tmp_path / "c"))
+    words = settings(place, "x", "--data.path", tmp_path / "c", "--train.max_steps", 30, "--out_dir", tmp_path / "x")
+    error = run("pretrain.py", *words, status=1)
+    assert re.search(f"error: .*{message}", error), error
+    assert str(tmp_path / "c") in error and "Traceback" not in error
+
+
+TEXT = {
+    "a.txt": (b"fine\n\xff", r"a.txt:2 is not UTF-8 text"),
+    "b.jsonl": (
+        b'{"text": "fine"}\n{"text": " "}\n',
+        r"1 of 2 documents are empty \(the first: document 2, in .*b.jsonl\)",
+    ),
+    "c.jsonl.gz": (b"no gzip", r"c.jsonl.gz cannot be read"),
+    "d.jsonl": (b'{"body": "fine"}\n', r"d.jsonl:1: no 'text', found body"),
+    "e.csv": (b"text\nfine\n", r"e.csv: expected .txt, .jsonl, .parquet"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_bad_text_is_named_on_the_command_line(place, tmp_path, name):
+    content, message = TEXT[name]
+    (tmp_path / name).write_bytes(content)
+    words = [tmp_path / name, "--tokenizer", place / "tokenizer", "--out_dir", tmp_path / "out", "--workers", 1]
+    error = run("prepare_data.py", *words, status=1)
+    assert re.search(f"^error: .*{message}", error, re.M), error
+    assert not (tmp_path / "out/index.json").exists()
 
 
 def test_another_tokenizer_is_refused(place, whole, tiny_dir, tokenizer_dir):

@@ -14,7 +14,8 @@ from litmini.documents import find_sources
 from litmini.encode import Recipe
 from litmini.loss import IGNORE
 from litmini.models import llama
-from litmini.shards import BLOCK, Corpus, Shard, Windows, permute
+from litmini.open_corpus import Corpus, Shard
+from litmini.shards import BLOCK, Windows, permute
 from litmini.train_tokenizer import train_tokenizer
 
 LENGTH = 16
@@ -199,7 +200,7 @@ def test_opening_a_corpus_reads_no_tokens(tmp_path):
     assert len(windows) == (tokens - 1) // 1024
     shard, start = windows.place(10**7)
     assert start % 1024 == 0 and 0 <= start < tokens
-    assert "_map" not in vars(shard)
+    assert "mapped" not in vars(shard)
 
 
 @pytest.mark.parametrize(

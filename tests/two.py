@@ -1,4 +1,4 @@
-"""Processes on the CPU, for tests: two of them run a function, or a script's real command line, as `torchrun` would start it.
+"""Processes on the CPU, for tests: two, one or four run a function, or a script's command line, as `torchrun` starts it.
 
 They come from a server process that has torch already, so starting them costs next to nothing.
 """
@@ -39,15 +39,17 @@ class Ended:
     err: str
 
 
-def run_two(work: Callable[..., Any], *arguments: Any, timeout: float = 300, processes: int = 2) -> list[Ended]:
-    """`work(*arguments)` on rank 0 and rank 1, or in one process of its own."""
+def run_two(
+    work: Callable[..., Any], *arguments: Any, timeout: float = 300, devices: int = 2, nodes: int = 1
+) -> list[Ended]:
+    """`work(*arguments)` on rank 0 and rank 1, on those of several nodes, or in one process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = []
-    for rank in range(processes):
+    for rank in range(devices * nodes):
         ours, theirs = zip(*(CONTEXT.Pipe(duplex=False) for _ in range(3)), strict=True)
-        process = CONTEXT.Process(target=_start, args=(theirs, rank, processes, port, work, arguments))
+        process = CONTEXT.Process(target=_start, args=(theirs, rank, devices, nodes, port, work, arguments))
         process.start()
         for end in theirs:
             end.close()
@@ -84,21 +86,28 @@ class _Listener(threading.Thread):
 
 
 def values(ended: list[Ended]) -> list[Any]:
-    """What both processes returned."""
+    """What the processes returned."""
     assert all(end.status == 0 for end in ended), "\n".join(end.out + end.err for end in ended)
     return [end.value for end in ended]
 
 
 def _start(
-    pipes: tuple[Connection, ...], rank: int, processes: int, port: int, work: Callable[..., Any], arguments: Any
+    pipes: tuple[Connection, ...],
+    rank: int,
+    devices: int,
+    nodes: int,
+    port: int,
+    work: Callable[..., Any],
+    arguments: Any,
 ) -> None:
     for number in (1, 2):
         os.dup2(pipes[number].fileno(), number)
         pipes[number].close()
     # These were made for files, which can be sought in
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    if processes > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+    if devices * nodes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % devices), GROUP_RANK=str(rank // devices))
+        os.environ.update(WORLD_SIZE=str(devices * nodes), LOCAL_WORLD_SIZE=str(devices))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     try:
         pipes[0].send(work(*arguments))

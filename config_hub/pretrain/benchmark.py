@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from litmini.cli import command
 from litmini.finetune import held_out_loss
 from litmini.launch import make_fabric
+from litmini.meter import Meter
 from litmini.optim import learning_rate, make_optimizer
 from litmini.pretrain import blueprint, prepare_data
 from litmini.pretrain_config import PretrainConfig
@@ -117,6 +118,7 @@ def main(config: BenchmarkConfig) -> None:
     windows, total = data.train, data.total_steps
     model = plan.model(torch.float32, config.seed)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
+    meter = Meter(model, fabric.device, torch.float32)  # as pretrain.py has it
     progress = run.begin(fabric, model, optimizer, data.tokenizer)
     tokens = np.concatenate([np.fromfile(shard.file, shard.dtype) for shard in windows.shards[0]])
     plain, train_plain = plain_training(config, plan.config, tokens, total)
@@ -140,6 +142,7 @@ def main(config: BenchmarkConfig) -> None:
             log=run.log,
             checkpoint=lambda progress: None,
             max_grad_norm=1.0,
+            observe=meter,
         )
 
     for turn, until in enumerate(range(TURN, total + 1, TURN)):

@@ -90,7 +90,7 @@ def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: igno
 
     from litmini.corpus import FORMAT, PAGE
     from litmini.encode import tokenizer_hash
-    from litmini.shards import Corpus
+    from litmini.open_corpus import Corpus
 
     directory.mkdir()
     (directory / "tokenizer.json").write_text("{}")
@@ -113,7 +113,8 @@ def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: igno
 
 
 def opening(place: Path) -> None:
-    from litmini.shards import Corpus, Windows
+    from litmini.open_corpus import Corpus
+    from litmini.shards import Windows
 
     print("\ntokens           shards   milliseconds until the first row is known")
     for exponent in (7, 9, 11, 12):

@@ -123,8 +123,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Mask, cache: Any) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, -1, self.head_dim)  # first all heads of q, then of k, then of v
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_heads, T, head_dim) each
+        parts = self.c_attn(x).chunk(3, dim=-1)  # first all heads of q, then of k, then of v
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in parts)  # (B, n_heads, T, head_dim)
         if cache is not None:
             k, v = cache.update(k, v, mask)  # (B, n_heads, S, head_dim)
         y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)  # (B, n_heads, T, head_dim)
