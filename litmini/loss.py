@@ -41,10 +41,10 @@ def linear_cross_entropy(
         The sum in fp32, an exact zero with a graph when there is no target, and the number of targets (int64), both 0-d.
     """
     targets = labels != IGNORE
-    if targets.all():  # as in pretraining; CPU-GPU sync point
-        rows, wanted = hidden.flatten(0, 1), labels.flatten()
-    else:
-        rows, wanted = hidden[targets], labels[targets]  # (n, dim), (n,); CPU-GPU sync point
+    rows, wanted = hidden.flatten(0, 1), labels.flatten()
+    places = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
+    if len(places) < len(rows):  # in pretraining, every row has a target
+        rows, wanted = rows.index_select(0, places), wanted.index_select(0, places)  # (n, dim), (n,)
     if type(head) in (nn.Linear, ZLossHead) and head.bias is None:
         z_weight = head.z_weight if isinstance(head, ZLossHead) else 0.0
         dtype = (

@@ -6,20 +6,19 @@ The loss of an optimizer step is the sum over its target tokens, divided by thei
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from litmini.config import TrainConfig, UserError
+from litmini.interrupt import Interrupted, caught
 from litmini.loss import IGNORE
+from litmini.sharding import is_share, whole
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -62,15 +61,6 @@ class Progress:
         """Note a held-out loss if it is the lowest so far."""
         if self.best_val_loss is None or val_loss < self.best_val_loss:
             self.best_step, self.best_val_loss = self.step, val_loss
-
-
-class Interrupted(UserError):
-    """SIGTERM or Ctrl-C, after the step was finished and saved."""
-
-    def __init__(self, received: list[str], message: str) -> None:
-        name = (received or ["SIGTERM"])[0]  # none: another rank received it
-        super().__init__(f"{name}: {message}")
-        self.status = 128 + signal.Signals[name]
 
 
 def fit(
@@ -118,7 +108,7 @@ def fit(
         scaler.load_state_dict(progress.loss_scale)
     hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
-    with _signals() as received, bar:
+    with caught() as received, bar:
         for step in range(progress.step, total_steps):
             started = time.perf_counter()
             _seed(fabric.device, hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
@@ -163,6 +153,8 @@ def _seed(device: torch.device, seed: int) -> None:
 
 def _total(fabric: Fabric, *counts: int) -> list[int]:
     """Sums over all ranks; of signals, too, so that all stop after the same step."""
+    if fabric.world_size == 1:
+        return list(counts)
     total: Any = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum")
     return total.tolist()
 
@@ -223,7 +215,7 @@ def _take_step(
         all ranks.
     """
     losses = []
-    sharded = isinstance(next(model.parameters()), DTensor)  # gradients are, too, after each micro-batch
+    sharded = is_share(next(model.parameters()))  # gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
         more = i + 1 < len(micro_batches)
         with fabric.no_backward_sync(model, enabled=more and not sharded):
@@ -232,20 +224,23 @@ def _take_step(
             loss, _ = model(**fabric.to_device(batch))
             fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
         losses.append(loss.detach())
-    clip = max_grad_norm or math.inf
     if getattr(optimizer, "in_backward", False):  # the steps were taken there
-        norm = optimizer.take_norm()  # type: ignore[attr-defined]
+        clipped: Any = torch.tensor(optimizer.take_norm())  # type: ignore[attr-defined]
     else:
-        clipped: Any = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
-        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+        clip = max_grad_norm or math.inf
+        clipped = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
     total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
-    mean = float(total) / max(1, targets)  # CPU-GPU sync point
-    if not (math.isfinite(mean) and math.isfinite(norm)):
+    total, norm, *each = torch.stack(
+        [total, whole(clipped).to(total), *losses]
+    ).tolist()  # the step's CPU-GPU sync point
+    mean = total / max(1, targets)
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    if not finite:
         optimizer.zero_grad()
-    if scaler or (math.isfinite(mean) and math.isfinite(norm)):
+    if scaler or finite:
         optimizer.step()
     optimizer.zero_grad()
-    return torch.stack(losses).tolist(), mean, norm
+    return each, mean, norm
 
 
 def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> bool:
@@ -300,21 +295,3 @@ def _targets(batches: list[Batch]) -> int:
 def _tokens(batches: list[Batch]) -> int:
     """Tokens that are no padding; a batch that names no documents has none."""
     return sum(int((b["documents"] > 0).sum()) if "documents" in b else b["tokens"].numel() for b in batches)
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect SIGTERM and the first Ctrl-C, so that the step in progress is finished; a second Ctrl-C ends at once."""
-    received: list[str] = []
-
-    def remember(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
