@@ -41,7 +41,7 @@ class LoRALinear(Swapped):
 
     def forward(self, x: Tensor, *ends: Tensor) -> Tensor:
         dropping = self.training and self.dropout.p > 0
-        if type(self.base) is not nn.Linear or dropping or torch.is_autocast_enabled(x.device.type):
+        if type(self.base) is not nn.Linear or dropping or autocast(x):
             return self.change(x, self.base(x, *ends), *ends)
         y = _Adapted.apply(x.flatten(0, -2), self.base.weight, self.base.bias, *self.factors(x.dtype))
         return self.scaled(y.unflatten(0, x.shape[:-1]))
@@ -225,6 +225,11 @@ class FullLayer(Swapped):
         for name, weight in self._rounded().items():
             merged.get_parameter(name).data = weight.detach()
         return merged
+
+
+def autocast(x: Tensor) -> bool:
+    """Whether products with x are cast."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def product(x: Tensor, weight: Tensor, *ends: Tensor) -> Tensor:

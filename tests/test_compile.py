@@ -34,9 +34,8 @@ def fresh(monkeypatch):
     counters.clear()
 
 
-@pytest.mark.parametrize("family", [llama, gemma2])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_equals_what_is_not_compiled_and_compiles_once(family, recompute):
+@pytest.mark.parametrize(("family", "recompute", "backend"), [(llama, True, "aot_eager"), (gemma2, False, "eager")])
+def test_equals_what_is_not_compiled_and_compiles_once(family, recompute, backend):
     torch.manual_seed(0)
     plain = family.Model(family.PRESETS["tiny"])
     plain.init_weights()
@@ -45,11 +44,11 @@ def test_equals_what_is_not_compiled_and_compiles_once(family, recompute):
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     compiled = copy.deepcopy(plain)
-    compile_blocks(compiled, "aot_eager")
+    compile_blocks(compiled, backend)
     if recompute:
         checkpoint_activations(compiled)
     graphs = []
-    for seed in range(5):
+    for seed in range(4):
         found = []
         for model in (plain, compiled):
             loss, _ = model.train()(**packed(seed))

@@ -247,7 +247,7 @@ def test_windows_bite():
     full.init_weights(torch.Generator().manual_seed(0))
     windowed.load_state_dict(full.state_dict())
     tokens = torch.randint(0, 512, (1, 12))
-    same = (full(tokens) == windowed(tokens)).all(-1)[0]
+    same = (full(tokens) - windowed(tokens)).abs().amax(-1)[0] < 1e-6  # each has the kernel that is fastest for it
     assert same[:9].all() and not same[9:].any()
 
 

@@ -191,5 +191,5 @@ def test_more_requests_than_the_queue_holds(server):
     with ThreadPoolExecutor(60) as pool:
         found = list(pool.map(lambda _: server.ask(max_tokens=100), range(60)))
     statuses = [status for status, _ in found]
-    assert set(statuses) == {200, 429} and statuses.count(200) >= 16 + 8
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 16
     assert len({answer["choices"][0]["text"] for status, answer in found if status == 200}) == 1
