@@ -51,7 +51,7 @@ def main(config: CompareConfig) -> None:
     for method, rates in config.lrs.items():
         for rate in rates:
             out = directory / f"{method}-{rate:g}"
-            if not (out / "final").exists():
+            if not (out / "report.html").exists():  # the last thing that a run writes
                 train(config, method, rate, out)
             rows.append({"method": method, "lr": rate, **read(out)})
     best = [min((r for r in rows if r["method"] == m), key=lambda r: r["val_loss_after"]) for m in config.lrs]
