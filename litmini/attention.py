@@ -254,7 +254,9 @@ def _kernel(
     plain = softcap is None and bias is None
     longest = EXPLICIT_LENGTH_CAUSAL_FP32 if allowed is None and q.dtype == torch.float32 else EXPLICIT_LENGTH
     if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > longest):
-        causal = bool(allowed is None and T > 1)  # compiled, T is a symbol
+        causal = False
+        if allowed is None and T > 1:  # a branch: compiled, T is a symbol, and so would `T > 1` be
+            causal = True
         return F.scaled_dot_product_attention(
             q,
             k,

@@ -164,7 +164,8 @@ def load_model(
         return model.to(dtype).eval()
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
-    stream = model_tensors(module, model.config, read_tensors(shards(path)))
+    # quantised as they come, tensors are copies, freed at once: the mapped file would count as memory until it is closed
+    stream = model_tensors(module, model.config, read_tensors(shards(path), copied=swap is not None))
     for name, tensor in tqdm(stream, desc="loading", total=len(names), unit="tensor", disable=None, leave=False):
         if name in found:
             problems.append(f"{name} is there twice")

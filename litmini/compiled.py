@@ -1,9 +1,9 @@
-"""torch.compile for decoding on the CPU, where a token costs as much in single operations as in reading the weights.
+"""torch.compile, block by block: blocks have the same code, so one compilation serves all, and it is kept on disk.
 
-Blocks are compiled one by one: they have the same code, so one compilation serves all, and it is kept on disk. Prompts, whose
-lengths all differ, are read as without it.
+For training; and for decoding on the CPU, where a token costs as much in single operations as in reading the weights.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -13,8 +13,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litmini import attention
 from litmini.config import UserError
 from litmini.sharding import blocks
+
+
+def compile_training(model: nn.Module, backend: str = "inductor") -> None:
+    """Let torch.compile make the training forward and backward of every `Block`; the first step takes a minute or so more.
+
+    What is not training (evaluation, answers, with their caches) runs as it is written.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    _check_compiler(model)
+    # its loop over documents is another one in each batch, and all its time is in large operations
+    attention._document_by_document = torch.compiler.disable(attention._document_by_document)
+
+    def choose(module: nn.Module, plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+        return (compiled if module.training else plain)(*args, **kwargs)
+
+    for module in blocks(model):
+        compiled = torch.compile(module.forward, dynamic=True, backend=backend)
+        module.forward = functools.partial(choose, module, module.forward, compiled)  # type: ignore[method-assign]
+
+
+def _check_compiler(model: nn.Module) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if next(model.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler, and {compiler} is not there; install g++, or set CXX.")
 
 
 class OneRowLinear(nn.Linear):
@@ -30,12 +57,12 @@ class OneRowLinear(nn.Linear):
 def compile_decoding(model: nn.Module) -> None:
     """Let `model`, in 16 or 32 bits, read single tokens through compiled blocks; the first one takes some seconds more.
 
+    Prompts, whose lengths all differ, are read as without it.
+
     Raises:
         UserError: there is no C++ compiler.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if next(model.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"--compile needs a C++ compiler, and {compiler} is not there; install g++, or set CXX.")
+    _check_compiler(model)
     parts = [*blocks(model), *(m for m in model.children() if isinstance(m, nn.Linear))]  # and the head
     for part in parts:
         for module in part.modules():

@@ -15,12 +15,13 @@ from torch import nn
 
 from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
+from litmini.compiled import compile_training
 from litmini.config import OptimConfig, RunConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
 from litmini.finetune_config import FinetuneConfig
-from litmini.launch import checkpoint_activations, compile_blocks, offload_activations
+from litmini.launch import checkpoint_activations, offload_activations
 from litmini.meter import Meter, peak_memory_mib
 from litmini.models import use_model_file
 from litmini.optim import learning_rate
@@ -172,7 +173,7 @@ def run_training(
     meter = Meter(model, fabric.device, torch.float32 if config.precision == "32-true" else torch.bfloat16)
     fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
     if config.compile:
-        compile_blocks(model)
+        compile_training(model)
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if config.train.offload_activations:

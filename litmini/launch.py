@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litmini import attention
 from litmini.config import RunConfig, UserError
 from litmini.processes import join
 from litmini.sharding import blocks, shard
@@ -90,22 +89,6 @@ def load_device(fabric: Fabric) -> str:
 def weight_dtype(precision: str) -> torch.dtype:
     """The dtype in which a checkpoint's weights are loaded."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
-
-
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """Let torch.compile make the training forward and backward of every `Block`: one compilation, which all share.
-
-    What is not training (evaluation, answers, with their caches) runs as it is written.
-    """
-    # its loop over documents is another one in each batch, and all its time is in large operations
-    attention._document_by_document = torch.compiler.disable(attention._document_by_document)
-
-    def choose(module: nn.Module, plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if module.training else plain)(*args, **kwargs)
-
-    for module in blocks(model):
-        compiled = torch.compile(module.forward, dynamic=True, backend=backend)
-        module.forward = functools.partial(choose, module, module.forward, compiled)  # type: ignore[method-assign]
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -1,15 +1,22 @@
-"""--compile: the same answers, from one compilation of each block."""
+"""--compile: the same losses, gradients and answers, from one compilation that all blocks share."""
 
+import copy
+import json
 import shutil
 
 import pytest
 import torch
 from test_generation import PROMPTS, generate_batch, random_model
 from test_scripts import run
+from torch._dynamo.utils import counters
 
+from litmini import attention
+from litmini.adapters import add_adapters
 from litmini.cache import KVCache
-from litmini.compiled import compile_decoding
-from litmini.models import llama
+from litmini.compiled import compile_decoding, compile_training
+from litmini.finetune_config import LoraConfig
+from litmini.launch import checkpoint_activations
+from litmini.models import gemma2, llama
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -42,9 +49,78 @@ def test_compiled_logits_are_no_less_exact():
         assert 0 < (found - true).square().mean() < 1.2 * (eager - true).square().mean()
 
 
-def test_compile_refuses(tiny_dir, monkeypatch):
+def test_compile_refuses(tiny_dir, tmp_path, monkeypatch):
     base = ["generate.py", "--checkpoint_dir", tiny_dir, "--prompt=Hi", "--compile"]
     assert "not for --bits 4" in run(*base, "--bits=4", status=1)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler is not there" in run(*base, status=1)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "Hi", "completion": "Ho"}) + "\n")
+    train = [
+        "finetune_lora.py",
+        *base[1:3],
+        "--data.path",
+        data,
+        "--out_dir",
+        tmp_path / "out",
+        "--data.max_seq_len=64",
+    ]
+    assert "no-such-compiler is not there" in run(*train, "--compile=true", status=1)
     assert "not with --adapters" in run("serve.py", *base[1:3], "--compile", "--adapters={a: b}", status=2)
+
+
+def packed(seed: int) -> dict[str, torch.Tensor]:
+    """Two rows of documents of other lengths with each seed."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 512, (2, 48), generator=g)
+    starts = torch.rand(2, 48, generator=g) < 0.1
+    starts[:, 0] = True
+    documents = starts.cumsum(1)
+    at = torch.arange(48).expand(2, -1)
+    positions = at - torch.where(starts, at, 0).cummax(1).values
+    return {"tokens": tokens, "positions": positions, "documents": documents, "labels": tokens.roll(-1, 1)}
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    monkeypatch.setattr(attention, "_document_by_document", attention._document_by_document)  # it is replaced
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(("family", "recompute", "backend"), [(llama, True, "aot_eager"), (gemma2, False, "eager")])
+def test_training_equals_what_is_not_compiled_and_compiles_once(family, recompute, backend, fresh):
+    torch.manual_seed(0)
+    plain = family.Model(family.PRESETS["tiny"])
+    plain.init_weights()
+    add_adapters(plain, LoraConfig(rank=4))
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    compiled = copy.deepcopy(plain)
+    compile_training(compiled, backend)
+    if recompute:
+        checkpoint_activations(compiled)
+    graphs = []
+    for seed in range(4):
+        found = []
+        for model in (plain, compiled):
+            loss, _ = model.train()(**packed(seed))
+            loss.backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad} | {"loss": loss})
+            model.zero_grad()
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1] <= 8, graphs  # some parts around the loop over documents, shared by all blocks
+    compiled.eval()(packed(9)["tokens"][:, :7])
+    assert counters["stats"]["unique_graphs"] == graphs[-1]
+
+
+def test_without_documents_a_block_is_one_graph(fresh):
+    model = llama.Model(llama.PRESETS["tiny"])
+    model.init_weights()
+    compile_training(model, "aot_eager")
+    for length in (20, 33, 47):
+        tokens = torch.randint(0, 512, (2, length))
+        model.train()(tokens, labels=tokens)[0].backward()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2, counters
