@@ -173,8 +173,7 @@ def load_model(
         if not tensor.is_floating_point():
             problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
         elif name in names and tensor.shape == shapes[name]:
-            # what is swapped leaves the file: the rest must not keep all of it mapped
-            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=swap is not None))
+            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
             for same in names[name]:
                 owner, _, last = same.rpartition(".")
                 setattr(model.get_submodule(owner), last, parameter)

@@ -1,5 +1,6 @@
 """Each architecture of GGUF files: the logits of the model that a file was made from; its tokenizer, token by token."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -61,7 +62,7 @@ SENTENCEPIECE = [
 
 
 def make(case: str) -> tf.PreTrainedModel:
-    return randomize(tf.AutoModelForCausalLM.from_config(CASES[case]))
+    return randomize(tf.AutoModelForCausalLM.from_config(copy.deepcopy(CASES[case])))
 
 
 @pytest.fixture(scope="module")

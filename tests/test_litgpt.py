@@ -1,5 +1,6 @@
 """litgpt's lit_model.pth in: the tensors and logits of the model that it was made from."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 )
 def test_litgpt_norms(source: Path, tmp_path: Path, config: tf.PreTrainedConfig, norms: dict[str, str]) -> None:
     """Which norm of litgpt's is which differs by family; the logits are those of transformers."""
-    model = randomize(tf.AutoModelForCausalLM.from_config(config))
+    model = randomize(tf.AutoModelForCausalLM.from_config(copy.deepcopy(config)))
     tensors = hf(source, model)
     torch.save(lit_state(tensors, model.config, False, norms), source / "lit_model.pth")
     out = convert(source, tmp_path / "out")

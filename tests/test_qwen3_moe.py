@@ -140,7 +140,7 @@ class TestQwen3Moe(FamilyTests):
         up = next(name for name in complete if ".experts.3." in name and complete[name].shape[0] != model.config.dim)
         stack = up.partition(".3.")[0] + ".gate_up_proj.weight"
         for broken in ({n: t for n, t in complete.items() if n != up}, {**complete, up: complete[up][1:]}):
-            monkeypatch.setattr("litmini.checkpoint.read_tensors", lambda _, broken=broken: iter(broken.items()))
+            monkeypatch.setattr("litmini.checkpoint.read_tensors", lambda *_, broken=broken, **__: iter(broken.items()))
             with pytest.raises(UserError) as error:
                 load_model(directory(reference(self.cases[case])), torch.float32)
             assert f"missing {stack}\n" in f"{error.value}\n"
