@@ -19,7 +19,7 @@ from litmini.config import UserError
 from litmini.files import check_room, read_json, restore, write_json
 from litmini.models import FAMILIES, family, skeleton
 from litmini.sharding import whole
-from litmini.tensors import read_empty, read_tensors, shards, weight_map, write_stream
+from litmini.tensors import read_tensors, shards, weight_map, write_stream
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -258,10 +258,12 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> None:
-    """Write the weights of a trained `model` into `directory`, in the dtypes of the checkpoint `base` that it came from.
+    """Write the weights of a trained `model` into `directory`, each in the dtype that it was trained in.
 
-    A tied weight is written once. Everything in the base's config.json stays, known here or not. A sharded model is
-    gathered parameter by parameter: ranks that have no `directory` hand over their shares.
+    Weights trained in fp32 stay so, whatever the checkpoint `base` that they came from has: rounded to bf16, small updates
+    would be lost, and another model than the one that was measured would be saved. A tied weight is written once. Everything
+    in the base's config.json stays, known here or not. A sharded model is gathered parameter by parameter: ranks that have
+    no `directory` hand over their shares.
     """
     if directory is None:
         for parameter in model.parameters():
@@ -269,12 +271,9 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
         return
     source = Path(base)
     module, fresh = empty_model(source)
-    dtypes = {name: like.dtype for name, like in read_empty(shards(source))}
     parameters = list(model.named_parameters())
     shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
-    empty = [
-        (name, like.to(dtypes.get(name, torch.float32))) for name, like in disk_tensors(module, model.config, shapes)
-    ]
+    empty = disk_tensors(module, model.config, shapes)
     tensors = disk_tensors(module, model.config, ((name, whole(p.detach())) for name, p in parameters))
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
     if parameter_names(model).keys() > parameter_names(fresh).keys():  # a merge untied the head
