@@ -14,7 +14,7 @@ from litmini.packing import Batch
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 NAMED = 5  # examples in the message; the file has all
 

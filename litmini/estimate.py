@@ -252,7 +252,7 @@ def preset_names() -> str:
 
 def process_bytes() -> int:
     """What a process takes that has taken a training step, without its model: measured, in this one."""
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from litmini.models import llama
 

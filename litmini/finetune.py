@@ -34,7 +34,7 @@ from litmini.tokenizer import Tokenizer
 from litmini.train import Progress, evaluate, fit, rehearse
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)

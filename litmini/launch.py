@@ -16,7 +16,7 @@ from litmini.processes import join
 from litmini.sharding import blocks, shard
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 def make_fabric(config: RunConfig) -> Fabric:
@@ -25,8 +25,8 @@ def make_fabric(config: RunConfig) -> Fabric:
     With `bf16-mixed` products run in bf16 under autocast. With `bf16-true` and `32-true` nothing is cast: adapters are in
     fp32 over frozen weights in bf16 or fp32.
     """
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies import ModelParallelStrategy
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import ModelParallelStrategy
 
     count = config.devices * config.num_nodes
     if config.strategy == "auto" and count > 1:
@@ -49,8 +49,7 @@ def make_fabric(config: RunConfig) -> Fabric:
             )
         copies = config.num_nodes if strategy == "hsdp" else 1  # Fabric has names of its own for the mesh's dimensions
         strategy = ModelParallelStrategy(shard, data_parallel_size=copies, tensor_parallel_size=count // copies)
-    for name in ("lightning.fabric", "lightning.pytorch"):  # each process would introduce itself
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each process would introduce itself
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
         fabric = Fabric(
@@ -69,7 +68,7 @@ def make_fabric(config: RunConfig) -> Fabric:
 
 def loss_scaling(device: str) -> Any:
     """Lightning's 16-mixed, which can also clip for the fused optimizers: they take the scale themselves."""
-    from lightning.fabric.plugins import MixedPrecision
+    from lightning_fabric.plugins import MixedPrecision
 
     class LossScaling(MixedPrecision):
         def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
@@ -81,7 +80,7 @@ def loss_scaling(device: str) -> Any:
 
 def load_device(fabric: Fabric) -> str:
     """Where a process loads the weights: with fsdp only rank 0 reads them, and the others get their shares from it."""
-    from lightning.fabric.strategies import ModelParallelStrategy
+    from lightning_fabric.strategies import ModelParallelStrategy
 
     return "meta" if isinstance(fabric.strategy, ModelParallelStrategy) and fabric.global_rank > 0 else "cpu"
 

@@ -10,9 +10,10 @@ from litmini.config import UserError
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise UserError where the package of a logger (tensorboard, wandb) is missing."""
+    """Raise UserError where a package of a logger (tensorboard, wandb) is missing."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        packages = ("wandb", "lightning") if name == "wandb" else (name,)
+        if any(importlib.util.find_spec(package) is None for package in packages):
             raise UserError(f'--loggers {name} needs its package: pip install "litmini[{name}]"')
 
 
@@ -25,7 +26,7 @@ def make_loggers(names: Sequence[str], directory: Path, step: int) -> list[Any]:
     loggers: list[Any] = []
     for name in names:
         if name == "tensorboard":
-            from lightning.fabric.loggers import TensorBoardLogger
+            from lightning_fabric.loggers import TensorBoardLogger
 
             loggers.append(TensorBoardLogger(directory, "tensorboard", version="", purge_step=step + 1))
         else:

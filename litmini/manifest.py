@@ -16,9 +16,9 @@ from litmini.files import read_json
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
-PACKAGES = ("torch", "lightning", "safetensors", "tokenizers", "jinja2", "numpy")
+PACKAGES = ("torch", "lightning-fabric", "safetensors", "tokenizers", "jinja2", "numpy")
 SAMPLES, SAMPLE = 256, 1 << 18  # pieces of a weight file that are hashed, and their bytes: all of it up to 64 MiB
 
 

@@ -28,7 +28,7 @@ from litmini.shards import Windows
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 VAL_SEED = 0  # held-out rows are the same in every run
 

@@ -40,7 +40,7 @@ from litmini.tokenizer import Tokenizer
 from litmini.train import Progress
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 PROCESSES = ("devices", "num_nodes", "strategy")
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")

@@ -21,7 +21,7 @@ from litmini.loss import IGNORE
 from litmini.sharding import is_share, whole
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 Batch = dict[str, torch.Tensor]
 MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale

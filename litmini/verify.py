@@ -157,7 +157,7 @@ def _train(
     model: nn.Module, batches: list[list[dict[str, Tensor]]], optim: OptimConfig, state: Path, stop: int | None = None
 ) -> None:
     """Train the adapters of `model`, going on from `state` if it is there; leave it there after step `stop`."""
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     device = next(model.parameters()).device
     fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)

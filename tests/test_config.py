@@ -302,7 +302,7 @@ def test_help_is_light_and_complete(path):
         f"sys.argv = [{str(path)!r}, '--help']\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as e:\n    assert e.code == 0\n"
-        "heavy = {'torch', 'lightning', 'numpy', 'tokenizers', 'safetensors', 'matplotlib'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'lightning_fabric', 'numpy', 'tokenizers', 'safetensors', 'matplotlib'} & sys.modules.keys()\n"
         "print('HEAVY', *heavy)"
     )
     environment = {**os.environ, "COLUMNS": "1000"}

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

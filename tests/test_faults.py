@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 from litmini import files

@@ -369,7 +369,7 @@ def in_a_new_process(code: str) -> str:
 
 
 def test_importing_litmini_imports_nothing_heavy():
-    heavy = ["torch", "lightning", "transformers", "numpy", "tokenizers", "safetensors", "jsonargparse"]
+    heavy = ["torch", "lightning_fabric", "transformers", "numpy", "tokenizers", "safetensors", "jsonargparse"]
     code = f"import sys, litmini; print([name for name in {heavy} if name in sys.modules])"
     assert in_a_new_process(code) == "[]"
 

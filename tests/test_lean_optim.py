@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from litmini.adapters import add_adapters
 from litmini.config import OptimConfig, TrainConfig, UserError

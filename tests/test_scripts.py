@@ -262,7 +262,7 @@ def test_a_missing_data_file_names_those_beside_it(place, tiny_dir):
     assert "holds train.jsonl" in run("finetune_full.py", *words, status=1)
 
 
-@pytest.mark.parametrize("script", ["finetune_lora.py", "finetune_full.py"])
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("finetune_*.py")))
 def test_a_preview_writes_nothing(place, tiny_dir, script):
     before = {p for p in place.rglob("*")}
     masks = run(script, *settings(place, tiny_dir, "x"), "--show_masks", "2")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "torch",
-    "lightning.fabric",
+    "lightning_fabric",
     "litmini.finetune",
     "litmini.adapters",
     "litmini.pretrain",

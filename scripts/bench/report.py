@@ -8,9 +8,9 @@ from typing import Any
 ENDS = 5  # steps whose mean is the loss at the start, and at the end
 SAME = 0.05  # losses of tools that do the same work are closer than this
 FORMULA = (
-    "MFU = (flops of the timed steps / their seconds) / rate of a matrix product measured before each run. Flops, for real "
-    "tokens only: 2 forward and 2 back for each number of a matrix, 2 more where it is trained; the head for targets; "
-    "attention 12 x layers x heads x head_dim for each key that a token sees. The same for all tools."
+    "MFU = (flops of the timed steps / their seconds) / rate of a matrix product, the median of what is measured before each "
+    "run. Flops, for real tokens only: 2 forward and 2 back for each number of a matrix, 2 more where it is trained; the head "
+    "for targets; attention 12 x layers x heads x head_dim for each key that a token sees. The same for all tools."
 )
 
 COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
@@ -24,10 +24,10 @@ def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
         job = result["job"]
         label = ", ".join(filter(None, (job["tool"], job["variant"])))
         groups.setdefault((job["task"], job["dtype"], label), []).append(result)
-    rates: dict[str, float] = {}
+    products: dict[str, list[float]] = {}
     for result in found:
-        dtype = result["job"]["dtype"]
-        rates[dtype] = max(rates.get(dtype, 0.0), result["product_rate"])
+        products.setdefault(result["job"]["dtype"], []).append(result["product_rate"])
+    rates = {dtype: median(measured) for dtype, measured in products.items()}
     rows = [
         {
             "task": task,
@@ -138,6 +138,6 @@ def chart(rows: list[dict[str, Any]], file: Path) -> None:
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         bars = axes.barh(names, [row[key] for row in shown], color=colours)
         axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.set_title(title)
     figure.savefig(file, dpi=120)

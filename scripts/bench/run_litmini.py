@@ -82,4 +82,4 @@ def convert(job: Job) -> dict[str, Any]:
 
 if __name__ == "__main__":
     training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed"), finetune)
-    main({**training, "convert": convert}, ["litmini", "lightning", "bitsandbytes"])
+    main({**training, "convert": convert}, ["litmini", "lightning-fabric", "bitsandbytes"])
