@@ -337,7 +337,8 @@ def corrupted(place: Place, script: str) -> Row:
     row = Row("corrupted checkpoint", script)
     words, out = stopped(place, script)
     whole, _ = place.undisturbed(script)
-    shutil.copytree(out, place.directory / "spare")
+    spare = Path(tempfile.mkdtemp(dir=place.directory)) / "run"
+    shutil.copytree(out, spare)
     for file in sorted(path for path in (out / "step-000004").rglob("*") if path.is_file()):
         for damage in ("flip", "cut", "delete"):
             content = bytearray(file.read_bytes())
@@ -348,7 +349,7 @@ def corrupted(place: Place, script: str) -> Row:
             named = "is damaged" if file.name == SEAL else file.name  # a hash that differs names what it is of
             refuse(place, row, script, words, named, "step-000002")
             shutil.rmtree(out)
-            shutil.copytree(place.directory / "spare", out)
+            shutil.copytree(spare, out)
             row.runs += 1
     shutil.rmtree(out / "step-000004")
     go_on(place, row, script, words, whole)
