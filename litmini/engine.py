@@ -66,9 +66,10 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for it any more: it leaves before the next step."""
+        """Nobody waits for it any more: it leaves the queue now, or the batch before the next step."""
         job.cancelled = True
         with self._changed:
+            self.waiting = deque(waiting for waiting in self.waiting if waiting is not job)
             self._changed.notify()
 
     def close(self) -> None:
@@ -94,8 +95,7 @@ class Engine:
             self.running = [job for job in self.running if not job.done]
 
     def _admit(self) -> list[Job]:
-        """Take what may join now off the queue; those that were cancelled there are gone."""
-        self.waiting = deque(job for job in self.waiting if not job.cancelled)
+        """Take what may join now off the queue."""
         return [self.waiting.popleft() for _ in range(min(self.max_batch - len(self.running), len(self.waiting)))]
 
     def _step(self) -> None:

@@ -1,5 +1,6 @@
 """DoRA, rsLoRA, PiSSA, patterns, whole modules and LoRA+: against PEFT, both ways, merged and on 4-bit bases."""
 
+import contextlib
 import dataclasses
 
 import peft
@@ -211,6 +212,20 @@ def test_dora_with_zero_rows_bias_and_4_bit_base(bias, packed):
     plain = nn.functional.linear(x, layer.lora_magnitude_vector[:, None] * weight / weight.norm(dim=1, keepdim=True))
     torch.testing.assert_close(y, plain if base.bias is None else plain + base.bias, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(layer.merge()(x), y, atol=1e-4, rtol=1e-4)
+
+
+def test_a_small_gain_is_not_rounded_away_in_bf16():
+    """Requirement 17: numbers of bf16, multiplied by 1.0015 and rounded again, are all what they were."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(64, 48).requires_grad_(False), torch.randn(4000, 64)
+    layer = DoRALinear(base.bfloat16(), 4, 8.0)
+    nn.init.normal_(layer.lora_B, std=0.005)
+    layer.lora_magnitude_vector.data = 1.0015 * layer.norm(base.weight)
+    for rounding in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with rounding:
+            y = (layer(x.bfloat16()) - base.bias).float()
+        plain = nn.functional.linear(x.bfloat16().float(), base.weight.float() + layer.delta())
+        assert abs(float((y * plain).sum() / plain.square().sum()) - 1.0015) < 3e-4
 
 
 def test_frozen_dora_computes_its_gain_once(tiny_dir, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import litmini
 from litmini.adapters import add_adapters
 from litmini.bank import AdapterBank
 from litmini.checkpoint import load_model
-from litmini.engine import Engine, Job
+from litmini.engine import Busy, Engine, Job
 from litmini.finetune_config import LoraConfig
 from litmini.generation import finish_all
 from litmini.generation_config import SamplingConfig
@@ -336,3 +336,21 @@ def test_an_engine_stops_with_work_in_hand(base):
     engine.close()
     assert threading.active_count() == before
     assert not replies[3].ids
+
+
+def test_a_cancelled_job_leaves_the_queue_at_once(base):
+    """Not at the next step, which may take long: until then a full queue would refuse those who still wait."""
+    model, _ = base
+    stepping, go_on = threading.Event(), threading.Event()
+    engine = Engine(model, None, 1, 2)
+    step, engine.batch.step = engine.batch.step, lambda: (stepping.set(), go_on.wait(10), step())
+    jobs = [Job(Reply([1, 2], SamplingConfig(max_new_tokens=2), []), lambda: None) for _ in range(4)]
+    engine.submit(jobs[:1])
+    assert stepping.wait(10)
+    engine.submit(jobs[1:3])
+    with pytest.raises(Busy):
+        engine.submit(jobs[3:])
+    engine.cancel(jobs[1])
+    engine.submit(jobs[3:])
+    go_on.set()
+    engine.close()

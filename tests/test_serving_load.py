@@ -101,6 +101,10 @@ def _goes_on(server):
     expected, held, memory = server.text(), server.held(), server.memory()
     yield
     server.wait_for(held)
+    until = time.monotonic() + 10
+    while not server.answers():  # a queue of requests whose clients have just gone, which is seen every half second
+        assert time.monotonic() < until
+        time.sleep(0.1)
     assert server.text() == expected
     assert server.memory() < memory + 80
 
@@ -175,12 +179,12 @@ def test_a_flood_of_bad_requests(server):
         return statuses
 
     used = []
-    for _ in range(3):
+    for _ in range(4):
         with ThreadPoolExecutor(8) as pool:
             found = set().union(*pool.map(flood, range(8)))
         assert 400 in found and found <= {200, 400, 429}
         used.append(server.memory())
-    assert used[2] < used[1] + 8, used  # the first one makes buffers
+    assert min(used[2] - used[1], used[3] - used[2]) < 2, used  # a leak is in each round; the first makes buffers
     for garbage in (b"\0" * 1000, b"GET / HTTP/9\r\n\r\n", b"POST " + b"x" * 100_000):
         with server.connect() as connection:
             connection.sendall(garbage)
