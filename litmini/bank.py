@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from litmini.adapters import replace_module
 from litmini.config import UserError
-from litmini.lora import LoRALinear
+from litmini.lora import LoRALinear, onto
 from litmini.peft_format import check_adapter, read_adapter
 
 
@@ -108,7 +108,7 @@ class _Layer(nn.Module):
         self.rows = rows  # of the bank
 
     def forward(self, x: Tensor, *ends: Any) -> Tensor:
-        y = self.base(x, *ends)
+        change, others = None, []
         for name, rows in self.rows.of.items():
             if name not in self.adapters:
                 continue
@@ -119,6 +119,13 @@ class _Layer(nn.Module):
                     f"{self.rows.count} names of adapters for a batch of {len(x)} rows, expected one for each."
                 )
             layer: Any = self.adapters[name]
-            changed = layer.change(x[rows], y[rows]) if isinstance(layer, LoRALinear) else layer(x[rows])
-            y = y.index_copy(0, rows, changed.to(y.dtype))
+            if not isinstance(layer, LoRALinear):
+                others.append((rows, layer))
+                continue
+            if change is None:
+                change = x.new_zeros(*x.shape[:-1], layer.base.out_features)
+            change[rows] = layer.change(x[rows])
+        y = self.base(x, *ends) if change is None else onto(self.base, x, change)
+        for rows, layer in others:
+            y = y.index_copy(0, rows, layer(x[rows]).to(y.dtype))
         return y

@@ -40,29 +40,31 @@ class LoRALinear(Swapped):
             nn.init.kaiming_uniform_(one, a=math.sqrt(5))
 
     def forward(self, x: Tensor, *ends: Tensor) -> Tensor:
-        dropping = self.training and self.dropout.p > 0
-        if type(self.base) is not nn.Linear or dropping or autocast(x):
-            return self.change(x, self.base(x, *ends), *ends)
-        y = _Adapted.apply(x.flatten(0, -2), self.base.weight, self.base.bias, *self.factors(x.dtype))
+        if ends or not plain(self.base):
+            return self.base(x, *ends) + self.change(x, *ends)
+        if autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        base, flat = self.base, x.flatten(0, -2)
+        dropped = self.dropout(flat) if self.training and self.dropout.p > 0 else None
+        y = _Adapted.apply(flat, dropped, base, base.weight, base.bias, *self.factors(x.dtype), self.gain())
         return y.unflatten(0, x.shape[:-1])
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (..., rank, in), and B with the scale in it (..., out, rank), as they are multiplied."""
         return self.lora_A.to(dtype), (self.lora_B * self.scale).to(dtype)
 
-    def change(self, x: Tensor, y: Tensor, *ends: Tensor) -> Tensor:
-        """y = base(x) as the adapter makes it. `ends`: of each expert's rows in x, where the base is a stack."""
-        down, up = self.factors(x.dtype)
-        if ends:
-            idle = -down.shape[1] % 8  # grouped products want rows of whole 16 bytes
-            low = product(self.dropout(x), F.pad(down, (0, 0, 0, idle)), *ends)
-            return y + product(low, F.pad(up, (0, idle)), *ends)
-        low = product(self.dropout(x), down)  # (..., rank)
-        return self.sum(y.flatten(0, -2), low.flatten(0, -2), up).view_as(y)
+    def gain(self) -> Tensor | None:
+        """What each output is multiplied with, (out,) in fp32: nothing, but in DoRA."""
+        return None
 
-    def sum(self, y: Tensor, low: Tensor, up: Tensor) -> Tensor:
-        """The base's output (n, out) and the adapter's, low (n, rank) times up (out, rank)."""
-        return torch.addmm(y, low, up.T)
+    def change(self, x: Tensor, *ends: Tensor) -> Tensor:
+        """What is added to base(x). `ends`: of each expert's rows in x, where the base is a stack."""
+        down, up = self.factors(x.dtype)
+        if ends:  # grouped products want rows of whole 16 bytes
+            idle = -down.shape[1] % 8
+            down, up = F.pad(down, (0, 0, 0, idle)), F.pad(up, (0, idle))
+        low = product(self.dropout(x), down, *ends)  # (..., rank)
+        return product(low, up, *ends)
 
     def delta(self) -> Tensor:
         """The change of the base weight, (..., out, in) in fp32."""
@@ -85,26 +87,57 @@ class LoRALinear(Swapped):
 
 
 class _Adapted(torch.autograd.Function):
-    """x W^T + bias + x A^T B^T: neither this sum nor that in the gradient of x costs a pass of its own."""
+    """(x W^T + B A x) * gain, with a bias; x (n, in), result (n, out).
+
+    In 16 bits what the adapter adds is often smaller than the spacing of numbers as large as x W^T: added to the rounded
+    product, it would be lost, and training would see half of itself. So it comes first, and the product is summed onto it
+    in fp32, rounded once. Nor do these sums cost a pass of their own.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up):  # type: ignore[override,no-untyped-def]
-        low = x @ down.T  # (n, rank)
-        ctx.save_for_backward(x, weight, low, down, up)
-        return F.linear(x, weight, bias).addmm_(low, up.T)  # (n, out)
+    def forward(ctx, x, dropped, base, weight, bias, down, up, gain):  # type: ignore[override,no-untyped-def]
+        low = (x if dropped is None else dropped) @ down.T  # (n, rank)
+        dense = weight_in(x.dtype, base, weight).T  # (in, out)
+        y = None
+        if gain is None:
+            out = (low @ up.T).addmm_(x, dense)
+        else:
+            y = x @ dense
+            if x.dtype == torch.float32:
+                out = torch.addmm(y, low, up.T).mul_(gain)
+            else:
+                out = rescaled(y, low, up, gain).addmm_(x, dense)
+        if bias is not None:
+            out += bias.to(x.dtype)
+        keep_x = dropped is None or weight.requires_grad
+        ctx.base = base
+        ctx.save_for_backward(x if keep_x else None, dropped, weight, low, down, up, gain, y)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        x, weight, low, down, up = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        x, dropped, weight, low, down, up, gain, y = ctx.saved_tensors
+        wants_x, _, _, wants_weight, wants_bias, _, _, wants_gain = ctx.needs_input_grad
+        d_bias = grad.sum(0) if wants_bias else None
+        d_up = (low.T @ grad).T  # twice as fast as grad.T @ low on a CPU
+        d_gain = None
+        if gain is not None:
+            if wants_gain:
+                d_gain = (grad * y).sum(0, dtype=torch.float32) + (d_up.float() * up).sum(1)
+            d_up, up = times(d_up, gain), times(up, gain)
         d_low = grad @ up  # (n, rank)
-        return (
-            (grad @ weight).addmm_(d_low, down) if wants_x else None,
-            grad.T @ x if wants_weight else None,
-            grad.sum(0) if wants_bias else None,
-            d_low.T @ x,
-            (low.T @ grad).T,  # twice as fast as grad.T @ low on a CPU
-        )
+        d_x = d_dropped = None
+        if wants_x:
+            d_x, dense = d_low @ down, weight_in(grad.dtype, ctx.base, weight)
+            dense = dense if gain is None else times(dense, gain)
+            if dropped is None:
+                d_x.addmm_(grad, dense)
+            else:
+                d_x, d_dropped = grad @ dense, d_x
+        d_weight = None
+        if wants_weight:
+            d_weight = grad.T @ x if gain is None else times(grad.T @ x, gain)
+        return d_x, d_dropped, None, d_weight, d_bias, d_low.T @ (x if dropped is None else dropped), d_up, d_gain
 
 
 class PiSSALinear(LoRALinear):
@@ -179,47 +212,14 @@ class DoRALinear(LoRALinear):
         self._frozen_gain = None  # of the old device or dtype
         return super()._apply(fn, recurse)
 
-    def forward(self, x: Tensor, *ends: Tensor) -> Tensor:
-        return self.change(x, self.base(x, *ends), *ends)
-
-    def sum(self, y: Tensor, low: Tensor, up: Tensor) -> Tensor:
-        gain = self.gain()
-        fixed = torch.zeros_like(gain) if self.base.bias is None else (1 - gain) * self.base.bias
-        return _ScaledSum.apply(y, low, up, gain, fixed)
+    def change(self, x: Tensor, *ends: Tensor) -> Tensor:
+        down, up = self.factors(x.dtype)
+        y = F.linear(x, weight_in(x.dtype, self.base, self.base.weight))
+        return rescaled(y, F.linear(self.dropout(x), down), up, self.gain())
 
     def merged_weight(self) -> Tensor:
         weight = dense(self.base)
         return (self.lora_magnitude_vector / self.norm(weight))[:, None] * (weight + self.delta())
-
-
-class _ScaledSum(torch.autograd.Function):
-    """(y + low up^T) * gain + fixed, computed in fp32 and rounded once to y's dtype, with gain and fixed (out,) in fp32.
-
-    Rounded before, too, it would lose each gain within 0.2% of 1: y of bf16 times that is y. Nothing in fp32 is kept.
-    """
-
-    @staticmethod
-    def forward(ctx, y, low, up, gain, fixed):  # type: ignore[override,no-untyped-def]
-        ctx.save_for_backward(y, low, up, gain)
-        return _whole(y, low, up).mul_(gain).add_(fixed).to(y.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        y, low, up, gain = ctx.saved_tensors
-        wants_y, _, _, wants_gain, wants_fixed = ctx.needs_input_grad
-        scaled = torch.mul(grad, gain, out=torch.empty_like(grad))
-        return (
-            scaled if wants_y else None,
-            scaled @ up,
-            (low.T @ scaled).T,
-            _whole(y, low, up).mul_(grad).sum(0) if wants_gain else None,
-            grad.sum(0, dtype=torch.float32) if wants_fixed else None,
-        )
-
-
-def _whole(y: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """y + low up^T in fp32; in place, as autocast lets that be."""
-    return y.to(torch.float32, copy=True).addmm_(low.float(), up.float().T)
 
 
 class FullLayer(Swapped):
@@ -244,9 +244,32 @@ class FullLayer(Swapped):
         return merged
 
 
+def rescaled(y: Tensor, low: Tensor, up: Tensor, gain: Tensor) -> Tensor:
+    """What y (n, out) lacks to (y + low up^T) * gain."""
+    return torch.addcmul(low @ times(up, gain).T, y, (gain - 1).to(y.dtype))
+
+
+def times(rows: Tensor, gain: Tensor) -> Tensor:
+    """Each row of (out, n) times its gain, rounded once."""
+    return (rows * gain[:, None]).to(rows.dtype)
+
+
+def onto(base: Any, x: Tensor, change: Tensor) -> Tensor:
+    """base(x) + change, summed as in `_Adapted`; without a backward pass on 4-bit bases."""
+    if not plain(base):
+        return base(x) + change
+    y = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), weight_in(x.dtype, base, base.weight).T).view_as(change)
+    return y if base.bias is None else y + base.bias
+
+
 def autocast(x: Tensor) -> bool:
     """Whether products with x are cast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def plain(base: Any) -> bool:
+    """Whether it gives x W^T + bias, and nothing else is known to happen there."""
+    return type(base) in (nn.Linear, NF4Linear)
 
 
 def product(x: Tensor, weight: Tensor, *ends: Tensor) -> Tensor:
@@ -257,6 +280,11 @@ def product(x: Tensor, weight: Tensor, *ends: Tensor) -> Tensor:
 def shape(base: Any) -> torch.Size:
     """Of a layer's weight, whatever it is stored in: (out, in), or (n_experts, out, in)."""
     return base.shape if isinstance(base, NF4Linear) else base.weight.shape
+
+
+def weight_in(dtype: torch.dtype, base: Any, stored: Tensor) -> Tensor:
+    """The weight of `base`, which keeps it as `stored`, in the dtype of a product."""
+    return base.dequantize(dtype) if isinstance(base, NF4Linear) else stored.to(dtype)
 
 
 def weight_as_stored(base: Any) -> Tensor:

@@ -54,6 +54,18 @@ def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
 
 
 @torch.no_grad()
+def test_in_bf16_a_row_is_rounded_as_with_its_adapter_alone(tiny_dir, saved):
+    alone = {name: litmini.load(tiny_dir, saved[name], dtype="bf16")[0](TOKENS) for name in ("lora", "dora")}
+    model = load_model(tiny_dir, torch.bfloat16)
+    bank = AdapterBank(model)
+    for name in alone:
+        bank.add(name, saved[name])
+    for name, y in alone.items():
+        with bank.use([name] * 4):
+            assert torch.equal(model(TOKENS), y)
+
+
+@torch.no_grad()
 def test_swapped_and_removed_without_a_trace(tiny_dir, saved):
     model = load_model(tiny_dir, torch.float32)
     base, modules = model(TOKENS), dict(model.named_modules())
