@@ -90,6 +90,11 @@ def weight_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
+def product_dtype(precision: str) -> torch.dtype:
+    """The dtype in which weights are multiplied."""
+    return {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[precision.split("-")[0]]
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Let every `Block` of a model keep only its input for the backward pass and compute the rest again.
 

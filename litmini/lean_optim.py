@@ -10,16 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from litmini.config import UserError
-
-
-def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """fp32 -> bf16, up or down by chance, so that the mean is `x`: an update too small for bf16 counts now and then.
-
-    (Revisiting BFloat16 Training, arXiv 2010.06192.)
-    """
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    bits = (x.view(torch.int32) + noise) & -(1 << 16)  # bf16 is the upper half of fp32
-    return bits.view(torch.float32).to(torch.bfloat16)
+from litmini.rounding import stochastic_round
 
 
 class PerParameter(torch.optim.Optimizer):

@@ -15,8 +15,9 @@ from litmini.finetune_config import FinetuneFullConfig
 def main(config: FinetuneFullConfig) -> None:
     from litmini.checkpoint import load_model, save_trained
     from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, weight_dtype
+    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.optim import make_optimizer
+    from litmini.rounding import spread
     from litmini.runs import Run
 
     # 1. Run directory
@@ -44,6 +45,7 @@ def main(config: FinetuneFullConfig) -> None:
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
+    spread(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 6. Shard and optimizer
     wrapped = fabric.setup_module(model)

@@ -13,9 +13,10 @@ from litmini.pretrain_config import PretrainConfig
 
 def main(config: PretrainConfig) -> None:
     from litmini.finetune import finish, preview, run_training
-    from litmini.launch import load_device, make_fabric, weight_dtype
+    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.optim import make_optimizer
     from litmini.pretrain import blueprint, prepare_data, use_z_loss
+    from litmini.rounding import spread
     from litmini.runs import Run
 
     # 1. Run directory
@@ -37,6 +38,7 @@ def main(config: PretrainConfig) -> None:
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
     if config.dry_run:
         return preview(data, config, model)
+    spread(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 5. Shard and optimizer
     wrapped = fabric.setup_module(model)

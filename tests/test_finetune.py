@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,6 +76,31 @@ def test_weights_are_trained_in_fp32_unless_asked_otherwise(run, tmp_path):
     assert {t.dtype for name, t in state.items() if name.startswith("parameter/")} == {torch.float32}
     status, out, _ = run("finetune_full", "rounded", "--precision", "bf16-true", "--eval.samples", 0)
     assert status == 0 and "warning: weights in bf16 lose small updates" in out
+
+
+def test_full_finetuning_in_bf16_learns_what_it_does_in_fp32(run, tmp_path, tokenizer_dir):
+    """Requirement 17: products in bf16 of weights in fp32 see every small update; of weights out of bf16, one in three."""
+    base, data, learned = tmp_path / "base", tmp_path / "data.jsonl", {}
+    tensors = load_file(make_tiny(base, tokenizer_dir) / "model.safetensors")
+    save_file({k: t.bfloat16() for k, t in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    data.write_text("".join((DATA / "train.jsonl").open().readlines()[:4]))  # the same in each step
+    words = ["--checkpoint_dir", base, "--data.path", data, "--data.train_on", "all", "--data.pack", "false"]
+    words += [
+        "--optim.lr",
+        2e-6,
+        "--optim.schedule",
+        "constant",
+        "--train.max_steps",
+        6,
+        "--train.global_batch_size",
+        4,
+    ]
+    for precision in ("bf16-mixed", "32-true"):
+        assert run("finetune_full", precision, *words, "--precision", precision, "--eval.samples", 0)[0] == 0
+        with (tmp_path / precision / "metrics.csv").open() as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        learned[precision] = losses[0] - losses[-1]
+    assert learned["bf16-mixed"] == pytest.approx(learned["32-true"], rel=0.2)
 
 
 def test_samples_statistics_and_idle_settings_are_printed(run):

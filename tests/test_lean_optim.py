@@ -9,7 +9,6 @@ from litmini.config import OptimConfig, TrainConfig, UserError
 from litmini.estimate import full_rows
 from litmini.finetune_config import DataConfig, FinetuneFullConfig, FinetuneLoraConfig, LoraConfig
 from litmini.launch import loss_scaling, make_fabric, offload_activations
-from litmini.lean_optim import stochastic_round
 from litmini.models import llama
 from litmini.optim import make_optimizer
 from litmini.state import load_state, save_state
@@ -52,19 +51,6 @@ def train(fabric, model, optim: OptimConfig, steps=4, progress=None, prepare=lam
 
 def flat(model):
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
-
-
-def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour():
-    x = torch.randn(64) * torch.logspace(-6, 6, 64)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([stochastic_round(x, generator).float() for _ in range(4000)])
-    down = (x.view(torch.int32) & -(1 << 16)).view(torch.float32)  # towards zero
-    up = ((x.view(torch.int32) & -(1 << 16)) + (1 << 16)).view(torch.float32)
-    assert ((draws == down) | (draws == up)).all()
-    step = (up - down).abs()
-    assert ((draws.mean(0) - x).abs() / step).max() < 4 * 0.5 / 4000**0.5  # 4 standard errors
-    assert torch.equal(stochastic_round(down), down.to(torch.bfloat16))  # what bf16 holds stays
-    assert stochastic_round(torch.tensor([float("inf"), float("-inf")])).tolist() == [float("inf"), float("-inf")]
 
 
 def test_small_updates_are_lost_in_bf16_and_count_when_rounded_by_chance():

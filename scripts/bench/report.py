@@ -6,13 +6,17 @@ from statistics import mean, median
 from typing import Any
 
 ENDS = 5  # steps whose mean is the loss at the start, and at the end
-SAME = 0.05  # losses of tools that do the same work are closer than this
+SAME = 0.05  # losses of the same training are closer than this
 FORMULA = (
     "MFU = (flops of the timed steps / their seconds) / rate of a matrix product, the median of what is measured before each "
     "run. Flops, for real tokens only: 2 forward and 2 back for each number of a matrix, 2 more where it is trained; the head "
     "for targets; attention 12 x layers x heads x head_dim for each key that a token sees. The same for all tools."
 )
 
+LOSSES = (
+    f"Other losses: further than {SAME} from those of half of the other tools, in fp32 if that was run: it is other work, or "
+    "rounding took a part of the training."
+)
 COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
 COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32"]
 
@@ -42,7 +46,7 @@ def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
         for (task, dtype, tool), results in groups.items()
     ]
     for row in rows:
-        row["same_work"] = is_same_work(row, [r for r in rows if r["task"] == row["task"]])
+        row["same_losses"] = has_same_losses(row, [r for r in rows if r["task"] == row["task"]])
     return rows
 
 
@@ -75,16 +79,21 @@ def converted(results: list[dict[str, Any]]) -> dict[str, Any]:
     } | dict.fromkeys(nothing)
 
 
-def is_same_work(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | None:
-    """Whether its losses are the others': at the start and end among those of its dtype, and on held-out samples."""
+def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | None:
+    """Whether its losses, at the start, at the end and on held-out samples, are those of half of the others or more.
+
+    The others in fp32, if there are any: there, rounding takes nothing from training. Else those of its dtype.
+    """
     if row["loss_start"] is None:
         return None
-    same = [other for other in others if other["dtype"] == row["dtype"]]
-    pairs = [(row[name], [other[name] for other in same]) for name in ("loss_start", "loss_end")]
-    scored = [other["held_out_loss"] for other in others if other["held_out_loss"] is not None]
-    if row["held_out_loss"] is not None:  # in fp32, whatever the training was in
-        pairs.append((row["held_out_loss"], scored))
-    return all(abs(mine - median(theirs)) <= SAME for mine, theirs in pairs)
+    exact = [other for other in others if other["dtype"] == "fp32"]
+    others = [other for other in exact or others if other is not row and (exact or other["dtype"] == row["dtype"])]
+    for name in ("loss_start", "loss_end", "held_out_loss"):
+        theirs = [other[name] for other in others if other[name] is not None]
+        near = [loss for loss in theirs if row[name] is None or abs(row[name] - loss) <= SAME]
+        if 2 * len(near) < len(theirs):
+            return False
+    return True
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -93,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "Nothing was measured.\n"
     lines = [_circumstances(rows), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in (row for row in rows if "what" not in row):
-        tool = row["tool"] + (" (not the same work)" if row.get("same_work") is False else "")
+        tool = row["tool"] + (" (other losses)" if row.get("same_losses") is False else "")
         start = _figure(row, "seconds_to_first_step", ".1f")
         if done := _figure(row, "seconds_to_first_step_done", ".1f"):
             start += f" ({done})"  # with what is compiled in that step
@@ -104,6 +113,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [whole or ", ".join(filter(None, losses)), _figure(row, "held_out_loss", ".3f")]
         lines.append(f"| {' | '.join(cells)} |")
     grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
+    if any(row.get("same_losses") is False for row in rows):
+        lines += ["", LOSSES]
     lines += ["", FORMULA, "", *(["| growth | |", "|---|---|", *grown, ""] if grown else [])]
     return "\n".join(lines)
 
