@@ -31,7 +31,7 @@ def spread(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> N
         return
     size = 1 << DROPPED[dtype]
     for parameter in parameters:
-        if parameter.dim() < 2 or parameter.dtype != torch.float32:
+        if parameter.dim() < 2 or parameter.dtype != torch.float32 or parameter.is_meta:
             continue
         generator = torch.Generator(parameter.device).manual_seed(seed)
         for bits in parameter.data.view(-1).view(torch.int32).split(1 << 24):
