@@ -105,14 +105,19 @@ def train(
     return clock.result()
 
 
-def held_out_loss(job: Job, model: Any, micro_loss: MICRO_LOSS) -> float:
-    """Mean loss a target of the held-out samples; `model` is in fp32."""
+def held_out_losses(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, float]:
+    """Mean loss a target of the held-out samples, with weights in fp32, and in bf16, as most people will use them."""
     import torch
 
     model.eval()
-    targets = sum(len(sample) - 1 for sample in job["held_out"])
-    with torch.no_grad():
-        return sum(float(micro_loss([sample], targets)) for sample in job["held_out"])
+    targets, found = sum(len(sample) - 1 for sample in job["held_out"]), {}
+    for name, dtype in (("held_out_loss", torch.float32), ("held_out_loss_bf16", torch.bfloat16)):
+        for parameter_name, parameter in model.named_parameters():
+            if ".lora_" not in parameter_name or job["tool"] == "litgpt":  # PEFT keeps adapters in fp32
+                parameter.data = parameter.data.to(dtype)
+        with torch.no_grad():
+            found[name] = sum(float(micro_loss([sample], targets)) for sample in job["held_out"])
+    return found
 
 
 def in_row(samples: list[list[int]]) -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ LOSSES = (
     "rounding took a part of the training."
 )
 COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
-COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32"]
+COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32 and in bf16"]
 
 
 def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
@@ -56,7 +56,10 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
     targets = sum(len(sample) - 1 for step in work["steps"][warmup:] for sample in step)
     flops = sum(work["flops"][warmup:])
     spent = median(sum(result["seconds"][warmup:]) for result in results)
-    held_out = [result["held_out_loss"] for result in results if result.get("held_out_loss") is not None]
+    held_out = {
+        name: [result[name] for result in results if result.get(name) is not None]
+        for name in ("held_out_loss", "held_out_loss_bf16")
+    }
     return {
         "real_tokens_per_second": targets / spent,
         "seconds_per_step": spent / (len(work["steps"]) - warmup),
@@ -68,7 +71,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
         ),
         "loss_start": median(mean(result["losses"][:ENDS]) for result in results),
         "loss_end": median(mean(result["losses"][-ENDS:]) for result in results),
-        "held_out_loss": median(held_out) if held_out else None,
+        **{name: median(losses) if losses else None for name, losses in held_out.items()},
     }
 
 
@@ -107,10 +110,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         if done := _figure(row, "seconds_to_first_step_done", ".1f"):
             start += f" ({done})"  # with what is compiled in that step
         losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
+        held_out = [_figure(row, name, ".3f") for name in ("held_out_loss", "held_out_loss_bf16")]
         whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
         cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
         cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]
-        cells += [whole or ", ".join(filter(None, losses)), _figure(row, "held_out_loss", ".3f")]
+        cells += [whole or ", ".join(filter(None, losses)), ", ".join(filter(None, held_out))]
         lines.append(f"| {' | '.join(cells)} |")
     grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
     if any(row.get("same_losses") is False for row in rows):

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Job, device, held_out_loss, main, padded, peak_memory_mib, train
+from common import Job, device, held_out_losses, main, padded, peak_memory_mib, train
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def finetune(job: Job) -> dict[str, Any]:
         return chunked_cross_entropy(logits, wanted) * ((wanted != -100).sum() / targets)
 
     found = train(job, model, loss, fabric.backward)
-    model = model.module.float()  # without Fabric's autocast
-    return {**found, "held_out_loss": held_out_loss(job, model, loss)}
+    model = model.module  # without Fabric's autocast
+    return {**found, **held_out_losses(job, model, loss)}
 
 
 def load(job: Job, fabric: Any) -> Any:

@@ -31,7 +31,7 @@ def finetune(job: Job) -> dict[str, Any]:
         "losses": [loss for _, loss in rows],
         "seconds_to_first_step": first - started,
         "peak_memory_mib": results["peak_memory_mib"],
-        "held_out_loss": held_out_loss(job) if job["method"] != "qlora" else None,
+        **(held_out_losses(job) if job["method"] != "qlora" else {}),
     }
 
 
@@ -53,23 +53,26 @@ def read_rows(metrics: Path) -> list[tuple[float, float]]:
     return list(zip(spent, (float(row["loss"]) for row in rows), strict=True))
 
 
-def held_out_loss(job: Job) -> float:
-    """Of the saved result in fp32, a target."""
+def held_out_losses(job: Job) -> dict[str, float]:
+    """Of the saved result, a target, in fp32 and in bf16."""
     import torch
 
     import litmini
 
     final = Path(job["out_dir"]) / "final"
     base, adapter = (final, None) if job["method"] == "full" else (job["model"], final)
-    model, _ = litmini.load(base, adapter, dtype="fp32", device="cuda" if torch.cuda.is_available() else "cpu")
-    device = next(model.parameters()).device
-    total = targets = 0.0
-    with torch.no_grad():
-        for sample in job["held_out"]:
-            tokens = torch.tensor([sample], device=device)
-            loss, count = model(tokens[:, :-1], labels=tokens[:, 1:])
-            total, targets = total + float(loss), targets + int(count)
-    return total / targets
+    found = {}
+    for name, dtype in (("held_out_loss", "fp32"), ("held_out_loss_bf16", "bf16")):
+        model, _ = litmini.load(base, adapter, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = next(model.parameters()).device
+        total = targets = 0.0
+        with torch.no_grad():
+            for sample in job["held_out"]:
+                tokens = torch.tensor([sample], device=device)
+                loss, count = model(tokens[:, :-1], labels=tokens[:, 1:])
+                total, targets = total + float(loss), targets + int(count)
+        found[name] = total / targets
+    return found
 
 
 def convert(job: Job) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from common import Job, device, held_out_loss, in_row, main, padded, peak_memory_mib, train
+from common import Job, device, held_out_losses, in_row, main, padded, peak_memory_mib, train
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -17,9 +17,7 @@ def finetune(job: Job) -> dict[str, Any]:
             return model(**batch(samples, job["packed"]), num_items_in_batch=targets, use_cache=False).loss
 
     found = train(job, model, loss)
-    if job["method"] != "qlora":
-        found["held_out_loss"] = held_out_loss(job, model.float(), loss)
-    return found
+    return found if job["method"] == "qlora" else {**found, **held_out_losses(job, model, loss)}
 
 
 def load(job: Job) -> Any:
