@@ -42,10 +42,16 @@ def test_no_reference_library_and_no_script_is_imported(file):
     assert not {name.split(".")[0] for name in imports(file)} & {"transformers", "peft", "scripts"}
 
 
+def test_lightning_is_imported_for_its_wandb_logger_only():
+    """The tests have all of it, users have lightning-fabric."""
+    files = [*ROOT.glob("litmini/**/*.py"), *ROOT.glob("scripts/*.py")]
+    assert [f.name for f in files if "lightning" in {n.split(".")[0] for n in imports(f)}] == ["loggers.py"]
+
+
 def test_every_module_imports_with_base_dependencies_only():
     """Optional packages are imported where they are needed, not on top."""
     modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in SOURCES]
-    blocked = ["transformers", "peft", "pyarrow", "pytest", "accelerate", "tensorboard", "wandb"]
+    blocked = ["transformers", "peft", "pyarrow", "pytest", "accelerate", "tensorboard", "wandb", "lightning"]
     code = f"import sys, importlib\nfor n in {blocked}: sys.modules[n] = None\nfor n in {modules}: importlib.import_module(n)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -237,8 +237,9 @@ def test_a_run_one_can_look_at(run, finished, logged, tmp_path):
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_a_logger_without_its_package_says_what_to_install(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+@pytest.mark.parametrize("missing", ["wandb", "lightning"])
+def test_a_logger_without_its_package_says_what_to_install(run, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     status, _, error = run("finetune_lora", "x", "--loggers", "[wandb]")
     assert status == 1 and 'pip install "litmini[wandb]"' in error and not (tmp_path / "x").exists()
 
