@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from litmini.config import UserError
@@ -133,8 +134,9 @@ def merge_adapters(model: nn.Module) -> dict[str, nn.Module]:
         What was replaced, by name; `restore_adapters` puts it back, bit by bit.
     """
     found = adapters(model)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for name, module in found.items():
-        replace_module(model, name, module.merge())
+        replace_module(model, name, module.merge(generator))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from litmini.files import read_json, write_aside
 from litmini.lora import dense
 from litmini.peft_format import Adapter, check_adapter, read_adapter
 from litmini.quantize import NF4Linear, quantizable
+from litmini.rounding import stochastic_round
 from litmini.tensors import give_memory_back, read_empty, read_tensors, shards
 from litmini.tokenizer import Tokenizer
 
@@ -70,7 +72,7 @@ def export(
 
         def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
             inside = model_tensors(module, model.config, stream)
-            return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized))
+            return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
 
         empty, tensors = list(with_adapter(empty)), with_adapter(tensors)
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
@@ -93,13 +95,15 @@ def _merged(
     tensors: Iterable[tuple[str, Tensor]],
     adapter: Adapter,
     quantized: set[str],
+    dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `model`, which is empty, with the adapter's changes added to those that it covers.
 
-    Of a tied parameter each name is written, if any of them is changed. Sums are in fp32: who saves them rounds once.
+    Of a tied parameter each name is written, if any of them is changed. Sums are in fp32, and rounded once.
 
     Args:
         quantized: linears whose weight is taken as it is in 4 bits: that is what the adapter was trained on.
+        dtype: in which tensors will be saved; None: in their own.
     """
     names = parameter_names(model)
     for name, tensor in tensors:
@@ -111,7 +115,11 @@ def _merged(
             elif owner in adapter.full:
                 yield own, adapter.full[owner][last]
             elif last == "weight" and (owner in adapter.layers or owner in quantized):
-                yield own, _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized)
+                merged = _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized)
+                if owner not in quantized:  # what is rounded already loses small changes: see docs/training.md
+                    chance = torch.Generator().manual_seed(zlib.crc32(own.encode()))
+                    merged = stochastic_round(merged, dtype or tensor.dtype, chance)
+                yield own, merged
             elif last == "bias":
                 yield own, adapter.merged_bias(owner, tensor)
             else:

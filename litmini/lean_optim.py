@@ -85,7 +85,7 @@ class PerParameter(torch.optim.Optimizer):
         state = inner.state.pop(work)
         if work is not parameter:
             generator = torch.Generator(parameter.device).manual_seed(hash((number, int(state["step"]))) % 2**63)
-            parameter.copy_(stochastic_round(work.data, generator))
+            parameter.copy_(stochastic_round(work.data, torch.bfloat16, generator))
             work.data, work.grad = work.data.new_empty(0), None
         elif self.in_backward:
             work.grad = None

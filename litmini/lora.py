@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from litmini.config import UserError
 from litmini.quantize import NF4Linear
-from litmini.rounding import spread
+from litmini.rounding import spread, stochastic_round
 from litmini.sharding import whole
 
 FLOOR = 1e-6  # smallest norm of a weight's row in DoRA: rows of zeros stay finite
@@ -75,12 +75,12 @@ class LoRALinear(Swapped):
         """(..., out, in) in fp32."""
         return dense(self.base) + self.delta()
 
-    def merge(self) -> nn.Module:
+    def merge(self, generator: torch.Generator | None = None) -> nn.Module:
         """A plain linear (or stack) that does the same: the change is added in fp32 and rounded once to the base's dtype.
 
         The merged layer is a new one: putting this one back in its place undoes the merge, bit by bit.
         """
-        return plain_layer(self.base, self.merged_weight())
+        return plain_layer(self.base, rounded_sum(self.base, self.merged_weight(), generator))
 
     def saved(self) -> tuple[float, dict[str, Tensor]]:
         """(alpha, tensors) that say the same to whoever puts them over the original base."""
@@ -240,7 +240,7 @@ class FullLayer(Swapped):
         dtypes = {name: p.dtype for name, p in self.base.named_parameters()}
         return {name: p.to(dtypes[name]) for name, p in self.full.named_parameters()}
 
-    def merge(self) -> nn.Module:
+    def merge(self, generator: torch.Generator | None = None) -> nn.Module:
         merged = copy.deepcopy(self.base)
         for name, weight in self._rounded().items():
             merged.get_parameter(name).data = weight.detach()
@@ -298,6 +298,18 @@ def weight_as_stored(base: Any) -> Tensor:
 def dense(base: Any) -> Tensor:
     """The weight that `base` multiplies with, in fp32."""
     return base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight.detach().float()
+
+
+def rounded_sum(base: Any, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The weight of `base` with a change, which is in fp32, in the dtype of `base`.
+
+    A 16-bit weight would stay what it was under changes of less than half the spacing, so it is rounded by chance, the same
+    way each time. A 4-bit one has any value between two 16-bit numbers, and is rounded to the nearest.
+    """
+    if isinstance(base, NF4Linear):
+        return weight
+    generator = generator or torch.Generator(weight.device).manual_seed(0)
+    return stochastic_round(weight.detach(), base.weight.dtype, generator)
 
 
 def plain_layer(base: Any, weight: Tensor) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from litmini.adapters import leaf, linears, replace_module
 from litmini.config import UserError
 from litmini.finetune_config import Ia3Config
-from litmini.lora import Swapped, dense, plain_layer
+from litmini.lora import Swapped, dense, plain_layer, rounded_sum
 
 
 class IA3Linear(Swapped):
@@ -34,8 +34,8 @@ class IA3Linear(Swapped):
         """(out, in) in fp32."""
         return dense(self.base) * (self.ia3_l if self.feedforward else self.ia3_l[:, None])
 
-    def merge(self) -> nn.Module:
-        merged: Any = plain_layer(self.base, self.merged_weight())
+    def merge(self, generator: torch.Generator | None = None) -> nn.Module:
+        merged: Any = plain_layer(self.base, rounded_sum(self.base, self.merged_weight(), generator))
         if self.base.bias is not None and not self.feedforward:
             merged.bias = nn.Parameter(self._scaled(self.base.bias).detach(), requires_grad=False)
         return merged

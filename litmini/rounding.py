@@ -8,14 +8,17 @@ from torch import Tensor
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of fp32's mantissa that rounding cuts off
 
 
-def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """fp32 -> bf16, up or down by chance, so that the mean is `x`: an update too small for bf16 counts now and then.
+def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """fp32 -> `dtype`, up or down by chance, so that the mean is `x`: an update too small for it counts now and then.
 
-    (Revisiting BFloat16 Training, arXiv 2010.06192.)
+    What `dtype` holds stays as it is; to fp32 nothing is rounded. (Revisiting BFloat16 Training, arXiv 2010.06192.)
     """
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    bits = (x.view(torch.int32) + noise) & -(1 << 16)  # bf16 is the upper half of fp32
-    return bits.view(torch.float32).to(torch.bfloat16)
+    if dtype not in DROPPED:
+        return x.to(dtype)
+    size = 1 << DROPPED[dtype]
+    bits = torch.randint(0, size, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-size)
+    return bits.view(torch.float32).to(dtype)
 
 
 @torch.no_grad()
@@ -29,11 +32,11 @@ def spread(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> N
     """
     if dtype not in DROPPED:
         return
-    size = 1 << DROPPED[dtype]
+    size, generator = 1 << DROPPED[dtype], None
     for parameter in parameters:
         if parameter.dim() < 2 or parameter.dtype != torch.float32 or parameter.is_meta:
             continue
-        generator = torch.Generator(parameter.device).manual_seed(seed)
+        generator = generator or torch.Generator(parameter.device).manual_seed(seed)
         for bits in parameter.data.view(-1).view(torch.int32).split(1 << 24):
             moves = torch.randint(
                 1 - size // 2, size // 2, bits.shape, dtype=torch.int32, device=bits.device, generator=generator

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from litmini.lora import FullLayer
+from litmini.lora import DoRALinear, FullLayer, LoRALinear
 from litmini.rounding import spread, stochastic_round
 
 
@@ -63,11 +63,36 @@ def test_a_layer_in_full_beside_adapters_is_spread():
 def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour():
     x = torch.randn(64) * torch.logspace(-6, 6, 64)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([stochastic_round(x, generator).float() for _ in range(4000)])
+    draws = torch.stack([stochastic_round(x, torch.bfloat16, generator).float() for _ in range(4000)])
     down = (x.view(torch.int32) & -(1 << 16)).view(torch.float32)  # towards zero
     up = ((x.view(torch.int32) & -(1 << 16)) + (1 << 16)).view(torch.float32)
     assert ((draws == down) | (draws == up)).all()
     step = (up - down).abs()
     assert ((draws.mean(0) - x).abs() / step).max() < 4 * 0.5 / 4000**0.5  # 4 standard errors
-    assert torch.equal(stochastic_round(down), down.to(torch.bfloat16))  # what bf16 holds stays
-    assert stochastic_round(torch.tensor([float("inf"), float("-inf")])).tolist() == [float("inf"), float("-inf")]
+    assert torch.equal(stochastic_round(down, torch.bfloat16), down.to(torch.bfloat16))  # what bf16 holds stays
+    assert stochastic_round(torch.tensor([float("inf"), float("-inf")]), torch.bfloat16).tolist() == [
+        float("inf"),
+        float("-inf"),
+    ]
+
+
+def test_stochastic_rounding_to_fp16_and_fp32():
+    x = torch.randn(50_000)
+    rounded = stochastic_round(x, torch.float16)
+    assert rounded.dtype == torch.float16
+    assert ((rounded.float() - x) / x.abs()).abs().max() < 2**-10 and not torch.equal(rounded, x.half())
+    assert torch.equal(stochastic_round(x, torch.float32), x)
+
+
+@pytest.mark.parametrize("cls", [LoRALinear, DoRALinear])
+def test_a_merged_weight_keeps_small_changes_in_the_mean(cls):
+    """Rounded to the nearest, a weight out of bf16 is what it was before."""
+    base = nn.Linear(256, 512).bfloat16().requires_grad_(False)
+    layer = cls(base, 4, 8.0)
+    nn.init.normal_(layer.lora_B, std=2e-5)
+    change = layer.merged_weight() - base.weight.float()
+    assert 0 < change.abs().max() < 0.3 * base.weight.abs().median() * 2**-8
+    merged = layer.merge().weight.float() - base.weight.float()
+    part = (merged * change).sum() / change.square().sum()
+    assert part.item() == pytest.approx(1, abs=0.2)
+    assert torch.equal(layer.merge().weight, layer.merge().weight), "the same each time"
