@@ -120,7 +120,7 @@ def test_the_sum_is_rounded_once_to_the_dtype_that_is_wanted(tiny_dir, adapter, 
 def test_small_changes_survive_a_merge_into_16_bits(tiny_dir, adapter, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(
-        {k: t * (0.003 if "lora_B" in k else 1) for k, t in tensors.items()}, adapter / "adapter_model.safetensors"
+        {k: t * (1e-4 if "lora_B" in k else 1) for k, t in tensors.items()}, adapter / "adapter_model.safetensors"
     )
     half = export(tiny_dir, tmp_path / "half", dtype=torch.bfloat16)
     parts = []
@@ -130,7 +130,8 @@ def test_small_changes_survive_a_merge_into_16_bits(tiny_dir, adapter, tmp_path)
         parts.append(torch.cat([(merged[k].float() - base[k].float()).flatten() for k in base if "proj" in k]))
     exact, found = parts
     assert ((found * exact).sum() / exact.square().sum()).item() == pytest.approx(1, abs=0.1)
-    assert exact.abs().max() < 0.002, "smaller than the spacing of most weights"
+    weights = torch.cat([base[k].float().flatten() for k in base if "proj" in k])
+    assert (exact.abs() < weights.abs() * 2**-9).float().mean() > 0.8, "to the nearest, most would be lost"
 
 
 def test_an_adapted_tied_head_unties(tied_dir, tmp_path):
