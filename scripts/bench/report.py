@@ -155,4 +155,4 @@ def chart(rows: list[dict[str, Any]], file: Path) -> None:
         axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
         axes.margins(x=0.2)
         axes.set_title(title)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
