@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from litmini import attention
 from litmini.config import UserError
+from litmini.lora import LoRALinear
 from litmini.sharding import blocks
 
 
@@ -63,10 +64,13 @@ def compile_decoding(model: nn.Module) -> None:
         UserError: there is no C++ compiler.
     """
     _check_compiler(model)
+    adapted = {
+        id(module.base) for module in model.modules() if isinstance(module, LoRALinear)
+    }  # summed in one operation
     parts = [*blocks(model), *(m for m in model.children() if isinstance(m, nn.Linear))]  # and the head
     for part in parts:
         for module in part.modules():
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and id(module) not in adapted:
                 module.__class__ = OneRowLinear
         part.forward = _for_single_tokens(part.forward)  # type: ignore[method-assign]
 

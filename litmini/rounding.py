@@ -11,14 +11,15 @@ DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of fp32's mantissa tha
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """fp32 -> `dtype`, up or down by chance, so that the mean is `x`: an update too small for it counts now and then.
 
-    What `dtype` holds stays as it is; to fp32 nothing is rounded. (Revisiting BFloat16 Training, arXiv 2010.06192.)
+    What `dtype` holds stays as it is; to fp32 nothing is rounded. Numbers below 6e-5 are rounded to the nearest of fp16.
+    (Revisiting BFloat16 Training, arXiv 2010.06192.)
     """
     if dtype not in DROPPED:
         return x.to(dtype)
     size = 1 << DROPPED[dtype]
     bits = torch.randint(0, size, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-size)
-    return bits.view(torch.float32).to(dtype)
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def spread(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> N
     A forward pass in `dtype` sees the weights that it saw before. But weights that all lie in the middle between two
     roundings must move by half the spacing of `dtype` before it sees any change, 0.2% in bf16, which is more than many
     steps of finetuning add up to. Of weights spread evenly, an update of x% of the spacing moves x% at once: the mean is
-    right. Matrices only: the rest is computed in fp32. Zeros stay, and weights that `dtype` rounds already.
+    right. Matrices only: biases and norms are computed in fp32. Zeros stay, and weights that `dtype` rounds already.
     """
     if dtype not in DROPPED:
         return

@@ -49,6 +49,16 @@ def test_compiled_logits_are_no_less_exact():
         assert 0 < (found - true).square().mean() < 1.2 * (eager - true).square().mean()
 
 
+def test_bases_of_adapters_stay_what_their_sums_know():
+    """A product that is rounded before the change of its adapter comes on top loses most of it."""
+    model = llama.Model(llama.PRESETS["tiny"])
+    add_adapters(model, LoraConfig(rank=4, targets=["q_proj", "down_proj"]))
+    compile_decoding(model)
+    block = model.model.layers[0]
+    kinds = (block.self_attn.q_proj.base, block.mlp.down_proj.base, block.self_attn.k_proj)
+    assert [type(module).__name__ for module in kinds] == ["Linear", "Linear", "OneRowLinear"]
+
+
 def test_compile_refuses(tiny_dir, tmp_path, monkeypatch):
     base = ["generate.py", "--checkpoint_dir", tiny_dir, "--prompt=Hi", "--compile"]
     assert "not for --bits 4" in run(*base, "--bits=4", status=1)

@@ -20,6 +20,7 @@ def finetune(job: Job) -> dict[str, Any]:
         tokens, _, labels = padded(samples)
         logits = model(tokens, lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
+        logits = [part.float() for part in logits]
         wanted = labels[..., 1:]
         return chunked_cross_entropy(logits, wanted) * ((wanted != -100).sum() / targets)
 
