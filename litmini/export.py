@@ -115,11 +115,10 @@ def _merged(
             elif owner in adapter.full:
                 yield own, adapter.full[owner][last]
             elif last == "weight" and (owner in adapter.layers or owner in quantized):
-                target = tensor.dtype if dtype is None or owner in quantized else dtype
-                merged = _merge(model.get_submodule(owner), tensor.to(target), adapter, owner, owner in quantized)
+                merged = _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized)
                 if owner not in quantized:  # what is rounded already loses small changes: see docs/training.md
                     chance = torch.Generator().manual_seed(zlib.crc32(own.encode()))
-                    merged = stochastic_round(merged, target, chance)
+                    merged = stochastic_round(merged, dtype or tensor.dtype, chance)
                 yield own, merged
             elif last == "bias":
                 yield own, adapter.merged_bias(owner, tensor)

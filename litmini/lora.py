@@ -69,11 +69,11 @@ class LoRALinear(Swapped):
 
     def delta(self) -> Tensor:
         """The change of the base weight, (..., out, in) in fp32."""
-        return self.scale * (self.lora_B @ self.lora_A)
+        return (self.lora_B * self.scale) @ self.lora_A
 
     def merged_weight(self) -> Tensor:
         """(..., out, in) in fp32."""
-        return dense(self.base) + self.delta()
+        return self.delta().add_(dense(self.base))  # in place: no more memory than a conversion may take
 
     def merge(self, generator: torch.Generator | None = None) -> nn.Module:
         """A plain linear (or stack) that does the same: the change is added in fp32 and rounded once to the base's dtype.

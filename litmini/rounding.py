@@ -19,7 +19,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator |
     size = 1 << DROPPED[dtype]
     bits = torch.randint(0, size, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-size)
-    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)
+    return bits.view(torch.float32).to(dtype)
 
 
 @torch.no_grad()
