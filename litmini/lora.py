@@ -297,7 +297,7 @@ def weight_as_stored(base: Any) -> Tensor:
 
 def dense(base: Any) -> Tensor:
     """The weight that `base` multiplies with, in fp32."""
-    return base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight.detach().float()
+    return weight_in(torch.float32, base, base.weight.detach())
 
 
 def rounded_sum(base: Any, weight: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of fp32's mantissa that rounding cuts off
+PIECE = 1 << 20  # numbers at once: what is computed on the way takes little memory
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
@@ -16,10 +17,12 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator |
     """
     if dtype not in DROPPED:
         return x.to(dtype)
-    size = 1 << DROPPED[dtype]
-    bits = torch.randint(0, size, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-size)
-    return bits.view(torch.float32).to(dtype)
+    size, rounded = 1 << DROPPED[dtype], torch.empty(x.shape, dtype=dtype, device=x.device)
+    for part, out in zip(x.contiguous().view(-1).split(PIECE), rounded.view(-1).split(PIECE), strict=True):
+        bits = torch.randint(0, size, part.shape, dtype=torch.int32, device=x.device, generator=generator)
+        bits.add_(part.view(torch.int32)).bitwise_and_(-size)
+        out.copy_(torch.where(part.isfinite(), bits.view(torch.float32), part))  # a GPU's NaN would overflow
+    return rounded
 
 
 @torch.no_grad()
@@ -38,7 +41,7 @@ def spread(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> N
         if parameter.dim() < 2 or parameter.dtype != torch.float32 or parameter.is_meta:
             continue
         generator = generator or torch.Generator(parameter.device).manual_seed(seed)
-        for bits in parameter.data.view(-1).view(torch.int32).split(1 << 24):
+        for bits in parameter.data.view(-1).view(torch.int32).split(PIECE):
             moves = torch.randint(
                 1 - size // 2, size // 2, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
             )

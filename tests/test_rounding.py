@@ -76,6 +76,11 @@ def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour():
     ]
 
 
+def test_numbers_that_are_none_stay_so():
+    x = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)  # the first is a GPU's NaN
+    assert x.isnan().all() and stochastic_round(x, torch.bfloat16).isnan().all()
+
+
 def test_stochastic_rounding_to_fp16_and_fp32():
     x = torch.randn(50_000)
     rounded = stochastic_round(x, torch.float16)
