@@ -137,8 +137,9 @@ class RunConfig(ABC):
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it; hsdp: the
     processes of a node share a model, and every node has a copy."""
-    compile: bool = False
-    """torch.compile for each block: it takes a minute at first, so it is for long runs. Needs a C++ compiler on a CPU."""
+    compile: bool | Literal["auto"] = False
+    """torch.compile for each block: it takes a minute or more at first. auto: where the run is so long that it pays.
+    Needs a C++ compiler on a CPU."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
     seed: int = 1337

@@ -15,7 +15,7 @@ from torch import nn
 
 from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
-from litmini.compiled import compile_training
+from litmini.compiled import compile_training, pays
 from litmini.config import OptimConfig, RunConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
@@ -172,7 +172,7 @@ def run_training(
         fabric.print(f"{world} processes share the parameters: this one holds {held} of {every} MiB")
     meter = Meter(model, fabric.device, torch.float32 if config.precision == "32-true" else torch.bfloat16)
     fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
-    if config.compile:
+    if config.compile is True or (config.compile == "auto" and _long_enough(fabric, meter, data, config)):
         compile_training(model)
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
@@ -227,6 +227,17 @@ def run_training(
         "peak_flops": meter.peak,
         "peak_flops_source": meter.source,
     }
+
+
+def _long_enough(fabric: Fabric, meter: Meter, data: Data, config: RunConfig) -> bool:
+    """Whether the run is worth compiling for, from its first step: so a run that goes on later decides the same."""
+    first = data.train.batches(
+        range(config.train.global_batch_size), config.train.micro_batch_size, 0, fabric.world_size
+    )
+    flops = meter.flops(list(first)) * data.total_steps
+    worth = pays(flops, fabric.device)
+    fabric.print(f"compile auto: {'on' if worth else 'off'}, for {flops:.1e} operations in each process")
+    return worth
 
 
 def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunConfig) -> float:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.attention import Mask, attend, make_mask
 from litmini.loss import linear_cross_entropy
+from litmini.pointwise import rms_norm, swiglu
 
 FULL_EVERY = 4  # Olmo 3: three layers with a window, then one that sees everything
 
@@ -183,9 +183,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * h).to(x.dtype)  # OLMo multiplies before it rounds
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary(positions: Tensor, config: Config, yarn: Yarn | None) -> tuple[Tensor, Tensor]:
@@ -247,7 +245,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

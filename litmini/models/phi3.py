@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.attention import Mask, attend, make_mask
 from litmini.loss import linear_cross_entropy
+from litmini.pointwise import rms_norm_llama, swiglu
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)  # Llama rounds before it multiplies
+        return rms_norm_llama(x, self.weight, self.eps)
 
 
 def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Tensor:
@@ -250,7 +248,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, ffn_dim) each
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class Block(nn.Module):

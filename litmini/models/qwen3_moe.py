@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from litmini.attention import Mask, attend, make_mask
 from litmini.loss import linear_cross_entropy
+from litmini.pointwise import rms_norm_llama, swiglu
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)  # Llama rounds before it multiplies
+        return rms_norm_llama(x, self.weight, self.eps)
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -230,7 +229,7 @@ class Experts(nn.Module):
         ends = torch.searchsorted(experts, ids, right=True, out_int32=True)  # (n_experts,); no tokens, no work
         rows = x.index_select(0, order // n_active)  # (N * n_active, dim)
         gate, up = self.gate_up_proj(rows, ends).chunk(2, dim=-1)  # (N * n_active, ffn_dim) each
-        y = self.down_proj(F.silu(gate) * up, ends)  # (N * n_active, dim)
+        y = self.down_proj(swiglu(gate, up), ends)  # (N * n_active, dim)
         y = y.index_select(0, order.argsort()).unflatten(0, (-1, n_active))  # (N, n_active, dim), tokens in order again
         return (y * weights[..., None]).sum(1).to(x.dtype)
 
