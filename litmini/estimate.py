@@ -102,9 +102,9 @@ def _peak(
 ) -> dict[str, int]:
     """What is alive at the peak of a micro-step, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ledger = _Ledger(vocab=model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with _faked(model, mode) as fakes:
+        ledger = _Ledger(model.config.vocab_size, fakes)  # type: ignore[union-attr,arg-type]
         if in_backward:
             for fake in fakes:
                 fake.register_post_accumulate_grad_hook(
@@ -149,11 +149,17 @@ def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[list[torch.Tensor
 
 
 class _Ledger(TorchDispatchMode):
-    """Every storage that an operation made: when, how large, and when it went."""
+    """Every storage that an operation made: when, how large, and when it went.
 
-    def __init__(self, vocab: int) -> None:
+    Args:
+        vocab: what has a dimension of this size belongs to the loss.
+        there: tensors that are there before; views of them are nothing new.
+    """
+
+    def __init__(self, vocab: int, there: list[torch.Tensor]) -> None:
         super().__init__()
         self._vocab = vocab
+        self._there = {tensor.untyped_storage()._cdata for tensor in there}
         self._alive: dict[int, int] = {}  # address of a storage -> its entry
         self._entries: list[tuple[int, int, bool]] = []  # (bytes, address, of the vocabulary's size)
         self._events: list[tuple[int, int]] = []  # (entry, +1 made or -1 gone)
@@ -167,7 +173,7 @@ class _Ledger(TorchDispatchMode):
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address not in self._alive:
+        if address not in self._alive and address not in self._there:
             entry = len(self._entries)
             self._alive[address] = entry
             self._entries.append((storage.nbytes(), address, self._vocab in tensor.shape))

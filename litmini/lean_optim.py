@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from litmini.config import UserError
 from litmini.rounding import stochastic_round
+from litmini.sharding import is_share
 
 
 class PerParameter(torch.optim.Optimizer):
@@ -38,7 +38,7 @@ class PerParameter(torch.optim.Optimizer):
         offload: bool = False,
     ) -> None:
         super().__init__(groups, {})
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+        if any(is_share(p) for group in self.param_groups for p in group["params"]):
             raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --strategy fsdp.")
         self.in_backward, self.offload = in_backward, offload
         self.squares: list[Tensor] = []  # of the gradient norms of a step in the backward pass

@@ -10,10 +10,10 @@ from test_generation import PROMPTS, generate_batch, random_model
 from test_scripts import run
 from torch._dynamo.utils import counters
 
-from litmini import attention
+from litmini import attention, finetune
 from litmini.adapters import add_adapters
 from litmini.cache import KVCache
-from litmini.compiled import compile_decoding, compile_training
+from litmini.compiled import WORTH, compile_decoding, compile_training, pays
 from litmini.finetune_config import LoraConfig
 from litmini.launch import checkpoint_activations
 from litmini.models import gemma2, llama
@@ -77,6 +77,34 @@ def test_compile_refuses(tiny_dir, tmp_path, monkeypatch):
     ]
     assert "no-such-compiler is not there" in run(*train, "--compile=true", status=1)
     assert "not with --adapters" in run("serve.py", *base[1:3], "--compile", "--adapters={a: b}", status=2)
+
+
+def test_auto_compiles_long_runs_where_it_can(monkeypatch):
+    cpu = torch.device("cpu")
+    assert not pays(0.9 * WORTH["cpu"], cpu) and pays(WORTH["cpu"], cpu)
+    assert not pays(1e30, torch.device("mps"))  # nobody has measured it there
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not pays(1e30, cpu) and pays(WORTH["cuda"], torch.device("cuda"))
+
+
+@pytest.mark.parametrize("worth", [1e6, 1e30])
+def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_path, monkeypatch):
+    """And decides the same when it goes on."""
+    data, out, made = tmp_path / "data.jsonl", tmp_path / "out", []
+    data.write_text("".join(json.dumps({"prompt": "Hi", "completion": f"Ho {i}"}) + "\n" for i in range(8)))
+    monkeypatch.setattr(finetune, "compile_training", made.append)
+    monkeypatch.setitem(WORTH, "cpu", worth)
+    words = ["--checkpoint_dir", tiny_dir, "--data.path", data, "--out_dir", out, "--data.max_seq_len=64"]
+    words += ["--compile=auto", "--train.epochs=4", "--train.save_every=1", "--eval.samples=0"]
+    said = [run("finetune_lora.py", *words)]
+    shutil.rmtree(out / "final")
+    shutil.rmtree(max(out.glob("step-*")))
+    (out / "report.html").unlink()
+    said.append(run("finetune_lora.py", *words, "--resume=auto"))
+    on = worth < 1e30
+    assert len(made) == 2 * on
+    lines = {line for text in said for line in text.splitlines() if line.startswith("compile auto")}
+    assert len(lines) == 1 and f"compile auto: {'on' if on else 'off'}, for " in lines.pop()
 
 
 def packed(seed: int) -> dict[str, torch.Tensor]:

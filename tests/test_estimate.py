@@ -33,7 +33,7 @@ def build(method: str, family=llama):
 
 def measured(model, batch) -> tuple[dict[str, int], int]:
     """The parts at the peak of a real micro-step, and the bytes of gradients after it."""
-    ledger = _Ledger(vocab=512)
+    ledger = _Ledger(512, [*model.parameters(), *model.buffers()])
     with ledger:
         loss, _ = model(**batch)
         ledger.end_of_forward()
@@ -70,6 +70,15 @@ def test_fake_tensors_take_what_real_ones_take(method, batch):
     assert memory.frozen + memory.trained == sum(p.nbytes for p in model.parameters()) + sum(
         b.nbytes for b in model.buffers()
     )
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weights_are_counted_once(method):
+    """A view of a weight is no activation: with few tokens, what comes and goes is far less than the weights."""
+    memory = estimate(build(method), full_rows(1, 2, 512), OptimConfig(), "32-true")
+    gradients = memory.trained if method == "full" else 0
+    there = memory.activations + memory.temporary + memory.loss + memory.gradients - gradients
+    assert 0 < there < 0.4 * (memory.frozen + memory.trained)
 
 
 def test_what_accumulation_recomputing_and_steps_in_backward_change():
