@@ -47,7 +47,7 @@ class Memory:
     process: int = 0
     """Python, torch, the data: what is there before the model."""
     allocator: int = 0
-    """What a CPU's malloc has between the pieces: a tenth of what comes and goes, by experience."""
+    """What a CPU's malloc has between the pieces: three tenths of what comes and goes, by experience."""
 
     @property
     def total(self) -> int:
@@ -77,7 +77,7 @@ def estimate(
         trained=sum(map(nbytes, trained)),
         optimizer=sum(optimizer_bytes(p, config, p in matrices) for p in trained),
         process=process,
-        allocator=sum(peak.values()) // 10 if process else 0,
+        allocator=3 * (sum(peak.values()) - peak["gradients"]) // 10 if process else 0,
         **peak,
     )
 
