@@ -91,7 +91,8 @@ def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, po
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(config_class, as_group=True)
-    switches = [f"--{a.dest}" for a in parser._actions if getattr(a, "_typehint", None) is bool]
+    hints = {f"--{a.dest}": getattr(a, "_typehint", None) for a in parser._actions}
+    switches = [name for name, hint in hints.items() if hint is bool or bool in get_args(hint)]
     words = _arrange(list(sys.argv[1:] if argv is None else argv), switches, positional)
     for word in words:
         if word.startswith("--config="):

@@ -4,6 +4,8 @@ For training; and for decoding on the CPU, where a token costs as much in single
 """
 
 import functools
+import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,15 +20,18 @@ from litmini.config import UserError
 from litmini.lora import LoRALinear
 from litmini.sharding import blocks
 
-# Operations left to each process of a run from which on `auto` compiles. On a CPU: 20 minutes of a small model, where a
+# Operations of each process in a whole run from which on `auto` compiles. On a CPU: 20 minutes of a small model, where a
 # minute of compiling and a tenth off each step were measured. On a GPU: 10 minutes at 100 Tflop/s, by judgement alone.
-WORTH = {"cpu": 5e14, "cuda": 6e16}
+WORTH = {"cpu": 2.5e14, "cuda": 6e16}
 
 
 def pays(flops: float, device: torch.device) -> bool:
-    """Whether `--compile auto` compiles for a run of so many operations a process. The same when the run goes on later."""
-    there = device.type != "cpu" or shutil.which(_compiler()) is not None
-    return there and flops >= WORTH.get(device.type, float("inf"))
+    """Whether `--compile auto` compiles for a run of so many operations in each process: it is long enough, and can be."""
+    if device.type == "cpu":
+        there = shutil.which(_compiler()) is not None
+    else:  # torch.compile needs Triton there, which needs cards of this generation
+        there = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    return there and flops >= WORTH.get(device.type, math.inf)
 
 
 def compile_training(model: nn.Module, backend: str = "inductor") -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
 from litmini.compiled import compile_training, pays
-from litmini.config import OptimConfig, RunConfig, UserError
+from litmini.config import OptimConfig, RunConfig, TrainConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
 from litmini.evaluate import answer_all, exact_match
@@ -230,14 +230,18 @@ def run_training(
 
 
 def _long_enough(fabric: Fabric, meter: Meter, data: Data, config: RunConfig) -> bool:
-    """Whether the run is worth compiling for, from its first step: so a run that goes on later decides the same."""
-    first = data.train.batches(
-        range(config.train.global_batch_size), config.train.micro_batch_size, 0, fabric.world_size
-    )
-    flops = meter.flops(list(first)) * data.total_steps
-    worth = pays(flops, fabric.device)
+    """Whether the run is worth compiling for: by all its steps, so that it decides the same when it goes on later."""
+    flops = planned_flops(meter.flops, data, config.train, fabric.world_size)
+    worth = fabric.broadcast(pays(flops, fabric.device))
     fabric.print(f"compile auto: {'on' if worth else 'off'}, for {flops:.1e} operations in each process")
     return worth
+
+
+def planned_flops(flops: Callable[[list[Batch]], float], data: Data, train: TrainConfig, world: int) -> float:
+    """What a process of `world` will do in the whole run, by its share of the first step."""
+    count = min(train.global_batch_size, data.total_rows)
+    first = data.train.batches(range(count), train.micro_batch_size, 0, world)
+    return flops(list(first)) * data.total_rows / count
 
 
 def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunConfig) -> float:

@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             multiplied = h.to(x.dtype) if ctx.round_first else h
-            d_weight = (grad * multiplied).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+            d_weight = (grad * multiplied).reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(weight.dtype)
         d_h = grad * weight.float()  # fp32
         mean = (d_h * h).mean(-1, keepdim=True)
         return d_h.addcmul_(h, mean, value=-1).mul_(scale).to(x.dtype), d_weight, None, None
@@ -90,7 +90,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, function: Any, derivative: Any) -> Tensor:  # type: ignore[override,no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.function, ctx.derivative = function, derivative
-        return function(gate).mul_(up)  # type: ignore[no-any-return]
+        return function(gate) * up  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Any:  # type: ignore[override,no-untyped-def]

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from test_generation import PROMPTS, generate_batch, random_model
 from test_scripts import run
 from torch._dynamo.utils import counters
 
-from litmini import attention, finetune
+from litmini import attention, compiled, finetune
 from litmini.adapters import add_adapters
 from litmini.cache import KVCache
 from litmini.compiled import WORTH, compile_decoding, compile_training, pays
+from litmini.config import TrainConfig
 from litmini.finetune_config import LoraConfig
 from litmini.launch import checkpoint_activations
 from litmini.models import gemma2, llama
@@ -84,7 +86,22 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     assert not pays(0.9 * WORTH["cpu"], cpu) and pays(WORTH["cpu"], cpu)
     assert not pays(1e30, torch.device("mps"))  # nobody has measured it there
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not pays(1e30, cpu) and pays(WORTH["cuda"], torch.device("cuda"))
+    assert not pays(1e30, cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    assert pays(WORTH["cuda"], torch.device("cuda")) and not pays(0.9 * WORTH["cuda"], torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not pays(1e30, torch.device("cuda"))  # torch.compile would refuse it
+
+
+def test_auto_counts_the_rows_that_there_are():
+    """Not those of a whole batch, where the data are fewer, nor those of other epochs."""
+    rows = SimpleNamespace(batches=lambda rows, micro, rank, world: [*rows][rank::world])
+    data = SimpleNamespace(train=rows, total_rows=3)
+    assert finetune.planned_flops(len, data, TrainConfig(global_batch_size=64), 1) == 3
+    data.total_rows = 9
+    assert finetune.planned_flops(len, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 1) == 9
+    assert finetune.planned_flops(len, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 4.5
 
 
 @pytest.mark.parametrize("worth", [1e6, 1e30])

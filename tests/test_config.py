@@ -239,6 +239,8 @@ def test_resume_is_a_switch_or_a_directory(value, expected):
 
 
 def test_a_switch_needs_no_value():
+    assert lora(*NEEDED, "--compile", "--seed=3").compile is True and lora("--resume", *NEEDED).resume is True
+    assert lora(*NEEDED, "--compile", "auto").compile == "auto"
     for words in (["--dry_run", *NEEDED], [*NEEDED, "--dry_run"], [*NEEDED, "--dry_run", "true"]):
         assert lora(*words).dry_run is True
     assert lora(*NEEDED, "--dry_run", "false", "--data.pack", "false").data.pack is False
