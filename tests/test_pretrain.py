@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import litmini
@@ -83,6 +83,21 @@ def losses(out_dir):
 @pytest.fixture(scope="module")
 def whole(place):
     return run("pretrain.py", *settings(place, "whole", "--train.save_every", 3, "--train.eval_every", 4))
+
+
+def test_weights_out_of_16_bits_are_spread_before_pretraining_goes_on(place, whole):
+    """Products in bf16 see the same weights, and small updates from the first step on."""
+    base = place / "in-bf16"
+    shutil.copytree(place / "whole/final", base)
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t.bfloat16() for n, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    words = ("--precision", "bf16-mixed", "--optim.lr", 1e-30, "--optim.weight_decay", 0, "--train.max_steps", 1)
+    run("pretrain.py", *settings(place, "spread", *words, model=base))
+    final = load_file(place / "spread/final/model.safetensors")
+    for name, tensor in tensors.items():
+        assert torch.equal(final[name].bfloat16(), tensor.bfloat16()), name
+        if tensor.dim() == 2:
+            assert (final[name] != tensor.bfloat16().float()).float().mean() > 0.9, name
 
 
 def test_from_text_to_a_model_that_others_load(place, whole):
