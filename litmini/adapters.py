@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from litmini.bases import shape
 from litmini.config import UserError
 from litmini.finetune_config import LoraConfig
-from litmini.lora import FullLayer, LoRALinear, PiSSALinear, Swapped, shape
+from litmini.lora import FullLayer, LoRALinear, PiSSALinear, Swapped
 from litmini.quantize import NF4Linear
 
 STARTS = {"zero": LoRALinear, "pissa": PiSSALinear}

@@ -82,9 +82,7 @@ def compile_decoding(model: nn.Module) -> None:
         UserError: there is no C++ compiler.
     """
     _check_compiler(model)
-    adapted = {
-        id(module.base) for module in model.modules() if isinstance(module, LoRALinear)
-    }  # summed in one operation
+    adapted = {id(m.base) for m in model.modules() if isinstance(m, LoRALinear)}  # summed in one operation
     parts = [*blocks(model), *(m for m in model.children() if isinstance(m, nn.Linear))]  # and the head
     for part in parts:
         for module in part.modules():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import litmini
+from litmini.bases import dense
 from litmini.checkpoint import (
     check_checkpoint_dir,
     check_fit,
@@ -22,7 +23,6 @@ from litmini.checkpoint import (
 )
 from litmini.config import UserError
 from litmini.files import read_json, write_aside
-from litmini.lora import dense
 from litmini.peft_format import Adapter, check_adapter, read_adapter
 from litmini.quantize import NF4Linear, quantizable
 from litmini.rounding import stochastic_round

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from litmini.adapters import experts, leaf, linears, pattern_value, replace_module
+from litmini.bases import shape
 from litmini.config import UserError
 from litmini.files import read_json
 from litmini.finetune_config import QuantizeConfig
-from litmini.lora import DoRALinear, FullLayer, LoRALinear, shape
+from litmini.lora import DoRALinear, FullLayer, LoRALinear
 from litmini.rescaling import IA3Linear, check_ia3
 from litmini.tensors import read_tensors
 

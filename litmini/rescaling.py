@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from litmini.adapters import leaf, linears, replace_module
+from litmini.bases import dense, plain_layer, rounded_sum
 from litmini.config import UserError
 from litmini.finetune_config import Ia3Config
-from litmini.lora import Swapped, dense, plain_layer, rounded_sum
+from litmini.lora import Swapped
 
 
 class IA3Linear(Swapped):
