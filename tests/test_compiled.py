@@ -96,12 +96,12 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
 
 def test_auto_counts_the_rows_that_there_are():
     """Not those of a whole batch, where the data are fewer, nor those of other epochs."""
-    rows = SimpleNamespace(batches=lambda rows, micro, rank, world: [*rows][rank::world])
+    rows = SimpleNamespace(batches=lambda rows, micro, rank, world: [row + 1 for row in rows][rank::world])
     data = SimpleNamespace(train=rows, total_rows=3)
-    assert finetune.planned_flops(len, data, TrainConfig(global_batch_size=64), 1) == 3
+    assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=64), 1) == 1 + 2 + 3
     data.total_rows = 9
-    assert finetune.planned_flops(len, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 1) == 9
-    assert finetune.planned_flops(len, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 4.5
+    assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 1) == (1 + 2) * 9 / 2
+    assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 1 * 9 / 2
 
 
 @pytest.mark.parametrize("worth", [1e6, 1e30])
