@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from litmini.adapters import add_adapters
 from litmini.config import OptimConfig, TrainConfig, UserError
@@ -188,3 +192,19 @@ def test_the_scale_is_saved_and_restored():
         )
     assert (saved[0]["scale"], saved[0]["_growth_tracker"]) == (65536, 1)
     assert (saved[1]["scale"], saved[1]["_growth_tracker"]) == (16, 0)  # that was the third good step in a row
+
+
+@pytest.mark.parametrize(
+    "settings", [{"name": "adamw8bit"}, {"stochastic_rounding": True}, {"in_backward": True, "max_grad_norm": None}]
+)
+def test_what_knows_no_shares_refuses_them(settings):
+    """Parameters that FSDP has shared out: these optimizers would take a share for the whole."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Linear(8, 8, bias=False)
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(UserError, match="--strategy fsdp"):
+            make_optimizer(model, OptimConfig(**settings))
+    finally:
+        dist.destroy_process_group()
