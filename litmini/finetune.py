@@ -15,7 +15,7 @@ from torch import nn
 
 from litmini.bad_steps import save_bad_step
 from litmini.checkpoint import read_config
-from litmini.compiled import compile_training, pays
+from litmini.compiled import compilable, compile_training, pays
 from litmini.config import OptimConfig, RunConfig, TrainConfig, UserError
 from litmini.data import Example, describe, load_data, show_masks
 from litmini.download import ensure_checkpoint
@@ -170,10 +170,12 @@ def run_training(
     if is_sharded(model):
         held, every = (f"{size / 2**20:,.1f}" for size in held_bytes(model))
         fabric.print(f"{world} processes share the parameters: this one holds {held} of {every} MiB")
-    meter = Meter(model, fabric.device, torch.float32 if config.precision == "32-true" else torch.bfloat16)
+    dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
+    meter = Meter(model, fabric.device, dtype)
     fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
-    if config.compile is True or (config.compile == "auto" and _long_enough(fabric, meter, data, config)):
-        compile_training(model)
+    auto = config.compile == "auto" and compilable(model, dtype)
+    if config.compile is True or (auto and _long_enough(fabric, meter, data, config)):
+        compile_training(model, dtype)
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if config.train.offload_activations:

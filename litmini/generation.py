@@ -181,7 +181,7 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     if config.adapter_dir and config.bits == 16 and (Path(config.adapter_dir) / BASE_FILE).is_file():
         print(f"note: {config.adapter_dir} was trained over a 4-bit base; --bits 4 gives it that.", file=sys.stderr)
     if config.compile:
-        from litmini.compiled import compile_decoding
+        from litmini.compiled_decoding import compile_decoding
 
         compile_decoding(model)
     if config.chat_template != "auto":
