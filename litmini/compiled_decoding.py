@@ -4,6 +4,7 @@ One call of what is compiled costs about as much as the work that it saves in on
 all have the same code: one compilation serves them, and it is kept on disk.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -73,63 +74,57 @@ class _Stack:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.plain = [module.forward for module in modules]
-        self.chained = True
-        self.last: Any = None  # what a block gave in the first forward
-        self.size = 0  # blocks of a group; not known yet
-        self.groups: list[Callable[..., Any]] = []
+        self.groups: list[Callable[..., Any]] = []  # none yet: the first forward is still to come
+        self.size = 0  # modules of a group
+        self.chained, self.last = True, None  # in the first forward: so far; what the module before gave
         self.x: Any = None
-        self.others: list[tuple[Any, ...]] = []
+        self.others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # what the modules of a group got beside x
         self.later = _Later()
 
     def install(self) -> None:
         for i, module in enumerate(self.modules):
-            module.forward = lambda x, *others, i=i: self.run(i, x, *others)  # type: ignore[method-assign]
+            module.forward = functools.partial(self.run, i)  # type: ignore[method-assign]
 
-    def run(self, i: int, x: Any, *others: Any) -> Any:
+    def run(self, i: int, x: Any, *args: Any, **named: Any) -> Any:
         """Module i's forward."""
-        if not self.size:
-            return self.learn(i, x, *others)
+        if not self.groups:
+            return self.learn(i, x, *args, **named)
         place = i % self.size
+        single = x is self.later if place else x.shape[1] == 1
+        if not single:
+            return self.plain[i](x, *args, **named)
         if not place:
-            if x.shape[1] > 1:
-                return self.plain[i](x, *others)
             self.x, self.others = x, []
-        elif x is not self.later:
-            return self.plain[i](x, *others)
-        self.others.append(others)
-        return self.later if place < self.size - 1 else self.groups[i // self.size](self.x, *self.others)
+        self.others.append((args, named))
+        return self.groups[i // self.size](self.x, self.others) if place == self.size - 1 else self.later
 
-    def learn(self, i: int, x: Any, *others: Any) -> Any:
+    def learn(self, i: int, x: Any, *args: Any, **named: Any) -> Any:
         self.chained &= not i or x is self.last
-        self.last = self.plain[i](x, *others)
+        y = self.last = self.plain[i](x, *args, **named)
         if i == len(self.modules) - 1:
             fitting = [n for n in range(1, LARGEST_GROUP + 1) if not len(self.modules) % n]
-            self.size = fitting[-1] if self.chained else 1
+            self.size, self.last = fitting[-1] if self.chained else 1, None
             self.groups = _compile_groups(self.modules, self.plain, self.size)
-        return self.last
+        return y
 
 
 def _compile_groups(modules: list[nn.Module], plain: list[Callable[..., Any]], size: int) -> list[Callable[..., Any]]:
-    """For each `size` modules in turn, a function (x, others of the first, others of the second, ...) of them all."""
+    """For each `size` modules in turn, a function of x, and of what each gets beside it, that runs them all."""
     kinds: dict[tuple[str, ...], Callable[..., Any]] = {}
-    groups = []
+    groups: list[Callable[..., Any]] = []
     for i in range(0, len(modules), size):
         kind = tuple(_kind(module) for module in modules[i : i + size])
         if kind not in kinds:  # a code object of its own, to which torch.compile's graphs belong
             run = types.FunctionType(_run.__code__.replace(), _run.__globals__)
             kinds[kind] = torch.compile(run, dynamic=True, options=OPTIONS)  # the number of keys grows with every token
-        groups.append(_bind(kinds[kind], plain[i : i + size]))
+        groups.append(functools.partial(kinds[kind], plain[i : i + size]))
     return groups
 
 
-def _run(forwards: list[Callable[..., Any]], x: Tensor, others: tuple[tuple[Any, ...], ...]) -> Any:
-    for forward, rest in zip(forwards, others, strict=True):
-        x = forward(x, *rest)
+def _run(forwards: list[Callable[..., Any]], x: Tensor, others: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Any:
+    for forward, (args, named) in zip(forwards, others, strict=True):
+        x = forward(x, *args, **named)
     return x
-
-
-def _bind(run: Callable[..., Any], forwards: list[Callable[..., Any]]) -> Callable[..., Any]:
-    return lambda x, *others: run(forwards, x, others)
 
 
 def _kind(module: nn.Module) -> str:

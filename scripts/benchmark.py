@@ -186,6 +186,8 @@ def training_jobs(
             if run(replace(config, resume=False), place, made, "convert-for-litgpt") is None:
                 tools = [tool for tool in tools if tool != "litgpt"]
     jobs = [{**job, "tool": tool, "variant": ""} for tool in tools if task in ABLE[tool]]
+    if task in ("lora", "full") and dtype == "bf16" and "litmini" in tools:
+        jobs.insert(1, {**job, "tool": "litmini", "variant": "compiled", "words": [*job["words"], "--compile", "true"]})
     if task == "lora" and dtype == "bf16" and "transformers" in tools:
         jobs.append({**job, "tool": "transformers", "variant": "bf16 adapters"})
     return jobs

@@ -75,7 +75,7 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.layers):
-            x = block(x, torch.full((), float(i)))
+            x = block(x, shift=torch.full((), float(i)))
             if self.between:
                 x = x * 0.5
         return x

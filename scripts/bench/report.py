@@ -89,8 +89,9 @@ def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool |
     """
     if row["loss_start"] is None:
         return None
-    exact = [other for other in others if other["dtype"] == "fp32"]
-    others = [other for other in exact or others if other is not row and (exact or other["dtype"] == row["dtype"])]
+    exact = [other for other in others if other["dtype"] == "fp32" and other is not row]
+    tool = row["tool"].split(",")[0]  # its variants prove nothing
+    others = exact or [o for o in others if o["dtype"] == row["dtype"] and o["tool"].split(",")[0] != tool]
     for name in ("loss_start", "loss_end", "held_out_loss"):
         theirs = [other[name] for other in others if other[name] is not None]
         near = [loss for loss in theirs if row[name] is None or abs(row[name] - loss) <= SAME]
@@ -148,7 +149,7 @@ def chart(rows: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     names = [f"{row['task']} {row['dtype']}: {row['tool']}" for row in shown]
-    colours = ["C1" if row["tool"] == "litmini" else "C0" for row in shown]
+    colours = ["C1" if row["tool"].startswith("litmini") else "C0" for row in shown]
     panels = (("real_tokens_per_second", "real tokens a second"), ("peak_memory_mib", "peak memory, MiB"))
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         bars = axes.barh(names, [row[key] for row in shown], color=colours)

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ def finetune(job: Job) -> dict[str, Any]:
     words = [sys.executable, str(SCRIPTS / f"finetune_{job['method']}.py"), *job["words"]]
     started = time.time()
     script_log = Path(f"{run}.script.log")
-    with script_log.open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log)
+    with script_log.open("w") as log, tempfile.TemporaryDirectory() as cache:  # what was compiled before does not help
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         first = first_step(run / "metrics.csv", process)
         process.wait()
     if process.returncode:
