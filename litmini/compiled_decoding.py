@@ -5,7 +5,6 @@ all have the same code: one compilation serves them, and it is kept on disk.
 """
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.compiled import check_compiler
+from litmini.config import UserError
 from litmini.lora import LoRALinear
 from litmini.sharding import blocks
 
 LARGEST_GROUP = 5
 """Most blocks of a graph. Compiling takes as long as they are many, and 5 of SmolLM2-135M take most of what can be had."""
-
-OPTIONS: dict[str, Any] = {
-    "cpp_wrapper": True,  # what allocates and calls the kernels is C++ as well
-    "size_asserts": False,
-    # Modules do not change any more, and `_kind` keeps different ones apart.
-    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-}
 
 
 class OneRowLinear(nn.Linear):
@@ -43,7 +36,7 @@ class OneRowLinear(nn.Linear):
 def compile_decoding(model: nn.Module) -> None:
     """Let `model`, in 16 or 32 bits, read single tokens through compiled blocks; the first ones take a minute or so more.
 
-    Prompts, whose lengths all differ, are read as without it. From here on the modules must stay as they are.
+    Prompts, whose lengths all differ, are read as without it. One thread at a time may use the model.
 
     Raises:
         UserError: there is no C++ compiler, or it is a model that cannot be compiled.
@@ -55,6 +48,7 @@ def compile_decoding(model: nn.Module) -> None:
         for module in part.modules():
             if type(module) is nn.Linear and id(module) not in adapted:
                 module.__class__ = OneRowLinear
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, windows that are full or not, one row or more
     _Stack(blocks(model)).install()
     for module in head:
         _Stack([module]).install()
@@ -62,6 +56,14 @@ def compile_decoding(model: nn.Module) -> None:
 
 class _Later:
     """What blocks give that wait for the last one of their group: nothing can be done with it but to hand it on."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise UserError(
+            "this model uses what each of its blocks gives, and not only the next block: leave --compile out."
+        )
+
+    __getattr__ = __torch_function__
 
 
 class _Stack:
@@ -74,9 +76,14 @@ class _Stack:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.plain = [module.forward for module in modules]
-        self.groups: list[Callable[..., Any]] = []  # none yet: the first forward is still to come
-        self.size = 0  # modules of a group
-        self.chained, self.last = True, None  # in the first forward: so far; what the module before gave
+        on_cpu = next(modules[0].parameters()).device.type == "cpu"
+        options: dict[str, Any] = {
+            "cpp_wrapper": on_cpu,
+            "size_asserts": False,
+        }  # in Python, kernels take longer to start
+        self.compiled = torch.compile(_run, dynamic=True, options=options)  # the number of keys grows with every token
+        self.size = 0  # modules of a group; not known before the first forward
+        self.chained, self.last, self.next = True, None, 0  # in it: so far; what the module before gave; who comes now
         self.x: Any = None
         self.others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # what the modules of a group got beside x
         self.later = _Later()
@@ -85,9 +92,9 @@ class _Stack:
         for i, module in enumerate(self.modules):
             module.forward = functools.partial(self.run, i)  # type: ignore[method-assign]
 
-    def run(self, i: int, x: Any, *args: Any, **named: Any) -> Any:
+    def run(self, i: int, x: Any, /, *args: Any, **named: Any) -> Any:
         """Module i's forward."""
-        if not self.groups:
+        if not self.size:
             return self.learn(i, x, *args, **named)
         place = i % self.size
         single = x is self.later if place else x.shape[1] == 1
@@ -95,44 +102,25 @@ class _Stack:
             return self.plain[i](x, *args, **named)
         if not place:
             self.x, self.others = x, []
+        if len(self.others) != place:
+            raise UserError("this model runs its blocks in another order than before: leave --compile out.")
         self.others.append((args, named))
-        return self.groups[i // self.size](self.x, self.others) if place == self.size - 1 else self.later
+        if place < self.size - 1:
+            return self.later
+        x, others, self.x, self.others = self.x, self.others, None, []  # a cache may be large
+        return self.compiled(self.plain[i - place : i + 1], x, others)
 
-    def learn(self, i: int, x: Any, *args: Any, **named: Any) -> Any:
-        self.chained &= not i or x is self.last
+    def learn(self, i: int, x: Any, /, *args: Any, **named: Any) -> Any:
+        self.chained &= i == self.next and (not i or x is self.last)
         y = self.last = self.plain[i](x, *args, **named)
+        self.next = i + 1
         if i == len(self.modules) - 1:
             fitting = [n for n in range(1, LARGEST_GROUP + 1) if not len(self.modules) % n]
             self.size, self.last = fitting[-1] if self.chained else 1, None
-            self.groups = _compile_groups(self.modules, self.plain, self.size)
         return y
-
-
-def _compile_groups(modules: list[nn.Module], plain: list[Callable[..., Any]], size: int) -> list[Callable[..., Any]]:
-    """For each `size` modules in turn, a function of x, and of what each gets beside it, that runs them all."""
-    kinds: dict[tuple[str, ...], Callable[..., Any]] = {}
-    groups: list[Callable[..., Any]] = []
-    for i in range(0, len(modules), size):
-        kind = tuple(_kind(module) for module in modules[i : i + size])
-        if kind not in kinds:  # a code object of its own, to which torch.compile's graphs belong
-            run = types.FunctionType(_run.__code__.replace(), _run.__globals__)
-            kinds[kind] = torch.compile(run, dynamic=True, options=OPTIONS)  # the number of keys grows with every token
-        groups.append(functools.partial(kinds[kind], plain[i : i + size]))
-    return groups
 
 
 def _run(forwards: list[Callable[..., Any]], x: Tensor, others: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Any:
     for forward, (args, named) in zip(forwards, others, strict=True):
         x = forward(x, *args, **named)
     return x
-
-
-def _kind(module: nn.Module) -> str:
-    """All that a graph of `module` depends on: its modules, what they hold, and the form of its weights, not their values."""
-    internals = vars(nn.Module()).keys() | {"forward"}
-    parts = [
-        (name, type(part), sorted((k, v) for k, v in vars(part).items() if k not in internals))
-        for name, part in module.named_modules()
-    ]
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return repr((parts, [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors]))

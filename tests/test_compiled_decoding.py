@@ -6,11 +6,13 @@ import pytest
 import torch
 from test_generation import PROMPTS, generate_batch, random_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from litmini import compiled_decoding
 from litmini.adapters import add_adapters
 from litmini.cache import KVCache
 from litmini.compiled_decoding import compile_decoding
+from litmini.config import UserError
 from litmini.finetune_config import LoraConfig
 from litmini.models import llama
 
@@ -62,7 +64,8 @@ class Block(nn.Module):
         self.linear = nn.Linear(32, 32)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        return x + self.scale * self.linear(x).sin() + shift
+        y = self.linear(x)
+        return x + self.scale * (y.sin() if self.scale > 1.5 else y.cos()) + shift
 
 
 class Tower(nn.Module):
@@ -83,10 +86,9 @@ class Tower(nn.Module):
 
 @torch.inference_mode()
 def test_blocks_that_differ_have_graphs_of_their_own(monkeypatch):
-    """Although nothing guards their attributes: those of a group of the same kind, and only those, share one."""
-    made = []
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: made.append(args) or compile_(*args, **options))
+    """And those that do not share them."""
+    torch.compiler.reset()
+    counters.clear()
     monkeypatch.setattr(compiled_decoding, "LARGEST_GROUP", 2)
     tower, inputs = Tower([1.0, 2.0, 1.0, 2.0, 2.0, 1.0]), torch.randn(3, 1, 1, 32)
     expected = [tower(x) for x in inputs]
@@ -94,7 +96,7 @@ def test_blocks_that_differ_have_graphs_of_their_own(monkeypatch):
     tower(inputs[0])  # read as it is written
     for x, y in zip(inputs, expected, strict=True):
         torch.testing.assert_close(tower(x), y)
-    assert len(made) == 2
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @torch.inference_mode()
@@ -130,3 +132,47 @@ def test_a_forward_that_failed_leaves_nothing_for_the_next(monkeypatch):
             tower(x)
         tower.layers[place].forward = wrapped
         assert torch.equal(tower(x), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [((0, 2, 1, 3), None), ((0, 1, 3), "another order"), ((0, 1, 1, 2, 3), None), ((3, 0, 1, 2), None)],
+)
+def test_blocks_in_another_order_are_never_a_group(order, message, monkeypatch):
+    """From the first forward on: graphs of one block. Later: an error, and no wrong result."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    def forward(x: Tensor, order: tuple[int, ...] = order) -> Tensor:
+        for i in order:
+            x = tower.layers[i](x, shift=torch.zeros(()))
+        return x
+
+    tower, x = Tower([1.0, 2.0, 3.0, 4.0]), torch.randn(1, 1, 32)
+    expected, usual = forward(x), forward(x, (0, 1, 2, 3))
+    compile_decoding(tower)
+    if message:
+        assert torch.equal(forward(x, (0, 1, 2, 3)), usual)
+        with pytest.raises(UserError, match=message):
+            forward(x)
+    else:
+        for _ in range(2):
+            assert torch.equal(forward(x), expected)
+            assert torch.equal(forward(x, (0, 1, 2, 3)), usual)
+
+
+@torch.inference_mode()
+def test_a_model_that_keeps_what_its_blocks_give_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    tower, x = Tower([1.0] * 4), torch.randn(1, 1, 32)
+    compile_decoding(tower)
+
+    def forward() -> Tensor:
+        kept = [x]
+        for block in tower.layers:
+            kept.append(block(kept[-1], torch.zeros(())))
+        return torch.stack(kept).mean(0)
+
+    forward()
+    with pytest.raises(UserError, match="leave --compile out"):
+        forward()
