@@ -173,8 +173,9 @@ def run_training(
     dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
     meter = Meter(model, fabric.device, dtype)
     fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
-    auto = config.compile == "auto" and compilable(model, dtype)
-    if config.compile is True or (auto and _long_enough(fabric, meter, data, config)):
+    if config.compile is True or (
+        config.compile == "auto" and _worth_compiling(fabric, model, dtype, meter, data, config)
+    ):
         compile_training(model, dtype)
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
@@ -231,10 +232,12 @@ def run_training(
     }
 
 
-def _long_enough(fabric: Fabric, meter: Meter, data: Data, config: RunConfig) -> bool:
-    """Whether the run is worth compiling for: by all its steps, so that it decides the same when it goes on later."""
+def _worth_compiling(
+    fabric: Fabric, model: nn.Module, dtype: torch.dtype, meter: Meter, data: Data, config: RunConfig
+) -> bool:
+    """By all steps of the run, so that it decides the same when it goes on later."""
     flops = planned_flops(meter.flops, data, config.train, fabric.world_size)
-    worth = fabric.broadcast(pays(flops, fabric.device))
+    worth = fabric.broadcast(compilable(model, dtype) and pays(flops, fabric.device))
     fabric.print(f"compile auto: {'on' if worth else 'off'}, for {flops:.1e} operations in each process")
     return worth
 

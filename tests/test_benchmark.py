@@ -91,6 +91,21 @@ def test_rows_are_medians_without_the_warm_up_and_other_work_is_marked(tmp_path)
     assert "litgpt (other losses)" in table(list(rows.values()))
 
 
+def test_a_tool_is_not_its_own_witness(tmp_path):
+    """Its variants have its losses, whatever work it does."""
+    found = [result(tmp_path, tool, 1.0, loss) for tool, loss in (("litmini", 3.0), ("litmini", 3.0), ("trl", 3.2))]
+    found[1]["job"]["variant"] = "compiled"
+    assert [row["same_losses"] for row in make_rows(found, 1)] == [False] * 3
+
+
+def test_compiled_runs_are_measured_beside_the_others(tmp_path, tiny_dir):
+    benchmark = runpy.run_path(str(ROOT / "scripts/benchmark.py"))
+    config = benchmark["BenchmarkConfig"](checkpoint_dir=str(tiny_dir), steps=2, warmup_steps=1, max_seq_len=64)
+    jobs = benchmark["training_jobs"](config, tmp_path, "lora", "bf16", ["litmini", "trl"])
+    assert [(job["tool"], job["variant"]) for job in jobs] == [("litmini", ""), ("litmini", "compiled"), ("trl", "")]
+    assert jobs[1]["words"] == [*jobs[0]["words"], "--compile", "true"]
+
+
 def test_mfu_is_of_the_median_rate_of_products(tmp_path):
     """On a machine whose speed changes, a tool is not better for a slow moment before its run."""
     rates = {"litmini": 1e10, "trl": 4e10, "litgpt": 2e10}

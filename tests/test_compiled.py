@@ -76,6 +76,17 @@ def test_auto_counts_the_rows_that_there_are():
     assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 1 * 9 / 2
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype", "on"), [(llama, "float32", True), (mixtral, "float32", False), (mixtral, "bfloat16", True)]
+)
+def test_auto_leaves_what_cannot_be_compiled(family, dtype, on, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "planned_flops", lambda *_: 1e30)
+    fabric = SimpleNamespace(world_size=1, device=torch.device("cpu"), broadcast=bool, print=print)
+    model, rest = family.Model(family.PRESETS["tiny"]), SimpleNamespace(flops=None, train=None)
+    assert finetune._worth_compiling(fabric, model, getattr(torch, dtype), rest, rest, rest) is on
+    assert f"compile auto: {'on' if on else 'off'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("worth", [1e6, 1e30])
 def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_path, monkeypatch):
     """And decides the same when it goes on."""
