@@ -99,7 +99,7 @@ class _PlainHead(torch.autograd.Function):
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
         d_rows = torch.empty_like(rows) if need_rows else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        d_weight: Tensor | None = None  # fp32
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), chunk):
             part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
@@ -109,8 +109,11 @@ class _PlainHead(torch.autograd.Function):
                 total += _gradient_of_logits(few, few_want, softcap, z_weight, need_rows or need_weight)
             if d_rows is not None:
                 d_rows[start : start + chunk] = logits @ cast
-            if d_weight is not None:
-                d_weight += logits.T @ part
+            if need_weight:
+                d_part = (logits.T @ part).float()
+                d_weight = d_part if d_weight is None else d_weight.add_(d_part)
+        if need_weight and d_weight is None:  # no target
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -120,7 +123,7 @@ class _PlainHead(torch.autograd.Function):
         d_rows, d_weight = ctx.saved_tensors
         return (
             None if d_rows is None else (d_rows.float() * upstream).to(d_rows.dtype),  # 1 / targets is not rounded
-            None if d_weight is None else (d_weight * upstream).to(ctx.weight_dtype),
+            None if d_weight is None else d_weight.mul_(upstream).to(ctx.weight_dtype),  # in place: it is as large as the head
             None,
             None,
             None,
