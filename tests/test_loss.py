@@ -174,6 +174,15 @@ def test_gradients_scale_with_what_is_done_to_the_loss():
         assert_near(found, exact)
 
 
+def test_a_second_backward_is_refused_and_not_wrong():
+    """The head's gradient, which is as large as the head, was scaled where it lies."""
+    hidden, head, labels = problem()
+    loss, _ = linear_cross_entropy(hidden, head, labels)
+    loss.backward(gradient=torch.tensor(0.5), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class Shapes(TorchDispatchMode):
     """Notes every operation, and the shape of every tensor that one makes."""
 
@@ -181,11 +190,15 @@ class Shapes(TorchDispatchMode):
         super().__init__()
         self.seen: list[tuple[int, ...]] = []
         self.operations: list[str] = []
+        self.in_fp32: list[tuple[int, ...]] = []  # what is made anew, not in place
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.operations.append(str(function))
-        self.seen += [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.seen += [tuple(x.shape) for x in made]
+        if "_." not in str(function) and not function.is_view:
+            self.in_fp32 += [tuple(x.shape) for x in made if x.dtype == torch.float32]
         return result
 
 
@@ -221,6 +234,14 @@ def test_evaluation_computes_no_gradient_of_the_head():
     assert not loss.requires_grad
     assert_near(loss, plain_loss(hidden, head, labels).detach())
     assert shapes.operations.count("aten.mm.default") == 1
+
+
+def test_the_gradient_of_a_head_is_in_memory_once():
+    """Under autocast; it is as large as the head in fp32. One chunk, then scaled by the gradient from above."""
+    hidden, head, labels = problem()
+    with Shapes() as shapes, torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden, head, labels)[0].mul(0.5).backward()
+    assert shapes.in_fp32.count((VOCAB, DIM)) == 1
 
 
 def test_inference_mode():
