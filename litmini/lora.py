@@ -87,6 +87,11 @@ class LoRALinear(Swapped):
         return self.alpha, {name: whole(p) for name, p in self.named_parameters() if name.startswith("lora_")}
 
 
+def add_product_(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
+    """y += x @ dense, in place: y (n, out), x (n, in), dense (in, out). `compiled.py` puts its own in this place."""
+    return y.addmm_(x, dense)
+
+
 class _Adapted(torch.autograd.Function):
     """(x W^T + B A x) * gain, with a bias; x (n, in), result (n, out).
 
@@ -101,13 +106,13 @@ class _Adapted(torch.autograd.Function):
         dense = weight_in(x.dtype, base, weight).T  # (in, out)
         y = None
         if gain is None:
-            out = (low @ up.T).addmm_(x, dense)
+            out = add_product_(low @ up.T, x, dense)
         else:
             y = x @ dense
             if x.dtype == torch.float32:
                 out = torch.addmm(y, low, up.T).mul_(gain)
             else:
-                out = rescaled(y, low, up, gain).addmm_(x, dense)
+                out = add_product_(rescaled(y, low, up, gain), x, dense)
         if bias is not None:
             out += bias.to(x.dtype)
         keep_x = dropped is None or weight.requires_grad
@@ -132,7 +137,7 @@ class _Adapted(torch.autograd.Function):
             d_x, dense = d_low @ down, weight_in(grad.dtype, ctx.base, weight)
             dense = dense if gain is None else times(dense, gain)
             if dropped is None:
-                d_x.addmm_(grad, dense)
+                add_product_(d_x, grad, dense)
             else:
                 d_x, d_dropped = grad @ dense, d_x
         d_weight = None

@@ -123,7 +123,7 @@ class _PlainHead(torch.autograd.Function):
         d_rows, d_weight = ctx.saved_tensors
         return (
             None if d_rows is None else (d_rows.float() * upstream).to(d_rows.dtype),  # 1 / targets is not rounded
-            None if d_weight is None else d_weight.mul_(upstream).to(ctx.weight_dtype),  # in place: it is as large as the head
+            None if d_weight is None else d_weight.mul_(upstream).to(ctx.weight_dtype),  # in place: it is large
             None,
             None,
             None,

@@ -10,7 +10,7 @@ import torch
 from test_scripts import run
 from torch._dynamo.utils import counters
 
-from litmini import attention, compiled, finetune
+from litmini import attention, compiled, finetune, lora
 from litmini.adapters import add_adapters
 from litmini.compiled import WORTH, compilable, compile_training, pays
 from litmini.compiled_decoding import compile_decoding
@@ -121,7 +121,8 @@ def packed(seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(attention, "_document_by_document", attention._document_by_document)  # it is replaced
+    for module, name in ((attention, "_document_by_document"), (lora, "add_product_")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # it is replaced
     torch._dynamo.reset()
     counters.clear()
 
@@ -162,3 +163,24 @@ def test_without_documents_a_block_is_one_graph(fresh):
         tokens = torch.randint(0, 512, (2, length))
         model.train()(tokens, labels=tokens)[0].backward()
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2, counters
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = lora.LoRALinear(torch.nn.Linear(16, 24, bias=False).requires_grad_(False), rank=4, alpha=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.tanh())
+
+
+def test_adapters_are_summed_in_place(fresh):
+    """The compiler's own addmm would copy the change, as large as the output, first."""
+    model = torch.nn.ModuleList([Block()])
+    compile_training(model, torch.float32)
+    x = torch.randn(8, 16, requires_grad=True)
+    model[0].train()(x).sum().backward()
+    with torch.profiler.profile() as seen:
+        model[0](x).sum().backward()
+    names = [event.name for event in seen.events()]
+    assert names.count("aten::addmm_") == 2 and "aten::addmm" not in names  # forward and backward
