@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from litmini import attention, lora
 from litmini.config import UserError
@@ -52,19 +52,15 @@ def compile_training(model: nn.Module, dtype: torch.dtype, backend: str = "induc
         module.forward = functools.partial(choose, module, module.forward, compiled)  # type: ignore[method-assign]
 
 
-def _add_product_(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
-    """As an operation of its own: the compiler's `addmm` copies all of y first, 4% of a step of LoRA on a CPU."""
-    torch.ops.litmini.add_product_(y, x, dense)
-    return y
-
-
-_OPERATIONS = torch.library.Library("litmini", "DEF")
-_OPERATIONS.define("add_product_(Tensor(a!) y, Tensor x, Tensor dense) -> ()")
-
-
-@torch.library.impl(_OPERATIONS, "add_product_", "CompositeExplicitAutograd")
+@library.custom_op("litmini::add_product_", mutates_args=("y",))
 def _add_product(y: Tensor, x: Tensor, dense: Tensor) -> None:
+    """Opaque to the compiler, whose own `addmm` copies all of y first: 3.5% of a step of LoRA on a CPU."""
     y.addmm_(x, dense)
+
+
+def _add_product_(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
+    _add_product(y, x, dense)
+    return y
 
 
 def check_compiler(model: nn.Module, dtype: torch.dtype) -> None:

@@ -77,10 +77,7 @@ class _Stack:
         self.modules = modules
         self.plain = [module.forward for module in modules]
         on_cpu = next(modules[0].parameters()).device.type == "cpu"
-        options: dict[str, Any] = {
-            "cpp_wrapper": on_cpu,
-            "size_asserts": False,
-        }  # in Python, kernels take longer to start
+        options: dict[str, Any] = {"cpp_wrapper": on_cpu, "size_asserts": False}  # from Python, kernels start later
         self.compiled = torch.compile(_run, dynamic=True, options=options)  # the number of keys grows with every token
         self.size = 0  # modules of a group; not known before the first forward
         self.chained, self.last, self.next = True, None, 0  # in it: so far; what the module before gave; who comes now
