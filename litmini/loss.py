@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
-CHUNK = 1024  # rows of logits in memory at once
-CACHED = 64  # of these, so many go through softmax at a time on a CPU: in fp32 they fit its cache
+CHUNK = 256  # rows of logits in memory at once
+TRAINED_CHUNK = 1024  # the same where the head is trained, whose gradient is summed over chunks
+VOCAB_CHUNK = 2048  # rows of the head's gradient that are computed at once
+CACHED = 8  # of these, so many go through softmax at a time on a CPU: in fp32 they fit its cache
 
 
 class ZLossHead(nn.Linear):
@@ -26,7 +28,7 @@ class ZLossHead(nn.Linear):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, chunk: int = CHUNK
+    hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of `head(hidden)` against `labels`.
 
@@ -35,7 +37,7 @@ def linear_cross_entropy(
         head: a plain `nn.Linear`, or any module that gives logits (an adapted head, say).
         labels: (B, T) int64, `IGNORE` where there is no target.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
-        chunk: rows of logits in memory at once.
+        chunk: rows of logits in memory at once; None: `CHUNK`, or `TRAINED_CHUNK`.
 
     Returns:
         The sum in fp32, an exact zero with a graph when there is no target, and the number of targets (int64), both 0-d.
@@ -45,6 +47,7 @@ def linear_cross_entropy(
     places = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
     if len(places) < len(rows):  # in pretraining, every row has a target
         rows, wanted = rows.index_select(0, places), wanted.index_select(0, places)  # (n, dim), (n,)
+    chunk = chunk or (TRAINED_CHUNK if any(p.requires_grad for p in head.parameters()) else CHUNK)
     if type(head) in (nn.Linear, ZLossHead) and head.bias is None:
         z_weight = head.z_weight if isinstance(head, ZLossHead) else 0.0
         dtype = (
@@ -67,30 +70,36 @@ def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor, softcap: float | 
     return F.cross_entropy(logits, wanted, reduction="sum")
 
 
-def _gradient_of_logits(
-    logits: Tensor, wanted: Tensor, softcap: float | None, z_weight: float, replace: bool
+def _gradient_of_logits_(
+    logits: Tensor, wanted: Tensor, softcap: float | None, z_weight: float, wide: Tensor | None
 ) -> Tensor:
-    """Summed cross entropy (fp32) of logits (n, vocab) against `wanted` (n, 1); its gradient takes the logits' place."""
-    wide = logits.float()
+    """Summed cross entropy (fp32) of logits (n, vocab) against `wanted` (n, 1); its gradient takes the logits' place.
+
+    Args:
+        wide: memory for as many logits in fp32; None: they are in fp32.
+    """
+    wide = logits if wide is None else wide[: len(logits)].copy_(logits)
+    bent = None
     if softcap is not None:
         bent = torch.tanh(wide / softcap)
-        wide = bent * softcap
-    log_p = torch.log_softmax(wide, -1)
-    losses = log_p.gather(1, wanted).neg_()  # (n, 1)
-    if replace:
-        log_sum = wide.gather(1, wanted) + losses
-        grad = log_p.exp_()
-        if z_weight:
-            grad.mul_(1 + 2 * z_weight * log_sum)
-        grad.scatter_add_(1, wanted, torch.full_like(losses, -1.0))
-        if softcap is not None:
-            grad.mul_(1 - bent.square())
-        logits.copy_(grad)
-    return losses.sum()
+        torch.mul(bent, softcap, out=wide)
+    top = wide.amax(-1, keepdim=True)  # (n, 1)
+    picked = wide.gather(1, wanted) - top
+    total = wide.sub_(top).exp_().sum(-1, keepdim=True)
+    share = 1 + 2 * z_weight * (total.log() + top)
+    wide.mul_(share / total).scatter_add_(1, wanted, torch.full_like(picked, -1.0))
+    if bent is not None:
+        wide.mul_(1 - bent.square())
+    if wide is not logits:
+        logits.copy_(wide)
+    return (total.log() - picked).sum()
 
 
 class _PlainHead(torch.autograd.Function):
-    """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice."""
+    """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice.
+
+    All chunks use the same memory: on a CPU, getting so much anew costs more than the softmax.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override,no-untyped-def]
@@ -98,22 +107,22 @@ class _PlainHead(torch.autograd.Function):
     ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
+        some = min(chunk, CACHED) if rows.device.type == "cpu" else chunk
+        buffer = rows.new_empty(min(chunk, len(rows)), len(weight))  # (c, vocab)
+        wide = None if rows.dtype == torch.float32 else rows.new_empty(some, len(weight), dtype=torch.float32)
         d_rows = torch.empty_like(rows) if need_rows else None
-        d_weight: Tensor | None = None  # fp32
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), chunk):
             part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
-            logits = part @ cast.T  # (c, vocab)
-            some = CACHED if rows.device.type == "cpu" else chunk
+            logits = torch.mm(part, cast.T, out=buffer[: len(part)])  # (c, vocab)
             for few, few_want in zip(logits.split(some), want.split(some), strict=True):
-                total += _gradient_of_logits(few, few_want, softcap, z_weight, need_rows or need_weight)
+                total += _gradient_of_logits_(few, few_want, softcap, z_weight, wide)
             if d_rows is not None:
-                d_rows[start : start + chunk] = logits @ cast
-            if need_weight:
-                d_part = (logits.T @ part).float()
-                d_weight = d_part if d_weight is None else d_weight.add_(d_part)
-        if need_weight and d_weight is None:  # no target
-            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+                torch.mm(logits, cast, out=d_rows[start : start + chunk])
+            if d_weight is not None:
+                for few, grad in zip(logits.split(VOCAB_CHUNK, 1), d_weight.split(VOCAB_CHUNK), strict=True):
+                    grad += few.T @ part
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total

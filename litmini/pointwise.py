@@ -14,6 +14,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, rounded to x's dtype (RMSNorm, arXiv 1910.07467).
 
+    Under autocast, what comes of an fp32 x is in autocast's dtype: products follow, and each would cast it for itself.
+
     Args:
         x: (..., dim).
         weight: (dim,).
@@ -37,23 +39,28 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
+    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else None
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps, round_first)  # type: ignore[no-any-return]
-    return _rms_norm(x, weight, eps, round_first)[0]
+        return _RMSNorm.apply(x, weight, eps, round_first, dtype)  # type: ignore[no-any-return]
+    return _rms_norm(x, weight, eps, round_first, dtype)[0]
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    """The norm, and 1 / rms (..., 1) in fp32."""
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, round_first: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """The norm, in `dtype` if there is one, and 1 / rms (..., 1) in fp32."""
     h = x.float()
     scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     h = h * scale
-    return weight * h.to(x.dtype) if round_first else (weight * h).to(x.dtype), scale
+    y = weight * h.to(x.dtype) if round_first else (weight * h).to(x.dtype)
+    return y if dtype is None else y.to(dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:  # type: ignore[override,no-untyped-def]
-        y, scale = _rms_norm(x, weight, eps, round_first)
+    def forward(ctx, x, weight, eps, round_first, dtype):  # type: ignore[override,no-untyped-def]
+        y, scale = _rms_norm(x, weight, eps, round_first, dtype)
         ctx.save_for_backward(x, weight, scale)
         ctx.round_first = round_first
         return y
@@ -68,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
             d_weight = (grad * multiplied).reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(weight.dtype)
         d_h = grad * weight.float()  # fp32
         mean = (d_h * h).mean(-1, keepdim=True)
-        return d_h.addcmul_(h, mean, value=-1).mul_(scale).to(x.dtype), d_weight, None, None
+        return d_h.addcmul_(h, mean, value=-1).mul_(scale).to(x.dtype), d_weight, None, None, None
 
 
 def _gelu(x: Tensor) -> Tensor:

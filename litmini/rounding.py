@@ -32,13 +32,14 @@ def spread(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> N
     A forward pass in `dtype` sees the weights that it saw before. But weights that all lie in the middle between two
     roundings must move by half the spacing of `dtype` before it sees any change, 0.2% in bf16, which is more than many
     steps of finetuning add up to. Of weights spread evenly, an update of x% of the spacing moves x% at once: the mean is
-    right. Matrices only: biases and norms are computed in fp32. Zeros stay, and weights that `dtype` rounds already.
+    right. What is trained, and matrices only: biases and norms are computed in fp32. Zeros stay, and weights that `dtype`
+    rounds already.
     """
     if dtype not in DROPPED:
         return
     size, generator = 1 << DROPPED[dtype], None
     for parameter in parameters:
-        if parameter.dim() < 2 or parameter.dtype != torch.float32 or parameter.is_meta:
+        if parameter.dim() < 2 or parameter.dtype != torch.float32 or parameter.is_meta or not parameter.requires_grad:
             continue
         generator = generator or torch.Generator(parameter.device).manual_seed(seed)
         for bits in parameter.data.view(-1).view(torch.int32).split(PIECE):

@@ -15,11 +15,12 @@ from litmini.finetune_config import FinetuneDoraConfig
 def main(config: FinetuneDoraConfig) -> None:
     from litmini.adapters import add_adapters, learning_rate_ratios
     from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, weight_dtype
+    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.lora import DoRALinear
     from litmini.optim import make_optimizer
     from litmini.peft_save import save_adapter
     from litmini.quantize import load_quantized
+    from litmini.rounding import spread
     from litmini.runs import Run
 
     # 1. Run directory
@@ -43,6 +44,7 @@ def main(config: FinetuneDoraConfig) -> None:
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
+    spread(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 6. Shard and optimizer
     wrapped = fabric.setup_module(model)

@@ -16,9 +16,10 @@ def main(config: FinetuneLoraConfig) -> None:
     from litmini.adapters import add_adapters, learning_rate_ratios
     from litmini.checkpoint import load_model
     from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, weight_dtype
+    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.optim import make_optimizer
     from litmini.peft_save import save_adapter
+    from litmini.rounding import spread
     from litmini.runs import Run
 
     # 1. Run directory
@@ -42,6 +43,7 @@ def main(config: FinetuneLoraConfig) -> None:
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
+    spread(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 6. Shard and optimizer
     wrapped = fabric.setup_module(model)

@@ -103,6 +103,18 @@ def test_full_finetuning_in_bf16_learns_what_it_does_in_fp32(run, tmp_path, toke
     assert learned["bf16-mixed"] == pytest.approx(learned["32-true"], rel=0.2)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+def test_what_is_trained_beside_adapters_is_spread(run, tiny_dir, tmp_path, method, precision):
+    """Trained at a rate that moves nothing: what is left is where the weights started."""
+    words = ["--lora.modules_to_save", "[lm_head]", "--optim.lr", 1e-20, "--eval.samples", 0, "--precision", precision]
+    assert run(f"finetune_{method}", "run", *words)[0] == 0
+    saved = load_file(tmp_path / "run/final/adapter_model.safetensors")
+    head, base = saved["base_model.model.lm_head.weight"], load_model(tiny_dir, torch.bfloat16).lm_head.weight
+    assert head.dtype == torch.float32 and torch.equal(head.bfloat16(), base)
+    assert (head != base).float().mean() > 0.99
+
+
 def test_samples_statistics_and_idle_settings_are_printed(run):
     words = ["--data.val_path", DATA / "heldout.jsonl", "--optim.warmup_steps", 100]
     status, out, _ = run("finetune_lora", "run", *words)

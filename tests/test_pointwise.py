@@ -84,3 +84,23 @@ def test_a_frozen_weight_has_no_gradient(name):
     given[1].requires_grad_(False)
     found, expected = (gradients(function, given) for function in PLAIN[name])
     torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_llama"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_under_autocast_a_norm_is_cast_once_for_all_products_after_it(name, grad):
+    """The very numbers that each product would have cast for itself; what is in 16 bits already stays as it was."""
+    ours, plain = PLAIN[name]
+    (x, weight), linear = inputs(name, torch.float32), torch.nn.Linear(24, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        y = ours(x, weight)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, plain(x, weight).bfloat16())
+        assert torch.equal(linear(y), linear(plain(x, weight)))
+        half = x.detach().bfloat16()
+        assert torch.equal(ours(half, weight), plain(half, weight))
+    if grad:
+        expected = torch.autograd.grad(plain(x, weight).square().sum(), [x, weight])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(ours(x, weight).float().square().sum(), [x, weight])
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.dtype == torch.float32 and (mine - theirs).norm() <= 0.01 * theirs.norm()

@@ -18,12 +18,12 @@ def on_grid(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_spread_weights_round_to_what_they_were(dtype):
     weight = on_grid(dtype, 200, 300)
-    moved = weight.clone()
+    moved = nn.Parameter(weight.clone())
     spread([moved], dtype)
     assert torch.equal(moved.to(dtype), weight.to(dtype))
     assert torch.equal(moved[weight == 0], weight[weight == 0])
     assert (moved != weight)[2:].float().mean() > 0.99
-    again = weight.clone()
+    again = nn.Parameter(weight.clone())
     spread([again], dtype)
     assert torch.equal(again, moved), "the same on every rank"
     spread([again], dtype)
@@ -40,24 +40,28 @@ def test_the_mean_of_a_small_update_is_right(share):
         return (((start + share * spacing).bfloat16().float() - weight) / spacing).mean().item()
 
     assert seen(weight) == pytest.approx(float(abs(share) > 0.5), abs=0.01)
-    spread([moved := weight.clone()], torch.bfloat16)
+    spread([moved := nn.Parameter(weight.clone())], torch.bfloat16)
     assert seen(moved) == pytest.approx(share, abs=0.01)
 
 
-def test_only_matrices_in_fp32_are_spread():
+def test_only_trained_matrices_in_fp32_are_spread():
     """Biases and norms are not cast; weights in bf16 have no room."""
-    ones, half, plain = torch.ones(8), torch.ones(8, 8).bfloat16(), torch.ones(8, 8)
-    spread([ones, half], torch.bfloat16)
+    ones, half, plain = (nn.Parameter(x) for x in (torch.ones(8), torch.ones(8, 8).bfloat16(), torch.ones(8, 8)))
+    frozen = torch.ones(8, 8)
+    spread([ones, half, frozen], torch.bfloat16)
     spread([plain], torch.float32)
-    assert all(torch.equal(x, torch.ones_like(x)) for x in (ones, half, plain))
+    assert all(torch.equal(x, torch.ones_like(x)) for x in (ones, half, plain, frozen))
 
 
 def test_a_layer_in_full_beside_adapters_is_spread():
     base = nn.Linear(64, 32).bfloat16()
     layer, x = FullLayer(base), torch.randn(5, 64).bfloat16()
+    before = [p.clone() for p in base.parameters()]
+    spread(layer.parameters(), torch.bfloat16)
     assert torch.equal(layer(x), base(x))
     assert not torch.equal(layer.full.weight, base.weight.float())
     assert torch.equal(layer.merge().weight, base.weight)
+    assert all(torch.equal(*pair) for pair in zip(before, base.parameters(), strict=True))
 
 
 def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour():
