@@ -107,8 +107,8 @@ class _PlainHead(torch.autograd.Function):
     ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
-        some = min(chunk, CACHED) if rows.device.type == "cpu" else chunk
         buffer = rows.new_empty(min(chunk, len(rows)), len(weight))  # (c, vocab)
+        some = min(CACHED if rows.device.type == "cpu" else chunk, len(buffer))
         wide = None if rows.dtype == torch.float32 else rows.new_empty(some, len(weight), dtype=torch.float32)
         d_rows = torch.empty_like(rows) if need_rows else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
