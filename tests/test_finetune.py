@@ -78,11 +78,15 @@ def test_weights_are_trained_in_fp32_unless_asked_otherwise(run, tmp_path):
     assert status == 0 and "warning: weights in bf16 lose small updates" in out
 
 
+def make_tiny_in_bf16(directory: Path, tokenizer_dir: Path) -> Path:
+    tensors = load_file(make_tiny(directory, tokenizer_dir) / "model.safetensors")
+    save_file({k: t.bfloat16() for k, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
 def test_full_finetuning_in_bf16_learns_what_it_does_in_fp32(run, tmp_path, tokenizer_dir):
     """Requirement 17: products in bf16 of weights in fp32 see every small update; of weights out of bf16, one in three."""
-    base, data, learned = tmp_path / "base", tmp_path / "data.jsonl", {}
-    tensors = load_file(make_tiny(base, tokenizer_dir) / "model.safetensors")
-    save_file({k: t.bfloat16() for k, t in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    base, data, learned = make_tiny_in_bf16(tmp_path / "base", tokenizer_dir), tmp_path / "data.jsonl", {}
     data.write_text("".join((DATA / "train.jsonl").open().readlines()[:4]))  # the same in each step
     words = ["--checkpoint_dir", base, "--data.path", data, "--data.train_on", "all", "--data.pack", "false"]
     words += [
@@ -105,14 +109,15 @@ def test_full_finetuning_in_bf16_learns_what_it_does_in_fp32(run, tmp_path, toke
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
-def test_what_is_trained_beside_adapters_is_spread(run, tiny_dir, tmp_path, method, precision):
+def test_what_is_trained_beside_adapters_is_spread(run, tokenizer_dir, tmp_path, method, precision):
     """Trained at a rate that moves nothing: what is left is where the weights started."""
+    base = make_tiny_in_bf16(tmp_path / "base", tokenizer_dir)
     words = ["--lora.modules_to_save", "[lm_head]", "--optim.lr", 1e-20, "--eval.samples", 0, "--precision", precision]
-    assert run(f"finetune_{method}", "run", *words)[0] == 0
+    assert run(f"finetune_{method}", "run", "--checkpoint_dir", base, *words)[0] == 0
     saved = load_file(tmp_path / "run/final/adapter_model.safetensors")
-    head, base = saved["base_model.model.lm_head.weight"], load_model(tiny_dir, torch.bfloat16).lm_head.weight
-    assert head.dtype == torch.float32 and torch.equal(head.bfloat16(), base)
-    assert (head != base).float().mean() > 0.99
+    head, start = saved["base_model.model.lm_head.weight"], load_model(base, torch.bfloat16).lm_head.weight
+    assert head.dtype == torch.float32 and torch.equal(head.bfloat16(), start)
+    assert (head != start).float().mean() > 0.99
 
 
 def test_samples_statistics_and_idle_settings_are_printed(run):
