@@ -71,8 +71,10 @@ def make_fabric(config: RunConfig) -> Fabric:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed for the next step. Given back, the system clears each page anew: 6% of a step of full
-    finetuning of a small model, and 2% of one of LoRA. Other allocators are left alone."""
+    """Let glibc keep what is freed for the next step; other allocators are left alone.
+
+    Given back, the system clears each page anew: 6% of a step of full finetuning of a small model, 2% of one of LoRA.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is outside of it

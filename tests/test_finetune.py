@@ -78,6 +78,13 @@ def test_weights_are_trained_in_fp32_unless_asked_otherwise(run, tmp_path):
     assert status == 0 and "warning: weights in bf16 lose small updates" in out
 
 
+def test_a_run_on_a_cpu_keeps_its_memory(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr("litmini.launch.keep_memory", lambda: calls.append(torch.cuda.is_available()))
+    assert run("finetune_lora", "run", "--eval.samples", 0)[0] == 0
+    assert calls == ([] if torch.cuda.is_available() else [False])
+
+
 def make_tiny_in_bf16(directory: Path, tokenizer_dir: Path) -> Path:
     tensors = load_file(make_tiny(directory, tokenizer_dir) / "model.safetensors")
     save_file({k: t.bfloat16() for k, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
