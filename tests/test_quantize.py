@@ -301,7 +301,7 @@ def test_peak_of_loading_is_the_4_bit_size_and_one_shard(tmp_path, tokenizer_dir
         kept, peak = map(int, done.stdout.split())
         print(f"{kept / 1e6:.0f} MB kept, {peak / 1e6:.0f} MB taken at the peak")
         peaks.append(peak)
-    assert 54e6 < kept < 60e6 < min(peaks) < kept + 30_000_000
+    assert 54e6 < kept < 60e6 and 0.9 * kept < min(peaks) < kept + 30_000_000  # memory of the small one is used again
 
 
 def test_bitsandbytes_costs_nothing_where_it_is_not_used_and_says_nothing_where_it_is():
