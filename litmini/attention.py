@@ -17,6 +17,7 @@ from litmini.cache import KVCache, Slots
 # On a CPU, up to here two products and a softmax beat the fused kernel (forward + backward)
 EXPLICIT_LENGTH = 512
 EXPLICIT_LENGTH_CAUSAL_FP32 = 0  # there they do not
+ALIGN = 32  # oneDNN makes code for each shape of its products: milliseconds, and up to a MiB that it keeps
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Documents:
 
     Attributes:
         shapes: (documents, length) of each group; their places follow each other, each document padded to its group's
-            length, which leaves less than a quarter of them empty.
+            length: its longest document's, which leaves less than a quarter of them empty, rounded up.
     """
 
     def __init__(self, shapes: list[tuple[int, int]], index: Tensor, real: Tensor) -> None:
@@ -116,7 +117,7 @@ def _allowed(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def _unpack(documents: Tensor) -> Documents:
-    """Sort the documents of a batch into groups, each padded to its longest: less than a quarter of it is padding."""
+    """Sort the documents of a batch into groups, each padded to its longest (see `Documents`)."""
     B, T = documents.shape
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -130,6 +131,7 @@ def _unpack(documents: Tensor) -> Documents:
             shapes[-1] = (shapes[-1][0] + 1, shapes[-1][1])
         else:
             shapes.append((1, size))
+    shapes = [(count, _round_up(longest)) for count, longest in shapes]
     index, real, at = [], [], 0
     for count, longest in shapes:
         offsets = torch.arange(longest)
@@ -137,6 +139,12 @@ def _unpack(documents: Tensor) -> Documents:
         real.append((offsets < lengths[at : at + count, None]).flatten())
         at += count
     return Documents(shapes, torch.cat(index), torch.cat(real))
+
+
+def _round_up(length: int) -> int:
+    """To a multiple of `ALIGN`, or less of short lengths; so there are few different ones."""
+    step = min(ALIGN, 1 << (length // 8).bit_length())
+    return -(-length // step) * step
 
 
 class _Unpack(torch.autograd.Function):

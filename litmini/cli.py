@@ -155,6 +155,8 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
     config = parse(config_class, doc, positional=positional)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+    # oneDNN keeps the code that it makes for each shape of a product, up to a MiB; of 1,024 of them, if nothing is said
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would tell of every connection that another ends
     try:
