@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from numerics import assert_gradients_close, ulps
 
 import litmini.attention as attention
 from litmini.attention import ALIGN, Mask, _allowed, _Repack, _round_up, _Unpack, _unpack, attend, make_mask
@@ -14,6 +15,7 @@ ROWS = [[5, 1, 9, 9, 13], [37], [1, 2, 3, 4, 5, 6, 7, 9], [20, 17]]  # lengths o
 PADDING = [0, 0, 0, 3]  # how many tokens at the end of the last documents are padding, document 0
 T, HEAD_DIM = 37, 8
 HEADS = [(4, 2), (3, 3), (6, 1), (6, 2)]
+FP64 = {"rtol": 0, "atol": 1e-10}  # values of order 1, computed in fp64: 450,000 ulps; some gradients are 0
 
 
 CAUSAL = Mask(torch.arange(T)[None], torch.arange(T)[None])
@@ -74,10 +76,10 @@ def assert_same(found, expected, inputs, kept=None) -> None:
     if kept is not None:
         direction = direction * kept[:, None, :, None]
         found, expected = (x * kept[:, None, :, None] for x in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found, expected, **FP64)
     both = [torch.autograd.grad((y * direction).sum(), inputs) for y in (found, expected)]
     for one, other in zip(*both, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+        torch.testing.assert_close(one, other, **FP64)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -167,7 +169,7 @@ def test_unpack_and_repack_are_plain_indexing():
     ):
         assert torch.equal(found, expected)
         one, other = (torch.autograd.grad(z, source, up)[0] for z in (found, expected))
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -248,7 +250,7 @@ def test_softcap_and_alibi_with_a_cache():
         q, k, v = (x[:, :, part] for x in qkv)
         mask = make_mask(positions[:, part], None, cache, None)
         outputs.append(attend(q, *cache[0].update(k, v, mask), mask, softcap=softcap, slopes=slopes))
-    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **FP64)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16])
@@ -271,7 +273,7 @@ def test_cached_attention_by_definition(window, padding, chunks, kernel):
     found = torch.cat(outputs, dim=2)
     assert found.isfinite().all()
     kept = real[:, None, :, None]
-    torch.testing.assert_close(found * kept, expected * kept, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found * kept, expected * kept, **FP64)
 
 
 def test_a_full_cache_and_documents_with_a_cache_raise():
@@ -305,7 +307,5 @@ def test_packed_loss_and_gradients_of_a_model_equal_those_of_documents_alone(win
         alone.backward()
         total, count = total + alone.item(), count + int(n)
     assert n_targets == count
-    assert loss.item() == pytest.approx(total, rel=1e-6)  # the loss itself is summed in fp32
-    for name, parameter in model.named_parameters():
-        error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
-        assert error < 1e-6, f"{name}: {error:.1e}"
+    assert loss.item() == pytest.approx(total, rel=ulps())  # the loss itself is summed in fp32
+    assert_gradients_close(found, {name: p.grad for name, p in model.named_parameters()})

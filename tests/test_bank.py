@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from numerics import assert_close
 
 import litmini
 from litmini.adapters import add_adapters
@@ -49,7 +50,7 @@ def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
         with bank.use(rows):
             y = model(TOKENS)
         for i, name in enumerate(rows):
-            torch.testing.assert_close(y[i], alone[name][i], atol=1e-5, rtol=1e-5)
+            assert_close(y[i], alone[name][i])
     assert torch.equal(model(TOKENS), base)
 
 
@@ -102,4 +103,4 @@ def test_an_adapter_that_does_not_fit_leaves_the_others(tiny_dir, saved, tmp_pat
         bank.add("good", tmp_path)
     with bank.use(["good"] * 4), torch.no_grad():
         expected = litmini.load(tiny_dir, saved["lora"], dtype="fp32")[0](TOKENS)
-        torch.testing.assert_close(model(TOKENS), expected, atol=1e-5, rtol=1e-5)
+        assert_close(model(TOKENS), expected)

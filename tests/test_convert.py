@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from gguf_files import CORPUS, permute, tiny_llama, train_tokenizer, write_gguf
+from numerics import assert_close
 from safetensors.torch import load_file, save_file
 from test_gguf_families import SENTENCEPIECE, plain_bpe, sentencepiece_vocabulary
 from tokenizers import pre_tokenizers
@@ -315,7 +316,7 @@ def test_metas_pairs_are_turned_as_metas_code_turns_them(source: Path, tmp_path:
     theirs = [meta(state[f"layers.0.attention.w{k}.weight"]) for k in "qk"]
     ours = [half(attention.get_parameter(f"{k}_proj.weight").detach()) for k in "qk"]
     scores = [torch.einsum("qhd,khd->hqk", *pair) for pair in (theirs, ours)]
-    torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+    assert_close(*scores)
 
 
 def varint(value: int) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import assert_close, assert_gradients_close, difference, ulps
 from safetensors.torch import load_file
 from torch import nn
 from two import ROOT, command, run_two, values
@@ -70,18 +71,19 @@ def product(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def assert_close(one: Path, two: Path) -> None:
+def assert_runs_agree(one: Path, two: Path) -> None:
     """Losses, norms and the product of two runs agree; what they count is equal."""
     rows = list(zip(metrics(one), metrics(two), strict=True))
     assert len(rows) == 4
     for a, b in rows:
         assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
         for name in ("loss", "grad_norm", "val_loss"):
-            assert float(b[name] or 0) == pytest.approx(float(a[name] or 0), rel=1e-5), name
+            assert float(b[name] or 0) == pytest.approx(float(a[name] or 0), rel=ulps()), name
     ours, theirs = product(one), product(two)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4)
+        # Adam divides by a gradient's size: where there is next to none, rounding decides on the update
+        assert difference(theirs[name], ours[name]) <= 1e-3, name
 
 
 def forget(run: Path) -> None:
@@ -107,7 +109,7 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     two += map(str, [*FSDP, "--train.checkpoint_activations"])
     run_alone(script, *one)
     assert "2 processes share the parameters" in run_both(script, *two)
-    assert_close(tmp_path / "one", tmp_path / "two")
+    assert_runs_agree(tmp_path / "one", tmp_path / "two")
     shares = list((tmp_path / "two/step-000002/training_state").glob("*.safetensors"))
     sizes = [file.stat().st_size for file in shares]
     assert len(shares) == 2 and max(sizes) < 1.3 * min(sizes)
@@ -118,11 +120,11 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     assert all(torch.equal(tensor, whole_run[name]) for name, tensor in product(tmp_path / "two").items())
     forget(tmp_path / "two")  # shares, read by one process that is not sharded
     run_alone(script, *two, "--resume", "auto", "--devices", "1", "--strategy", "auto")
-    assert_close(tmp_path / "one", tmp_path / "two")
+    assert_runs_agree(tmp_path / "one", tmp_path / "two")
     forget(tmp_path / "one")  # and the other way round
     said = run_both(script, *one, "--resume", "auto", *map(str, FSDP))
     assert "note: devices: 1 -> 2, strategy: auto -> fsdp. Each step has the same rows" in said
-    assert_close(tmp_path / "two", tmp_path / "one")
+    assert_runs_agree(tmp_path / "two", tmp_path / "one")
 
 
 def test_replicas_equal_one_process(tiny_dir, tmp_path):
@@ -130,7 +132,7 @@ def test_replicas_equal_one_process(tiny_dir, tmp_path):
     more = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--data.pack", "false"]
     run_alone("finetune_lora", *words(tiny_dir, tmp_path / "one", *more))
     run_both("finetune_lora", *words(tiny_dir, tmp_path / "two", *more, *DDP))
-    assert_close(tmp_path / "one", tmp_path / "two")
+    assert_runs_agree(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_lost_or_damaged_share_is_named(tiny_dir, tmp_path):
@@ -187,7 +189,7 @@ def test_two_nodes_started_by_torchrun(tiny_dir, tmp_path):
     run_alone("finetune_lora", *words(tiny_dir, tmp_path / "one"))
     more = map(str, ["--devices", 1, "--num_nodes", 2, "--strategy", "fsdp"])
     values(run_two(torchrun, "finetune_lora", *words(tiny_dir, tmp_path / "two"), *more, timeout=180))
-    assert_close(tmp_path / "one", tmp_path / "two")
+    assert_runs_agree(tmp_path / "one", tmp_path / "two")
 
 
 def torchrun(script: str, *arguments: str) -> None:
@@ -214,11 +216,8 @@ def gradients_sharded_and_not(names: list[str]) -> dict[str, tuple[int, int]]:
         held[name] = held_bytes(model)
         found, ours = gradients(model, [rank])
         dist.all_reduce(found)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-        assert plain.keys() == ours.keys(), name
-        for key, gradient in plain.items():
-            error = float((ours[key] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-30))
-            assert error < 1e-4, (name, key, error)
+        assert_close(found, expected)
+        assert_gradients_close(ours, plain)
     dist.destroy_process_group()
     return held
 

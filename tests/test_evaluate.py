@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import ulps
 
 import litmini
 from litmini.config import UserError
@@ -27,9 +28,9 @@ def test_perplexity_of_one_window_is_the_loss_of_the_text(loaded):
     loss = F.cross_entropy(model(ids)[0, :-1].detach(), ids[0, 1:], reduction="sum")
     found = surprise(model, tokenizer, TEXT, window=ids.shape[1], stride=50)
     assert found.n_targets == ids.shape[1] - 1
-    assert found.loss_sum == pytest.approx(float(loss), rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(float(loss) / found.n_targets), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(float(loss) / math.log(2) / len(TEXT), rel=1e-5)
+    assert found.loss_sum == pytest.approx(float(loss), rel=ulps())
+    assert found.perplexity == pytest.approx(math.exp(float(loss) / found.n_targets), rel=ulps())
+    assert found.bits_per_byte == pytest.approx(float(loss) / math.log(2) / len(TEXT), rel=ulps())
 
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 15), (20, 3), (2, 1)])
@@ -49,7 +50,7 @@ def test_perplexity_slides(loaded, window, stride):
             done = stop - 1
     found = surprise(model, tokenizer, TEXT, window, stride)
     assert found.n_targets == len(ids) - 1
-    assert found.loss_sum == pytest.approx(expected, rel=1e-5)
+    assert found.loss_sum == pytest.approx(expected, rel=ulps())
 
 
 def test_perplexity_refuses(loaded):
@@ -81,9 +82,10 @@ def test_log_likelihoods_of_a_ragged_batch(loaded):
         pairs.append((pairs[0][0], [int(best)]))
         found = log_likelihoods(model, pairs)
         for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
-            logs = model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1].log_softmax(-1)
+            logits = model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1]
+            logs = logits.log_softmax(-1)
             expected = sum(float(row[token]) for row, token in zip(logs, continuation, strict=True))
-            assert value == pytest.approx(expected, abs=1e-4)
+            assert value == pytest.approx(expected, abs=len(continuation) * ulps(scale=logits))
             assert greedy == (logs.argmax(-1).tolist() == continuation)
     assert [greedy for _, greedy in found] == [False, False, False, True]
 
@@ -145,7 +147,7 @@ def test_a_local_task_of_lm_eval_gives_what_its_own_model_gives(
         task_manager=manager,
         bootstrap_iters=0,
     )["results"][f"local_{kind}"]
-    assert ours[f"{metric},none"] == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
+    assert ours[f"{metric},none"] == pytest.approx(theirs[f"{metric},none"], rel=ulps())
     assert kind == "loglikelihood_rolling" or 0 < ours[f"{metric},none"] < 1
 
 

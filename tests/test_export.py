@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import assert_close
 from safetensors.torch import load_file, save_file
 
 import litmini
@@ -92,7 +93,7 @@ def test_dtype_and_shards(tiny_dir, tmp_path):
 @pytest.mark.parametrize("shard", [5 * 10**9, 50_000])
 def test_merged_equals_unmerged(tiny_dir, adapter, tmp_path, shard):
     merged = export(tiny_dir, tmp_path / "merged", adapter, max_shard_bytes=shard)
-    torch.testing.assert_close(logits(merged), logits(tiny_dir, adapter), rtol=0, atol=1e-5)
+    assert_close(logits(merged), logits(tiny_dir, adapter))
     assert (logits(tiny_dir) - logits(merged)).abs().max() > 1e-2  # it did something
     difference, same = merge_error(tiny_dir, adapter, merged, "fp32")
     assert difference < 1e-4 and same == 1
@@ -142,7 +143,7 @@ def test_an_adapted_tied_head_unties(tied_dir, tmp_path):
     assert read_json(merged / "config.json")["tie_word_embeddings"] is False
     assert torch.equal(tensors["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
     assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-    torch.testing.assert_close(logits(merged), logits(tied_dir, adapter), rtol=0, atol=1e-5)
+    assert_close(logits(merged), logits(tied_dir, adapter))
 
 
 def test_a_tie_that_no_adapter_touches_stays(tied_dir, tmp_path):
@@ -150,7 +151,7 @@ def test_a_tie_that_no_adapter_touches_stays(tied_dir, tmp_path):
     merged = export(tied_dir, tmp_path / "merged", adapter)
     assert "lm_head.weight" not in load_file(merged / "model.safetensors")
     assert read_json(merged / "config.json")["tie_word_embeddings"] is True
-    torch.testing.assert_close(logits(merged), logits(tied_dir, adapter), rtol=0, atol=1e-5)
+    assert_close(logits(merged), logits(tied_dir, adapter))
 
 
 def test_the_template_of_the_training_travels(tiny_dir, adapter, tmp_path):
@@ -241,12 +242,12 @@ def test_peft_and_transformers_agree_on_the_real_model(smollm2, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
-        torch.testing.assert_close(ours, theirs(tokens).logits, rtol=0, atol=1e-4)
+        assert_close(ours, theirs(tokens).logits)
     del base, theirs
     merged = export(smollm2, tmp_path / "merged", adapter, dtype=torch.float32)
     ours = logits(merged, tokens=tokens)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype="auto", output_loading_info=True)
     assert model.dtype == torch.float32 and not any(report[key] for key in ("missing_keys", "unexpected_keys"))
     with torch.no_grad():
-        torch.testing.assert_close(ours, model(tokens).logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours, logits(smollm2, adapter, tokens), rtol=0, atol=1e-4)
+        assert_close(ours, model(tokens).logits)
+    assert_close(ours, logits(smollm2, adapter, tokens))

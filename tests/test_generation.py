@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from numerics import assert_close, ulps
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM
 from transformers.generation import (
@@ -103,13 +104,13 @@ def test_prefill_in_chunks(name, chunks):
     with torch.no_grad():
         expected = model(tokens)
         found = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, 1)], 1)
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+        assert_close(found, expected)
         positions = (torch.arange(20) - padding).split(chunks, 1)
         parts = zip(tokens.split(chunks, 1), positions, strict=True)
         found = torch.cat([model(part, p, cache=padded) for part, p in parts], 1)
         for row, start in enumerate(padding.flatten().tolist()):
             alone = model(tokens[row : row + 1, start:])[0]
-            torch.testing.assert_close(found[row, start:], alone, rtol=0, atol=2e-5)
+            assert_close(found[row, start:], alone)
 
 
 def test_an_adapted_head_generates_what_the_merged_one_does():
@@ -162,7 +163,7 @@ def test_probabilities_are_those_of_transformers(options):
     for warper in warpers:
         theirs = warper(None, theirs)
     shares, index = probabilities(logits, SamplingConfig(temperature=temperature, **options))
-    torch.testing.assert_close(torch.zeros(60).index_copy(0, index, shares), theirs.softmax(-1)[0])
+    assert_close(torch.zeros(60).index_copy(0, index, shares), theirs.softmax(-1)[0])
     assert len(index) < 60 or not options
 
 
@@ -536,13 +537,14 @@ def test_log_probabilities_are_the_models_own():
     finish_all(model, [plain, sampled])
     for reply in (plain, sampled):
         tokens = torch.tensor([[*PROMPTS[0], *reply.ids]])
-        logs = model(tokens)[0].detach().log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
+        logits = model(tokens)[0].detach()
+        logs = logits.log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
         for found, expected, token in zip(reply.logprobs, logs, reply.ids, strict=True):
             assert found.token == token
-            assert found.logprob == pytest.approx(float(expected[token]), abs=1e-4)
+            assert found.logprob == pytest.approx(float(expected[token]), abs=ulps(scale=logits))
             best = expected.topk(3)
             assert [i for i, _ in found.top] == best.indices.tolist()
-            assert [v for _, v in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert [v for _, v in found.top] == pytest.approx(best.values.tolist(), abs=ulps(scale=logits))
     assert plain.ids != sampled.ids
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from numerics import assert_close
 from parity import SMALL, FamilyTests, T, batch, reference
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
@@ -57,7 +58,7 @@ class TestGPT2(FamilyTests):
         for run in (model, lambda t: theirs.train()(t, use_cache=False).logits):
             torch.manual_seed(5)
             outputs.append(run(tokens))
-        torch.testing.assert_close(*outputs, rtol=0, atol=self.bound)
+        assert_close(*outputs)
         assert (model(tokens) - outputs[0]).abs().max() > 0.1
 
     def test_files_of_2019(self, directory):
@@ -72,7 +73,7 @@ class TestGPT2(FamilyTests):
         save_file(tensors, file, metadata={"format": "pt"})
         tokens, _ = batch()
         expected = theirs(tokens, use_cache=False).logits
-        torch.testing.assert_close(load_model(path, torch.float32)(tokens), expected, rtol=0, atol=self.bound)
+        assert_close(load_model(path, torch.float32)(tokens), expected)
         empty = ((name, t.to("meta")) for name, t in tensors.items())  # shapes alone go the same way
         with torch.device("meta"):
             model = gpt2.Model(gpt2.config_from_hf(theirs.config.to_dict()))
@@ -98,7 +99,7 @@ class TestGPT2(FamilyTests):
                 found = torch.cat([model(part, where, cache=cache) for part, where in parts], 1)
             else:
                 found = model(tokens, positions)
-        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2 * self.bound)
+        assert_close(found[real], expected[real])
 
 
 def tiny() -> gpt2.Model:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from numerics import assert_close
 from parity import SMALL, FamilyTests, T, batch, reference
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig
@@ -88,7 +89,7 @@ class TestGPTNeoX(FamilyTests):
         }
         tokens, _ = batch()
         expected = theirs(tokens, use_cache=False).logits
-        torch.testing.assert_close(load_model(path, torch.float32)(tokens), expected, rtol=0, atol=self.bound)
+        assert_close(load_model(path, torch.float32)(tokens), expected)
 
     @pytest.mark.parametrize("change", [{"parallel": False}, {"rotary_pct": 0.5}, {"rope_theta": 500.0}])
     def test_each_setting_matters_in_the_comparison(self, directory, change):
@@ -105,7 +106,7 @@ class TestGPTNeoX(FamilyTests):
         expected = theirs(
             tokens, attention_mask=real.long(), position_ids=positions.clamp(min=0), use_cache=False
         ).logits
-        torch.testing.assert_close(model(tokens, positions)[real], expected[real], rtol=0, atol=2 * self.bound)
+        assert_close(model(tokens, positions)[real], expected[real])
 
 
 @pytest.mark.parametrize("name", PYTHIA)

@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from gguf_files import randomize
 from litgpt_files import AFTER, FOUR_NORMS, TWO_NORMS, lit_state
+from numerics import assert_close
 from test_convert import TOKENS, hf, no_model, refused, same
 from test_gguf_families import CASES, SHAPE
 
@@ -38,7 +39,7 @@ def test_litgpt_norms(source: Path, tmp_path: Path, config: tf.PreTrainedConfig,
     out = convert(source, tmp_path / "out")
     same(out, tensors)
     with torch.no_grad():
-        torch.testing.assert_close(load_model(out, torch.float32)(TOKENS), model(TOKENS).logits, rtol=1e-5, atol=1e-4)
+        assert_close(load_model(out, torch.float32)(TOKENS), model(TOKENS).logits)
 
 
 @pytest.mark.parametrize("by_group", [True, False])
@@ -51,7 +52,7 @@ def test_litgpt(source: Path, tmp_path: Path, by_group: bool) -> None:
     out = convert(source, tmp_path / "out")
     same(out, tensors)
     with torch.no_grad():
-        torch.testing.assert_close(load_model(out, torch.float32)(TOKENS), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+        assert_close(load_model(out, torch.float32)(TOKENS), model(TOKENS).logits)
     state["lm_head.weight"] = state["lm_head.weight"] * 2  # litgpt trains it apart from the embedding
     torch.save(state, source / "lit_model.pth")
     untied = convert(source, tmp_path / "untied")

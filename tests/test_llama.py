@@ -1,5 +1,6 @@
 """Llama and Mistral are numerically those of transformers, and their checkpoints go in and out unchanged."""
 
+import copy
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import Float64, assert_close, assert_gradients_as_accurate, assert_gradients_close
 from parity import FamilyTests
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -89,16 +91,8 @@ def random_batch(rows: int = 2, length: int = T) -> tuple[torch.Tensor, torch.Te
     return tokens, labels.masked_fill(torch.rand(labels.shape) < 0.2, -100)
 
 
-def assert_gradients_equal(model, theirs, bound: float = 1e-5) -> None:
-    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys() and found
-    largest = max(g.abs().max() for g in expected.values())
-    for name, gradient in expected.items():
-        if name.endswith("k_proj.bias"):  # exactly 0 but for rotary, so often tiny: measured against the largest
-            torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound * largest)
-        error = (found[name] - gradient).norm() / gradient.norm()
-        assert error <= bound, f"{name}: relative error {error:.1e}"
+def trained_gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,15 +106,15 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case, kernel, monke
 
     expected = theirs(tokens, use_cache=False).logits
     assert expected.abs().max() > 1  # the bound below means something
-    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
+    assert_close(model(tokens), expected)
 
     loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten())
     loss.backward()
     loss_sum, n_targets = model(tokens, labels=labels)
     assert n_targets == (labels != -100).sum()
-    torch.testing.assert_close(loss_sum / n_targets, loss, rtol=1e-6, atol=0)
+    assert_close(loss_sum / n_targets, loss)
     (loss_sum / n_targets).backward()
-    assert_gradients_equal(model, theirs)
+    assert_gradients_close(trained_gradients(model), trained_gradients(theirs))
 
 
 def test_transformers_really_applies_the_window_that_we_are_compared_with():
@@ -143,9 +137,9 @@ def test_rope_scaling_matters_in_the_comparison(case):
         ratios = torch.asin(llama.rotary(one, model.config, torch.float32)[1])
         ratios = ratios / torch.asin(llama.rotary(one, plain.config, torch.float32)[1])
         ratios = ratios[0, 0, 0, :8]
-        torch.testing.assert_close(ratios[0], torch.tensor(1.0))
+        assert_close(ratios[0], torch.tensor(1.0))
         assert 1 / 8 + 0.01 < ratios[1] < 0.99
-        torch.testing.assert_close(ratios[3:], torch.full((5,), 1 / 8))
+        assert_close(ratios[3:], torch.full((5,), 1 / 8))
 
 
 @pytest.mark.parametrize("case", ["gqa", "llama3", "mistral-window"])
@@ -161,12 +155,12 @@ def test_right_padded_batch(case):
 
     positions = torch.where(real, torch.arange(T), torch.arange(T) - lengths)
     batch = {"positions": positions, "documents": real.long()}
-    torch.testing.assert_close(model(tokens, **batch)[real], expected[real], rtol=1e-5, atol=1e-5)  # logits up to 10
-    torch.testing.assert_close(model(tokens)[real], expected[real], rtol=1e-5, atol=1e-5)  # causal: padding comes after
+    assert_close(model(tokens, **batch)[real], expected[real])  # logits up to 10
+    assert_close(model(tokens)[real], expected[real])  # causal: padding comes after
     found, _ = model(tokens, **batch, labels=labels)
-    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    assert_close(found, loss)
     found.backward()
-    assert_gradients_equal(model, theirs)
+    assert_gradients_close(trained_gradients(model), trained_gradients(theirs))
 
 
 @pytest.mark.parametrize("case", ["gqa", "mistral-window"])
@@ -177,7 +171,7 @@ def test_left_padded_batch_without_a_cache(case):
     positions = torch.arange(T) - padding  # below 0: padding
     real = positions >= 0
     expected = theirs(tokens, attention_mask=real.long(), position_ids=positions.clamp(min=0), use_cache=False).logits
-    torch.testing.assert_close(model(tokens, positions)[real], expected[real], rtol=0, atol=1e-5)
+    assert_close(model(tokens, positions)[real], expected[real])
 
 
 @pytest.mark.parametrize("case", ["gqa", "mha-biases", "llama3", "mistral-window"])
@@ -472,13 +466,15 @@ def test_the_real_smollm2_equals_transformers(smollm2):
         one.requires_grad_(False)
         for name, parameter in one.named_parameters():
             parameter.requires_grad_(name.endswith(trained))
-    tokens = torch.randint(0, 49_152, (1, 48))
+    exact_model, tokens = copy.deepcopy(theirs).double(), torch.randint(0, 49_152, (1, 48))
     expected = theirs(tokens, labels=tokens, use_cache=False)
-    torch.testing.assert_close(model(tokens), expected.logits, rtol=0, atol=5e-4)
+    assert_close(model(tokens), expected.logits)
     expected.loss.backward()
     labels = torch.cat((tokens[:, 1:], torch.full((1, 1), -100)), 1)
     loss_sum, n_targets = model(tokens, labels=labels)
     (loss_sum / n_targets).backward()
-    torch.testing.assert_close((loss_sum / n_targets).detach(), expected.loss.detach(), rtol=1e-5, atol=0)
+    assert_close((loss_sum / n_targets).detach(), expected.loss.detach())
     assert sum(p.grad is not None for p in model.parameters()) == len(trained)
-    assert_gradients_equal(model, theirs, bound=1e-4)
+    with Float64():
+        exact_model(tokens, labels=tokens, use_cache=False).loss.backward()
+    assert_gradients_as_accurate(*map(trained_gradients, (model, theirs, exact_model)))

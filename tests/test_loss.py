@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,13 +37,6 @@ def gradients(loss, tensors) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(tensors)))
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, bound: float = 1e-6) -> None:
-    """Relative to the norm of the whole tensor."""
-    assert found.dtype == expected.dtype
-    error = (found - expected).norm() / expected.norm()
-    assert error <= bound, f"relative error {error:.1e}"
-
-
 @pytest.mark.parametrize("chunk", [1, 4, 5, 1024])
 @pytest.mark.parametrize("kind", ["plain", "bias", "lora"])
 def test_loss_and_gradients_are_the_plain_ones(chunk, kind):
@@ -57,9 +51,9 @@ def test_loss_and_gradients_are_the_plain_ones(chunk, kind):
     loss, n_targets = linear_cross_entropy(hidden, head, labels, chunk=chunk)
     assert n_targets == (labels != IGNORE).sum() and n_targets.dtype == torch.int64
     assert loss.shape == n_targets.shape == () and loss.dtype == torch.float32
-    assert_near(loss, expected)
+    assert_close(loss, expected)
     for found, exact in zip(gradients(loss, trained), gradients(expected, trained), strict=True):
-        assert_near(found, exact)
+        assert_close(found, exact)
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
@@ -72,18 +66,18 @@ def test_softcap(kind, chunk):
     bent = 0.7 * torch.tanh(head(hidden) / 0.7)
     expected = F.cross_entropy(bent.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE)
     loss, _ = linear_cross_entropy(hidden, head, labels, softcap=0.7, chunk=chunk)
-    assert_near(loss, expected)
+    assert_close(loss, expected)
     for found, exact in zip(gradients(loss, trained), gradients(expected, trained), strict=True):
-        assert_near(found, exact, 2e-6)
+        assert_close(found, exact)
     with torch.no_grad():
-        assert_near(linear_cross_entropy(hidden, head, labels, softcap=0.7)[0], expected)
+        assert_close(linear_cross_entropy(hidden, head, labels, softcap=0.7)[0], expected)
     assert (plain_loss(hidden, head, labels) - expected).abs() > 0.1
 
 
 def test_a_chunk_that_divides_the_targets():
     hidden, head, labels = problem()
     labels = torch.randint(0, VOCAB, (B, T))
-    assert_near(linear_cross_entropy(hidden, head, labels, chunk=11)[0], plain_loss(hidden, head, labels))
+    assert_close(linear_cross_entropy(hidden, head, labels, chunk=11)[0], plain_loss(hidden, head, labels))
 
 
 def test_an_adapted_head_equals_the_merged_one():
@@ -92,8 +86,8 @@ def test_an_adapted_head_equals_the_merged_one():
     adapted = adapt(head)
     loss, _ = linear_cross_entropy(hidden, adapted, labels, chunk=5)
     merged, _ = linear_cross_entropy(hidden, adapted.merge(), labels, chunk=5)
-    assert_near(loss, merged)
-    assert_near(*(gradients(x, [hidden])[0] for x in (loss, merged)))
+    assert_close(loss, merged)
+    assert_close(*(gradients(x, [hidden])[0] for x in (loss, merged)))
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden"])
@@ -102,7 +96,7 @@ def test_only_what_is_trained_gets_a_gradient(frozen):
     (head if frozen == "head" else hidden).requires_grad_(False)
     trained = hidden if frozen == "head" else head.weight
     loss, _ = linear_cross_entropy(hidden, head, labels)
-    assert_near(*(gradients(x, [trained])[0] for x in (loss, plain_loss(hidden, head, labels))))
+    assert_close(*(gradients(x, [trained])[0] for x in (loss, plain_loss(hidden, head, labels))))
     linear_cross_entropy(hidden, head, labels)[0].backward()
     assert head.weight.grad is None if frozen == "head" else hidden.grad is None
 
@@ -111,7 +105,7 @@ def test_the_gradient_of_a_tied_weight_has_both_uses():
     tokens, (_, head, labels) = torch.randint(0, VOCAB, (B, T)), problem()
     expected = plain_loss(F.embedding(tokens, head.weight).tanh(), head, labels)
     loss, _ = linear_cross_entropy(F.embedding(tokens, head.weight).tanh(), head, labels)
-    assert_near(*(gradients(x, [head.weight])[0] for x in (loss, expected)))
+    assert_close(*(gradients(x, [head.weight])[0] for x in (loss, expected)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora", "lora over frozen hidden states"])
@@ -171,7 +165,7 @@ def test_gradients_scale_with_what_is_done_to_the_loss():
     loss, _ = linear_cross_entropy(hidden, head, labels)
     expected = gradients(plain_loss(hidden, head, labels) * -0.37, [hidden, head.weight])
     for found, exact in zip(gradients(loss * -0.37, [hidden, head.weight]), expected, strict=True):
-        assert_near(found, exact)
+        assert_close(found, exact)
 
 
 def test_a_second_backward_is_refused_and_not_wrong():
@@ -232,7 +226,7 @@ def test_evaluation_computes_no_gradient_of_the_head():
     with Shapes() as shapes, torch.no_grad():
         loss, _ = linear_cross_entropy(hidden, head, labels)
     assert not loss.requires_grad
-    assert_near(loss, plain_loss(hidden, head, labels).detach())
+    assert_close(loss, plain_loss(hidden, head, labels).detach())
     assert shapes.operations.count("aten.mm.out") == 1
 
 
@@ -269,4 +263,4 @@ def test_inference_mode():
     hidden, head, labels = problem()
     with torch.inference_mode():
         loss, _ = linear_cross_entropy(hidden, head, labels)
-    assert_near(loss, plain_loss(hidden, head, labels).detach())
+    assert_close(loss, plain_loss(hidden, head, labels).detach())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_close, assert_gradients_close
 from parity import SMALL, FamilyTests, T, batch, reference
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralSparseMoeBlock
@@ -92,17 +93,12 @@ class TestMixtral(FamilyTests):
         loss = cross_entropy + 0.7 * output.aux_loss
         loss.backward()
         loss_sum, n_targets = model(tokens, documents=real.long() if padded else None, labels=labels)
-        torch.testing.assert_close(loss_sum / n_targets, loss, rtol=1e-5, atol=0)
+        assert_close(loss_sum / n_targets, loss)
         (loss_sum / n_targets).backward()
-        expected, found = self.their_gradients(theirs), self.our_gradients(model)
-        assert found.keys() == expected.keys()
-        largest = max(g.norm() for g in expected.values())
-        for name, gradient in expected.items():
-            error = (found[name] - gradient).norm() / max(gradient.norm(), 1e-3 * largest)
-            assert error <= self.bound, f"{name}: relative error {error:.1e}"
+        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
         with torch.no_grad():  # evaluation is cross entropy alone
             alone, _ = model.eval()(tokens, documents=real.long() if padded else None, labels=labels)
-        torch.testing.assert_close(alone / n_targets, cross_entropy.detach(), rtol=1e-5, atol=0)
+        assert_close(alone / n_targets, cross_entropy.detach())
         assert (loss - cross_entropy).detach() > 0.5  # the balance loss is at least near to n_active
 
     def test_activation_checkpointing_gives_the_same_gradients(self, case, directory):
@@ -225,7 +221,7 @@ def test_a_batch_without_targets_or_tokens_is_an_exact_zero():
 def test_even_routing_has_the_least_balance_loss():
     real = torch.ones(1, 8, dtype=torch.bool)
     even = torch.eye(4).repeat(2, 1) + torch.eye(4).roll(1, 1).repeat(2, 1)
-    torch.testing.assert_close(mixtral.balance_loss([even, even], 2, real), torch.tensor(2.0))
+    assert_close(mixtral.balance_loss([even, even], 2, real), torch.tensor(2.0))
     assert mixtral.balance_loss([torch.tensor([[9.0, 8, 0, 0]]).repeat(8, 1)], 2, real) > 3.9  # two experts do it all
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from numerics import difference, ulps
 from safetensors.torch import load_file
 from two import ROOT, command, run_two, values
 
@@ -97,15 +98,16 @@ def product(run):
     return load_file(run / "final/model.safetensors")
 
 
-def assert_close(one, other):
+def assert_runs_agree(one, other):
     """Counts and rates are equal; losses, norms and weights are, up to the order in which sums are rounded."""
     for a, b in zip(curve(one), curve(other), strict=True):
         assert a[:3] == b[:3]
-        assert b[3:] == pytest.approx(a[3:], rel=1e-5)
+        assert b[3:] == pytest.approx(a[3:], rel=ulps())
     ours, theirs = product(one), product(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4)
+        # Adam divides by a gradient's size: where there is next to none, rounding decides on the update
+        assert difference(theirs[name], ours[name]) <= 1e-3, name
 
 
 def forget(run):
@@ -134,8 +136,8 @@ def test_replicas_and_shares_are_one_process(place, one, shared):
     """Losses, held-out losses, norms and weights of two processes, whose steps have four micro-batches each."""
     _, file = train(place, "ddp", *DDP, devices=2)
     assert seen(file) == list(range(STEPS * BATCH))
-    assert_close(one, place / "ddp")
-    assert_close(one, shared)
+    assert_runs_agree(one, place / "ddp")
+    assert_runs_agree(one, shared)
 
 
 def test_muon_on_shares_is_muon_on_one_process(place, one):
@@ -166,7 +168,7 @@ def test_started_by_slurm(place, one):
     ended = run_two(slurm, *words(place, "slurm", *how))
     assert all(end.status == 0 for end in ended), "\n".join(end.err for end in ended)
     assert "2 processes share the parameters" in ended[0].out and not ended[1].out
-    assert_close(one, place / "slurm")
+    assert_runs_agree(one, place / "slurm")
 
 
 def test_four_processes_share_on_nodes_and_copy_across_them(place, one):
@@ -175,7 +177,7 @@ def test_four_processes_share_on_nodes_and_copy_across_them(place, one):
     mine, every = re.search(r"4 processes share .* holds ([\d.]+) of ([\d.]+) MiB", said).groups()
     assert float(mine) == pytest.approx(float(every) / 2, abs=0.06) and float(every) > 0.4
     assert seen(file) == list(range(STEPS * BATCH))
-    assert_close(one, place / "hsdp")
+    assert_runs_agree(one, place / "hsdp")
     sizes = [f.stat().st_size for f in (place / "hsdp/step-000003/training_state").iterdir()]
     whole = (one / "step-000003/training_state.safetensors").stat().st_size
     assert whole < sum(sizes) < 1.3 * whole
@@ -188,7 +190,7 @@ def test_resumed_on_other_numbers_every_row_is_seen_once(place, one, shared):
         forget(shared)
         _, file = train(place, "fsdp", *how, "--resume", "auto", devices=devices, nodes=nodes)
         assert seen(file) == list(range(3 * BATCH, STEPS * BATCH))
-        assert_close(one, shared)
+        assert_runs_agree(one, shared)
     assert curve(shared) == whole  # as many as before: to the bit
 
 
@@ -278,7 +280,7 @@ def test_killed_while_saving_the_last_checkpoint_is_gone_on_from(place, one):
     assert (run / "step-000003").is_dir() and not (run / "step-000006").exists()
     said, _ = train(place, "killed", *FSDP, "--resume", "auto", devices=2)
     assert "step-000003, after step 3" in said
-    assert_close(one, run)
+    assert_runs_agree(one, run)
     assert not list(run.glob(".*"))
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from gguf_files import TEXTS, write_gguf
 from hub_server import COMMIT, serve
+from numerics import assert_close
 from safetensors.torch import load_file
 from test_download import use_hub
 from test_export import make_adapter
@@ -63,7 +64,7 @@ def test_a_run_becomes_a_merged_checkpoint_with_a_card(run: Path, tiny_dir: Path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
     unmerged = peft.PeftModel.from_pretrained(base, run / "final").eval()
-    torch.testing.assert_close(theirs(TOKENS).logits, unmerged(TOKENS).logits, rtol=0, atol=1e-4)
+    assert_close(theirs(TOKENS).logits, unmerged(TOKENS).logits)
     card = (tmp_path / "out" / "README.md").read_text()
     head = huggingface_hub.ModelCard(card).data.to_dict()
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["litmini"]}

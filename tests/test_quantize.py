@@ -10,6 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from numerics import assert_close, ulps
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,8 +52,8 @@ def test_equals_the_layer_of_bitsandbytes(double, dtype, bias):
     y = ours(x)
     y.backward(grad)
     plain = nn.functional.linear(x.detach(), expected, base.bias)
-    torch.testing.assert_close(y, plain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-3 if bias else 1e-3)
-    torch.testing.assert_close(x.grad, grad @ expected)
+    assert_close(y, plain)
+    assert_close(x.grad, grad @ expected)
 
 
 def test_nothing_dequantised_outlives_the_product():
@@ -137,7 +138,7 @@ def test_trains_over_4_bits_as_over_the_dequantised_weights(tiny_dir, layer):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-    assert losses[:4] == pytest.approx(losses[4:], rel=1e-5)
+    assert losses[:4] == pytest.approx(losses[4:], rel=ulps())
     assert losses[3] < losses[0]
 
 
@@ -165,7 +166,7 @@ def test_experts_in_4_bits_with_adapters(tmp_path, tokenizer_dir):
         assert torch.equal(again(TOKENS), expected)
         export(tmp_path / "base", tmp_path / f"merged-{bits}", adapter)
         merged = load_model(tmp_path / f"merged-{bits}", torch.float32)
-        torch.testing.assert_close(merged(TOKENS), expected, atol=1e-4, rtol=1e-3)
+        assert_close(merged(TOKENS), expected)
         results.append(expected)
         model(TOKENS, labels=TOKENS)[0].backward()
         assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -195,13 +196,13 @@ def test_merges_into_what_was_trained_or_the_original(tiny_dir, tmp_path, traine
         "double": False,
     }
     export(tiny_dir, tmp_path / "merged", directory)
-    torch.testing.assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected)
     difference, same = merge_error(tiny_dir, directory, tmp_path / "merged", "fp32")
     assert difference < 1e-3 and same == 1
     export(tiny_dir, tmp_path / "original", directory, base="original")
     plain, _ = litmini.load(tiny_dir, directory, dtype="fp32")
     found = load_model(tmp_path / "original", torch.float32)
-    torch.testing.assert_close(found(TOKENS), plain(TOKENS), atol=1e-4, rtol=1e-4)
+    assert_close(found(TOKENS), plain(TOKENS))
     assert (found(TOKENS) - expected).abs().max() > 1e-2
     packed, _ = litmini.load(tiny_dir, directory, dtype="fp32", bits=4)
     assert torch.equal(packed(TOKENS), expected)
@@ -223,7 +224,7 @@ def test_loaded_as_it_was_quantised_for_training(tiny_dir, tmp_path):
     )
     expected = loaded(TOKENS)
     merge_adapters(loaded)
-    torch.testing.assert_close(loaded(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    assert_close(loaded(TOKENS), expected)
 
 
 def test_damaged_note_of_the_base(tiny_dir, trained):

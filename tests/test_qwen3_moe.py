@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_close, assert_gradients_close
 from parity import SMALL, FamilyTests, T, batch, reference
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock
@@ -98,17 +99,12 @@ class TestQwen3Moe(FamilyTests):
         loss = cross_entropy + 0.7 * output.aux_loss
         loss.backward()
         loss_sum, n_targets = model(tokens, documents=real.long() if padded else None, labels=labels)
-        torch.testing.assert_close(loss_sum / n_targets, loss, rtol=1e-5, atol=0)
+        assert_close(loss_sum / n_targets, loss)
         (loss_sum / n_targets).backward()
-        expected, found = self.their_gradients(theirs), self.our_gradients(model)
-        assert found.keys() == expected.keys()
-        largest = max(g.norm() for g in expected.values())
-        for name, gradient in expected.items():
-            error = (found[name] - gradient).norm() / max(gradient.norm(), 1e-3 * largest)
-            assert error <= self.bound, f"{name}: relative error {error:.1e}"
+        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
         with torch.no_grad():  # evaluation is cross entropy alone
             alone, _ = model.eval()(tokens, documents=real.long() if padded else None, labels=labels)
-        torch.testing.assert_close(alone / n_targets, cross_entropy.detach(), rtol=1e-5, atol=0)
+        assert_close(alone / n_targets, cross_entropy.detach())
         assert (loss - cross_entropy).detach() > 0.5  # the balance loss is near to n_active, at least
 
     def test_activation_checkpointing_gives_the_same_gradients(self, case, directory):
@@ -231,7 +227,7 @@ def test_a_batch_without_targets_or_tokens_is_an_exact_zero():
 def test_even_routing_has_the_least_balance_loss():
     real = torch.ones(1, 8, dtype=torch.bool)
     even = torch.eye(4).repeat(2, 1) + torch.eye(4).roll(1, 1).repeat(2, 1)
-    torch.testing.assert_close(qwen3_moe.balance_loss([even, even], 2, real), torch.tensor(2.0))
+    assert_close(qwen3_moe.balance_loss([even, even], 2, real), torch.tensor(2.0))
     assert qwen3_moe.balance_loss([torch.tensor([[9.0, 8, 0, 0]]).repeat(8, 1)], 2, real) > 3.9  # two experts do it all
 
 

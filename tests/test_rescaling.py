@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from numerics import assert_close
 from safetensors.torch import load_file, save_file
 
 import litmini
@@ -72,7 +73,7 @@ def test_from_us_to_peft(base, tmp_path):
     assert (changed - expected).abs().max() > 0.05
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(reference(base), tmp_path / "adapter").eval()(TOKENS).logits
-    torch.testing.assert_close(found, changed, atol=2e-5, rtol=1e-5)
+    assert_close(found, changed)
     assert torch.equal(litmini.load(base, tmp_path / "adapter", dtype="fp32")[0](TOKENS), changed)
 
 
@@ -82,7 +83,7 @@ def test_from_peft_to_us_with_equal_gradients_and_counts(base, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = load_model(base, torch.float32)
     load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=2e-5, rtol=1e-5)
+    assert_close(model(TOKENS), theirs(TOKENS).logits)
     ours = {n: p.requires_grad_() for n, p in model.named_parameters() if n.endswith("ia3_l")}
     gradients = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in ours.values()) == sum(p.numel() for p in gradients.values())
@@ -90,7 +91,7 @@ def test_from_peft_to_us_with_equal_gradients_and_counts(base, tmp_path):
     theirs(TOKENS).logits.square().mean().backward()
     for name, parameter in ours.items():
         expected = gradients[f"base_model.model.{name}.default"].grad.flatten()
-        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
+        assert_close(parameter.grad, expected)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -99,12 +100,12 @@ def test_merged_restored_and_exported(base, tmp_path, bits):
     model, _ = litmini.load(base, tmp_path / "adapter", dtype="fp32", bits=bits)
     assert torch.equal(model(TOKENS), expected)
     replaced = merge_adapters(model)
-    torch.testing.assert_close(model(TOKENS), expected, atol=5e-5, rtol=1e-4)
+    assert_close(model(TOKENS), expected)
     restore_adapters(model, replaced)
     assert torch.equal(model(TOKENS), expected)
     export(base, tmp_path / "merged", tmp_path / "adapter")
     with torch.no_grad():
-        torch.testing.assert_close(reference(tmp_path / "merged")(TOKENS).logits, expected, atol=5e-5, rtol=1e-4)
+        assert_close(reference(tmp_path / "merged")(TOKENS).logits, expected)
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def test_beside_the_base_in_one_batch(base, tmp_path):
     bank.add("one", tmp_path / "adapter")
     with bank.use([None, "one"]):
         y = model(TOKENS)
-    torch.testing.assert_close(y, torch.stack((plain[0], changed[1])), atol=1e-5, rtol=1e-5)
+    assert_close(y, torch.stack((plain[0], changed[1])))
 
 
 def test_what_does_not_fit_is_an_error(base, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from numerics import ulps
 
 from litmini.config import UserError
 from litmini.corpus import prepare
@@ -166,7 +167,7 @@ def test_isolated_documents(directory):
                 loss_sum, size = alone(model, document)
                 expected, targets, document = expected + loss_sum, targets + size, []
     assert int(count) == targets < batch["tokens"].numel()
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(loss) == pytest.approx(expected, rel=ulps())
     assert (batch["documents"][:, 0] == 1).all() and (batch["positions"][:, 0] == 0).all()
 
 

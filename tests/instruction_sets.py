@@ -1,0 +1,81 @@
+"""Run the numeric tests as other CPUs would: with their instruction sets, and with one and two threads.
+
+python tests/instruction_sets.py                   # each setting, all tests that compare numbers; some minutes each
+python tests/instruction_sets.py --short           # two settings, the tests of families, adapters, generation and loss
+
+Prints, for each setting, the tests that failed and how much of its tolerance the closest test used (`numerics.py`). Exit
+status 1 if one failed. A setting above what the CPU has is the same as none: the first column says what torch reports.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+SETTINGS: dict[str, dict[str, str]] = {
+    "as it is": {},
+    "as it is, two threads": {"OMP_NUM_THREADS": "2"},
+    "ATen without vectors": {"ATEN_CPU_CAPABILITY": "default"},
+    "ATen AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "ATen AVX-512": {"ATEN_CPU_CAPABILITY": "avx512"},
+    "oneDNN AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "oneDNN AVX-512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "oneDNN AVX-512 BF16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "MKL compatible": {"MKL_CBWR": "COMPATIBLE"},
+    "all AVX2, two threads": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_CBWR": "COMPATIBLE",
+        "OMP_NUM_THREADS": "2",
+    },
+}
+SHORT = ("all AVX2, two threads", "ATen without vectors")
+SHORT_FILES = ("test_llama", "test_gemma2", "test_qwen3", "test_mixtral", "test_adapters", "test_methods", "test_generation")
+SHORT_FILES += ("test_loss", "test_attention", "test_pointwise")
+
+
+def numeric_tests() -> list[str]:
+    """The files whose tests compare numbers."""
+    return [str(f) for f in sorted(TESTS.glob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())]
+
+
+def run(setting: dict[str, str], files: list[str], log: Path) -> tuple[list[str], str, dict[str, float]]:
+    """Failed tests, pytest's last line, and for each test the largest share of its tolerance."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **setting, "LITMINI_NUMERICS_LOG": str(log)}
+    command = [sys.executable, "-m", "pytest", *files, "-m", "not real", "-rf", "--no-header"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+    used: dict[str, float] = defaultdict(float)
+    for line in log.read_text().splitlines() if log.exists() else []:
+        name, share = json.loads(line)
+        used[name] = max(used[name], share)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    if result.returncode and not failed:
+        failed = [result.stdout[-2000:] + result.stderr[-2000:]]
+    return failed, (result.stdout.strip().splitlines() or [""])[-1], used
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="what runs in .ci/run")
+    short = parser.parse_args().short
+    files = [str(TESTS / f"{name}.py") for name in SHORT_FILES] if short else numeric_tests()
+    print("| setting | outcome | largest share of a tolerance | test |\n|---|---|---|---|", flush=True)
+    failures = []
+    with tempfile.TemporaryDirectory() as directory:
+        for number, name in enumerate(SHORT if short else SETTINGS):
+            failed, outcome, used = run(SETTINGS[name], files, Path(directory) / f"{number}.jsonl")
+            closest = max(used, key=lambda test: used[test], default="none")
+            print(f"| {name} | {outcome} | {used[closest]:.2f} | {closest.removeprefix('tests/')} |", flush=True)
+            failures += [f"{name}: {test}" for test in failed]
+    print(*failures, sep="\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
