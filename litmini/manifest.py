@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import litmini
 from litmini.config import RunConfig, UserError
 from litmini.files import read_json
@@ -34,6 +36,8 @@ def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dic
             "device": str(fabric.device),
             "processes": fabric.world_size,
             "machine": platform.machine(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
         },
         "base": {
             "checkpoint_dir": config.base,

@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PROCESSES = ("devices", "num_nodes", "strategy")
+SAME_BITS = (
+    "device",
+    "machine",
+    "instruction_set",
+    "threads",
+)  # of the hardware: with others, sums are rounded otherwise
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
 SAMPLES = "samples.jsonl"
 REPORT = "report.html"  # the last thing that a run writes: without it, its result is yet to be measured
@@ -138,10 +144,12 @@ class Run:
             check_seal(self.restart_from)
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
-            if self.other_processes:
+            then, now = self.before.get("hardware", {}), self.facts["hardware"]
+            others = [f"{k}: {then[k]} -> {now[k]}" for k in SAME_BITS if k in then and then[k] != now[k]]
+            if others := self.other_processes + others:
                 fabric.print(
-                    f"note: {', '.join(self.other_processes)}. Each step has the same rows, but sums are rounded in another "
-                    f"order, and dropout draws other masks: the results are no longer the same to the bit."
+                    f"note: {', '.join(others)}. Each step has the same rows, but sums are rounded in another "
+                    f"order, and other processes draw other dropout masks: the results are no longer the same to the bit."
                 )
         elif self.config.resume:
             fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")

@@ -155,6 +155,24 @@ def test_resuming_with_other_data_or_template_is_refused(run, tmp_path):
     assert status == 1 and "data.jsonl was changed since the run began" in error
 
 
+def test_resuming_on_another_cpu_is_noted(run, tmp_path):
+    """Bits are promised with one instruction set and one number of threads."""
+    words = ["--train.save_every", 2]
+    assert "no longer the same" not in run("finetune_lora", "run", *words)[1]
+    for then in ("as now", 64):
+        shutil.rmtree(tmp_path / "run/final")
+        shutil.rmtree(tmp_path / "run/step-000004")
+        file = tmp_path / "run/manifest.json"
+        manifest = json.loads(file.read_text())
+        assert manifest["hardware"].keys() >= {"instruction_set", "threads"}
+        if then == 64:
+            manifest["hardware"]["threads"] = then
+        file.write_text(json.dumps(manifest))
+        status, out, error = run("finetune_lora", "run", *words, "--resume", "auto")
+        assert status == 0, error
+        assert ("threads: 64 -> " in out and "no longer the same to the bit" in out) == (then == 64)
+
+
 def test_a_checkpoint_of_one_run_does_not_overwrite_another(run, tmp_path):
     for name in ("a", "b"):
         assert run("finetune_lora", name, "--train.save_every", 2)[0] == 0
