@@ -59,6 +59,7 @@ def numeric_tests() -> list[str]:
 def run(setting: dict[str, str], files: list[str], log: Path) -> tuple[list[str], str, dict[str, float]]:
     """Failed tests, pytest's last line, and for each test the largest share of its tolerance."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **setting, "LITMINI_NUMERICS_LOG": str(log)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(log.with_suffix(""))  # its cache does not ask for the instruction set
     command = [
         sys.executable,
         "-m",
