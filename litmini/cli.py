@@ -19,9 +19,9 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import jsonargparse
 import yaml
 
-from litmini.config import UserError
+from litmini.distributed.processes import alone, first_to_fail, is_first, leave
+from litmini.errors import UserError
 from litmini.files import existing_file, is_disk_full, release
-from litmini.processes import alone, first_to_fail, is_first, leave
 
 T = TypeVar("T")
 

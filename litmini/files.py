@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from litmini.config import UserError
+from litmini.errors import UserError
 
 SEAL = "sha256.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import UserError
-from litmini.generation_config import ModelConfig, SamplingConfig
+from litmini.config.generate import ModelConfig, SamplingConfig
+from litmini.errors import UserError
 
 COMMANDS = "/reset, /save FILE, /quit"
 
@@ -33,9 +33,9 @@ class ChatConfig(SamplingConfig, ModelConfig):
 def main(config: ChatConfig) -> None:
     import contextlib
 
-    from litmini.generation import open_model, stream_reply
-    from litmini.prompts import check_text
-    from litmini.reply import Reply
+    from litmini.generation.generate import open_model, stream_reply
+    from litmini.generation.prompts import check_text
+    from litmini.generation.sequence import Reply
 
     with contextlib.suppress(ImportError):  # not everywhere: arrow keys and earlier lines
         import readline  # noqa: F401
@@ -75,7 +75,7 @@ def main(config: ChatConfig) -> None:
 
 def start(config: ChatConfig) -> list[dict[str, Any]]:
     """The messages before the first turn."""
-    from litmini.prompts import read_prompts
+    from litmini.generation.prompts import read_prompts
 
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
     if config.history is None:

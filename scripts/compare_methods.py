@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import UserError
+from litmini.errors import UserError
 
 METHODS = {  # name: script and its settings
     "lora": ("finetune_lora.py", []),

@@ -28,9 +28,9 @@ class ConvertConfig:
 
 
 def main(config: ConvertConfig) -> None:
-    from litmini.checkpoint import parse_dtype
-    from litmini.convert import convert
-    from litmini.export import parse_size
+    from litmini.checkpoints.export import parse_size
+    from litmini.checkpoints.hf import parse_dtype
+    from litmini.importers.convert import convert
 
     dtype = parse_dtype(config.dtype) if config.dtype else None
     target = convert(config.source, config.out_dir, dtype, parse_size(config.max_shard_size))

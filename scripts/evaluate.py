@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig
+from litmini.config.generate import ModelConfig
+from litmini.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -60,10 +60,10 @@ class EvaluateConfig(ModelConfig):
 def main(config: EvaluateConfig) -> None:
     from pathlib import Path
 
-    from litmini.evaluate import answer_all, exact_match, surprise
+    from litmini.data.formats import read_examples
+    from litmini.evaluation.metrics import answer_all, exact_match, surprise
     from litmini.files import existing_file, write_json
-    from litmini.generation import open_model
-    from litmini.records import read_examples
+    from litmini.generation.generate import open_model
 
     text = None
     if config.perplexity is not None:
@@ -96,7 +96,7 @@ def main(config: EvaluateConfig) -> None:
             "wrong": [vars(a) for a in answers if not a.right][:20],
         }
     if config.tasks:
-        from litmini.harness import run_tasks
+        from litmini.evaluation.lm_eval_harness import run_tasks
 
         limits = config.limit, config.fewshot, config.batch_size
         results["tasks"] = run_tasks(model, tokenizer, config.tasks, config.include_path, *limits)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.finetune_config import FinetuneFullConfig
+from litmini.config.finetune import FinetuneFullConfig
 
 
 def main(config: FinetuneFullConfig) -> None:
-    from litmini.checkpoint import load_model, save_trained
-    from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.optim import make_optimizer
-    from litmini.rounding import spread
-    from litmini.runs import Run
+    from litmini.checkpoints.hf import load_model, save_trained
+    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.ops.rounding import spread
+    from litmini.runs.run import Run
+    from litmini.tasks.setup import finish, preview, run_training
+    from litmini.tasks.sft import prepare_data
+    from litmini.training.optimizer import make_optimizer
 
     # 1. Run directory
     run = Run(config)

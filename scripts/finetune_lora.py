@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.finetune_config import FinetuneLoraConfig
+from litmini.config.finetune import FinetuneLoraConfig
 
 
 def main(config: FinetuneLoraConfig) -> None:
-    from litmini.adapters import add_adapters, learning_rate_ratios
-    from litmini.checkpoint import load_model
-    from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.optim import make_optimizer
-    from litmini.peft_save import save_adapter
-    from litmini.rounding import spread
-    from litmini.runs import Run
+    from litmini.checkpoints.hf import load_model
+    from litmini.checkpoints.peft import save_adapter
+    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.methods.adapters import add_adapters, learning_rate_ratios
+    from litmini.ops.rounding import spread
+    from litmini.runs.run import Run
+    from litmini.tasks.setup import finish, preview, run_training
+    from litmini.tasks.sft import prepare_data
+    from litmini.training.optimizer import make_optimizer
 
     # 1. Run directory
     run = Run(config)

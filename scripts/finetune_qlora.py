@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.finetune_config import FinetuneQloraConfig
+from litmini.config.finetune import FinetuneQloraConfig
 
 
 def main(config: FinetuneQloraConfig) -> None:
-    from litmini.adapters import add_adapters, learning_rate_ratios
-    from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.optim import make_optimizer
-    from litmini.peft_save import save_adapter
-    from litmini.quantize import load_quantized
-    from litmini.rounding import spread
-    from litmini.runs import Run
+    from litmini.checkpoints.load import load_quantized
+    from litmini.checkpoints.peft import save_adapter
+    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.methods.adapters import add_adapters, learning_rate_ratios
+    from litmini.ops.rounding import spread
+    from litmini.runs.run import Run
+    from litmini.tasks.setup import finish, preview, run_training
+    from litmini.tasks.sft import prepare_data
+    from litmini.training.optimizer import make_optimizer
 
     # 1. Run directory
     run = Run(config)

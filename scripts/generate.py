@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig, SamplingConfig
+from litmini.config.generate import ModelConfig, SamplingConfig
+from litmini.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -57,9 +57,9 @@ def main(config: GenerateConfig) -> None:
     import sys
     import time
 
-    from litmini.generation import open_model, stream_reply
-    from litmini.prompts import check_text
-    from litmini.reply import Reply
+    from litmini.generation.generate import open_model, stream_reply
+    from litmini.generation.prompts import check_text
+    from litmini.generation.sequence import Reply
     from litmini.tokenizer import Message
 
     if config.out is not None and Path(config.out).exists():
@@ -88,8 +88,8 @@ def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
     """What guesses ahead, or None."""
     from dataclasses import replace
 
-    from litmini.generation import open_model
-    from litmini.speculative import DraftModel, PromptLookup
+    from litmini.generation.generate import open_model
+    from litmini.generation.speculative import DraftModel, PromptLookup
 
     if config.prompt_lookup is not None:
         return PromptLookup(config.prompt_lookup)
@@ -103,7 +103,7 @@ def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: igno
     """Answer every prompt of a file; what is wrong with a line is written in its place, and named at the end."""
     import json
 
-    from litmini.prompts import answer_lines, read_prompts
+    from litmini.generation.prompts import answer_lines, read_prompts
 
     assert config.prompts is not None and config.out is not None, "checked when the settings were read"
     lines = read_prompts(config.prompts)

@@ -6,7 +6,7 @@ python scripts/plot_runs.py out/compare-swiglu out/compare-gelu --out_file out/c
 from dataclasses import dataclass
 
 from litmini.cli import command
-from litmini.config import check
+from litmini.errors import check
 
 
 @dataclass
@@ -29,7 +29,7 @@ class PlotConfig:
 def main(config: PlotConfig) -> None:
     from pathlib import Path
 
-    from litmini.plots import plot_runs
+    from litmini.runs.plots import plot_runs
 
     for name, loss in plot_runs(
         [Path(run) for run in config.runs], Path(config.out_file), config.smooth, config.by

@@ -9,7 +9,7 @@ The same command goes on with a preparation that was interrupted. Memory: some 1
 from dataclasses import dataclass
 
 from litmini.cli import command
-from litmini.config import check
+from litmini.errors import check
 
 
 @dataclass
@@ -53,9 +53,9 @@ def main(config: PrepareConfig) -> None:
     import time
     from pathlib import Path
 
-    from litmini.corpus import prepare
-    from litmini.documents import find_sources
-    from litmini.encode import Recipe
+    from litmini.data.pretrain.text import find_sources
+    from litmini.data.pretrain.tokenize import Recipe
+    from litmini.data.pretrain.write_shards import prepare
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)

@@ -8,16 +8,16 @@ The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, Ad
 from typing import Any
 
 from litmini.cli import command
-from litmini.pretrain_config import PretrainConfig
+from litmini.config.pretrain import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from litmini.finetune import finish, preview, run_training
-    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.optim import make_optimizer
-    from litmini.pretrain import blueprint, prepare_data, use_z_loss
-    from litmini.rounding import spread
-    from litmini.runs import Run
+    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.ops.rounding import spread
+    from litmini.runs.run import Run
+    from litmini.tasks.pretrain import blueprint, prepare_data, use_z_loss
+    from litmini.tasks.setup import finish, preview, run_training
+    from litmini.training.optimizer import make_optimizer
 
     # 1. Run directory
     run = Run(config)

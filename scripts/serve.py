@@ -11,8 +11,8 @@ environment has LITMINI_API_KEY, clients must send it.
 from dataclasses import dataclass, field
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig
+from litmini.config.generate import ModelConfig
+from litmini.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -66,12 +66,12 @@ def main(config: ServeConfig) -> None:
     try:
         import uvicorn
 
-        from litmini.connections import connection_type
-        from litmini.serving import Limits, Server, make_app
+        from litmini.serving.connections import connection_type
+        from litmini.serving.server import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
-    from litmini.bank import AdapterBank
-    from litmini.generation import open_model
+    from litmini.generation.generate import open_model
+    from litmini.generation.multi_adapter import AdapterBank
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from test_convert import meta_parts
 from tokenizers import pre_tokenizers
 
-from litmini.export import parse_size
+from litmini.checkpoints.export import parse_size
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
 LAYER_BYTES, LARGEST = (

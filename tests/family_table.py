@@ -18,9 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from parity import FamilyTests, batch, reference  # noqa: E402
 
-from litmini import attention  # noqa: E402
-from litmini.checkpoint import load_model  # noqa: E402
+from litmini.checkpoints.hf import load_model  # noqa: E402
 from litmini.models import FAMILIES, family  # noqa: E402
+from litmini.ops import attention  # noqa: E402
 
 BEGIN, END = "<!-- families: python tests/family_table.py --write -->\n", "<!-- families end -->"
 HEAD = "| file | lines | `model_type` | covers | largest difference of logits |\n|---|---|---|---|---|\n"

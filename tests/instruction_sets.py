@@ -36,13 +36,23 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 SHORT = ("all AVX2, two threads", "ATen without vectors")
-SHORT_FILES = ("test_llama", "test_gemma2", "test_qwen3", "test_mixtral", "test_adapters", "test_methods", "test_generation")
+SHORT_FILES = (
+    "test_llama",
+    "test_gemma2",
+    "test_qwen3",
+    "test_mixtral",
+    "test_adapters",
+    "test_methods",
+    "test_generation",
+)
 SHORT_FILES += ("test_loss", "test_attention", "test_pointwise")
 
 
 def numeric_tests() -> list[str]:
     """The files whose tests compare numbers."""
-    return [str(f) for f in sorted(TESTS.glob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())]
+    return [
+        str(f) for f in sorted(TESTS.glob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())
+    ]
 
 
 def run(setting: dict[str, str], files: list[str], log: Path) -> tuple[list[str], str, dict[str, float]]:

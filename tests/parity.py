@@ -22,9 +22,9 @@ from numerics import Float64, assert_as_accurate, assert_close, assert_gradients
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from litmini.cache import KVCache
-from litmini.checkpoint import disk_tensors, load_model, save_model
+from litmini.checkpoints.hf import disk_tensors, load_model, save_model
 from litmini.models import family
+from litmini.ops.kv_cache import KVCache
 
 VOCAB, T = 97, 61
 SMALL = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

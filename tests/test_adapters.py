@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import litmini
-from litmini.adapters import add_adapters, linears, merge_adapters, restore_adapters
-from litmini.checkpoint import load_model, save_model
-from litmini.config import UserError
-from litmini.finetune_config import LoraConfig
-from litmini.lora import LoRALinear
+from litmini.checkpoints.hf import load_model, save_model
+from litmini.checkpoints.peft import load_adapter, save_adapter
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters, linears, merge_adapters, restore_adapters
+from litmini.methods.lora import LoRALinear
 from litmini.models import gpt2
-from litmini.peft_format import load_adapter
-from litmini.peft_save import save_adapter
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from numerics import assert_gradients_close, ulps
 
-import litmini.attention as attention
-from litmini.attention import ALIGN, Mask, _allowed, _Repack, _round_up, _Unpack, _unpack, attend, make_mask
-from litmini.cache import KVCache
+import litmini.ops.attention as attention
 from litmini.models import llama
+from litmini.ops.attention import Mask, _allowed, attend, make_mask
+from litmini.ops.kv_cache import KVCache
+from litmini.ops.packed_layout import ALIGN, _Repack, _round_up, _Unpack, _unpack
 
 ROWS = [[5, 1, 9, 9, 13], [37], [1, 2, 3, 4, 5, 6, 7, 9], [20, 17]]  # lengths of the documents in each row
 PADDING = [0, 0, 0, 3]  # how many tokens at the end of the last documents are padding, document 0

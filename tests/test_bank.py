@@ -5,13 +5,13 @@ import torch
 from numerics import assert_close
 
 import litmini
-from litmini.adapters import add_adapters
-from litmini.bank import AdapterBank
-from litmini.checkpoint import load_model
-from litmini.config import UserError
-from litmini.finetune_config import LoraConfig
-from litmini.lora import DoRALinear
-from litmini.peft_save import save_adapter
+from litmini.checkpoints.hf import load_model
+from litmini.checkpoints.peft import save_adapter
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.generation.multi_adapter import AdapterBank
+from litmini.methods.adapters import add_adapters
+from litmini.methods.dora import DoRALinear
 
 TOKENS = torch.arange(80).reshape(4, 20) * 7 % 512
 KINDS = {

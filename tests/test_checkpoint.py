@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import litmini.tensors
-from litmini import checkpoint
-from litmini.checkpoint import check_checkpoint_dir, load_model, parse_dtype, save_model, save_trained
-from litmini.config import UserError
+import litmini.checkpoints.safetensors_io
+from litmini.checkpoints import hf as checkpoint
+from litmini.checkpoints.hf import check_checkpoint_dir, load_model, parse_dtype, save_model, save_trained
+from litmini.checkpoints.safetensors_io import read_tensors, shards
+from litmini.errors import UserError
 from litmini.files import read_json, write_aside, write_json
 from litmini.models import llama
-from litmini.tensors import read_tensors, shards
 
 INDEX = "model.safetensors.index.json"
 
@@ -376,7 +376,7 @@ def test_files_are_those_of_safetensors(tmp_path):
 
 
 def test_rounding_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(litmini.tensors, "PIECE", 100)
+    monkeypatch.setattr(litmini.checkpoints.safetensors_io, "PIECE", 100)
     tensor = torch.randn(37, 11)
     empty = [("a", torch.empty(37, 11, dtype=torch.bfloat16, device="meta"))]
     save_model(tmp_path, {}, [("a", tensor)], empty=empty)
@@ -401,7 +401,7 @@ def test_the_dtype_in_config_is_that_of_most_bytes(tmp_path):
 def test_files_follow_the_umask(tmp_path):
     code = (
         "import os, sys; os.umask(0o027)\nfrom pathlib import Path\nimport torch\n"
-        "from litmini.checkpoint import save_model\n"
+        "from litmini.checkpoints.hf import save_model\n"
         "from litmini.files import write_aside\n"
         "with write_aside(Path(sys.argv[1])) as aside: save_model(aside, {}, [('a', torch.zeros(1))])"
     )

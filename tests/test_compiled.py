@@ -11,14 +11,18 @@ from numerics import assert_gradients_close
 from test_scripts import run
 from torch._dynamo.utils import counters
 
-from litmini import attention, compiled, finetune, lora
-from litmini.adapters import add_adapters
-from litmini.compiled import WORTH, compilable, compile_training, pays
-from litmini.compiled_decoding import compile_decoding
-from litmini.config import TrainConfig, UserError
-from litmini.finetune_config import LoraConfig
-from litmini.launch import checkpoint_activations
+from litmini.config.finetune import LoraConfig
+from litmini.config.training import TrainConfig
+from litmini.errors import UserError
+from litmini.generation.compile import compile_decoding
+from litmini.methods import lora
+from litmini.methods.adapters import add_adapters
 from litmini.models import gemma2, llama, mixtral, qwen3_moe
+from litmini.ops import attention
+from litmini.tasks import setup
+from litmini.training import compile as training_compile
+from litmini.training.compile import WORTH, compilable, compile_training, pays
+from litmini.training.low_memory import checkpoint_activations
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -61,7 +65,7 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not pays(1e30, cpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(training_compile.importlib.util, "find_spec", lambda name: name == "triton" or None)
     assert pays(WORTH["cuda"], torch.device("cuda")) and not pays(0.9 * WORTH["cuda"], torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert not pays(1e30, torch.device("cuda"))  # torch.compile would refuse it
@@ -71,20 +75,20 @@ def test_auto_counts_the_rows_that_there_are():
     """Not those of a whole batch, where the data are fewer, nor those of other epochs."""
     rows = SimpleNamespace(batches=lambda rows, micro, rank, world: [row + 1 for row in rows][rank::world])
     data = SimpleNamespace(train=rows, total_rows=3)
-    assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=64), 1) == 1 + 2 + 3
+    assert setup.planned_flops(sum, data, TrainConfig(global_batch_size=64), 1) == 1 + 2 + 3
     data.total_rows = 9
-    assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 1) == (1 + 2) * 9 / 2
-    assert finetune.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 1 * 9 / 2
+    assert setup.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 1) == (1 + 2) * 9 / 2
+    assert setup.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 1 * 9 / 2
 
 
 @pytest.mark.parametrize(
     ("family", "dtype", "on"), [(llama, "float32", True), (mixtral, "float32", False), (mixtral, "bfloat16", True)]
 )
 def test_auto_leaves_what_cannot_be_compiled(family, dtype, on, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "planned_flops", lambda *_: 1e30)
+    monkeypatch.setattr(setup, "planned_flops", lambda *_: 1e30)
     fabric = SimpleNamespace(world_size=1, device=torch.device("cpu"), broadcast=bool, print=print)
     model, rest = family.Model(family.PRESETS["tiny"]), SimpleNamespace(flops=None, train=None)
-    assert finetune._worth_compiling(fabric, model, getattr(torch, dtype), rest, rest, rest) is on
+    assert setup._worth_compiling(fabric, model, getattr(torch, dtype), rest, rest, rest) is on
     assert f"compile auto: {'on' if on else 'off'}" in capsys.readouterr().out
 
 
@@ -93,7 +97,7 @@ def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_pa
     """And decides the same when it goes on."""
     data, out, made = tmp_path / "data.jsonl", tmp_path / "out", []
     data.write_text("".join(json.dumps({"prompt": "Hi", "completion": f"Ho {i}"}) + "\n" for i in range(8)))
-    monkeypatch.setattr(finetune, "compile_training", lambda model, dtype: made.append(model))
+    monkeypatch.setattr(setup, "compile_training", lambda model, dtype: made.append(model))
     monkeypatch.setitem(WORTH, "cpu", worth)
     words = ["--checkpoint_dir", tiny_dir, "--data.path", data, "--out_dir", out, "--data.max_seq_len=64"]
     words += ["--compile=auto", "--train.epochs=4", "--train.save_every=1", "--eval.samples=0"]

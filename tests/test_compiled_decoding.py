@@ -9,13 +9,13 @@ from test_generation import PROMPTS, generate_batch, random_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from litmini import compiled_decoding
-from litmini.adapters import add_adapters
-from litmini.cache import KVCache
-from litmini.compiled_decoding import compile_decoding
-from litmini.config import UserError
-from litmini.finetune_config import LoraConfig
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.generation import compile as compiled_decoding
+from litmini.generation.compile import compile_decoding
+from litmini.methods.adapters import add_adapters
 from litmini.models import llama
+from litmini.ops.kv_cache import KVCache
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 

@@ -14,9 +14,7 @@ import torch
 import yaml
 
 from litmini.cli import command, parse
-from litmini.config import UserError
-from litmini.files import existing_file, is_disk_full
-from litmini.finetune_config import (
+from litmini.config.finetune import (
     FinetuneConfig,
     FinetuneDoraConfig,
     FinetuneFullConfig,
@@ -24,7 +22,9 @@ from litmini.finetune_config import (
     FinetuneLoraConfig,
     FinetuneQloraConfig,
 )
-from litmini.runs import plain
+from litmini.errors import UserError
+from litmini.files import existing_file, is_disk_full
+from litmini.runs.run import plain
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))

@@ -20,12 +20,12 @@ from test_gguf_families import SENTENCEPIECE, plain_bpe, sentencepiece_vocabular
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from litmini.checkpoint import check_checkpoint_dir, load_model
-from litmini.config import UserError
-from litmini.convert import convert
+from litmini.checkpoints.hf import check_checkpoint_dir, load_model
+from litmini.checkpoints.safetensors_io import shards
+from litmini.errors import UserError
 from litmini.files import read_json
-from litmini.pickles import Pickle
-from litmini.tensors import shards
+from litmini.importers.convert import convert
+from litmini.importers.pickles import Pickle
 from litmini.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_to_litmini.py"

@@ -18,12 +18,13 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini import corpus, documents
-from litmini.config import UserError
-from litmini.corpus import Shards, prepare
-from litmini.documents import Source, find_sources, read_pieces
-from litmini.encode import Recipe, tokenizer_hash
-from litmini.train_tokenizer import END, train_tokenizer, write_tokenizer
+from litmini.data.pretrain import text as documents
+from litmini.data.pretrain import write_shards as corpus
+from litmini.data.pretrain.text import Source, find_sources, read_pieces
+from litmini.data.pretrain.tokenize import Recipe, tokenizer_hash
+from litmini.data.pretrain.train_tokenizer import END, train_tokenizer, write_tokenizer
+from litmini.data.pretrain.write_shards import Shards, prepare
+from litmini.errors import UserError
 
 TEXTS = [f"Document {i}: " + "the cat sat on the mat.\n" * (i % 7) + "naïve ☃\n" * (i % 3) for i in range(60)]
 
@@ -192,8 +193,8 @@ def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, 
 def test_a_killed_preparation_leaves_no_process_behind(fast):
     code = (
         "import itertools, multiprocessing, sys, time\n"
-        "from litmini.documents import Piece\n"
-        "from litmini.encode import Recipe, encode_all\n"
+        "from litmini.data.pretrain.text import Piece\n"
+        "from litmini.data.pretrain.tokenize import Recipe, encode_all\n"
         "batches = (([(Piece('text', True, True), False)], i) for i in itertools.count())\n"
         "running = encode_all(batches, Recipe(sys.stdin.read(), [], 0), 2)\n"
         "next(running)\n"

@@ -14,15 +14,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from two import run_two, values
 
-from litmini.adapters import add_adapters
-from litmini.config import TrainConfig
-from litmini.finetune_config import LoraConfig
-from litmini.lora import DoRALinear
-from litmini.loss import IGNORE, linear_cross_entropy
+from litmini.config.finetune import LoraConfig
+from litmini.config.training import TrainConfig
+from litmini.distributed.fsdp import blocks, shard
+from litmini.methods.adapters import add_adapters
+from litmini.methods.dora import DoRALinear
+from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
-from litmini.quantize import quantize_linears
-from litmini.sharding import blocks, shard
-from litmini.train import Progress, fit
+from litmini.ops.cross_entropy import IGNORE, linear_cross_entropy
+from litmini.training.loop import Progress, fit
 
 RANK = 4
 METHODS = ["lora", "qlora", "dora", "full"]

@@ -10,12 +10,12 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
-from litmini.config import UserError
-from litmini.data import Examples, describe, load_data, show_masks, tokenize
+from litmini.config.finetune import DataConfig
+from litmini.data.dataset import Examples, describe, load_data, show_masks, tokenize
+from litmini.data.formats import Example
+from litmini.errors import UserError
 from litmini.files import file_hash
-from litmini.finetune_config import DataConfig
-from litmini.loss import IGNORE
-from litmini.records import Example
+from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
 START, STOP = 1, 2

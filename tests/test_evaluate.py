@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from numerics import ulps
 
 import litmini
-from litmini.config import UserError
-from litmini.evaluate import answer_all, exact_match, surprise
-from litmini.harness import log_likelihoods, make_lm, run_tasks
-from litmini.records import read_examples
+from litmini.data.formats import read_examples
+from litmini.errors import UserError
+from litmini.evaluation.lm_eval_harness import log_likelihoods, make_lm, run_tasks
+from litmini.evaluation.metrics import answer_all, exact_match, surprise
 
 TEXT = "Two large mugs to Oslo, please. Regards, Vera. " * 6
 

@@ -11,16 +11,16 @@ from numerics import assert_close
 from safetensors.torch import load_file, save_file
 
 import litmini
-from litmini.adapters import add_adapters
-from litmini.checkpoint import load_model, save_model
-from litmini.config import UserError
-from litmini.export import export, merge_error, parse_size
+from litmini.checkpoints.export import export, merge_error, parse_size
+from litmini.checkpoints.hf import load_model, save_model
+from litmini.checkpoints.peft import save_adapter
+from litmini.checkpoints.safetensors_io import read_tensors, shards
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
 from litmini.files import read_json
-from litmini.finetune_config import LoraConfig
-from litmini.lora import LoRALinear
+from litmini.methods.adapters import add_adapters
+from litmini.methods.lora import LoRALinear
 from litmini.models import llama
-from litmini.peft_save import save_adapter
-from litmini.tensors import read_tensors, shards
 from litmini.tokenizer import Tokenizer
 
 TOKENS = torch.tensor([[5, 300, 17, 17, 260, 511, 4, 99]])

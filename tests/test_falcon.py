@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconRotaryEmbedding
 
-from litmini.adapters import add_adapters
-from litmini.checkpoint import load_model
-from litmini.finetune_config import LoraConfig
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import falcon
 
 NEW = {"new_decoder_architecture": True}

@@ -10,7 +10,7 @@ import torch
 from numerics import assert_close
 
 import litmini
-from litmini.checkpoint import disk_tensors, save_model
+from litmini.checkpoints.hf import disk_tensors, save_model
 from litmini.models import FAMILIES, family
 
 ROOT = Path(__file__).parent.parent

@@ -22,17 +22,18 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 from litmini import files
-from litmini import finetune as finetune_steps
-from litmini.checkpoint import save_model
-from litmini.config import TrainConfig, UserError
+from litmini.checkpoints.hf import save_model
+from litmini.checkpoints.safetensors_io import read_tensors, shards
+from litmini.config.finetune import DataConfig, FinetuneLoraConfig
+from litmini.config.training import TrainConfig
+from litmini.errors import UserError
 from litmini.files import Background, read_json, write_aside, write_json
-from litmini.finetune_config import DataConfig, FinetuneLoraConfig
 from litmini.models import llama
-from litmini.runs import Run, read_metrics, read_samples
-from litmini.state import load_state
-from litmini.tensors import read_tensors, shards
+from litmini.runs.run import Run, read_metrics, read_samples
+from litmini.runs.training_state import load_state
+from litmini.tasks import setup
 from litmini.tokenizer import Tokenizer
-from litmini.train import Progress
+from litmini.training.loop import Progress
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "config_hub/quickstart"
@@ -44,7 +45,7 @@ def start(tmp_path, monkeypatch):
     fabric = Fabric(accelerator="cpu", devices=1)
     data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, save=lambda directory: None)
     data.touch()
-    monkeypatch.setattr("litmini.runs.describe_run", lambda *_: {})  # there is no base model
+    monkeypatch.setattr("litmini.runs.run.describe_run", lambda *_: {})  # there is no base model
 
     def begin(resume: bool | str = False, **train: object) -> tuple[Run, torch.nn.Module, Progress]:
         settings = {"checkpoint_dir": "base", "out_dir": str(tmp_path / "run"), "data": DataConfig(path=str(data))}
@@ -313,7 +314,7 @@ def test_weights_that_are_nan_end_a_run_that_skips(poisoned, tmp_path, monkeypat
 
 def test_the_best_step_is_saved_when_it_is_found(tiny_dir, tmp_path, monkeypatch, capfd):
     held_out = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before, after steps 1 to 4, after the run
-    monkeypatch.setattr(finetune_steps, "held_out_loss", lambda *_: next(held_out))
+    monkeypatch.setattr(setup, "held_out_loss", lambda *_: next(held_out))
     words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 1, "--train.keep_best", "true"]
     assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--train.max_steps", 5)[0] == 0
     assert [p.name for p in sorted((tmp_path / "run").glob("step-*"))] == ["step-000001", "step-000002"]

@@ -20,17 +20,17 @@ from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from litmini import finetune
-from litmini import manifest as manifest_module
-from litmini.checkpoint import load_model
-from litmini.data import Example
-from litmini.evaluate import answer_all, exact_match
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import FinetuneFullConfig, FinetuneLoraConfig
+from litmini.data.dataset import Example
+from litmini.distributed.fabric import weight_dtype
+from litmini.evaluation.metrics import answer_all, exact_match
 from litmini.files import file_hash
-from litmini.finetune_config import FinetuneFullConfig, FinetuneLoraConfig
-from litmini.launch import weight_dtype
-from litmini.loggers import make_loggers
-from litmini.manifest import git_state, weights_hash
-from litmini.report import write_report
+from litmini.runs import manifest as manifest_module
+from litmini.runs.loggers import make_loggers
+from litmini.runs.manifest import git_state, weights_hash
+from litmini.runs.report import write_report
+from litmini.tasks import setup
 from litmini.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def run(tiny_dir, tmp_path, monkeypatch, capfd):
 def test_the_longest_batch_runs_first_where_lengths_differ(run, monkeypatch):
     """Requirement 10."""
     seen = []
-    monkeypatch.setattr(finetune, "rehearse", lambda *words: seen.append(words[-1]["tokens"].shape[1]))
+    monkeypatch.setattr(setup, "rehearse", lambda *words: seen.append(words[-1]["tokens"].shape[1]))
     assert run("finetune_lora", "packed")[0] == 0
     assert seen == []
     assert run("finetune_lora", "unpacked", "--data.pack", "false")[0] == 0
@@ -80,7 +80,7 @@ def test_weights_are_trained_in_fp32_unless_asked_otherwise(run, tmp_path):
 
 def test_a_run_on_a_cpu_keeps_its_memory(run, monkeypatch):
     calls = []
-    monkeypatch.setattr("litmini.launch.keep_memory", lambda: calls.append(torch.cuda.is_available()))
+    monkeypatch.setattr("litmini.distributed.fabric.keep_memory", lambda: calls.append(torch.cuda.is_available()))
     assert run("finetune_lora", "run", "--eval.samples", 0)[0] == 0
     assert calls == ([] if torch.cuda.is_available() else [False])
 
@@ -176,7 +176,7 @@ def test_the_result_is_saved_before_it_is_measured(run, tmp_path, monkeypatch):
         if words[-1] == "after":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "measure", fail)
+    monkeypatch.setattr(setup, "measure", fail)
     assert run("finetune_lora", "run")[0] == 130
     assert (tmp_path / "run/final/adapter_model.safetensors").is_file()
 

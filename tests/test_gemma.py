@@ -10,8 +10,8 @@ from parity import SMALL, FamilyTests, batch
 from transformers import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import gemma
 
 GEMMA = {**SMALL, "hidden_size": 48, "intermediate_size": 80, "head_dim": 16, "max_position_embeddings": 256}

@@ -12,8 +12,8 @@ from parity import SMALL, FamilyTests, batch
 from transformers import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import gemma2
 
 GEMMA2 = {**SMALL, "hidden_size": 48, "intermediate_size": 80, "head_dim": 16, "max_position_embeddings": 256}

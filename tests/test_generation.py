@@ -20,16 +20,17 @@ from transformers.generation import (
 from transformers.models.auto import CONFIG_MAPPING
 
 import litmini
-from litmini.cache import KVCache
-from litmini.config import UserError
-from litmini.generation import Batch, finish_all, generate, stream, stream_reply
-from litmini.generation_config import SamplingConfig
-from litmini.lora import LoRALinear
-from litmini.loss import IGNORE
+from litmini.config.generate import SamplingConfig
+from litmini.errors import UserError
+from litmini.generation.batch import Batch
+from litmini.generation.generate import finish_all, generate, stream, stream_reply
+from litmini.generation.sampling import choose, penalize, probabilities
+from litmini.generation.sequence import Reply
+from litmini.generation.speculative import Draft, DraftModel, PromptLookup
+from litmini.methods.lora import LoRALinear
 from litmini.models import llama
-from litmini.reply import Reply
-from litmini.sampling import choose, penalize, probabilities
-from litmini.speculative import Draft, DraftModel, PromptLookup
+from litmini.ops.cross_entropy import IGNORE
+from litmini.ops.kv_cache import KVCache
 from litmini.tokenizer import Tokenizer
 
 CONFIGS = {

@@ -15,12 +15,12 @@ from numerics import assert_close, ulps
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-import litmini.gguf_import
-from litmini.checkpoint import load_model
-from litmini.config import UserError
-from litmini.gguf_families import ARCHITECTURES, Settings
-from litmini.gguf_import import TYPES, import_gguf
-from litmini.gguf_read import read_gguf
+import litmini.importers.gguf.convert
+from litmini.checkpoints.hf import load_model
+from litmini.errors import UserError
+from litmini.importers.gguf.architectures import ARCHITECTURES, Settings
+from litmini.importers.gguf.convert import TYPES, import_gguf
+from litmini.importers.gguf.reader import read_gguf
 from litmini.tokenizer import Tokenizer as OurTokenizer
 
 SHAPE = {
@@ -147,7 +147,7 @@ def test_every_type_in_chunks(
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_the_tensor)
     write_gguf(file, model, tokenizer, pre="gpt-2")
-    monkeypatch.setattr(litmini.gguf_import, "CHUNK", 3 * 512)
+    monkeypatch.setattr(litmini.importers.gguf.convert, "CHUNK", 3 * 512)
     import_gguf(file, out, torch.float32)
     found = load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     expected = torch.from_numpy(np.array(dequantize(raw, code), np.float32)).reshape(256, 512)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litmini.checkpoint import check_checkpoint_dir, load_model
-from litmini.config import UserError
-from litmini.gguf_import import import_gguf
-from litmini.gguf_read import read_gguf
+from litmini.checkpoints.hf import check_checkpoint_dir, load_model
+from litmini.errors import UserError
+from litmini.importers.gguf.convert import import_gguf
+from litmini.importers.gguf.reader import read_gguf
 
 
 @pytest.fixture(scope="module")

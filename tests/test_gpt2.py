@@ -11,11 +11,11 @@ from parity import SMALL, FamilyTests, T, batch, reference
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from litmini.adapters import add_adapters
-from litmini.cache import KVCache
-from litmini.checkpoint import load_model
-from litmini.finetune_config import LoraConfig
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import gpt2
+from litmini.ops.kv_cache import KVCache
 
 SIZES = {**SMALL, "n_positions": 256}
 PUBLISHED = {  # the values of config.json on the hub: n_embd, n_layer, n_head

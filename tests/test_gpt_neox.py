@@ -11,9 +11,9 @@ from parity import SMALL, FamilyTests, T, batch, reference
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig
 
-from litmini.adapters import add_adapters
-from litmini.checkpoint import load_model
-from litmini.finetune_config import LoraConfig
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import gpt_neox
 
 SIZES = {**SMALL, "intermediate_size": 80, "max_position_embeddings": 256}

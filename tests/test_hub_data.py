@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from litmini.config import UserError
-from litmini.data import load_data
-from litmini.documents import find_sources, read_pieces
-from litmini.finetune_config import DataConfig
-from litmini.hub_data import choose_files, find_files
+from litmini.config.finetune import DataConfig
+from litmini.data.dataset import load_data
+from litmini.data.hub_datasets import choose_files, find_files
+from litmini.data.pretrain.text import find_sources, read_pieces
+from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -9,15 +9,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from litmini.adapters import add_adapters
-from litmini.config import OptimConfig, TrainConfig, UserError
-from litmini.estimate import full_rows
-from litmini.finetune_config import DataConfig, FinetuneFullConfig, FinetuneLoraConfig, LoraConfig
-from litmini.launch import loss_scaling, make_fabric, offload_activations
+from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig, LoraConfig
+from litmini.config.training import OptimConfig, TrainConfig
+from litmini.distributed.fabric import loss_scaling, make_fabric
+from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters
 from litmini.models import llama
-from litmini.optim import make_optimizer
-from litmini.state import load_state, save_state
-from litmini.train import Progress, fit
+from litmini.runs.training_state import load_state, save_state
+from litmini.training.loop import Progress, fit
+from litmini.training.low_memory import offload_activations
+from litmini.training.memory import full_rows
+from litmini.training.optimizer import make_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from numerics import assert_close
 from test_convert import TOKENS, hf, no_model, refused, same
 from test_gguf_families import CASES, SHAPE
 
-from litmini.checkpoint import load_model
-from litmini.convert import convert
+from litmini.checkpoints.hf import load_model
 from litmini.files import read_json
+from litmini.importers.convert import convert
 
 
 @pytest.fixture

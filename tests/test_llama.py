@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from litmini import attention
-from litmini.checkpoint import load_model, save_model
-from litmini.config import UserError
+from litmini.checkpoints.hf import load_model, save_model
+from litmini.errors import UserError
 from litmini.models import llama
+from litmini.ops import attention
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}  # within a head of 16: kept, blended and stretched frequencies

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from litmini.lora import LoRALinear
-from litmini.loss import IGNORE, linear_cross_entropy
+from litmini.methods.lora import LoRALinear
 from litmini.models import llama
+from litmini.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 B, T, DIM, VOCAB = 3, 11, 16, 53
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
-from litmini.meter import Meter, peak_flops, peak_memory_mib
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
+from litmini.methods.nf4 import quantize_linears
 from litmini.models import gpt2, llama, mixtral
-from litmini.quantize import quantize_linears
+from litmini.training.flops import Meter, peak_flops, peak_memory_mib
 
 CPU = torch.device("cpu")
 

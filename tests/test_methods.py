@@ -10,7 +10,13 @@ from numerics import assert_close, difference
 from torch import nn
 
 import litmini
-from litmini.adapters import (
+from litmini.checkpoints.export import export
+from litmini.checkpoints.hf import load_model, save_model, save_trained
+from litmini.checkpoints.peft import load_adapter, save_adapter
+from litmini.config.finetune import LoraConfig
+from litmini.config.training import OptimConfig
+from litmini.errors import UserError
+from litmini.methods.adapters import (
     adapters,
     add_adapters,
     learning_rate_ratios,
@@ -18,16 +24,12 @@ from litmini.adapters import (
     remove_adapters,
     restore_adapters,
 )
-from litmini.checkpoint import load_model, save_model, save_trained
-from litmini.config import OptimConfig, UserError
-from litmini.export import export
-from litmini.finetune_config import LoraConfig
-from litmini.lora import DoRALinear, FullLayer, LoRALinear, PiSSALinear
+from litmini.methods.base_layer import FullLayer
+from litmini.methods.dora import DoRALinear
+from litmini.methods.lora import LoRALinear, PiSSALinear
+from litmini.methods.nf4 import NF4Linear
 from litmini.models import llama, mixtral, qwen3_moe
-from litmini.optim import make_optimizer
-from litmini.peft_format import load_adapter
-from litmini.peft_save import save_adapter
-from litmini.quantize import NF4Linear
+from litmini.training.optimizer import make_optimizer
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
 METHODS = {  # our settings, our class, PEFT's settings

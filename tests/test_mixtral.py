@@ -12,12 +12,12 @@ from parity import SMALL, FamilyTests, T, batch, reference
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralSparseMoeBlock
 
-from litmini.adapters import add_adapters, linears
-from litmini.checkpoint import load_model
-from litmini.config import UserError
-from litmini.finetune_config import LoraConfig
-from litmini.launch import checkpoint_activations
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters, linears
 from litmini.models import mixtral
+from litmini.training.low_memory import checkpoint_activations
 
 MOE = {**SMALL, "intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 2}
 
@@ -130,7 +130,9 @@ class TestMixtral(FamilyTests):
         up = next(name for name in complete if ".experts.3." in name and complete[name].shape[0] != model.config.dim)
         stack = up.partition(".3.")[0] + ".gate_up_proj.weight"
         for broken in ({n: t for n, t in complete.items() if n != up}, {**complete, up: complete[up][1:]}):
-            monkeypatch.setattr("litmini.checkpoint.read_tensors", lambda *_, broken=broken, **__: iter(broken.items()))
+            monkeypatch.setattr(
+                "litmini.checkpoints.hf.read_tensors", lambda *_, broken=broken, **__: iter(broken.items())
+            )
             with pytest.raises(UserError) as error:
                 load_model(directory(reference(self.cases[case])), torch.float32)
             assert f"missing {stack}\n" in f"{error.value}\n"

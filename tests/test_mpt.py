@@ -9,9 +9,9 @@ from parity import SMALL, FamilyTests, T, batch, reference
 from transformers import MptConfig
 from transformers.models.mpt.modeling_mpt import MptModel, build_mpt_alibi_tensor
 
-from litmini.adapters import add_adapters
-from litmini.checkpoint import load_model
-from litmini.finetune_config import LoraConfig
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import mpt
 
 CLIPPED = {"alibi_bias_max": 16, "clip_qkv": 0.8}

@@ -11,8 +11,8 @@ from transformers import Olmo2Config, Olmo3Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm, Olmo2RotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import olmo2
 
 SHAPE = {**SMALL, "intermediate_size": 80, "max_position_embeddings": 256, "pad_token_id": None}

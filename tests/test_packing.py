@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from litmini.config import UserError
-from litmini.data import Examples, load_data
-from litmini.examples import ENTRY
-from litmini.finetune_config import DataConfig
-from litmini.loss import IGNORE
-from litmini.packing import Batch, Rows, pack
+from litmini.config.finetune import DataConfig
+from litmini.data.dataset import Examples, load_data
+from litmini.data.encode import ENTRY
+from litmini.data.packing import Batch, Rows, pack
+from litmini.errors import UserError
+from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
 QUICKSTART = Path(__file__).parent.parent / "config_hub/quickstart/train.jsonl"

@@ -10,9 +10,9 @@ from numerics import assert_close
 from parity import SMALL, FamilyTests, T, batch, reference
 from transformers import PhiConfig
 
-from litmini.adapters import add_adapters
-from litmini.checkpoint import load_model
-from litmini.finetune_config import LoraConfig
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import phi
 
 SIZES = {**SMALL, "intermediate_size": 80, "max_position_embeddings": 256}

@@ -10,11 +10,11 @@ from parity import SMALL, VOCAB, FamilyTests, T, batch, reference
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding, apply_rotary_pos_emb
 
-from litmini.adapters import add_adapters
-from litmini.cache import KVCache
-from litmini.checkpoint import load_model
-from litmini.finetune_config import LoraConfig
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import phi3
+from litmini.ops.kv_cache import KVCache
 
 SHAPE = {**SMALL, "intermediate_size": 80, "num_key_value_heads": 2, "max_position_embeddings": 256}
 SHAPE |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numerics import assert_close
 from torch import Tensor
 
-from litmini.pointwise import geglu, rms_norm, rms_norm_llama, swiglu
+from litmini.ops.norms import geglu, rms_norm, rms_norm_llama, swiglu
 
 EPS = 1e-5
 

@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import litmini
-from litmini.checkpoint import read_config
+from litmini.checkpoints.hf import read_config
 from litmini.cli import parse
-from litmini.config import OptimConfig, UserError
-from litmini.loss import IGNORE, ZLossHead, linear_cross_entropy
+from litmini.config.pretrain import PretrainConfig
+from litmini.config.training import OptimConfig
+from litmini.errors import UserError
 from litmini.models import FAMILIES, gpt2, llama, use_model_file
-from litmini.optim import learning_rate, make_optimizer
-from litmini.pretrain import blueprint, use_z_loss
-from litmini.pretrain_config import PretrainConfig
-from litmini.state import load_state, save_state
-from litmini.train import Progress
+from litmini.ops.cross_entropy import IGNORE, ZLossHead, linear_cross_entropy
+from litmini.runs.training_state import load_state, save_state
+from litmini.tasks.pretrain import blueprint, use_z_loss
+from litmini.training.loop import Progress
+from litmini.training.optimizer import learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 OWN_FILE = ROOT / "config_hub/pretrain/llama_gelu.py"

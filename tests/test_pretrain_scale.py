@@ -19,12 +19,12 @@ from numerics import difference, ulps
 from safetensors.torch import load_file
 from two import ROOT, command, run_two, values
 
-from litmini.config import UserError
-from litmini.corpus import prepare
-from litmini.documents import find_sources
-from litmini.encode import Recipe
-from litmini.open_corpus import Corpus
-from litmini.shards import Windows
+from litmini.data.pretrain.read_shards import Corpus
+from litmini.data.pretrain.text import find_sources
+from litmini.data.pretrain.tokenize import Recipe
+from litmini.data.pretrain.windows import Windows
+from litmini.data.pretrain.write_shards import prepare
+from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.xdist_group("two")  # in one test process, which has one server of processes
@@ -200,8 +200,8 @@ def test_hsdp_wants_several_of_both(place):
         pytest.raises(UserError, match="found 4 devices on 1 nodes. Use .* fsdp"),
     ):
         from litmini.cli import parse
-        from litmini.launch import make_fabric
-        from litmini.pretrain_config import PretrainConfig
+        from litmini.config.pretrain import PretrainConfig
+        from litmini.distributed.fabric import make_fabric
 
         patch.setattr(sys, "argv", ["pretrain.py"])
         make_fabric(parse(PretrainConfig, "", argv=words(place, "x", "--devices", 4, "--strategy", "hsdp")))
@@ -213,8 +213,9 @@ def saved_in_the_background(directory):
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
     from torch.distributed.device_mesh import init_device_mesh
 
+    from litmini.distributed.fsdp import shard
     from litmini.models import llama
-    from litmini.sharding import load_shares, named_state, save_shares, shard
+    from litmini.runs.training_state import load_shares, named_state, save_shares
 
     distributed.init_process_group("gloo")
     model = llama.Model(llama.PRESETS["tiny"])

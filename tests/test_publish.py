@@ -20,12 +20,12 @@ from test_download import use_hub
 from test_export import make_adapter
 from tokenizers import Tokenizer
 
-from litmini.checkpoint import load_model
-from litmini.config import UserError
-from litmini.export import export
+from litmini.checkpoints.export import export
+from litmini.checkpoints.hf import load_model
+from litmini.checkpoints.model_card import export_adapter, model_card, push, resolve
+from litmini.errors import UserError
 from litmini.files import read_json
-from litmini.gguf_import import import_gguf
-from litmini.publish import export_adapter, model_card, push, resolve
+from litmini.importers.gguf.convert import import_gguf
 from litmini.tokenizer import Tokenizer as OurTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -15,19 +15,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import litmini
-from litmini import quantize
-from litmini.adapters import adapters, add_adapters, merge_adapters
-from litmini.checkpoint import load_model, save_model
-from litmini.config import OptimConfig, UserError
-from litmini.export import export, merge_error
+from litmini.checkpoints.export import export, merge_error
+from litmini.checkpoints.hf import load_model, save_model
+from litmini.checkpoints.load import load_quantized
+from litmini.checkpoints.peft import load_adapter, save_adapter
+from litmini.config.finetune import LoraConfig, QuantizeConfig
+from litmini.config.training import OptimConfig
+from litmini.errors import UserError
 from litmini.files import read_json
-from litmini.finetune_config import LoraConfig, QuantizeConfig
-from litmini.lora import DoRALinear
+from litmini.methods import nf4
+from litmini.methods.adapters import adapters, add_adapters, merge_adapters
+from litmini.methods.dora import DoRALinear
+from litmini.methods.nf4 import NF4Linear, quantize_linears
 from litmini.models import llama, mixtral
-from litmini.optim import make_optimizer
-from litmini.peft_format import load_adapter
-from litmini.peft_save import save_adapter
-from litmini.quantize import NF4Linear, load_quantized, quantize_linears
+from litmini.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
@@ -254,7 +255,7 @@ def test_loading_never_holds_more_than_one_linear_in_16_bits(tiny_dir, monkeypat
         most = max(most, len(there))
         return NF4Linear(linear, double)
 
-    monkeypatch.setattr(quantize, "NF4Linear", packed)
+    monkeypatch.setattr(nf4, "NF4Linear", packed)
     before = sum(type(m) is nn.Linear and m.weight.device.type == "cpu" for m in gc.get_objects())
     model = load_quantized(tiny_dir, QuantizeConfig(4), torch.bfloat16)
     assert most - before <= 2, (most, before)  # the head, and the one that is being packed
@@ -308,9 +309,10 @@ def test_peak_of_loading_is_the_4_bit_size_and_one_shard(tmp_path, tokenizer_dir
 def test_bitsandbytes_costs_nothing_where_it_is_not_used_and_says_nothing_where_it_is():
     code = """
 import sys, torch
-import litmini.quantize, litmini.adapters, litmini.peft_format, litmini.optim, litmini.export
+import litmini.methods.nf4, litmini.methods.adapters, litmini.checkpoints.peft, litmini.checkpoints.export
+import litmini.training.optimizer
 assert "bitsandbytes" not in sys.modules
-litmini.quantize.NF4Linear(torch.nn.Linear(64, 64))
+litmini.methods.nf4.NF4Linear(torch.nn.Linear(64, 64))
 assert "bitsandbytes" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -9,8 +9,8 @@ from parity import SMALL, FamilyTests
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
+from litmini.config.finetune import LoraConfig
+from litmini.methods.adapters import add_adapters
 from litmini.models import qwen3
 
 SHAPE = {**SMALL, "intermediate_size": 80, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}

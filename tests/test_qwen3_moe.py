@@ -12,12 +12,12 @@ from parity import SMALL, FamilyTests, T, batch, reference
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock
 
-from litmini.adapters import add_adapters, linears
-from litmini.checkpoint import load_model
-from litmini.config import UserError
-from litmini.finetune_config import LoraConfig
-from litmini.launch import checkpoint_activations
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters, linears
 from litmini.models import qwen3_moe
+from litmini.training.low_memory import checkpoint_activations
 
 MOE = {**SMALL, "moe_intermediate_size": 32, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 24}
 MOE |= {"num_experts_per_tok": 3, "norm_topk_prob": True}
@@ -136,7 +136,9 @@ class TestQwen3Moe(FamilyTests):
         up = next(name for name in complete if ".experts.3." in name and complete[name].shape[0] != model.config.dim)
         stack = up.partition(".3.")[0] + ".gate_up_proj.weight"
         for broken in ({n: t for n, t in complete.items() if n != up}, {**complete, up: complete[up][1:]}):
-            monkeypatch.setattr("litmini.checkpoint.read_tensors", lambda *_, broken=broken, **__: iter(broken.items()))
+            monkeypatch.setattr(
+                "litmini.checkpoints.hf.read_tensors", lambda *_, broken=broken, **__: iter(broken.items())
+            )
             with pytest.raises(UserError) as error:
                 load_model(directory(reference(self.cases[case])), torch.float32)
             assert f"missing {stack}\n" in f"{error.value}\n"

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from litmini import json_list
-from litmini.config import UserError
-from litmini.json_list import read_items
-from litmini.records import find_places, read_examples
+from litmini.data import readers
+from litmini.data.formats import find_places, read_examples
+from litmini.data.readers import read_items
+from litmini.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hi “you” 🙂\n"}, {"role": "assistant", "content": "Hello, you"}]
 SHARE = [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
@@ -193,7 +193,7 @@ def test_a_list_in_pieces_is_what_json_says(monkeypatch: pytest.MonkeyPatch) -> 
     whole = json.dumps(values, indent=1) + "\n "
     broken = [whole[:i] + mark + whole[i + 1 :] for i in range(0, len(whole), 3) for mark in ("", ",", '"', "]", "x")]
     for size in (1, 7, 1 << 20):
-        monkeypatch.setattr(json_list, "PIECE", size)
+        monkeypatch.setattr(readers, "PIECE", size)
         for text in (whole, " []", *broken):
             try:
                 expected, where = json.loads(text), ""

@@ -12,17 +12,16 @@ from numerics import assert_close
 from safetensors.torch import load_file, save_file
 
 import litmini
-from litmini.adapters import merge_adapters, restore_adapters
-from litmini.bank import AdapterBank
-from litmini.checkpoint import load_model, save_model
-from litmini.config import UserError
-from litmini.export import export
-from litmini.finetune_config import Ia3Config, QuantizeConfig
+from litmini.checkpoints.export import export
+from litmini.checkpoints.hf import load_model, save_model
+from litmini.checkpoints.load import load_quantized
+from litmini.checkpoints.peft import load_adapter, save_adapter
+from litmini.config.finetune import Ia3Config, QuantizeConfig
+from litmini.errors import UserError
+from litmini.generation.multi_adapter import AdapterBank
+from litmini.methods.adapters import merge_adapters, restore_adapters
+from litmini.methods.ia3 import add_ia3
 from litmini.models import qwen2
-from litmini.peft_format import load_adapter
-from litmini.peft_save import save_adapter
-from litmini.quantize import load_quantized
-from litmini.rescaling import add_ia3
 
 ROOT = Path(__file__).parents[1]
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512

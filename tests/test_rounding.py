@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from litmini.lora import DoRALinear, FullLayer, LoRALinear
-from litmini.rounding import spread, stochastic_round
+from litmini.methods.base_layer import FullLayer
+from litmini.methods.dora import DoRALinear
+from litmini.methods.lora import LoRALinear
+from litmini.ops.rounding import spread, stochastic_round
 
 
 def on_grid(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from numerics import assert_close
 from safetensors.torch import load_file
 
 import litmini
-from litmini.generation import generate
+from litmini.generation.generate import generate
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

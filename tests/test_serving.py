@@ -15,16 +15,16 @@ import uvicorn
 from torch import nn
 
 import litmini
-from litmini.adapters import add_adapters
-from litmini.bank import AdapterBank
-from litmini.checkpoint import load_model
-from litmini.engine import Busy, Engine, Job
-from litmini.finetune_config import LoraConfig
-from litmini.generation import finish_all
-from litmini.generation_config import SamplingConfig
-from litmini.peft_save import save_adapter
-from litmini.reply import Reply
-from litmini.serving import Limits, Server, make_app
+from litmini.checkpoints.hf import load_model
+from litmini.checkpoints.peft import save_adapter
+from litmini.config.finetune import LoraConfig
+from litmini.config.generate import SamplingConfig
+from litmini.generation.generate import finish_all
+from litmini.generation.multi_adapter import AdapterBank
+from litmini.generation.sequence import Reply
+from litmini.methods.adapters import add_adapters
+from litmini.serving.engine import Busy, Engine, Job
+from litmini.serving.server import Limits, Server, make_app
 from litmini.tokenizer import Tokenizer
 
 LIMITS = Limits(max_batch=4, max_queue=6, max_new_tokens=200, max_context=256, max_body_bytes=20_000, body_seconds=0.5)

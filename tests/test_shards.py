@@ -9,15 +9,15 @@ import pytest
 import torch
 from numerics import ulps
 
-from litmini.config import UserError
-from litmini.corpus import prepare
-from litmini.documents import find_sources
-from litmini.encode import Recipe
-from litmini.loss import IGNORE
+from litmini.data.pretrain.read_shards import Corpus, Shard
+from litmini.data.pretrain.text import find_sources
+from litmini.data.pretrain.tokenize import Recipe
+from litmini.data.pretrain.train_tokenizer import train_tokenizer
+from litmini.data.pretrain.windows import BLOCK, Windows, permute
+from litmini.data.pretrain.write_shards import prepare
+from litmini.errors import UserError
 from litmini.models import llama
-from litmini.open_corpus import Corpus, Shard
-from litmini.shards import BLOCK, Windows, permute
-from litmini.train_tokenizer import train_tokenizer
+from litmini.ops.cross_entropy import IGNORE
 
 LENGTH = 16
 

@@ -18,12 +18,12 @@ from test_scripts import ROOT, SCRIPTS, run
 from torch import nn
 
 import litmini
-from litmini.adapters import add_adapters
-from litmini.finetune_config import LoraConfig
-from litmini.generation import Batch
+from litmini.checkpoints.peft import save_adapter
+from litmini.config.finetune import LoraConfig
+from litmini.generation.batch import Batch
+from litmini.generation.sequence import Reply
+from litmini.methods.adapters import add_adapters
 from litmini.models import llama
-from litmini.peft_save import save_adapter
-from litmini.reply import Reply
 from litmini.tokenizer import Tokenizer
 
 WORDS = ("--dtype", "fp32")
@@ -153,7 +153,7 @@ def test_a_stop_string_that_never_comes(base, tmp_path):
 def test_a_terminal_that_knows_no_such_letter(base, tiny_dir, monkeypatch):
     """As one whose locale is not UTF-8: the answer goes on."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("litmini.generation.stream_reply", lambda *_: iter(["na", "ï", "ve"]))
+    monkeypatch.setattr("litmini.generation.generate.stream_reply", lambda *_: iter(["na", "ï", "ve"]))
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.argv", ["generate.py", *map(str, base), "--prompt=x"])
     with pytest.raises(SystemExit, match="0"):
@@ -238,7 +238,7 @@ def test_an_answer_that_is_interrupted_stays_in_the_conversation(base, tmp_path,
             yield reply.take()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("litmini.generation.stream_reply", interrupted)
+    monkeypatch.setattr("litmini.generation.generate.stream_reply", interrupted)
     typed = ["Say 7.", f"/save {tmp_path}/talk.jsonl"]
     printed, _ = chat(typed, *base, "--ignore_eos", monkeypatch=monkeypatch, capsys=capsys)
     (turn, answer) = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]

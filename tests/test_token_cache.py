@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from litmini import records, token_cache
-from litmini.config import UserError
-from litmini.data import Examples, load_data, tokenize
-from litmini.examples import ENTRY, Part
-from litmini.finetune_config import DataConfig
-from litmini.records import read_chunks, read_examples
-from litmini.token_cache import cache_directory, tokenize_file
+from litmini.config.finetune import DataConfig
+from litmini.data import readers, token_cache
+from litmini.data.dataset import Examples, load_data, tokenize
+from litmini.data.encode import ENTRY, Part
+from litmini.data.formats import read_examples
+from litmini.data.readers import read_chunks
+from litmini.data.token_cache import cache_directory, tokenize_file
+from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer
 
 
@@ -61,7 +62,7 @@ def test_tokens_do_not_depend_on_processes_or_cache(
     tokenizer: Tokenizer, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In memory, by one process, by three, and read back: equal, in order, drops counted."""
-    monkeypatch.setattr(records, "CHUNK", 100)
+    monkeypatch.setattr(readers, "CHUNK", 100)
     path = write(tmp_path / "a.jsonl", 2500)
     config = DataConfig(path, max_seq_len=60, max_dropped=0.02)
     expected = tokenize(read_examples(path, True), tokenizer, config, "training")

@@ -17,16 +17,17 @@ from numerics import Float64, assert_gradients_as_accurate, assert_gradients_clo
 from safetensors.torch import load_file
 from torch import nn
 
-from litmini.adapters import add_adapters
-from litmini.checkpoint import load_model
-from litmini.config import OptimConfig, TrainConfig, UserError
-from litmini.finetune_config import LoraConfig
-from litmini.launch import checkpoint_activations
-from litmini.lora import LoRALinear
-from litmini.loss import IGNORE
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.config.training import OptimConfig, TrainConfig
+from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters
+from litmini.methods.lora import LoRALinear
 from litmini.models import llama
-from litmini.optim import learning_rate, make_optimizer
-from litmini.train import Progress, evaluate, fit, rehearse
+from litmini.ops.cross_entropy import IGNORE
+from litmini.training.loop import Progress, evaluate, fit, rehearse
+from litmini.training.low_memory import checkpoint_activations
+from litmini.training.optimizer import learning_rate, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "config_hub/quickstart"
@@ -335,7 +336,7 @@ def test_a_tiny_model_overfits_and_stops(tiny_dir, tmp_path):
 
 
 def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
-    from litmini.state import load_state, save_state
+    from litmini.runs.training_state import load_state, save_state
 
     def start():
         torch.manual_seed(0)
@@ -376,7 +377,7 @@ def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
 
 
 def test_full_state_is_of_this_model(fabric, tiny_dir, tmp_path):
-    from litmini.state import load_state, save_state
+    from litmini.runs.training_state import load_state, save_state
 
     model = add_lora(load_model(tiny_dir, torch.float32))
     save_state(tmp_path, Progress(), model, make_optimizer(model, OptimConfig()))

@@ -11,17 +11,17 @@ import torch
 from test_export import make_adapter
 
 import litmini
-import litmini.train
-import litmini.verify
-from litmini.cache import LayerCache
-from litmini.checkpoint import disk_tensors, load_model, save_model
-from litmini.config import UserError
-from litmini.export import export
-from litmini.lora import LoRALinear
+import litmini.evaluation.verify
+import litmini.training.loop
+from litmini.checkpoints.export import export
+from litmini.checkpoints.hf import disk_tensors, load_model, save_model
+from litmini.checkpoints.safetensors_io import shards
+from litmini.errors import UserError
+from litmini.evaluation.verify import CHECKS, check_accumulation, check_bits, rows
+from litmini.methods.lora import LoRALinear
 from litmini.models import family, gpt2
-from litmini.tensors import shards
+from litmini.ops.kv_cache import LayerCache
 from litmini.tokenizer import Tokenizer
-from litmini.verify import CHECKS, check_accumulation, check_bits, rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import verify  # the script
@@ -64,31 +64,37 @@ original_update, original_merged = LayerCache.update, LoRALinear.merged_weight
 @pytest.mark.parametrize(
     ("check", "target", "broken"),
     [
-        ("check_cache", "litmini.cache.LayerCache.update", broken_update),
+        ("check_cache", "litmini.ops.kv_cache.LayerCache.update", broken_update),
         ("check_packing", "litmini.models.llama.make_mask", None),
-        ("check_merge", "litmini.lora.LoRALinear.merged_weight", lambda self: original_merged(self) * 1.001),
-        ("check_accumulation", "litmini.train._targets", lambda batches: 2 * len(batches)),
-        ("check_resume", "litmini.verify.load_state", lambda directory, model, optimizer: litmini.train.Progress(1)),
+        ("check_merge", "litmini.methods.lora.LoRALinear.merged_weight", lambda self: original_merged(self) * 1.001),
+        ("check_accumulation", "litmini.training.loop._targets", lambda batches: 2 * len(batches)),
+        (
+            "check_resume",
+            "litmini.evaluation.verify.load_state",
+            lambda directory, model, optimizer: litmini.training.loop.Progress(1),
+        ),
     ],
 )
 def test_what_is_wrong_fails(check: str, target: str, broken, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(tiny_dir, torch.float32)
     tokens = rows(Tokenizer(tiny_dir), model, "cpu")
     if broken is None:  # documents are forgotten
-        from litmini.attention import make_mask
+        from litmini.ops.attention import make_mask
 
         def broken(positions, documents, cache, window):
             order = torch.arange(positions.shape[1]).expand_as(positions)
             return make_mask(order, None, cache, window)
 
     monkeypatch.setattr(target, broken)
-    result = getattr(litmini.verify, check)(model, tokens)
+    result = getattr(litmini.evaluation.verify, check)(model, tokens)
     assert result.passed is False, result
 
 
 def test_bits_that_change(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_bits(tiny_dir).passed
-    monkeypatch.setattr(litmini.verify, "disk_tensors", lambda m, c, tensors: ((n, t.bfloat16()) for n, t in tensors))
+    monkeypatch.setattr(
+        litmini.evaluation.verify, "disk_tensors", lambda m, c, tensors: ((n, t.bfloat16()) for n, t in tensors)
+    )
     result = check_bits(tiny_dir)
     assert result.passed is False and result.note.startswith("changed: ") and result.measured["changed"] > 10
 

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.cli import command
-from litmini.finetune import held_out_loss
-from litmini.launch import make_fabric
-from litmini.meter import Meter
-from litmini.optim import learning_rate, make_optimizer
-from litmini.pretrain import blueprint, prepare_data
-from litmini.pretrain_config import PretrainConfig
-from litmini.runs import Run
-from litmini.shards import Windows
-from litmini.train import fit
+from litmini.config.pretrain import PretrainConfig
+from litmini.data.pretrain.windows import Windows
+from litmini.distributed.fabric import make_fabric
+from litmini.runs.run import Run
+from litmini.tasks.pretrain import blueprint, prepare_data
+from litmini.tasks.setup import held_out_loss
+from litmini.training.flops import Meter
+from litmini.training.loop import fit
+from litmini.training.optimizer import learning_rate, make_optimizer
 
 TURN = 20
 

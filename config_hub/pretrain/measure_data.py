@@ -34,9 +34,9 @@ class MeasureConfig:
 
 
 def preparation(config: MeasureConfig, place: Path) -> None:
-    from litmini.corpus import prepare
-    from litmini.documents import find_sources
-    from litmini.encode import Recipe
+    from litmini.data.pretrain.text import find_sources
+    from litmini.data.pretrain.tokenize import Recipe
+    from litmini.data.pretrain.write_shards import prepare
 
     texts = [json.loads(line)["text"] for line in Path(config.text).read_text().split("\n") if line]
     random = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def preparation(config: MeasureConfig, place: Path) -> None:
 
 def reading(place: Path) -> None:
     """Rows of several lengths, from random places of a corpus of 50 million tokens in the page cache."""
-    from litmini.shards import Windows
+    from litmini.data.pretrain.windows import Windows
 
     corpus = fake_corpus(place / "reading", 50_000_000, real=True)
     print("rows x tokens   microseconds a batch   tokens/s of reading")
@@ -88,9 +88,9 @@ def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: igno
     """A corpus whose tokens are all 0: as a sparse file, or with checksums, so that it can be read."""
     import zlib
 
-    from litmini.corpus import FORMAT, PAGE
-    from litmini.encode import tokenizer_hash
-    from litmini.open_corpus import Corpus
+    from litmini.data.pretrain.read_shards import Corpus
+    from litmini.data.pretrain.tokenize import tokenizer_hash
+    from litmini.data.pretrain.write_shards import FORMAT, PAGE
 
     directory.mkdir()
     (directory / "tokenizer.json").write_text("{}")
@@ -113,8 +113,8 @@ def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: igno
 
 
 def opening(place: Path) -> None:
-    from litmini.open_corpus import Corpus
-    from litmini.shards import Windows
+    from litmini.data.pretrain.read_shards import Corpus
+    from litmini.data.pretrain.windows import Windows
 
     print("\ntokens           shards   milliseconds until the first row is known")
     for exponent in (7, 9, 11, 12):

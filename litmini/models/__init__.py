@@ -1,13 +1,18 @@
 """The one registry of families: `model_type` in `config.json` -> the module that implements it."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from litmini.config import UserError
+from litmini.errors import UserError
 from litmini.files import existing_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FAMILIES = {
     "falcon": "litmini.models.falcon",
@@ -105,3 +110,18 @@ def skeleton(module: ModuleType, config: Any) -> Any:
 
     with torch.device("meta"), NoInit():
         return module.Model(config)
+
+
+def preset(name: str) -> nn.Module | None:
+    """The model of a family's preset, on the meta device; None if no family has one of this name."""
+    import torch
+
+    for module in map(family, FAMILIES):
+        if name in module.PRESETS:
+            with torch.device("meta"):
+                return module.Model(module.PRESETS[name])
+    return None
+
+
+def preset_names() -> str:
+    return ", ".join(sorted({name for model_type in FAMILIES for name in family(model_type).PRESETS if "/" in name}))

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Model(nn.Module):
             tokens: (B, T) int64.
             positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
             documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            cache: `litmini.ops.kv_cache.KVCache`, to go on from what was seen before.
             labels: (B, T) int64, the target after each token; -100 where there is none.
         """
         if positions is None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import rms_norm_llama, swiglu
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import rms_norm_llama, swiglu
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class Model(nn.Module):
             tokens: (B, T) int64.
             positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
             documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
+            cache: `litmini.ops.kv_cache.KVCache`, to go on from what was seen before.
             labels: (B, T) int64, the target after each token; -100 where there is none.
         """
         if positions is None:

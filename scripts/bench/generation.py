@@ -13,9 +13,9 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     """Tokens a second of prefill and greedy decoding, alone and in a batch, and what memory bandwidth would allow."""
     import torch
 
-    from litmini.generation import finish_all, open_model
-    from litmini.generation_config import SamplingConfig
-    from litmini.reply import Reply
+    from litmini.config.generate import SamplingConfig
+    from litmini.generation.generate import finish_all, open_model
+    from litmini.generation.sequence import Reply
 
     model, _ = open_model(config)
     settings: Any = model.config

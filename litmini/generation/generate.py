@@ -1,0 +1,110 @@
+"""Generation: one engine for a single prompt, a ragged batch, and a server whose requests come and go.
+
+A `Reply` is what is being said to one prompt; a `Batch` gives each of its replies the next token, step by step. Replies may
+join and leave between steps.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from litmini.checkpoints.load import load
+from litmini.config.generate import ModelConfig, SamplingConfig
+from litmini.errors import UserError
+from litmini.generation.batch import Batch
+from litmini.generation.sequence import Reply
+from litmini.generation.speculative import Draft
+from litmini.models import use_model_file
+from litmini.tokenizer import Message, Tokenizer
+
+
+def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
+    """The model and tokenizer that a command names.
+
+    Raises:
+        UserError: as `litmini.load`, or the device cannot be used here.
+    """
+    if config.compile and config.bits == 4:
+        raise UserError("--compile is for weights in 16 or 32 bits, not for --bits 4.")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    use_model_file(config.model_file)
+    model, tokenizer = load(config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits)
+    if config.compile:
+        from litmini.generation.compile import compile_decoding
+
+        compile_decoding(model)
+    if config.chat_template != "auto":
+        tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
+    return model, tokenizer
+
+
+def finish_all(model: nn.Module, answers: list[Reply]) -> None:
+    """Give all answers, in one batch, all their tokens."""
+    batch = Batch(model)
+    batch.add(answers)
+    while batch.replies:
+        batch.step()
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str | list[Message],
+    sampling: SamplingConfig | None = None,
+    draft: Draft | None = None,
+) -> Iterator[str]:
+    """Pieces of the answer's text as they come."""
+    reply = Reply(tokenizer.encode_prompt(prompt), sampling or SamplingConfig(), tokenizer.stop_ids, tokenizer)
+    yield from stream_reply(model, reply, draft)
+
+
+def stream_reply(model: nn.Module, reply: Reply, draft: Draft | None = None) -> Iterator[str]:
+    """Pieces of the text of one reply as they come."""
+    batch = Batch(model, draft)
+    batch.add([reply])
+    while batch.replies:
+        batch.step()
+        if piece := reply.take():
+            yield piece
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt_or_messages: str | list[Message],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    ignore_eos: bool = False,
+    return_tokens: bool = False,
+) -> str | list[int]:
+    """The answer to a prompt: its text, or its token ids.
+
+    Args:
+        prompt_or_messages: messages, or text, which is a user's turn where the checkpoint has a chat template.
+        temperature: 0 is greedy.
+        ignore_eos: go on to `max_new_tokens` whatever comes.
+
+    Raises:
+        UserError: a setting is out of range, or the prompt is empty or leaves no room in the model's context.
+    """
+    sampling = SamplingConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+    answer = Reply(tokenizer.encode_prompt(prompt_or_messages), sampling, tokenizer.stop_ids)
+    finish_all(model, [answer])
+    return answer.ids if return_tokens else tokenizer.decode(answer.ids)

@@ -1,0 +1,176 @@
+"""What people and programs send: a text or messages, one or a file of them, checked before a model sees them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from litmini.config.generate import SamplingConfig
+from litmini.errors import UserError
+from litmini.files import existing_file
+from litmini.generation.batch import check_prompt
+from litmini.generation.generate import finish_all
+from litmini.generation.sampling import Logprobs
+from litmini.generation.sequence import Reply
+from litmini.tokenizer import Message, Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A line of a file of prompts."""
+
+    line: int
+    record: dict[str, Any]
+    """What the line holds; empty where it is broken."""
+    prompt: str | list[Message] | UserError
+    """What to ask, or why it cannot be asked."""
+
+
+def check_text(text: str) -> str:
+    """`text`, if it can be written as UTF-8: no lone half of a surrogate pair, as JSON escapes can hold."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError("the prompt is not UTF-8 text.")
+    return text
+
+
+def check_messages(value: Any) -> list[Message]:
+    """Messages with a role and a text each; a content in parts, as OpenAI's clients send it, is joined.
+
+    Raises:
+        UserError: something else; says which message.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"messages is {_kind(value)}, expected a list with at least one message.")
+    messages = []
+    for number, turn in enumerate(value):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise UserError(f"messages[{number}] is {_kind(turn)}, expected an object with role and content.")
+        content = turn.get("content")
+        if isinstance(content, list):
+            strange = [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]
+            if strange:
+                raise UserError(f"messages[{number}].content has a part that is no text.")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise UserError(f"messages[{number}].content is {_kind(content)}, expected text.")
+        messages.append({**turn, "content": check_text(content)})
+    return messages
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "missing", bool: "a boolean"}
+    return names.get(type(value), f"{value!r}"[:40])
+
+
+def read_prompt(record: Any) -> str | list[Message]:
+    """What a record asks: its `prompt`, or its `messages`.
+
+    Raises:
+        UserError: it has neither, or both.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"the record is {_kind(record)}, expected an object with prompt or messages.")
+    if ("prompt" in record) == ("messages" in record):
+        raise UserError(f"the record has the keys {', '.join(record) or 'none'}; expected either prompt or messages.")
+    if "messages" in record:
+        return check_messages(record["messages"])
+    if not isinstance(record["prompt"], str):
+        raise UserError(f"prompt is {_kind(record['prompt'])}, expected text.")
+    return check_text(record["prompt"])
+
+
+def read_prompts(path: str) -> Iterator[Prompt]:
+    """The prompts of a JSONL file, one a line; a broken line is no end of it.
+
+    Raises:
+        UserError: there is no such file (at once, not at the first prompt).
+    """
+    return _read(existing_file(path, "file of prompts"))
+
+
+def _read(path: Path) -> Iterator[Prompt]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            record: Any = {}
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+                prompt: str | list[Message] | UserError = read_prompt(record)
+            except UserError as error:
+                prompt = error
+            except (ValueError, RecursionError) as error:
+                prompt = UserError(f"not valid JSON: {error}")
+            yield Prompt(number, record if isinstance(record, dict) else {}, prompt)
+
+
+def answer_lines(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Prompt],
+    sampling: SamplingConfig,
+    batch_size: int,
+    system: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The answers to `prompts`, in their order, `batch_size` of them made together.
+
+    Each is the record with `line`, `answer`, `finish_reason` ("stop" or "length"), `n_tokens` and, where they are asked
+    for, `logprobs`; or with `line` and `error`. With a seed, each line has one of its own.
+    """
+    part: list[tuple[Prompt, Reply | UserError]] = []
+    for prompt in tqdm(prompts, desc="answering", unit="line", disable=None):
+        part.append((prompt, _reply(model, tokenizer, prompt, sampling, system)))
+        if len(part) == batch_size:
+            yield from _answers(model, tokenizer, part)
+            part = []
+    yield from _answers(model, tokenizer, part)
+
+
+def _reply(
+    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingConfig, system: str | None
+) -> Reply | UserError:
+    asked, config = prompt.prompt, model.config
+    if isinstance(asked, UserError):
+        return asked
+    if system is not None:
+        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        asked = [{"role": "system", "content": system}, *asked]
+    try:
+        ids = tokenizer.encode_prompt(asked)
+        check_prompt(ids, config.max_positions)  # type: ignore[union-attr,arg-type]
+    except UserError as error:
+        return error
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=sampling.seed + prompt.line)
+    return Reply(ids, sampling, tokenizer.stop_ids, tokenizer)
+
+
+def _answers(
+    model: nn.Module, tokenizer: Tokenizer, part: list[tuple[Prompt, Reply | UserError]]
+) -> Iterator[dict[str, Any]]:
+    if replies := [reply for _, reply in part if isinstance(reply, Reply)]:
+        finish_all(model, replies)
+    for prompt, reply in part:
+        answer: dict[str, Any] = {**prompt.record, "line": prompt.line}
+        if isinstance(reply, UserError):
+            yield {**answer, "error": str(reply)}
+            continue
+        answer |= {"answer": reply.text, "finish_reason": reply.finish, "n_tokens": len(reply.ids)}
+        if reply.logprobs:
+            answer["logprobs"] = [describe(token, tokenizer) for token in reply.logprobs]
+        yield answer
+
+
+def describe(token: Logprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The log-probabilities of one token as OpenAI's API has them."""
+    top = [_named(tokenizer, i, value) for i, value in token.top]
+    return {**_named(tokenizer, token.token, token.logprob), "top_logprobs": top}
+
+
+def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    text = tokenizer.decode([token], skip_special=False)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

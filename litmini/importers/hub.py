@@ -1,0 +1,144 @@
+"""Checkpoints from the Hugging Face hub, through its own client: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME mean
+what they mean to that client. Tokens are its own affair: none passes through here.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+
+from litmini.checkpoints.hf import check_checkpoint_dir
+from litmini.checkpoints.safetensors_io import shards
+from litmini.errors import UserError
+from litmini.files import check_room, is_disk_full, write_aside, write_json
+from litmini.hub_errors import _unreachable, hub_reason
+from litmini.tokenizer import SIDE_FILES
+
+INDEX = "model.safetensors.index.json"
+FILES = ["*.safetensors", INDEX, "config.json", *SIDE_FILES]
+DUPLICATES = ["*/*", "consolidated*"]  # the same weights once more, in the layout of other programs
+SPARE = 100 * 2**20  # bytes of disk to leave alone
+
+
+def from_hub(repo: str, target: Path, revision: str | None) -> Path:
+    """Fetch a checkpoint of the hub into `target`, whole or not at all; what was fetched before an interruption is kept.
+
+    Raises:
+        UserError: there is no such repository, or it cannot be reached, may not be read, is of no use here, is too large
+            for the disk, or came with other content than the hub says.
+    """
+    page = f"https://huggingface.co/{repo}"
+    print(f"{target}: from the Hugging Face hub, {page} ({revision or 'main'})", flush=True)
+    incomplete = None
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        wanted = _wanted(info.siblings or [], page)
+        incomplete = target.with_name(f".{target.name}.{str(info.sha)[:12]}.incomplete")  # two commits never mix
+        _check_disk(wanted, incomplete)
+        snapshot_download(
+            repo, revision=info.sha, local_dir=incomplete, allow_patterns=FILES, ignore_patterns=DUPLICATES
+        )
+        _check_content(wanted, incomplete, page)
+        if lacking := [file.name for file in shards(incomplete) if not file.is_file()]:
+            raise UserError(f"{page} lacks {', '.join(lacking)}, which its {INDEX} names.")
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client and its transports raise many kinds
+        if is_disk_full(error):
+            raise
+        if _unreachable(error) and (cached := _cached(repo, revision)):
+            return _from_cache(cached, target, repo, revision)
+        kept = " What was fetched is kept: the same command goes on." if incomplete and incomplete.exists() else ""
+        raise UserError(hub_reason(error, repo, revision) + kept) from error
+    with write_aside(target) as fresh:
+        for file in incomplete.iterdir():
+            if file.is_file():
+                _link(file, fresh / file.name)
+        write_json(fresh / "source.json", {"source": repo, "revision": revision or "main", "commit": info.sha})
+    for leftover in target.parent.glob(f".{target.name}.*.incomplete"):
+        shutil.rmtree(leftover)
+    return target
+
+
+def _wanted(siblings: list[Any], page: str) -> list[Any]:
+    """The files to fetch, of all that the hub lists."""
+    names = {file.rfilename for file in siblings}
+    for name in sorted(names):
+        if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{page} lists a file outside its directory: {name!r}. Nothing was downloaded.")
+    if lacking := [name for name in ("config.json", "tokenizer.json") if name not in names]:
+        raise UserError(f"{page} has no {' and no '.join(lacking)}; litmini needs both. Choose another model.")
+    if not names & {"model.safetensors", INDEX}:
+        bins = "; its .bin files can be converted: fetch them, then scripts/convert_to_litmini.py" * any(
+            name.endswith(".bin") for name in names
+        )
+        raise UserError(f"{page} has no model.safetensors{bins}. Or choose another model.")
+    return [
+        file
+        for file in siblings
+        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in FILES)
+        and not any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in DUPLICATES)
+    ]
+
+
+def _check_disk(wanted: list[Any], incomplete: Path) -> None:
+    """Before anything is fetched: is there room for what is still to come?"""
+    there = sum(file.stat().st_size for file in incomplete.rglob("*") if file.is_file())
+    needed = sum(file.size or 0 for file in wanted) - there
+    check_room(incomplete, needed, SPARE)
+
+
+def _check_content(wanted: list[Any], directory: Path, page: str) -> None:
+    """Size and hash of every file, as the hub gives them; a wrong one is removed, so that the next run fetches it anew."""
+    wrong = []
+    for file in wanted:
+        path = directory / file.rfilename
+        size = path.stat().st_size if path.is_file() else -1
+        if file.size is not None and size != file.size:
+            wrong.append(f"{file.rfilename} has {size:,} bytes, the hub says {file.size:,}")
+        elif file.lfs is not None or file.blob_id is not None:
+            expected = file.lfs.sha256 if file.lfs else file.blob_id
+            digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+            with path.open("rb") as opened:
+                while part := opened.read(1 << 20):
+                    digest.update(part)
+            if digest.hexdigest() != expected:
+                wrong.append(f"{file.rfilename} has hash {digest.hexdigest()[:12]}, the hub says {expected[:12]}")
+        if wrong and wrong[-1].startswith(f"{file.rfilename} "):
+            path.unlink(missing_ok=True)
+            for leftover in (directory / ".cache").rglob(f"{file.rfilename}.*"):
+                leftover.unlink()
+    if wrong:
+        raise UserError(f"{page} came damaged: {'; '.join(wrong)}. Those files were removed; run the command again.")
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The directory of a repository that the hub's client has in its own cache, if it is complete."""
+    with contextlib.suppress(Exception):
+        found = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return check_checkpoint_dir(found)
+    return None
+
+
+def _from_cache(cached: Path, target: Path, repo: str, revision: str | None) -> Path:
+    print(f"the hub cannot be reached; {cached} has it, from an earlier download", flush=True)
+    names = [file.name for file in cached.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in FILES)]
+    with write_aside(target) as fresh:
+        for name in names:
+            shutil.copyfile(cached / name, fresh / name)
+        source = {"source": repo, "revision": revision or "main", "commit": cached.name, "from_cache": True}
+        write_json(fresh / "source.json", source)
+    return target
+
+
+def _link(file: Path, name: Path) -> None:
+    """A second name for `file`, so that an interruption before the end costs nothing that was downloaded."""
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without hard links
+        file.rename(name)
