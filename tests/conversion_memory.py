@@ -21,8 +21,8 @@ import torch
 import transformers as tf
 from gguf_files import train_tokenizer, write_gguf
 from litgpt_files import lit_state
+from meta_files import meta_parts
 from safetensors.torch import save_file
-from test_convert import meta_parts
 from tokenizers import pre_tokenizers
 
 from litmini.checkpoints.export import parse_size

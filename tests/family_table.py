@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/models")]
 
 from parity import FamilyTests, batch, reference  # noqa: E402
 
@@ -29,7 +29,7 @@ HEAD = "| file | lines | `model_type` | covers | largest difference of logits |\
 def suites() -> dict[str, type[FamilyTests]]:
     """Module name -> the class that tests it."""
     found = {}
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
+    for file in sorted((ROOT / "tests/models").glob("test_*.py")):
         if "FamilyTests" in file.read_text():
             for value in vars(importlib.import_module(file.stem)).values():
                 if inspect.isclass(value) and issubclass(value, FamilyTests) and value is not FamilyTests:

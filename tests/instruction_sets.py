@@ -51,7 +51,7 @@ SHORT_FILES += ("test_loss", "test_attention", "test_pointwise")
 def numeric_tests() -> list[str]:
     """The files whose tests compare numbers."""
     return [
-        str(f) for f in sorted(TESTS.glob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())
+        str(f) for f in sorted(TESTS.rglob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())
     ]
 
 

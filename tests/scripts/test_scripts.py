@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import litmini
 from litmini.generation.generate import generate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 CLOSED = "http://127.0.0.1:9"
 

@@ -16,7 +16,7 @@ from litmini.errors import UserError
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
-QUICKSTART = Path(__file__).parent.parent / "config_hub/quickstart/train.jsonl"
+QUICKSTART = Path(__file__).parents[2] / "config_hub/quickstart/train.jsonl"
 
 
 def make(lengths: list[int] | np.ndarray) -> Examples:

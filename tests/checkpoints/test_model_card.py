@@ -28,7 +28,7 @@ from litmini.files import read_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.tokenizer import Tokenizer as OurTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import convert_to_hf  # the script
 
 TOKENS = torch.tensor([[5, 300, 17, 17, 260, 511, 4, 99]])

@@ -13,7 +13,7 @@ import litmini
 from litmini.checkpoints.hf import disk_tensors, save_model
 from litmini.models import FAMILIES, family
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "config_hub/quickstart"
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
 

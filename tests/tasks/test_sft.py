@@ -33,7 +33,7 @@ from litmini.runs.report import write_report
 from litmini.tasks import setup
 from litmini.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "config_hub/quickstart"
 
 

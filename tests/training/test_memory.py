@@ -17,7 +17,7 @@ from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Memory, _Ledger, estimate, full_rows, optimizer_bytes
 from litmini.training.optimizer import make_optimizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def build(method: str, family=llama):

@@ -35,7 +35,7 @@ from litmini.tasks import setup
 from litmini.tokenizer import Tokenizer
 from litmini.training.loop import Progress
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "config_hub/quickstart"
 
 

@@ -35,7 +35,7 @@ from litmini.tasks.pretrain import blueprint, use_z_loss
 from litmini.training.loop import Progress
 from litmini.training.optimizer import learning_rate, make_optimizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OWN_FILE = ROOT / "config_hub/pretrain/llama_gelu.py"
 CONFIGS = sorted((ROOT / "config_hub/pretrain").glob("*.yaml"))
 

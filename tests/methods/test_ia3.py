@@ -23,7 +23,7 @@ from litmini.methods.adapters import merge_adapters, restore_adapters
 from litmini.methods.ia3 import add_ia3
 from litmini.models import qwen2
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
 TARGETS = ["k_proj", "v_proj", "down_proj"]
 

@@ -30,7 +30,7 @@ from litmini.methods.nf4 import NF4Linear, quantize_linears
 from litmini.models import llama, mixtral
 from litmini.training.optimizer import make_optimizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
 
 

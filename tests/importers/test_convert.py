@@ -9,14 +9,14 @@ import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
-from gguf_files import CORPUS, permute, tiny_llama, train_tokenizer, write_gguf
+from gguf_files import CORPUS, tiny_llama, train_tokenizer, write_gguf
+from meta_files import meta_parts
 from numerics import assert_close
 from safetensors.torch import load_file, save_file
-from test_gguf_families import SENTENCEPIECE, plain_bpe, sentencepiece_vocabulary
+from test_architectures import SENTENCEPIECE, plain_bpe, sentencepiece_vocabulary
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -28,7 +28,7 @@ from litmini.importers.convert import convert
 from litmini.importers.pickles import Pickle
 from litmini.tokenizer import Tokenizer
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_to_litmini.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_to_litmini.py"
 TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -247,27 +247,6 @@ def test_a_failure_in_the_middle_leaves_nothing(source: Path, tmp_path: Path) ->
     torch.save(tensors, source / "pytorch_model.bin")
     (source / "tokenizer.json").unlink()
     assert "has neither tokenizer.json nor tokenizer.model" in refused(source, tmp_path / "out")
-
-
-def meta_parts(model: tf.PreTrainedModel, parts: int, embedding_dim: int) -> list[dict[str, torch.Tensor]]:
-    """Meta's layout: pairs side by side in q and k, split over model parallel ranks as fairscale's layers are."""
-    names = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output", "o_proj": "attention.wo"}
-    names |= {f"{x}_proj": f"attention.w{x}" for x in "qkv"}
-    names |= {"gate_proj": "feed_forward.w1", "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3"}
-    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    split = {"tok_embeddings": embedding_dim, "output": 0, "attention.wo": 1, "feed_forward.w2": 1}
-    states: list[dict[str, torch.Tensor]] = [{"rope.freqs": torch.ones(8)} for _ in range(parts)]
-    for name, parameter in model.named_parameters():
-        leaf = name.split(".")[-2]
-        array = parameter.detach().numpy()
-        whole = torch.from_numpy(np.ascontiguousarray(permute(array, heads[leaf]) if leaf in heads else array))
-        prefix = f"layers.{name.split('.')[2]}." if "layers" in name else ""
-        split_at = split.get(names[leaf], 0)
-        pieces = [whole] * parts if whole.ndim == 1 else whole.chunk(parts, split_at)
-        for state, piece in zip(states, pieces, strict=True):
-            state[f"{prefix}{names[leaf]}.weight"] = piece.clone()
-    return states
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,7 @@ def test_file_hash(tmp_path: Path) -> None:
 def test_quickstart_masks(smollm2: Path) -> None:
     """The first example of the quickstart: exactly its answer and the end of its turn are trained."""
     tokenizer = Tokenizer(smollm2)
-    file = Path(__file__).parent.parent / "config_hub/quickstart/train.jsonl"
+    file = Path(__file__).parents[2] / "config_hub/quickstart/train.jsonl"
     train, _, _ = load_data(DataConfig(str(file), max_seq_len=512), tokenizer, 0)
     examples = [json.loads(line)["messages"] for line in file.open()]
     assert len(train) == len(examples)

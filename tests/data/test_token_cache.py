@@ -198,7 +198,7 @@ tokenize_file(sys.argv[1], Tokenizer(sys.argv[2]), DataConfig(sys.argv[1]), "tra
 def test_a_kill_leaves_no_process_and_no_entry(tokenizer_dir: Path, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": "mug and rug for Oslo, please. " * 60}) + "\n") * 20_000)
     command = [sys.executable, "-c", CODE, str(tmp_path / "a.jsonl"), str(tokenizer_dir)]
-    victim = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    victim = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     children: list[str] = []
     while len(children) < 2:
         assert victim.poll() is None

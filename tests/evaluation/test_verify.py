@@ -23,7 +23,7 @@ from litmini.models import family, gpt2
 from litmini.ops.kv_cache import LayerCache
 from litmini.tokenizer import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import verify  # the script
 
 SCRIPT = Path(verify.__file__)

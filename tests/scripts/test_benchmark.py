@@ -12,7 +12,7 @@ from work import plan_work, write_samples
 
 from litmini.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_samples_are_the_same_each_time_and_of_all_lengths(tmp_path, tiny_dir):

@@ -9,8 +9,8 @@ import transformers as tf
 from gguf_files import randomize
 from litgpt_files import AFTER, FOUR_NORMS, TWO_NORMS, lit_state
 from numerics import assert_close
+from test_architectures import CASES, SHAPE
 from test_convert import TOKENS, hf, no_model, refused, same
-from test_gguf_families import CASES, SHAPE
 
 from litmini.checkpoints.hf import load_model
 from litmini.files import read_json

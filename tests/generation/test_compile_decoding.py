@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from numerics import assert_close
-from test_generation import PROMPTS, generate_batch, random_model
+from test_generate import PROMPTS, generate_batch, random_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 

@@ -26,7 +26,7 @@ from litmini.checkpoints.hf import check_checkpoint_dir, load_model
 from litmini.errors import UserError
 from litmini.importers.download import download, ensure_checkpoint, list_checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "download.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "download.py"
 REPO = "acme/tiny"
 TARGET = Path("checkpoints/acme/tiny")
 WEIGHTS = save({"w": torch.arange(50_000.0)}, metadata={"format": "pt"})

@@ -29,7 +29,7 @@ from litmini.training.loop import Progress, evaluate, fit, rehearse
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.optimizer import learning_rate, make_optimizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "config_hub/quickstart"
 
 

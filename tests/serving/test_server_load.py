@@ -16,7 +16,7 @@ from statistics import median
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts/serve.py"
+SCRIPT = Path(__file__).parents[2] / "scripts/serve.py"
 IDLE_SECONDS = 2.0
 ASKED = {"prompt": "Two large mugs", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 
