@@ -22,13 +22,13 @@ _held: dict[tuple[int, int], int] = {}  # (device, inode) of a directory -> desc
 
 
 @contextmanager
-def write_aside(
+def write_atomically(
     directory: Path, later: Callable[[Callable[..., None]], object] | None = None, sealed: bool = False
 ) -> Iterator[Path]:
     """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
 
     When the block fails, or the process dies, `directory` is as it was before. Should it die between the two renames that
-    replace an old directory, the next `write_aside` or `check_checkpoint_dir` brings that one back.
+    replace an old directory, the next `write_atomically` or `check_checkpoint_dir` brings that one back.
 
     Args:
         later: takes what is left to do after the block (waiting for the disk, renaming), to call it in a thread, say.

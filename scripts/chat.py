@@ -35,7 +35,7 @@ def main(config: ChatConfig) -> None:
 
     from litmini.generation.generate import open_model, stream_reply
     from litmini.generation.prompts import check_text
-    from litmini.generation.sequence import Reply
+    from litmini.generation.request import Request
 
     with contextlib.suppress(ImportError):  # not everywhere: arrow keys and earlier lines
         import readline  # noqa: F401
@@ -63,7 +63,7 @@ def main(config: ChatConfig) -> None:
                 messages = obey(said, messages, before)
                 continue
             asked = [*messages, {"role": "user", "content": check_text(said)}]
-            reply = Reply(tokenizer.encode_prompt(asked), config, tokenizer.stop_ids, tokenizer)
+            reply = Request(tokenizer.encode_prompt(asked), config, tokenizer.stop_ids, tokenizer)
             with contextlib.suppress(KeyboardInterrupt):
                 for piece in stream_reply(model, reply):
                     print(piece, end="", flush=True)

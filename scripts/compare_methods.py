@@ -1,6 +1,7 @@
 """Compare methods fairly: the same data and steps, each with a sweep of its own over learning rates.
 
-    python config_hub/compare/make_data.py && python scripts/compare_methods.py --config config_hub/compare/compare.yaml
+    python scripts/examples/make_comparison_data.py
+    python scripts/compare_methods.py --config config_hub/compare/compare.yaml
 
 Writes OUT_DIR/comparison.md, .json and .png. Started again, it goes on with the runs that are missing.
 """

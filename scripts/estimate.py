@@ -89,7 +89,7 @@ def main(config: EstimateConfig) -> None:
     for name, tokens in gpus.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
         print(f"  {devices} x {name:10}{tokens:18,.0f}")
     if devices > 1:
-        sent = gpus.traffic(model, config.strategy, config.devices, config.num_nodes)
+        sent = gpus.communication_volume(model, config.strategy, config.devices, config.num_nodes)
         flops, tokens = gpus.token_flops(model, config.max_seq_len), config.micro_batch_size * config.max_seq_len
         speeds = (config.node_gb * 1e9, config.network_gb * 1e9)
         print(f"communication and compute ({config.strategy}, {config.micro_batches} micro-batches a step):")

@@ -61,7 +61,7 @@ def main(config: EvaluateConfig) -> None:
     from pathlib import Path
 
     from litmini.data.formats import read_examples
-    from litmini.evaluation.metrics import answer_all, exact_match, surprise
+    from litmini.evaluation.metrics import answer_all, exact_match, perplexity
     from litmini.files import existing_file, write_json
     from litmini.generation.generate import open_model
 
@@ -76,7 +76,7 @@ def main(config: EvaluateConfig) -> None:
     if text is not None:
         settings: Any = model.config
         window = min(config.window, settings.max_positions)
-        found = surprise(model, tokenizer, text, window, config.stride or max(1, window // 2))
+        found = perplexity(model, tokenizer, text, window, config.stride or max(1, window // 2))
         results["perplexity"] = {
             "file": config.perplexity,
             "perplexity": found.perplexity,

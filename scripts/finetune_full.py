@@ -15,7 +15,7 @@ from litmini.config.finetune import FinetuneFullConfig
 def main(config: FinetuneFullConfig) -> None:
     from litmini.checkpoints.hf import load_model, save_trained
     from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.ops.rounding import spread
+    from litmini.ops.rounding import dither
     from litmini.runs.run import Run
     from litmini.tasks.setup import finish, preview, run_training
     from litmini.tasks.sft import prepare_data
@@ -46,7 +46,7 @@ def main(config: FinetuneFullConfig) -> None:
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
-    spread(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 6. Shard and optimizer
     wrapped = fabric.setup_module(model)

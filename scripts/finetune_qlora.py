@@ -17,7 +17,7 @@ def main(config: FinetuneQloraConfig) -> None:
     from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
-    from litmini.ops.rounding import spread
+    from litmini.ops.rounding import dither
     from litmini.runs.run import Run
     from litmini.tasks.setup import finish, preview, run_training
     from litmini.tasks.sft import prepare_data
@@ -44,7 +44,7 @@ def main(config: FinetuneQloraConfig) -> None:
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
-    spread(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 6. Shard and optimizer
     wrapped = fabric.setup_module(model)

@@ -59,7 +59,7 @@ def main(config: GenerateConfig) -> None:
 
     from litmini.generation.generate import open_model, stream_reply
     from litmini.generation.prompts import check_text
-    from litmini.generation.sequence import Reply
+    from litmini.generation.request import Request
     from litmini.tokenizer import Message
 
     if config.out is not None and Path(config.out).exists():
@@ -72,7 +72,7 @@ def main(config: GenerateConfig) -> None:
     prompt: str | list[Message] = check_text(text)
     if config.system is not None:
         prompt = [{"role": "system", "content": check_text(config.system)}, {"role": "user", "content": prompt}]
-    reply = Reply(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
+    reply = Request(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
     started = time.perf_counter()
     for piece in stream_reply(model, reply, make_draft(config)):
         print(piece, end="", flush=True)

@@ -54,12 +54,12 @@ def main(config: PrepareConfig) -> None:
     from pathlib import Path
 
     from litmini.data.pretrain.text import find_sources
-    from litmini.data.pretrain.tokenize import Recipe
+    from litmini.data.pretrain.tokenize import TokenizerSpec
     from litmini.data.pretrain.write_shards import prepare
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)
-    recipe = Recipe(
+    recipe = TokenizerSpec(
         tokenizer=(tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8"),
         begin=tokenizer.encode(""),
         end=tokenizer.stop_ids[0],

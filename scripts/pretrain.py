@@ -13,7 +13,7 @@ from litmini.config.pretrain import PretrainConfig
 
 def main(config: PretrainConfig) -> None:
     from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.ops.rounding import spread
+    from litmini.ops.rounding import dither
     from litmini.runs.run import Run
     from litmini.tasks.pretrain import blueprint, prepare_data, use_z_loss
     from litmini.tasks.setup import finish, preview, run_training
@@ -38,7 +38,7 @@ def main(config: PretrainConfig) -> None:
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
     if config.dry_run:
         return preview(data, config, model)
-    spread(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), product_dtype(config.precision), config.seed)
 
     # 5. Shard and optimizer
     wrapped = fabric.setup_module(model)

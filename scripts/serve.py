@@ -71,7 +71,7 @@ def main(config: ServeConfig) -> None:
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
     from litmini.generation.generate import open_model
-    from litmini.generation.multi_adapter import AdapterBank
+    from litmini.generation.multi_adapter import MultiLoRA
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None
@@ -83,7 +83,7 @@ def main(config: ServeConfig) -> None:
             raise UserError(f"cannot listen at {config.host}:{config.port}: {error}. Give another --port.") from None
         model, tokenizer = open_model(config)
         tokenizers = {Path(config.adapter_dir or config.checkpoint_dir).resolve().name: tokenizer}
-        bank = AdapterBank(model) if config.adapters else None
+        bank = MultiLoRA(model) if config.adapters else None
         for name, directory in config.adapters.items():
             if name in tokenizers:
                 raise UserError(f"adapter {name} has the name of the model itself; give it another.")

@@ -41,13 +41,13 @@ def prepare(file: str, checkpoint_dir: str) -> dict[str, float]:
     """What a run does before its first step: tokens, rows of 2,048, and the first batch."""
     from litmini.config.finetune import DataConfig
     from litmini.data.dataset import load_data
-    from litmini.data.packing import Rows
+    from litmini.data.packing import PackedDataset
     from litmini.tokenizer import Tokenizer
 
     started, before, used = time.perf_counter(), memory("RssAnon"), cpu_seconds()
     train, _, _ = load_data(DataConfig(file), Tokenizer(checkpoint_dir), 0)
     loaded, used = time.perf_counter(), cpu_seconds() - used
-    rows = Rows(train, 2048, True, 0)
+    rows = PackedDataset(train, 2048, True, 0)
     next(rows.batches(range(4), 4))
     return {
         "tokens": rows.tokens(0),

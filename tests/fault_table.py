@@ -275,7 +275,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def go_on(place: Place, row: Row, script: str, words: list[str], whole: Path, late: float = 0) -> None:
-    """Resume the run of `words`, compare it with `whole`, and put what it cost into the table's row."""
+    """Resume the run of `words`, compare it with `full_tensor`, and put what it cost into the table's row."""
     out = Path(words[words.index("--out_dir") + 1])
     done = len(rows(out / "metrics.csv"))
     resumed = place.run(script, [*words, "--resume", "auto"], late=late)

@@ -23,7 +23,7 @@ from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
-from litmini.files import read_json, write_aside
+from litmini.files import read_json, write_atomically
 from litmini.methods.base_layer import dense
 from litmini.methods.nf4 import NF4Linear, quantizable
 from litmini.ops.rounding import stochastic_round
@@ -79,7 +79,7 @@ def export(
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
         empty = [(name, like.to(dtype)) for name, like in empty]
-    with write_aside(target) as aside:
+    with write_atomically(target) as aside:
         save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
         tokenizer.save(aside)
     return target

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map, write_stream
-from litmini.distributed.fsdp import whole
+from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import check_room, read_json, restore, write_json
-from litmini.models import FAMILIES, family, skeleton
+from litmini.models import FAMILIES, family, meta_model
 from litmini.tokenizer import copy_side_files
 
 
@@ -78,7 +78,7 @@ def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
     """The family module and the model of a checkpoint, with all parameters on the meta device."""
     module, config = read_config(directory)
     try:
-        return module, skeleton(module, config)
+        return module, meta_model(module, config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
 
@@ -247,14 +247,14 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
     """
     if directory is None:
         for parameter in model.parameters():
-            whole(parameter)
+            full_tensor(parameter)
         return
     source = Path(base)
     module, fresh = empty_model(source)
     parameters = list(model.named_parameters())
     shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
     empty = disk_tensors(module, model.config, shapes)
-    tensors = disk_tensors(module, model.config, ((name, whole(p.detach())) for name, p in parameters))
+    tensors = disk_tensors(module, model.config, ((name, full_tensor(p.detach())) for name, p in parameters))
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
     if parameter_names(model).keys() > parameter_names(fresh).keys():  # a merge untied the head
         raw["tie_word_embeddings"] = False

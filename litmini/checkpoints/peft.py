@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from litmini.checkpoints.safetensors_io import read_tensors, write_tensors
 from litmini.config.finetune import QuantizeConfig
-from litmini.distributed.fsdp import whole
+from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters, experts, leaf, linears, pattern_value, replace_module
-from litmini.methods.base_layer import FullLayer, shape
+from litmini.methods.base_layer import ModulesToSaveLayer, shape
 from litmini.methods.dora import DoRALinear
 from litmini.methods.ia3 import IA3Linear
 from litmini.methods.lora import LoRALinear
@@ -49,7 +49,7 @@ class Adapter:
         """The adapter, frozen, of the layer `name`, over that layer of a model."""
         s, tensors = self.settings, {k: t.to(base.weight.device) for k, t in self._of(name).items()}
         if name in self.full:
-            layer: nn.Module = FullLayer(base)
+            layer: nn.Module = ModulesToSaveLayer(base)
             for kind, tensor in tensors.items():
                 layer.full.get_parameter(kind).data.copy_(tensor)  # type: ignore[union-attr]
             return layer.requires_grad_(False)
@@ -272,13 +272,13 @@ def save_adapter(
     stacks: list[str] = []
     one: Any = None
     for name, module in adapters(model).items():
-        if isinstance(module, FullLayer):
+        if isinstance(module, ModulesToSaveLayer):
             full.add(name)
-            tensors |= {f"{PREFIX}{name}.{kind}": whole(p) for kind, p in module.full.named_parameters()}
+            tensors |= {f"{PREFIX}{name}.{kind}": full_tensor(p) for kind, p in module.full.named_parameters()}
             continue
         if isinstance(module, IA3Linear):
             scaled[name] = module
-            tensors[f"{PREFIX}{name}.ia3_l"] = whole(module.ia3_l).unsqueeze(0 if module.feedforward else 1)
+            tensors[f"{PREFIX}{name}.ia3_l"] = full_tensor(module.ia3_l).unsqueeze(0 if module.feedforward else 1)
             continue
         one, (alphas[name], saved) = module, module.saved()
         ranks[name] = saved["lora_A"].shape[-2]

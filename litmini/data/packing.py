@@ -17,7 +17,7 @@ FULL = 0.99  # rows filled so far are not worth shortening
 STEP = 8  # row lengths are multiples of it: odd ones are slow on some hardware
 
 
-class Rows:
+class PackedDataset:
     """Rows of up to `length` tokens, each of one or more examples, shuffled anew each epoch.
 
     Args:

@@ -1,6 +1,6 @@
 """A model's parameters shared out over processes (FSDP2), and the state of training that each process saves and loads.
 
-Every parameter is then a DTensor cut by its first dimension. All processes take part in each forward, and in `whole`.
+Every parameter is then a DTensor cut by its first dimension. All processes take part in each forward, and in `full_tensor`.
 """
 
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -53,7 +53,7 @@ def _spread(part: nn.Module, device: torch.device) -> None:
     for _, module in sorted(part.named_modules(), key=lambda item: item[0]):  # in one order everywhere
         for tensors in (module._parameters, module._buffers):
             for name, tensor in sorted(tensors.items()):
-                if tensor is None or is_share(tensor):
+                if tensor is None or is_dtensor(tensor):
                     continue
                 if tensor not in new:
                     if tensor.is_meta:
@@ -66,7 +66,7 @@ def _spread(part: nn.Module, device: torch.device) -> None:
                 tensors[name] = new[tensor]  # type: ignore[assignment]
 
 
-def is_share(tensor: Any) -> TypeGuard["DTensor"]:
+def is_dtensor(tensor: Any) -> TypeGuard["DTensor"]:
     """Whether a tensor is shared out over processes."""
     if not dist.is_initialized():
         return False  # importing DTensor takes a second, which a command that only talks can save
@@ -76,16 +76,16 @@ def is_share(tensor: Any) -> TypeGuard["DTensor"]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(is_share(parameter) for parameter in model.parameters())
+    return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes, each of which must ask for it."""
-    return tensor.full_tensor() if is_share(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def held_bytes(model: nn.Module) -> tuple[int, int]:
+def local_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of a model's parameters: (in this process, in all)."""
     parameters = list(model.parameters())
-    local = [p.to_local() if is_share(p) else p for p in parameters]
+    local = [p.to_local() if is_dtensor(p) else p for p in parameters]
     return sum(p.numel() * p.element_size() for p in local), sum(p.numel() * p.element_size() for p in parameters)

@@ -8,7 +8,7 @@ from torch import nn
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.generate import finish_all
-from litmini.generation.sequence import Reply
+from litmini.generation.request import Request
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def make_lm(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> "LM":
                     stop=[stop] if isinstance(stop, str) else list(stop),
                 )
                 ids = self.tok_encode(context)[-max(1, config.max_positions - most) :]  # the end counts
-                replies.append(Reply(ids, sampling, [end], tokenizer))
+                replies.append(Request(ids, sampling, [end], tokenizer))
             for start in range(0, len(replies), batch_size):
                 finish_all(model, replies[start : start + batch_size])
             return [reply.text for reply in replies]

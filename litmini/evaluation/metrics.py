@@ -12,7 +12,7 @@ from litmini.config.generate import SamplingConfig
 from litmini.data.dataset import Example
 from litmini.errors import UserError
 from litmini.generation.generate import finish_all
-from litmini.generation.sequence import Reply
+from litmini.generation.request import Request
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ def answer_all(
     with tqdm(total=len(asked), desc="answering", unit="ex", disable=None) as bar:
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
-            replies = [Reply(prompt, sampling, tokenizer.stop_ids) for prompt, _, _ in part]
+            replies = [Request(prompt, sampling, tokenizer.stop_ids) for prompt, _, _ in part]
             finish_all(model, replies)
             answers += [Answer(q, a, tokenizer.decode(r.ids)) for (_, q, a), r in zip(part, replies, strict=True)]
             bar.update(len(part))
@@ -65,7 +65,7 @@ def exact_match(answers: list[Answer]) -> float:
 
 
 @dataclass(frozen=True)
-class Surprise:
+class Perplexity:
     """The loss of a text."""
 
     loss_sum: float
@@ -84,7 +84,7 @@ class Surprise:
 
 
 @torch.inference_mode()
-def surprise(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, stride: int) -> Surprise:
+def perplexity(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, stride: int) -> Perplexity:
     """The loss of every token of `text` but the first, each counted once.
 
     Args:
@@ -118,4 +118,4 @@ def surprise(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, str
             loss, count = model(tokens[:, :-1], labels=labels)
             loss_sum, n_targets = loss_sum + float(loss), n_targets + int(count)
             bar.update(int(count))
-    return Surprise(loss_sum, n_targets, len(text.encode()))
+    return Perplexity(loss_sum, n_targets, len(text.encode()))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from litmini.distributed.fsdp import is_sharded
 from litmini.errors import UserError
-from litmini.generation.multi_adapter import AdapterBank
-from litmini.generation.sequence import Reply
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
 from litmini.generation.speculative import Draft
 from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.kv_cache import CHUNK, KVCache
@@ -25,18 +25,18 @@ class Batch:
     """
 
     def __init__(
-        self, model: nn.Module, draft: Draft | None = None, chunk: int = CHUNK, bank: AdapterBank | None = None
+        self, model: nn.Module, draft: Draft | None = None, chunk: int = CHUNK, bank: MultiLoRA | None = None
     ) -> None:
         config: Any = model.config
         self.model, self.config, self.draft, self.chunk, self.bank = model, config, draft, chunk, bank
-        self.replies: list[Reply] = []
+        self.replies: list[Request] = []
         self.cache: KVCache | None = None
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         # inference_mode takes a tenth off each operation; weights that FSDP gathers in it could not be trained afterwards
         self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode
 
-    def add(self, replies: list[Reply]) -> None:
+    def add(self, replies: list[Request]) -> None:
         """Let further replies join: their prompts are read, together, in one forward for each chunk of tokens.
 
         Raises:
@@ -79,7 +79,7 @@ class Batch:
                     reply.choose(row)
         self.drop()
 
-    def _step_drafted(self, draft: Draft, reply: Reply) -> None:
+    def _step_drafted(self, draft: Draft, reply: Request) -> None:
         """Read the last token and the drafted ones in one forward; keep those that would have been chosen anyway."""
         left = reply.room - len(reply.tokens) + len(reply.prompt)
         drafted = draft.propose(reply.tokens, left - 1)
@@ -99,14 +99,14 @@ class Batch:
             with self._without_gradients():
                 self._gather([row for row, _ in going], [r for _, r in going])
 
-    def _adapters(self, replies: list[Reply]) -> contextlib.AbstractContextManager[None]:
+    def _adapters(self, replies: list[Request]) -> contextlib.AbstractContextManager[None]:
         """Each row goes through the adapter that its reply names."""
         return contextlib.nullcontext() if self.bank is None else self.bank.use([r.adapter for r in replies])
 
     def _rows(self) -> list[tuple[KVCache, int, int]]:
         return [(self.cache, i, len(r.tokens) - 1) for i, r in enumerate(self.replies)] if self.cache else []
 
-    def _gather(self, rows: list[tuple[KVCache, int, int]], replies: list[Reply]) -> None:
+    def _gather(self, rows: list[tuple[KVCache, int, int]], replies: list[Request]) -> None:
         capacity = max((len(r.prompt) + r.room for r in replies), default=0)
         if rows and all(cache is rows[0][0] for cache, _, _ in rows) and len(rows) == rows[0][0].batch:
             self.cache = rows[0][0]  # nothing to rearrange
@@ -123,7 +123,7 @@ def check_prompt(prompt: list[int], context: int) -> None:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {context}: no room for an answer.")
 
 
-def _check_draft(replies: list[Reply]) -> None:
+def _check_draft(replies: list[Request]) -> None:
     first = replies[0].sampling
     if len(replies) > 1 or first.temperature or first.repetition_penalty != 1.0:
         raise UserError("a draft is for one prompt at a time, with temperature 0 and without repetition penalty.")

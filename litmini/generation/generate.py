@@ -1,6 +1,6 @@
 """Generation: one engine for a single prompt, a ragged batch, and a server whose requests come and go.
 
-A `Reply` is what is being said to one prompt; a `Batch` gives each of its replies the next token, step by step. Replies may
+A `Request` is what is being said to one prompt; a `Batch` gives each of its replies the next token, step by step. Replies may
 join and leave between steps.
 """
 
@@ -13,7 +13,7 @@ from litmini.checkpoints.load import load
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.batch import Batch
-from litmini.generation.sequence import Reply
+from litmini.generation.request import Request
 from litmini.generation.speculative import Draft
 from litmini.models import use_model_file
 from litmini.tokenizer import Message, Tokenizer
@@ -45,7 +45,7 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     return model, tokenizer
 
 
-def finish_all(model: nn.Module, answers: list[Reply]) -> None:
+def finish_all(model: nn.Module, answers: list[Request]) -> None:
     """Give all answers, in one batch, all their tokens."""
     batch = Batch(model)
     batch.add(answers)
@@ -61,11 +61,11 @@ def stream(
     draft: Draft | None = None,
 ) -> Iterator[str]:
     """Pieces of the answer's text as they come."""
-    reply = Reply(tokenizer.encode_prompt(prompt), sampling or SamplingConfig(), tokenizer.stop_ids, tokenizer)
+    reply = Request(tokenizer.encode_prompt(prompt), sampling or SamplingConfig(), tokenizer.stop_ids, tokenizer)
     yield from stream_reply(model, reply, draft)
 
 
-def stream_reply(model: nn.Module, reply: Reply, draft: Draft | None = None) -> Iterator[str]:
+def stream_reply(model: nn.Module, reply: Request, draft: Draft | None = None) -> Iterator[str]:
     """Pieces of the text of one reply as they come."""
     batch = Batch(model, draft)
     batch.add([reply])
@@ -105,6 +105,6 @@ def generate(
         seed=seed,
         ignore_eos=ignore_eos,
     )
-    answer = Reply(tokenizer.encode_prompt(prompt_or_messages), sampling, tokenizer.stop_ids)
+    answer = Request(tokenizer.encode_prompt(prompt_or_messages), sampling, tokenizer.stop_ids)
     finish_all(model, [answer])
     return answer.ids if return_tokens else tokenizer.decode(answer.ids)

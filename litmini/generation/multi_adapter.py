@@ -14,7 +14,7 @@ from litmini.methods.adapters import replace_module
 from litmini.methods.lora import LoRALinear, onto
 
 
-class AdapterBank:
+class MultiLoRA:
     """Adapters of one `model`, added and removed while it serves.
 
         bank = AdapterBank(model)

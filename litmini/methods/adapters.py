@@ -14,7 +14,7 @@ from torch import nn
 
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
-from litmini.methods.base_layer import FullLayer, Swapped, shape
+from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, shape
 from litmini.methods.lora import LoRALinear, PiSSALinear
 from litmini.methods.nf4 import NF4Linear
 
@@ -42,7 +42,7 @@ def experts(model: nn.Module) -> dict[str, Any]:
 
 def adapters(model: nn.Module) -> dict[str, Any]:
     """Every adapter in `model`, by the full name of what it covers."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -92,7 +92,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
         made = make(there[name], ranks[name], alphas[name], config.dropout, config.rank_stabilized)
         replace_module(model, name, made.train(there[name].training))
     for name in whole:
-        replace_module(model, name, FullLayer(model.get_submodule(name)))
+        replace_module(model, name, ModulesToSaveLayer(model.get_submodule(name)))
     return names
 
 

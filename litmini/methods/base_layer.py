@@ -80,13 +80,13 @@ class _Stack(nn.Module):
         return product(x, self.weight.to(x.dtype), ends)
 
 
-class Swapped(nn.Module):
+class AdapterLayer(nn.Module):
     """What stands in a model over a layer `base`. `merge()` gives a plain layer that does the same."""
 
     base: Any
 
 
-class FullLayer(Swapped):
+class ModulesToSaveLayer(AdapterLayer):
     """A module that is trained in full beside adapters: its weights in fp32, computed in the dtype of the frozen ones."""
 
     def __init__(self, base: nn.Module) -> None:

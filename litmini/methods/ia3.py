@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from litmini.config.finetune import Ia3Config
 from litmini.errors import UserError
 from litmini.methods.adapters import leaf, linears, replace_module
-from litmini.methods.base_layer import Swapped, dense, plain_layer, rounded_sum
+from litmini.methods.base_layer import AdapterLayer, dense, plain_layer, rounded_sum
 
 
-class IA3Linear(Swapped):
+class IA3Linear(AdapterLayer):
     """y = l * base(x), or base(l * x) for a feed-forward layer's second linear (IA3, arXiv 2205.05638, section 3.3).
 
     `ia3_l`, in fp32, is (out,), or (in,) for `feedforward`; it starts at 1, so the output starts as the base's, exactly.

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.distributed.fsdp import whole
+from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.methods.base_layer import (
-    Swapped,
+    AdapterLayer,
     dense,
     plain,
     plain_layer,
@@ -21,7 +21,7 @@ from litmini.methods.base_layer import (
 )
 
 
-class LoRALinear(Swapped):
+class LoRALinear(AdapterLayer):
     """y = base(x) + (alpha / rank) * B A dropout(x), with the base frozen (LoRA, arXiv 2106.09685).
 
     A (rank, in) and B (out, rank) are kept in fp32 and multiplied in x's dtype; over a stack of experts there is one pair
@@ -83,7 +83,7 @@ class LoRALinear(Swapped):
 
     def saved(self) -> tuple[float, dict[str, Tensor]]:
         """(alpha, tensors) that say the same to whoever puts them over the original base."""
-        return self.alpha, {name: whole(p) for name, p in self.named_parameters() if name.startswith("lora_")}
+        return self.alpha, {name: full_tensor(p) for name, p in self.named_parameters() if name.startswith("lora_")}
 
 
 def add_product_(y: Tensor, x: Tensor, dense: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class PiSSALinear(LoRALinear):
         self.base = plain_layer(base, weight - self.delta().detach())
 
     def saved(self) -> tuple[float, dict[str, Tensor]]:
-        a, b = whole(self.lora_A), whole(self.lora_B)
+        a, b = full_tensor(self.lora_A), full_tensor(self.lora_B)
         both = {"lora_A": torch.cat((a, self.start_A)), "lora_B": torch.cat((b, -self.start_B), 1)}
         return self.alpha * (math.sqrt(2) if self.rank_stabilized else 2), both  # the same scale at twice the rank
 

@@ -94,7 +94,7 @@ def _last_line(error: BaseException, file: str) -> int | None:
     return line
 
 
-def skeleton(module: ModuleType, config: Any) -> Any:
+def meta_model(module: ModuleType, config: Any) -> Any:
     """A family's model with all parameters on the meta device, without any work on their values."""
     import torch
     from torch.overrides import TorchFunctionMode

@@ -26,7 +26,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator |
 
 
 @torch.no_grad()
-def spread(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> None:
+def dither(parameters: Iterable[Tensor], dtype: torch.dtype, seed: int = 0) -> None:
     """Move fp32 weights that came out of 16 bits, in place, to a random point among those that `dtype` rounds to the same.
 
     A forward pass in `dtype` sees the weights that it saw before. But weights that all lie in the middle between two

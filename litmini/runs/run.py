@@ -30,7 +30,7 @@ from litmini.files import (
     hold,
     read_json,
     restore,
-    write_aside,
+    write_atomically,
     write_json,
     write_text,
 )
@@ -234,7 +234,7 @@ class Run:
     @contextmanager
     def _aside(self, directory: Path, save_weights: Callable[[Path | None], None], **how: Any) -> Iterator[Path | None]:
         """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
-        with write_aside(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
+        with write_atomically(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
             save_weights(aside)
             if aside:
                 self.tokenizer.save(aside)

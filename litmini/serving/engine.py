@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from litmini.generation.batch import Batch
-from litmini.generation.multi_adapter import AdapterBank
-from litmini.generation.sequence import Reply
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
 
 
 class Busy(Exception):
@@ -24,7 +24,7 @@ class Job:
         news: called on the engine's thread whenever there may be more of the reply, and when `done` is set.
     """
 
-    def __init__(self, reply: Reply, news: Callable[[], object]) -> None:
+    def __init__(self, reply: Request, news: Callable[[], object]) -> None:
         self.reply, self.news = reply, news
         self.done = False
         self.cancelled = False
@@ -43,7 +43,7 @@ class Engine:
         bank: its adapters, which replies name.
     """
 
-    def __init__(self, model: nn.Module, bank: AdapterBank | None, max_batch: int, max_queue: int) -> None:
+    def __init__(self, model: nn.Module, bank: MultiLoRA | None, max_batch: int, max_queue: int) -> None:
         self.model, self.bank, self.max_batch, self.max_queue = model, bank, max_batch, max_queue
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []

@@ -6,8 +6,8 @@ from typing import Any
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.prompts import check_messages, check_text, describe
+from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
-from litmini.generation.sequence import Reply
 from litmini.tokenizer import Message, Tokenizer
 
 NEUTRAL: dict[str, Any] = {
@@ -168,7 +168,7 @@ def _old_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def usage(prompts: list[list[int]], replies: list[Reply]) -> dict[str, int]:
+def usage(prompts: list[list[int]], replies: list[Request]) -> dict[str, int]:
     """Tokens read and written."""
     read, written = sum(map(len, prompts)), sum(len(reply.ids) for reply in replies)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

@@ -18,15 +18,15 @@ from torch import nn
 
 from litmini.errors import UserError
 from litmini.generation.batch import check_prompt
-from litmini.generation.multi_adapter import AdapterBank
-from litmini.generation.sequence import Reply
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
 from litmini.serving.engine import Busy, Engine, Job
 from litmini.serving.openai_protocol import Asked, choice, encode, read_request, usage
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.requests import Request as HTTPRequest
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Server:
         tokenizers: dict[str, Tokenizer],
         limits: Limits,
         api_key: str | None,
-        bank: AdapterBank | None = None,
+        bank: MultiLoRA | None = None,
     ) -> None:
         config: Any = model.config
         self.tokenizers, self.limits, self.api_key = tokenizers, limits, api_key
@@ -82,12 +82,12 @@ class Server:
         self.engine.close()
         self.preparing.shutdown(cancel_futures=True)
 
-    def check_key(self, request: "Request") -> None:
+    def check_key(self, request: "HTTPRequest") -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise Refused(401, "wrong or missing API key.", "authentication_error")
 
-    async def read_body(self, request: "Request") -> bytes:
+    async def read_body(self, request: "HTTPRequest") -> bytes:
         """The body of a request, of which no more is read than allowed."""
         most = self.limits.max_body_bytes
         if not request.headers.get("content-type", "").startswith("application/json"):
@@ -125,7 +125,7 @@ class Server:
             raise Refused(400, str(error)) from None
         return asked, name, prompts
 
-    async def models(self, request: "Request") -> dict[str, Any]:
+    async def models(self, request: "HTTPRequest") -> dict[str, Any]:
         """What there is to talk to."""
         self.check_key(request)
         listing = [
@@ -133,7 +133,7 @@ class Server:
         ]
         return {"object": "list", "data": listing}
 
-    async def complete(self, request: "Request", chat: bool) -> dict[str, Any] | AsyncIterator[str]:
+    async def complete(self, request: "HTTPRequest", chat: bool) -> dict[str, Any] | AsyncIterator[str]:
         """Check, queue, answer: the body of the response, or the events of a stream."""
         self.check_key(request)
         body = await self.read_body(request)
@@ -163,7 +163,7 @@ class Answering:
             seed = None if asked.sampling.seed is None else (asked.sampling.seed + number) % 2**63
             sampling = replace(asked.sampling, max_new_tokens=room, seed=seed)
             adapter = None if name == server.base else name
-            reply = Reply(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
+            reply = Request(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
             self.jobs.append(Job(reply, lambda: loop.call_soon_threadsafe(moved.set)))
         kind = "chat.completion" if asked.chat else "text_completion"
         self.head: dict[str, Any] = {
@@ -182,7 +182,7 @@ class Answering:
         if error := next((job.error for job in self.jobs if job.error is not None), None):
             raise Refused(500, f"{type(error).__name__}: {error}"[:300], "server_error")
 
-    async def whole(self, request: "Request") -> dict[str, Any]:
+    async def whole(self, request: "HTTPRequest") -> dict[str, Any]:
         """The response, once all of it is there; nothing if the client leaves before."""
         try:
             while not all(job.done for job in self.jobs):
@@ -263,21 +263,21 @@ def make_app(server: Server) -> "Starlette":
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    async def models(request: "Request") -> Response:
+    async def models(request: "HTTPRequest") -> Response:
         return JSONResponse(await server.models(request))
 
-    async def complete(request: "Request") -> Response:
+    async def complete(request: "HTTPRequest") -> Response:
         answer = await server.complete(request, chat=request.url.path.endswith("/chat/completions"))
         if isinstance(answer, dict):
             return JSONResponse(answer)
         return StreamingResponse(answer, media_type="text/event-stream")
 
-    async def refused(request: "Request", error: Exception) -> Response:
+    async def refused(request: "HTTPRequest", error: Exception) -> Response:
         assert isinstance(error, Refused), error
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error_body(str(error), error.kind), error.status, headers)
 
-    async def gone(request: "Request", error: Exception) -> Response:
+    async def gone(request: "HTTPRequest", error: Exception) -> Response:
         return Response(status_code=499)
 
     @asynccontextmanager

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from litmini.config.training import RunConfig
-from litmini.data.packing import Batch, Rows
-from litmini.data.pretrain.windows import Windows
+from litmini.data.packing import Batch, PackedDataset
+from litmini.data.pretrain.windows import TokenWindows
 from litmini.errors import UserError
 from litmini.training.gpus import fitting, share
 from litmini.training.memory import Memory, describe, estimate, nbytes, resident
 
 
-def forecast(model: nn.Module, config: RunConfig, rows: Rows | Windows, total_rows: int, held_out_rows: int) -> str:
+def dry_run(
+    model: nn.Module, config: RunConfig, rows: PackedDataset | TokenWindows, total_rows: int, held_out_rows: int
+) -> str:
     """Peak memory by part, whether it fits here, and how long the run takes; no parameter is changed.
 
     Args:
@@ -24,7 +26,7 @@ def forecast(model: nn.Module, config: RunConfig, rows: Rows | Windows, total_ro
     """
     world, micro = config.devices * config.num_nodes, config.train.micro_batch_size
     accumulate = config.train.global_batch_size > micro * world
-    ragged = isinstance(rows, Rows) and not rows.pack
+    ragged = isinstance(rows, PackedDataset) and not rows.pack
     batch = rows.longest_batch(micro) if ragged else next(rows.batches(range(micro), micro))  # type: ignore[union-attr]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = max(0, resident() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0

@@ -18,8 +18,8 @@ from litmini.config.pretrain import PretrainConfig
 from litmini.data.dataset import Example
 from litmini.data.pretrain.read_shards import Corpus
 from litmini.data.pretrain.tokenize import tokenizer_hash
-from litmini.data.pretrain.windows import Windows
-from litmini.distributed.fsdp import whole
+from litmini.data.pretrain.windows import TokenWindows
+from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import content_hash
 from litmini.models import FAMILIES, family, use_model_file
@@ -62,7 +62,7 @@ class Blueprint:
             if self.checkpoint:
                 return save_trained(model, directory, base=self.checkpoint)
             parameters = list(model.named_parameters())
-            tensors = ((name, whole(parameter.detach())) for name, parameter in parameters)
+            tensors = ((name, full_tensor(parameter.detach())) for name, parameter in parameters)
             if directory is None:
                 for _ in tensors:  # this process hands its shares over
                     pass
@@ -147,11 +147,11 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
             f"--data.max_seq_len {plan.config.max_positions} or less"
             + ("." if plan.checkpoint else f", or --model.max_positions {data.max_seq_len}.")
         )
-    rows = Windows(corpora, "train", data.max_seq_len, config.seed, data.weights, data.isolate_documents)
+    rows = TokenWindows(corpora, "train", data.max_seq_len, config.seed, data.weights, data.isolate_documents)
     held_out = [corpus for corpus in corpora if corpus.splits["val"]]
     val = None
     if held_out:
-        val = Windows(held_out, "val", data.max_seq_len, VAL_SEED, None, data.isolate_documents, data.val_rows)
+        val = TokenWindows(held_out, "val", data.max_seq_len, VAL_SEED, None, data.isolate_documents, data.val_rows)
     steps = train.max_steps or math.ceil(train.epochs * len(rows) / train.global_batch_size)
     total = steps * train.global_batch_size if train.max_steps else math.ceil(train.epochs * len(rows))
     idle = {
@@ -193,7 +193,7 @@ def _check_tokenizers(corpora: list[Corpus], plan: Blueprint) -> None:
         )
 
 
-def _samples(val: Windows, tokenizer: Tokenizer, count: int) -> list[Example]:
+def _samples(val: TokenWindows, tokenizer: Tokenizer, count: int) -> list[Example]:
     """Held-out text to be continued: the first quarter of some rows is the prompt, and what follows, what is expected."""
     examples = []
     for row in range(min(count, len(val))):

@@ -14,18 +14,18 @@ from torch import nn
 
 from litmini.config.training import OptimConfig, RunConfig, TrainConfig
 from litmini.data.dataset import Example, show_masks
-from litmini.data.packing import Batch, Rows
-from litmini.data.pretrain.windows import Windows
-from litmini.distributed.fsdp import held_bytes, is_sharded
+from litmini.data.packing import Batch, PackedDataset
+from litmini.data.pretrain.windows import TokenWindows
+from litmini.distributed.fsdp import is_sharded, local_bytes
 from litmini.evaluation.metrics import answer_all, exact_match
 from litmini.runs.nonfinite import save_bad_step
 from litmini.runs.plots import plot_metrics
 from litmini.runs.report import write_report
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
-from litmini.training.compile import compilable, compile_training, pays
-from litmini.training.flops import Meter, peak_memory_mib
-from litmini.training.loop import Progress, evaluate, fit, rehearse
+from litmini.training.compile import compilable, compile_training, is_worth_compiling
+from litmini.training.flops import Throughput, peak_memory_mib
+from litmini.training.loop import Progress, evaluate, fit, memory_warmup
 from litmini.training.low_memory import checkpoint_activations, offload_activations
 from litmini.training.optimizer import learning_rate
 
@@ -38,8 +38,8 @@ class Data:
     """The tokenizer and what it made of the data files."""
 
     tokenizer: Tokenizer
-    train: Rows | Windows
-    val: Rows | Windows | None
+    train: PackedDataset | TokenWindows
+    val: PackedDataset | TokenWindows | None
     held_out: list[Example]
     """The held-out examples as they were read, to be answered."""
     total_rows: int
@@ -80,16 +80,16 @@ def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
     """What `--dry_run` prints: parameters, memory and time; and, with `--show_masks`, examples token by token."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    if config.show_masks and isinstance(data.train, Rows):
+    if config.show_masks and isinstance(data.train, PackedDataset):
         print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
     print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
     if config.dry_run:
-        from litmini.tasks.dry_run import forecast  # its fake tensors take a second to import
+        from litmini.tasks.dry_run import dry_run  # its fake tensors take a second to import
 
         if config.train.checkpoint_activations:
             checkpoint_activations(model)
-        print(forecast(model, config, data.train, data.total_rows, len(data.val or ())))
+        print(dry_run(model, config, data.train, data.total_rows, len(data.val or ())))
     print("Nothing was trained or written.")
 
 
@@ -120,10 +120,10 @@ def run_training(
     trained, total = count_parameters(model)
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if is_sharded(model):
-        held, every = (f"{size / 2**20:,.1f}" for size in held_bytes(model))
+        held, every = (f"{size / 2**20:,.1f}" for size in local_bytes(model))
         fabric.print(f"{world} processes share the parameters: this one holds {held} of {every} MiB")
     dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
-    meter = Meter(model, fabric.device, dtype)
+    meter = Throughput(model, fabric.device, dtype)
     fabric.print(f"MFU is of {meter.peak / 1e12:,.2f} Tflop/s, {meter.source}")
     if config.compile is True or (
         config.compile == "auto" and _worth_compiling(fabric, model, dtype, meter, data, config)
@@ -135,8 +135,8 @@ def run_training(
         offload_activations(model)
     if progress.step == 0:
         measure(fabric, wrapped, model, data, run, "before")
-        if isinstance(data.train, Rows) and not data.train.pack:  # packed rows are all of one length
-            rehearse(fabric, wrapped, optimizer, data.train.longest_batch(micro))
+        if isinstance(data.train, PackedDataset) and not data.train.pack:  # packed rows are all of one length
+            memory_warmup(fabric, wrapped, optimizer, data.train.longest_batch(micro))
 
     def rows(step: int) -> range:
         batch = config.train.global_batch_size
@@ -161,7 +161,7 @@ def run_training(
             seed=config.seed,
             log=run.log,
             checkpoint=functools.partial(run.checkpoint, save_weights=save_weights),
-            validate=(lambda: held_out_loss(fabric, wrapped, data, config)) if data.val else None,
+            validate=(lambda: validation_loss(fabric, wrapped, data, config)) if data.val else None,
             max_grad_norm=config.optim.max_grad_norm,
             observe=meter,
             sample=lambda progress: log_samples(model, data, run, progress),
@@ -185,11 +185,11 @@ def run_training(
 
 
 def _worth_compiling(
-    fabric: Fabric, model: nn.Module, dtype: torch.dtype, meter: Meter, data: Data, config: RunConfig
+    fabric: Fabric, model: nn.Module, dtype: torch.dtype, meter: Throughput, data: Data, config: RunConfig
 ) -> bool:
     """By all steps of the run, so that it decides the same when it goes on later."""
     flops = planned_flops(meter.flops, data, config.train, fabric.world_size)
-    worth = fabric.broadcast(compilable(model, dtype) and pays(flops, fabric.device))
+    worth = fabric.broadcast(compilable(model, dtype) and is_worth_compiling(flops, fabric.device))
     fabric.print(f"compile auto: {'on' if worth else 'off'}, for {flops:.1e} operations in each process")
     return worth
 
@@ -201,7 +201,7 @@ def planned_flops(flops: Callable[[list[Batch]], float], data: Data, train: Trai
     return flops(list(first)) * data.total_rows / count
 
 
-def held_out_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunConfig) -> float:
+def validation_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunConfig) -> float:
     """Mean loss a target token over all held-out rows."""
     assert data.val is not None
     micro, rank, world = config.train.micro_batch_size, fabric.global_rank, fabric.world_size
@@ -220,7 +220,7 @@ def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, ru
     config = run.config
     results: dict[str, Any] = {}
     if data.val:
-        results[f"val_loss_{when}"] = held_out_loss(fabric, wrapped, data, config)
+        results[f"val_loss_{when}"] = validation_loss(fabric, wrapped, data, config)
     asked = data.held_out if config.eval.exact_match else data.held_out[: config.eval.samples]
     if asked:
         answers = answer_all(model, data.tokenizer, asked, config.eval.max_new_tokens)
@@ -244,7 +244,9 @@ def finish(
     measure(fabric, wrapped, model, data, run, "after")
     if fabric.is_global_zero:
         plot_metrics(run.directory, run.results)
-        write_report(run.directory, data.train.sizes if isinstance(data.train, Rows) else None, data.train.length)
+        write_report(
+            run.directory, data.train.sizes if isinstance(data.train, PackedDataset) else None, data.train.length
+        )
     r = run.results
     lines = []
     for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from litmini.checkpoints.hf import read_config
 from litmini.config.finetune import FinetuneConfig
 from litmini.data.dataset import describe, load_data
-from litmini.data.packing import Rows
+from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.importers.download import ensure_checkpoint
 from litmini.models import use_model_file
@@ -46,7 +46,7 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
             failed = error
     if failed:
         raise failed
-    rows = Rows(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
+    rows = PackedDataset(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
     batch = config.train.global_batch_size
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
     steps = math.ceil(total_rows / batch)
@@ -63,7 +63,9 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
-    held_out_rows = Rows(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
+    held_out_rows = (
+        PackedDataset(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
+    )
     statistics = {"statistics": train.statistics, "held_out_statistics": val.statistics if val else None}
     hashes = {**train.files, **(val.files if val else {})}
     return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps, statistics, hashes)

@@ -17,16 +17,16 @@ from litmini.ops import attention
 
 # Operations of each process in a whole run from which on `auto` compiles. On a CPU: 20 minutes of a small model, where a
 # minute of compiling and a tenth off each step were measured. On a GPU: 10 minutes at 100 Tflop/s, by judgement alone.
-WORTH = {"cpu": 2.5e14, "cuda": 6e16}
+COMPILE_THRESHOLD = {"cpu": 2.5e14, "cuda": 6e16}
 
 
-def pays(flops: float, device: torch.device) -> bool:
+def is_worth_compiling(flops: float, device: torch.device) -> bool:
     """Whether `--compile auto` compiles for a run of so many operations in each process: it is long enough, and can be."""
     if device.type == "cpu":
         there = shutil.which(_compiler()) is not None
     else:  # torch.compile needs Triton there, which needs cards of this generation
         there = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
-    return there and flops >= WORTH.get(device.type, math.inf)
+    return there and flops >= COMPILE_THRESHOLD.get(device.type, math.inf)
 
 
 def compile_training(model: nn.Module, dtype: torch.dtype, backend: str = "inductor") -> None:

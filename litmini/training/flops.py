@@ -34,7 +34,7 @@ PUBLISHED = {  # dense bf16 tensor flops a second, by the makers' data sheets; a
 }
 
 
-class Meter:
+class Throughput:
     """Measures optimizer steps.
 
     Args:

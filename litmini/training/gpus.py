@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from litmini.training.flops import PUBLISHED, Meter
+from litmini.training.flops import PUBLISHED, Throughput
 from litmini.training.memory import Memory, nbytes
 
 GIB = 2**30
@@ -39,7 +39,7 @@ def tokens_per_day(model: nn.Module, length: int, mfu: float, devices: int) -> d
 
 def token_flops(model: nn.Module, length: int) -> float:
     """Operations that training on a token needs, on average over a full row in which all tokens are trained."""
-    meter = Meter(model, torch.device("cpu"), torch.bfloat16)
+    meter = Throughput(model, torch.device("cpu"), torch.bfloat16)
     return meter.per_token + meter.per_target + meter.per_key * (length + 1) / 2
 
 
@@ -80,7 +80,7 @@ class Traffic:
     """Once more in each optimizer step."""
 
 
-def traffic(model: nn.Module, strategy: str, devices: int, num_nodes: int) -> Traffic:
+def communication_volume(model: nn.Module, strategy: str, devices: int, num_nodes: int) -> Traffic:
     """What `strategy` makes each of `devices` GPUs on each of `num_nodes` nodes send.
 
     ddp: gradients are summed up in each step. fsdp: in each micro-batch weights are gathered for the forward pass and again

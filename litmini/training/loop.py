@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from litmini.config.training import TrainConfig
-from litmini.distributed.fsdp import is_share, whole
+from litmini.distributed.fsdp import full_tensor, is_dtensor
 from litmini.errors import UserError
 from litmini.ops.cross_entropy import IGNORE
 from litmini.training.signals import Interrupted, caught
@@ -216,7 +216,7 @@ def _take_step(
         all ranks.
     """
     losses = []
-    sharded = is_share(next(model.parameters()))  # gradients are, too, after each micro-batch
+    sharded = is_dtensor(next(model.parameters()))  # gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
         more = i + 1 < len(micro_batches)
         with fabric.no_backward_sync(model, enabled=more and not sharded):
@@ -232,7 +232,7 @@ def _take_step(
         clipped = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
     total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
     total, norm, *each = torch.stack(
-        [total, whole(clipped).to(total), *losses]
+        [total, full_tensor(clipped).to(total), *losses]
     ).tolist()  # the step's CPU-GPU sync point
     mean = total / max(1, targets)
     finite = math.isfinite(mean) and math.isfinite(norm)
@@ -278,7 +278,7 @@ def evaluate(fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> floa
     return loss_sum / max(1.0, count)
 
 
-def rehearse(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def memory_warmup(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One forward and backward of the largest micro-batch: whatever runs out of memory does so now, not after hours.
 
     Leaves no trace: the gradients are dropped.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litmini.distributed.fsdp import blocks, is_share
+from litmini.distributed.fsdp import blocks, is_dtensor
 from litmini.errors import UserError
 from litmini.ops.rounding import stochastic_round
 
@@ -42,7 +42,7 @@ class PerParameter(torch.optim.Optimizer):
         offload: bool = False,
     ) -> None:
         super().__init__(groups, {})
-        if any(is_share(p) for group in self.param_groups for p in group["params"]):
+        if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
             raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --strategy fsdp.")
         self.in_backward, self.offload = in_backward, offload
         self.squares: list[Tensor] = []  # of the gradient norms of a step in the backward pass

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from litmini.config.training import OptimConfig
-from litmini.distributed.fsdp import is_share
+from litmini.distributed.fsdp import is_dtensor
 from litmini.errors import UserError
 
 
@@ -120,7 +120,7 @@ def _make(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Opti
         return torch.optim.SGD(groups, lr=config.lr)
     if config.name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
-    if any(is_share(parameter) for group in groups for parameter in group["params"]):
+    if any(is_dtensor(parameter) for group in groups for parameter in group["params"]):
         raise UserError(f"optim.name {config.name} does not go with --strategy fsdp; use --optim.name adamw, or ddp.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit

@@ -30,7 +30,7 @@ def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
     """From a file to batches, nothing cached: tokenising, packing, and every batch of an epoch."""
     from litmini.config.finetune import DataConfig
     from litmini.data.dataset import load_data
-    from litmini.data.packing import Rows
+    from litmini.data.packing import PackedDataset
     from litmini.tokenizer import Tokenizer
 
     found = []
@@ -41,7 +41,7 @@ def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
         started = time.perf_counter()
         settings = DataConfig(path=str(file), train_on="all", max_seq_len=config.max_seq_len)
         examples, _, _ = load_data(settings, Tokenizer(config.checkpoint_dir), SEED)
-        rows = Rows(examples, config.max_seq_len, True, SEED)
+        rows = PackedDataset(examples, config.max_seq_len, True, SEED)
         tokens = sum(int((batch["documents"] > 0).sum()) for batch in rows.batches(range(len(rows)), 4))
         seconds = time.perf_counter() - started
         found.append((f"data path, {count:,} samples", 1e6 * seconds / tokens, "us a token"))

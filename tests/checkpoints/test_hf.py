@@ -23,7 +23,7 @@ from litmini.checkpoints import hf as checkpoint
 from litmini.checkpoints.hf import check_checkpoint_dir, load_model, parse_dtype, save_model, save_trained
 from litmini.checkpoints.safetensors_io import read_tensors, shards
 from litmini.errors import UserError
-from litmini.files import read_json, write_aside, write_json
+from litmini.files import read_json, write_atomically, write_json
 from litmini.models import llama
 
 INDEX = "model.safetensors.index.json"
@@ -210,7 +210,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error, there):
     if there:
         target.mkdir(parents=True)
         (target / "a").write_text("old")
-    with pytest.raises(error), write_aside(target) as aside:
+    with pytest.raises(error), write_atomically(target) as aside:
         (aside / "a").write_text("new")
         raise error
     assert list(tmp_path.rglob("*")) == ([tmp_path / "run", target, target / "a"] if there else [tmp_path / "run"])
@@ -220,7 +220,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error, there):
 def test_success_replaces_all_and_leaves_nothing_beside(tmp_path):
     target = tmp_path / "x"
     for content in ("one", "two"):
-        with write_aside(target) as aside:
+        with write_atomically(target) as aside:
             (aside / "sub").mkdir()
             (aside / "sub" / content).write_text(content)
         assert tree(tmp_path) == {f"x/sub/{content}": content.encode()}
@@ -231,7 +231,7 @@ def test_everything_is_flushed_before_the_name_is_given(tmp_path, monkeypatch):
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda d: (events.append(os.readlink(f"/proc/self/fd/{d}")), fsync(d))[1])
     monkeypatch.setattr(Path, "rename", lambda p, to: (events.append(f"rename {to.name}"), rename(p, to))[1])
-    with write_aside(tmp_path / "x") as aside:
+    with write_atomically(tmp_path / "x") as aside:
         (aside / "a").write_text("a")
     at = events.index("rename x")
     assert {str(aside / "a"), str(aside)} <= set(events[:at]) and str(tmp_path) in events[at:]
@@ -243,7 +243,7 @@ def test_death_between_the_two_renames_is_mended_at_the_next_look(tiny, look):
     if look == "check":
         assert check_checkpoint_dir(tiny) == tiny
     else:
-        with pytest.raises(RuntimeError), write_aside(tiny):
+        with pytest.raises(RuntimeError), write_atomically(tiny):
             raise RuntimeError
     assert (tiny / "config.json").is_file() and not tiny.with_name(".tiny.old").exists()
 
@@ -252,13 +252,13 @@ def test_a_stale_old_directory_does_not_replace_a_newer_one(tmp_path):
     for name in ("x", ".x.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)
-    with write_aside(tmp_path / "x") as aside:
+    with write_atomically(tmp_path / "x") as aside:
         (aside / "a").write_text("newest")
     assert tree(tmp_path) == {"x/a": b"newest"}
 
 
 def write_version(target: Path, version: int) -> None:
-    with write_aside(target) as aside:
+    with write_atomically(target) as aside:
         for i in range(20):
             (aside / f"part-{i}").write_text(f"{version} " * 100)
 
@@ -429,7 +429,7 @@ def test_a_tied_head_is_written_once_and_stays_tied(tmp_path, tokenizer_dir):
     assert model.lm_head.weight is model.model["embed_tokens"].weight
     with torch.no_grad():
         model.lm_head.weight.mul_(1 + 2**-12)  # less than bf16 resolves
-    with write_aside(out) as aside:
+    with write_atomically(out) as aside:
         save_trained(model, aside, base)
     tensors = dict(read_tensors(shards(out)))
     assert "lm_head.weight" not in tensors

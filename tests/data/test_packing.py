@@ -11,7 +11,7 @@ import torch
 from litmini.config.finetune import DataConfig
 from litmini.data.dataset import Examples, load_data
 from litmini.data.encode import ENTRY
-from litmini.data.packing import Batch, Rows, pack
+from litmini.data.packing import Batch, PackedDataset, pack
 from litmini.errors import UserError
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def make(lengths: list[int] | np.ndarray) -> Examples:
     return Examples([(inputs, labels)], table)
 
 
-def epoch(rows: Rows, number: int) -> list[list[int]]:
+def epoch(rows: PackedDataset, number: int) -> list[list[int]]:
     return [rows.row(n) for n in range(number * len(rows), (number + 1) * len(rows))]
 
 
@@ -77,7 +77,7 @@ def test_pack_many() -> None:
 def test_every_example_once_an_epoch(packed: bool) -> None:
     random = np.random.default_rng(1)
     lengths = random.integers(1, 33, size=200)
-    rows = Rows(make(lengths), 64, packed, seed=3)
+    rows = PackedDataset(make(lengths), 64, packed, seed=3)
     epochs = [epoch(rows, number) for number in range(4)]
     for plan in epochs:
         assert sorted(i for row in plan for i in row) == list(range(200))
@@ -87,35 +87,35 @@ def test_every_example_once_an_epoch(packed: bool) -> None:
     neighbours = [{frozenset(row) for row in plan if len(row) > 1} for plan in epochs]
     if packed:
         assert all(len(a & b) < len(a) / 4 for a, b in pairwise(neighbours))
-    for plan, other in ((epoch(Rows(make(lengths), 64, packed, seed=s), 1), s) for s in (3, 4)):
+    for plan, other in ((epoch(PackedDataset(make(lengths), 64, packed, seed=s), 1), s) for s in (3, 4)):
         assert (plan == epochs[1]) == (other == 3), "the seed decides, and nothing else"
 
 
 def test_a_row_does_not_depend_on_what_was_asked_before() -> None:
-    rows = Rows(make(np.random.default_rng(2).integers(1, 30, size=100)), 50, True, seed=0)
+    rows = PackedDataset(make(np.random.default_rng(2).integers(1, 30, size=100)), 50, True, seed=0)
     in_order = [rows.row(n) for n in range(4 * len(rows))]
     for n in np.random.default_rng(3).permutation(len(in_order))[:60]:
         assert rows.row(int(n)) == in_order[n]
-        assert Rows(rows.examples, 50, True, seed=0).row(int(n)) == in_order[n]
+        assert PackedDataset(rows.examples, 50, True, seed=0).row(int(n)) == in_order[n]
 
 
 def test_unshuffled_keeps_the_order() -> None:
-    rows = Rows(make([3, 1, 2]), 8, False, seed=0, shuffle=False)
+    rows = PackedDataset(make([3, 1, 2]), 8, False, seed=0, shuffle=False)
     assert epoch(rows, 0) == epoch(rows, 1) == [[0], [1], [2]]
-    packed = Rows(make([3, 1, 2, 7]), 8, True, seed=0, shuffle=False)
+    packed = PackedDataset(make([3, 1, 2, 7]), 8, True, seed=0, shuffle=False)
     assert epoch(packed, 0) == epoch(packed, 5) == [[3, 1], [0, 2]]
 
 
 def test_waste_is_small() -> None:
     """Under 3% of a row is padding, for lengths like Alpaca's: the bulk short, a tail to 400."""
     lengths = (20 + 380 * np.random.default_rng(0).beta(1.2, 4, size=5_000)).astype(int)
-    rows = Rows(make(lengths), 2048, True, seed=0)
+    rows = PackedDataset(make(lengths), 2048, True, seed=0)
     assert lengths.sum() / (len(rows) * 2048) > 0.97
 
 
 def test_batch_of_packed_rows() -> None:
     """Documents are numbered, positions restart, labels stay within their example, padding is document 0 without any."""
-    batch = Rows(make([3, 2, 4]), 8, True, seed=0).batch([[1, 0], [2], []])
+    batch = PackedDataset(make([3, 2, 4]), 8, True, seed=0).batch([[1, 0], [2], []])
     assert batch["tokens"].tolist() == [
         [2000, 2001, 1000, 1001, 1002, 0, 0, 0],
         [3000, 3001, 3002, 3003, 0, 0, 0, 0],
@@ -133,7 +133,7 @@ def test_batch_of_packed_rows() -> None:
 
 
 def test_batch_of_unpacked_rows_is_as_long_as_its_longest() -> None:
-    rows = Rows(make([3, 2, 4]), 8, False, seed=0)
+    rows = PackedDataset(make([3, 2, 4]), 8, False, seed=0)
     assert rows.batch([[1], [0]])["tokens"].tolist() == [[2000, 2001, 0], [1000, 1001, 1002]]
     assert rows.batch([[]])["tokens"].shape == (1, 1) and rows.batch([[]])["documents"].sum() == 0
 
@@ -142,7 +142,7 @@ def test_batch_of_unpacked_rows_is_as_long_as_its_longest() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_share_what_one_process_has(packed: bool, world: int) -> None:
     """Whole steps, a partial last one, and one with fewer rows than ranks: all rows once, as many batches everywhere."""
-    rows = Rows(make(np.random.default_rng(4).integers(1, 20, size=60)), 32, packed, seed=1)
+    rows = PackedDataset(make(np.random.default_rng(4).integers(1, 20, size=60)), 32, packed, seed=1)
     n = len(rows)
     for numbers in (range(12), range(12, 24), range(n - 7, n), range(n - 1, n), range(n - 3, n + 9), range(n)):
         for micro in (1, 2, 4):
@@ -157,24 +157,24 @@ def test_ranks_share_what_one_process_has(packed: bool, world: int) -> None:
 
 
 def test_no_rows_no_batches() -> None:
-    assert list(Rows(make([3]), 8, True, seed=0).batches(range(0), 2)) == []
+    assert list(PackedDataset(make([3]), 8, True, seed=0).batches(range(0), 2)) == []
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_longest_batch(packed: bool) -> None:
     lengths = np.random.default_rng(5).integers(1, 60, size=50)
-    rows = Rows(make(lengths), 64, packed, seed=0)
+    rows = PackedDataset(make(lengths), 64, packed, seed=0)
     batch = rows.longest_batch(4)
     assert (batch["documents"] > 0).sum(1).tolist() == sorted(lengths.tolist(), reverse=True)[:4]
     widest = max(b["tokens"].shape[1] for b in rows.batches(range(len(rows)), 4))
     assert batch["tokens"].shape == (4, widest) == (4, 64 if packed else lengths.max())
-    assert len(Rows(make([3, 1]), 8, packed, seed=0).longest_batch(4)["tokens"]) == 2
+    assert len(PackedDataset(make([3, 1]), 8, packed, seed=0).longest_batch(4)["tokens"]) == 2
 
 
 def test_an_example_longer_than_a_row_cannot_be() -> None:
     """`tokenize` has cut it."""
     with pytest.raises(AssertionError, match=r"9\D+8"):
-        Rows(make([3, 9]), 8, True, seed=0)
+        PackedDataset(make([3, 9]), 8, True, seed=0)
 
 
 @pytest.mark.parametrize("length", [512, 60])
@@ -183,7 +183,7 @@ def test_the_way_from_a_file_to_rows(tokenizer_dir: Path, length: int) -> None:
     config = DataConfig(str(QUICKSTART), max_seq_len=length, max_dropped=1.0)
     train, _, _ = load_data(config, Tokenizer(tokenizer_dir), 0)
     assert (train.statistics["truncated_examples"] > 0) == (length == 60)
-    rows = Rows(train, length, True, seed=0)
+    rows = PackedDataset(train, length, True, seed=0)
     batches = list(rows.batches(range(len(rows)), 3))
     targets = [batch["labels"] != IGNORE for batch in batches]
     assert sum(int(target.sum()) for target in targets) == train.statistics["trained_tokens"] > 0
@@ -198,14 +198,14 @@ def test_quickstart_rows(smollm2: Path) -> None:
     """Its examples have 90 to 102 tokens: five in a row of 512, and a sixth would never fit."""
     train, _, _ = load_data(DataConfig(str(QUICKSTART), max_seq_len=512), Tokenizer(smollm2), 0)
     assert train.table["size"].min() * 6 > 512
-    assert len(Rows(train, 512, True, seed=0)) == 320 / 5
+    assert len(PackedDataset(train, 512, True, seed=0)) == 320 / 5
 
 
-def weighted(sizes: list[int], weights: list[float], **options: bool) -> Rows:
+def weighted(sizes: list[int], weights: list[float], **options: bool) -> PackedDataset:
     """Data sets of so many examples of 1 to 20 tokens each, mixed by weight."""
     data = make(np.random.default_rng(6).integers(1, 21, size=sum(sizes)))
     data.table["set"] = np.repeat(np.arange(len(sizes)), sizes)
-    return Rows(data, 40, options.pop("pack", True), seed=2, weights=weights, **options)
+    return PackedDataset(data, 40, options.pop("pack", True), seed=2, weights=weights, **options)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -237,7 +237,7 @@ def test_weights_that_leave_nothing() -> None:
 def test_rows_are_as_short_as_they_can_be() -> None:
     """Five of 90 to 102 tokens make a row of 512 with 6% padding: shared out evenly, rows of 488 do."""
     lengths = np.random.default_rng(0).integers(90, 103, size=320)
-    rows = Rows(make(lengths), 512, True, seed=0)
+    rows = PackedDataset(make(lengths), 512, True, seed=0)
     assert len(rows) == 64 and rows.length <= 488 and lengths.sum() / (64 * rows.length) > 0.97
     for number in range(3):
         plan = epoch(rows, number)
@@ -252,5 +252,5 @@ def test_rows_are_as_short_as_they_can_be() -> None:
 def test_waste_of_lengths_like_alpacas(capacity: int) -> None:
     """Requirement: under 3% padding at any usual row length."""
     lengths = (20 + 380 * np.random.default_rng(0).beta(1.2, 4, size=20_000)).astype(int).clip(max=capacity)
-    rows = Rows(make(lengths), capacity, True, seed=0)
+    rows = PackedDataset(make(lengths), capacity, True, seed=0)
     assert lengths.sum() / (len(rows) * rows.length) > 0.97

@@ -20,9 +20,9 @@ from two import ROOT, command, run_two, values
 
 from litmini.config.finetune import LoraConfig
 from litmini.config.generate import SamplingConfig
-from litmini.distributed.fsdp import held_bytes, shard, whole
+from litmini.distributed.fsdp import full_tensor, local_bytes, shard
 from litmini.generation.generate import finish_all
-from litmini.generation.sequence import Reply
+from litmini.generation.request import Request
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
 from litmini.methods.lora import LoRALinear
@@ -215,7 +215,7 @@ def gradients_sharded_and_not(names: list[str]) -> dict[str, tuple[int, int]]:
     for name in names:
         expected, plain = gradients(build(name, "cpu"), [0, 1])
         model = shard(build(name, "meta" if rank else "cpu"), mesh)  # only rank 0 has the values
-        held[name] = held_bytes(model)
+        held[name] = local_bytes(model)
         found, ours = gradients(model, [rank])
         dist.all_reduce(found)
         assert_close(found, expected)
@@ -252,13 +252,13 @@ def gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torc
     labels = tokens.roll(-1, 1)
     labels[0, :7] = IGNORE
     finish_all(
-        model.eval(), [Reply(prompt, SamplingConfig(max_new_tokens=2), []) for prompt in ([1, 2, 3], [4])]
+        model.eval(), [Request(prompt, SamplingConfig(max_new_tokens=2), []) for prompt in ([1, 2, 3], [4])]
     )  # gathers and frees the weights, and leaves nothing behind
     model.train()
     losses = [model(tokens[row, None], labels=labels[row, None])[0] for row in rows]
     (sum(losses) * 2 / len(rows) / int((labels != IGNORE).sum())).backward()
     there = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return sum(losses).detach(), {name: whole(gradient) for name, gradient in there.items()}
+    return sum(losses).detach(), {name: full_tensor(gradient) for name, gradient in there.items()}
 
 
 def test_sharded_gradients_equal_plain_ones_in_every_family():

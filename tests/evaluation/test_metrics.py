@@ -12,7 +12,7 @@ import litmini
 from litmini.data.formats import read_examples
 from litmini.errors import UserError
 from litmini.evaluation.lm_eval_harness import log_likelihoods, make_lm, run_tasks
-from litmini.evaluation.metrics import answer_all, exact_match, surprise
+from litmini.evaluation.metrics import answer_all, exact_match, perplexity
 
 TEXT = "Two large mugs to Oslo, please. Regards, Vera. " * 6
 
@@ -26,7 +26,7 @@ def test_perplexity_of_one_window_is_the_loss_of_the_text(loaded):
     model, tokenizer = loaded
     ids = torch.tensor([tokenizer.encode(TEXT)])
     loss = F.cross_entropy(model(ids)[0, :-1].detach(), ids[0, 1:], reduction="sum")
-    found = surprise(model, tokenizer, TEXT, window=ids.shape[1], stride=50)
+    found = perplexity(model, tokenizer, TEXT, window=ids.shape[1], stride=50)
     assert found.n_targets == ids.shape[1] - 1
     assert found.loss_sum == pytest.approx(float(loss), rel=ulps())
     assert found.perplexity == pytest.approx(math.exp(float(loss) / found.n_targets), rel=ulps())
@@ -48,7 +48,7 @@ def test_perplexity_slides(loaded, window, stride):
             for target in range(done + 1, stop):
                 expected -= float(logs[target - 1 - start, ids[target]])
             done = stop - 1
-    found = surprise(model, tokenizer, TEXT, window, stride)
+    found = perplexity(model, tokenizer, TEXT, window, stride)
     assert found.n_targets == len(ids) - 1
     assert found.loss_sum == pytest.approx(expected, rel=ulps())
 
@@ -57,9 +57,9 @@ def test_perplexity_refuses(loaded):
     model, tokenizer = loaded
     for window, stride in ((300, 100), (16, 16), (16, 0)):
         with pytest.raises(UserError, match=rf"window {window} and stride {stride}.*<= 256"):
-            surprise(model, tokenizer, TEXT, window, stride)
+            perplexity(model, tokenizer, TEXT, window, stride)
     with pytest.raises(UserError, match="the text has 0 tokens"):
-        surprise(model, tokenizer, "", 16, 8)
+        perplexity(model, tokenizer, "", 16, 8)
 
 
 def test_exact_match_of_a_file(loaded, tmp_path):

@@ -24,8 +24,8 @@ from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.batch import Batch
 from litmini.generation.generate import finish_all, generate, stream, stream_reply
+from litmini.generation.request import Request
 from litmini.generation.sampling import choose, penalize, probabilities
-from litmini.generation.sequence import Reply
 from litmini.generation.speculative import Draft, DraftModel, PromptLookup
 from litmini.methods.lora import LoRALinear
 from litmini.models import llama
@@ -52,7 +52,7 @@ def random_model(name: str) -> llama.Model:
 def generate_batch(
     model: nn.Module, prompts: list[list[int]], count: int, stops: list[int], **options
 ) -> list[list[int]]:
-    replies = [Reply(prompt, SamplingConfig(max_new_tokens=count, **options), stops) for prompt in prompts]
+    replies = [Request(prompt, SamplingConfig(max_new_tokens=count, **options), stops) for prompt in prompts]
     finish_all(model, replies)
     return [reply.ids for reply in replies]
 
@@ -380,7 +380,7 @@ def test_importing_litmini_imports_nothing_heavy():
 
 
 def drafted(model: nn.Module, prompt: list[int], count: int, draft: Draft, stops: list[int] | None = None) -> list[int]:
-    reply = Reply(prompt, SamplingConfig(max_new_tokens=count), stops or [])
+    reply = Request(prompt, SamplingConfig(max_new_tokens=count), stops or [])
     batch = Batch(model, draft)
     batch.add([reply])
     while batch.replies:
@@ -441,8 +441,8 @@ def test_prompt_lookup_finds_the_latest_occurrence():
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"repetition_penalty": 1.2}])
 def test_a_draft_is_for_plain_greedy_decoding(options):
     with pytest.raises(UserError, match="temperature 0 and without repetition penalty"):
-        Batch(random_model("llama"), PromptLookup(3)).add([Reply([1], SamplingConfig(**options), [])])
-    replies = [Reply([1], SamplingConfig(), []) for _ in range(2)]
+        Batch(random_model("llama"), PromptLookup(3)).add([Request([1], SamplingConfig(**options), [])])
+    replies = [Request([1], SamplingConfig(), []) for _ in range(2)]
     with pytest.raises(UserError, match="one prompt at a time"):
         Batch(random_model("llama"), PromptLookup(3)).add(replies)
 
@@ -455,7 +455,7 @@ def test_replies_that_come_and_go_are_those_of_each_prompt_alone(name):
     model = random_model(name)
     counts = [12, 30, 5, 18]
     alone = [generate_batch(model, [p], n, [])[0] for p, n in zip(PROMPTS, counts, strict=True)]
-    replies = [Reply(p, SamplingConfig(max_new_tokens=n), []) for p, n in zip(PROMPTS, counts, strict=True)]
+    replies = [Request(p, SamplingConfig(max_new_tokens=n), []) for p, n in zip(PROMPTS, counts, strict=True)]
     batch = Batch(model)
     joins = {0: replies[:1], 4: replies[1:3], 15: replies[3:]}
     for step in range(60):
@@ -470,7 +470,7 @@ def test_replies_that_come_and_go_are_those_of_each_prompt_alone(name):
 def test_a_reply_that_is_given_up_leaves_the_others_alone():
     model = random_model("llama")
     alone = [generate_batch(model, [p], 20, [])[0] for p in PROMPTS]
-    replies = [Reply(p, SamplingConfig(max_new_tokens=20), []) for p in PROMPTS]
+    replies = [Request(p, SamplingConfig(max_new_tokens=20), []) for p in PROMPTS]
     batch = Batch(model)
     batch.add(replies)
     for _ in range(5):
@@ -490,7 +490,7 @@ def test_the_cache_is_as_large_as_needed():
         model = random_model(name)
         batch = Batch(model, chunk=8)
         (expected,) = [without_cache(model, PROMPTS[0] * 3, 20)]
-        reply = Reply(PROMPTS[0] * 3, SamplingConfig(max_new_tokens=20), [])
+        reply = Request(PROMPTS[0] * 3, SamplingConfig(max_new_tokens=20), [])
         batch.add([reply])
         sizes[name] = batch.cache[0].keys.shape[2]
         while batch.replies:
@@ -516,7 +516,7 @@ def test_stop_strings_that_span_tokens(tokenizer, stop, shown, finish):
     ids = tokenizer.encode("Two large mugs of tea", special=False)
     assert len(ids) > 6
     sampling = SamplingConfig(max_new_tokens=len(ids), stop=stop)
-    reply = Reply(tokenizer.encode_prompt("Hi"), sampling, tokenizer.stop_ids, tokenizer)
+    reply = Request(tokenizer.encode_prompt("Hi"), sampling, tokenizer.stop_ids, tokenizer)
     pieces = list(stream_reply(saying(tokenizer, "Hi", ids), reply))
     assert "".join(pieces) == reply.text == shown
     assert reply.finish == finish
@@ -527,14 +527,14 @@ def test_stop_strings_that_span_tokens(tokenizer, stop, shown, finish):
 def test_what_may_become_a_stop_string_is_held_back_until_it_does_not(tokenizer):
     ids = tokenizer.encode("ab abc done", special=False)
     sampling = SamplingConfig(max_new_tokens=len(ids), stop=["abd", "abcd"])
-    reply = Reply(tokenizer.encode_prompt("Hi"), sampling, [], tokenizer)
+    reply = Request(tokenizer.encode_prompt("Hi"), sampling, [], tokenizer)
     pieces = list(stream_reply(saying(tokenizer, "Hi", ids), reply))
     assert "".join(pieces) == "ab abc done" and not any(piece.endswith(("ab", "abc")) for piece in pieces)
 
 
 def test_log_probabilities_are_the_models_own():
     model = random_model("llama")
-    plain, sampled = (Reply(PROMPTS[0], SamplingConfig(max_new_tokens=9, logprobs=3, **o), []) for o in ({}, SHARP))
+    plain, sampled = (Request(PROMPTS[0], SamplingConfig(max_new_tokens=9, logprobs=3, **o), []) for o in ({}, SHARP))
     finish_all(model, [plain, sampled])
     for reply in (plain, sampled):
         tokens = torch.tensor([[*PROMPTS[0], *reply.ids]])

@@ -9,7 +9,7 @@ from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
-from litmini.generation.multi_adapter import AdapterBank
+from litmini.generation.multi_adapter import MultiLoRA
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
 
@@ -42,7 +42,7 @@ def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
     base = model(TOKENS)
     alone = {name: litmini.load(tiny_dir, path, dtype="fp32")[0](TOKENS) for name, path in saved.items()}
     alone[None] = base
-    bank = AdapterBank(model)
+    bank = MultiLoRA(model)
     for name, path in saved.items():
         bank.add(name, path)
     assert torch.equal(model(TOKENS), base), "outside of use() it is the base"
@@ -58,7 +58,7 @@ def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
 def test_in_bf16_a_row_is_rounded_as_with_its_adapter_alone(tiny_dir, saved):
     alone = {name: litmini.load(tiny_dir, saved[name], dtype="bf16")[0](TOKENS) for name in ("lora", "dora")}
     model = load_model(tiny_dir, torch.bfloat16)
-    bank = AdapterBank(model)
+    bank = MultiLoRA(model)
     for name in alone:
         bank.add(name, saved[name])
     for name, y in alone.items():
@@ -70,7 +70,7 @@ def test_in_bf16_a_row_is_rounded_as_with_its_adapter_alone(tiny_dir, saved):
 def test_swapped_and_removed_without_a_trace(tiny_dir, saved):
     model = load_model(tiny_dir, torch.float32)
     base, modules = model(TOKENS), dict(model.named_modules())
-    bank = AdapterBank(model)
+    bank = MultiLoRA(model)
     bank.add("one", saved["lora"])
     bank.add("two", saved["dora"])
     with bank.use(["one"] * 4):
@@ -88,7 +88,7 @@ def test_swapped_and_removed_without_a_trace(tiny_dir, saved):
 
 def test_rows_without_a_name_are_an_error(tiny_dir, saved):
     """Not the bare base: whoever serves several customers would not notice."""
-    bank = AdapterBank(load_model(tiny_dir, torch.float32))
+    bank = MultiLoRA(load_model(tiny_dir, torch.float32))
     bank.add("lora", saved["lora"])
     for rows in (["lora"], ["lora"] * 5):
         with bank.use(rows), pytest.raises(UserError, match=rf"{len(rows)} names of adapters for a batch of 4 rows"):
@@ -97,7 +97,7 @@ def test_rows_without_a_name_are_an_error(tiny_dir, saved):
 
 def test_an_adapter_that_does_not_fit_leaves_the_others(tiny_dir, saved, tmp_path):
     model = load_model(tiny_dir, torch.float32)
-    bank = AdapterBank(model)
+    bank = MultiLoRA(model)
     bank.add("good", saved["lora"])
     with pytest.raises(UserError, match="no adapter directory"):
         bank.add("good", tmp_path)

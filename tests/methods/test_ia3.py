@@ -18,7 +18,7 @@ from litmini.checkpoints.load import load_quantized
 from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import Ia3Config, QuantizeConfig
 from litmini.errors import UserError
-from litmini.generation.multi_adapter import AdapterBank
+from litmini.generation.multi_adapter import MultiLoRA
 from litmini.methods.adapters import merge_adapters, restore_adapters
 from litmini.methods.ia3 import add_ia3
 from litmini.models import qwen2
@@ -111,7 +111,7 @@ def test_merged_restored_and_exported(base, tmp_path, bits):
 def test_beside_the_base_in_one_batch(base, tmp_path):
     changed = saved(base, tmp_path / "adapter")
     model = load_model(base, torch.float32)
-    plain, bank = model(TOKENS), AdapterBank(model)
+    plain, bank = model(TOKENS), MultiLoRA(model)
     bank.add("one", tmp_path / "adapter")
     with bank.use([None, "one"]):
         y = model(TOKENS)

@@ -24,7 +24,7 @@ from litmini.methods.adapters import (
     remove_adapters,
     restore_adapters,
 )
-from litmini.methods.base_layer import FullLayer
+from litmini.methods.base_layer import ModulesToSaveLayer
 from litmini.methods.dora import DoRALinear
 from litmini.methods.lora import LoRALinear, PiSSALinear
 from litmini.methods.nf4 import NF4Linear
@@ -117,7 +117,7 @@ def test_from_peft_to_us_with_equal_gradients_and_counts(tiny_dir, tmp_path, met
     gradients = {n: p.grad for n, p in reference.named_parameters() if p.requires_grad}
     compared = 0
     for name, module in adapters(model).items():
-        if isinstance(module, FullLayer):
+        if isinstance(module, ModulesToSaveLayer):
             pairs = {f"modules_to_save.default.{n}": p.grad for n, p in module.full.named_parameters()}
         else:
             pairs = {f"{kind}.default.weight": getattr(module, kind).grad for kind in module.saved()[1]}
@@ -347,7 +347,7 @@ def test_optimizer_and_gradient_memory_is_of_what_is_trained_only(tiny_dir):
 def test_counts_of_adapters(tiny_dir):
     model, _ = ours(tiny_dir, {"modules_to_save": ["lm_head"]}, DoRALinear)
     assert sum(isinstance(m, LoRALinear) for m in adapters(model).values()) == 6
-    assert sum(isinstance(m, FullLayer) for m in adapters(model).values()) == 1
+    assert sum(isinstance(m, ModulesToSaveLayer) for m in adapters(model).values()) == 1
 
 
 @pytest.mark.parametrize("family", [mixtral, qwen3_moe], ids=["mixtral", "qwen3_moe"])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from litmini.methods.base_layer import FullLayer
+from litmini.methods.base_layer import ModulesToSaveLayer
 from litmini.methods.dora import DoRALinear
 from litmini.methods.lora import LoRALinear
-from litmini.ops.rounding import spread, stochastic_round
+from litmini.ops.rounding import dither, stochastic_round
 
 
 def on_grid(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -21,20 +21,20 @@ def on_grid(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 def test_spread_weights_round_to_what_they_were(dtype):
     weight = on_grid(dtype, 200, 300)
     moved = nn.Parameter(weight.clone())
-    spread([moved], dtype)
+    dither([moved], dtype)
     assert torch.equal(moved.to(dtype), weight.to(dtype))
     assert torch.equal(moved[weight == 0], weight[weight == 0])
     assert (moved != weight)[2:].float().mean() > 0.99
     again = nn.Parameter(weight.clone())
-    spread([again], dtype)
+    dither([again], dtype)
     assert torch.equal(again, moved), "the same on every rank"
-    spread([again], dtype)
+    dither([again], dtype)
     assert torch.equal(again, moved), "weights that are not on the grid stay"
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.7, -0.3])
 def test_the_mean_of_a_small_update_is_right(share):
-    """Without `spread`, bf16 sees nothing of an update of less than half the spacing, and then all of it."""
+    """Without `dither`, bf16 sees nothing of an update of less than half the spacing, and then all of it."""
     weight = on_grid(torch.bfloat16, 400, 500)[2:]
     spacing = 2.0 ** (torch.frexp(weight).exponent - 8)
 
@@ -42,7 +42,7 @@ def test_the_mean_of_a_small_update_is_right(share):
         return (((start + share * spacing).bfloat16().float() - weight) / spacing).mean().item()
 
     assert seen(weight) == pytest.approx(float(abs(share) > 0.5), abs=0.01)
-    spread([moved := nn.Parameter(weight.clone())], torch.bfloat16)
+    dither([moved := nn.Parameter(weight.clone())], torch.bfloat16)
     assert seen(moved) == pytest.approx(share, abs=0.01)
 
 
@@ -50,16 +50,16 @@ def test_only_trained_matrices_in_fp32_are_spread():
     """Biases and norms are not cast; weights in bf16 have no room."""
     ones, half, plain = (nn.Parameter(x) for x in (torch.ones(8), torch.ones(8, 8).bfloat16(), torch.ones(8, 8)))
     frozen = torch.ones(8, 8)
-    spread([ones, half, frozen], torch.bfloat16)
-    spread([plain], torch.float32)
+    dither([ones, half, frozen], torch.bfloat16)
+    dither([plain], torch.float32)
     assert all(torch.equal(x, torch.ones_like(x)) for x in (ones, half, plain, frozen))
 
 
 def test_a_layer_in_full_beside_adapters_is_spread():
     base = nn.Linear(64, 32).bfloat16()
-    layer, x = FullLayer(base), torch.randn(5, 64).bfloat16()
+    layer, x = ModulesToSaveLayer(base), torch.randn(5, 64).bfloat16()
     before = [p.clone() for p in base.parameters()]
-    spread(layer.parameters(), torch.bfloat16)
+    dither(layer.parameters(), torch.bfloat16)
     assert torch.equal(layer(x), base(x))
     assert not torch.equal(layer.full.weight, base.weight.float())
     assert torch.equal(layer.merge().weight, base.weight)

@@ -27,7 +27,7 @@ from litmini.checkpoints.safetensors_io import read_tensors, shards
 from litmini.config.finetune import DataConfig, FinetuneLoraConfig
 from litmini.config.training import TrainConfig
 from litmini.errors import UserError
-from litmini.files import Background, read_json, write_aside, write_json
+from litmini.files import Background, read_json, write_atomically, write_json
 from litmini.models import llama
 from litmini.runs.run import Run, read_metrics, read_samples
 from litmini.runs.training_state import load_state
@@ -235,9 +235,9 @@ def test_resuming_a_run_that_saved_nothing_says_so(start, capfd):
 
 def test_one_directory_is_written_by_one_process(start, tmp_path):
     run, _, _ = start()
-    with write_aside(tmp_path / "x") as aside:
+    with write_atomically(tmp_path / "x") as aside:
         (aside / "a").write_text("ours")
-        others = [lambda: write_aside(tmp_path / "x").__enter__(), lambda: files.hold(run.directory)]
+        others = [lambda: write_atomically(tmp_path / "x").__enter__(), lambda: files.hold(run.directory)]
         for other in others:
 
             def refused(other=other):
@@ -314,7 +314,7 @@ def test_weights_that_are_nan_end_a_run_that_skips(poisoned, tmp_path, monkeypat
 
 def test_the_best_step_is_saved_when_it_is_found(tiny_dir, tmp_path, monkeypatch, capfd):
     held_out = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before, after steps 1 to 4, after the run
-    monkeypatch.setattr(setup, "held_out_loss", lambda *_: next(held_out))
+    monkeypatch.setattr(setup, "validation_loss", lambda *_: next(held_out))
     words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 1, "--train.keep_best", "true"]
     assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--train.max_steps", 5)[0] == 0
     assert [p.name for p in sorted((tmp_path / "run").glob("step-*"))] == ["step-000001", "step-000002"]

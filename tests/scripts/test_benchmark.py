@@ -52,7 +52,7 @@ def test_the_command_compares_the_same_work(tmp_path, tiny_dir, monkeypatch, cap
         assert row["real_tokens_per_second"] > 0 and row["peak_memory_mib"] > 100 and 0 < row["mfu"] < 1
         assert 0.5 < row["seconds_to_first_step"] < 100 and row["versions"]["torch"] and row["same_losses"]
     one, other = rows.values()
-    for name in ("loss_start", "loss_end", "held_out_loss", "held_out_loss_bf16"):
+    for name in ("loss_start", "loss_end", "validation_loss", "held_out_loss_bf16"):
         assert one[name] == pytest.approx(other[name], abs=0.01)  # adapters start at random
     assert "| lora | litmini | fp32 |" in said.out and (tmp_path / "out/chart.png").stat().st_size > 5_000
 
@@ -74,7 +74,7 @@ def result(
         "losses": [loss] * 4,
         "seconds_to_first_step": 1.0,
         "peak_memory_mib": 100.0,
-        "held_out_loss": held_out,
+        "validation_loss": held_out,
         "product_rate": rate,
         "versions": {},
         "hardware": {"cpu": "a", "device": "cpu", "threads": 1},

@@ -21,7 +21,7 @@ import litmini
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.generation.batch import Batch
-from litmini.generation.sequence import Reply
+from litmini.generation.request import Request
 from litmini.methods.adapters import add_adapters
 from litmini.models import llama
 from litmini.tokenizer import Tokenizer
@@ -230,7 +230,7 @@ def test_chat_answers_mistakes_and_goes_on(base, tmp_path, monkeypatch, capsys):
 
 
 def test_an_answer_that_is_interrupted_stays_in_the_conversation(base, tmp_path, monkeypatch, capsys):
-    def interrupted(model: nn.Module, reply: Reply):
+    def interrupted(model: nn.Module, reply: Request):
         batch = Batch(model)
         batch.add([reply])
         for _ in range(4):

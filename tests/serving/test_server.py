@@ -20,8 +20,8 @@ from litmini.checkpoints.peft import save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.config.generate import SamplingConfig
 from litmini.generation.generate import finish_all
-from litmini.generation.multi_adapter import AdapterBank
-from litmini.generation.sequence import Reply
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
 from litmini.methods.adapters import add_adapters
 from litmini.serving.engine import Busy, Engine, Job
 from litmini.serving.server import Limits, Server, make_app
@@ -78,7 +78,7 @@ def models(base, adapter, tiny_dir) -> dict[str, tuple[nn.Module, Tokenizer]]:
 def server(tiny_dir, adapter):
     """A base, and an adapter on the same weights."""
     model, tokenizer = litmini.load(tiny_dir, dtype="fp32")
-    bank = AdapterBank(model)
+    bank = MultiLoRA(model)
     bank.add("orders", adapter)
     return Server(model, {"tiny": tokenizer, "orders": tokenizer}, LIMITS, None, bank)
 
@@ -95,8 +95,8 @@ def client(address):
         yield client
 
 
-def alone(model: nn.Module, tokenizer: Tokenizer, prompt: list[int], **options) -> Reply:
-    reply = Reply(prompt, SamplingConfig(**options), tokenizer.stop_ids, tokenizer)
+def alone(model: nn.Module, tokenizer: Tokenizer, prompt: list[int], **options) -> Request:
+    reply = Request(prompt, SamplingConfig(**options), tokenizer.stop_ids, tokenizer)
     finish_all(model, [reply])
     return reply
 
@@ -330,7 +330,7 @@ def test_an_engine_stops_with_work_in_hand(base):
     before = threading.active_count()
     engine = Engine(model, None, 2, 10)
     started = threading.Event()
-    replies = [Reply([1, 2], SamplingConfig(max_new_tokens=200, ignore_eos=True), []) for _ in range(4)]
+    replies = [Request([1, 2], SamplingConfig(max_new_tokens=200, ignore_eos=True), []) for _ in range(4)]
     engine.submit([Job(reply, started.set) for reply in replies])
     assert started.wait(10)
     engine.close()
@@ -344,7 +344,7 @@ def test_a_cancelled_job_leaves_the_queue_at_once(base):
     stepping, go_on = threading.Event(), threading.Event()
     engine = Engine(model, None, 1, 2)
     step, engine.batch.step = engine.batch.step, lambda: (stepping.set(), go_on.wait(10), step())
-    jobs = [Job(Reply([1, 2], SamplingConfig(max_new_tokens=2), []), lambda: None) for _ in range(4)]
+    jobs = [Job(Request([1, 2], SamplingConfig(max_new_tokens=2), []), lambda: None) for _ in range(4)]
     engine.submit(jobs[:1])
     assert stepping.wait(10)
     engine.submit(jobs[1:3])

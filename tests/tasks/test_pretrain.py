@@ -36,7 +36,7 @@ from litmini.training.loop import Progress
 from litmini.training.optimizer import learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[2]
-OWN_FILE = ROOT / "config_hub/pretrain/llama_gelu.py"
+OWN_FILE = ROOT / "scripts/examples/llama_gelu.py"
 CONFIGS = sorted((ROOT / "config_hub/pretrain").glob("*.yaml"))
 
 
@@ -503,7 +503,7 @@ def test_runs_in_one_picture(place, whole):
 
 def test_the_benchmark_trains_the_same_model_twice(place):
     words = settings(place, "benchmark", "--train.max_steps", 40, "--train.micro_batch_size", 6, model="gpt2/tiny")
-    shown = run("../config_hub/pretrain/benchmark.py", *words)
+    shown = run("../scripts/bench/pretraining.py", *words)
     sides = re.findall(r"(litmini|plain) +([\d,]+) parameters, .* held-out loss ([\d.]+)", shown)
     assert [side[0] for side in sides] == ["litmini", "plain"] and sides[0][1] == sides[1][1]
     assert float(sides[0][2]) == pytest.approx(float(sides[1][2]), abs=0.5) and float(sides[0][2]) < 5

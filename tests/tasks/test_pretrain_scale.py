@@ -21,8 +21,8 @@ from two import ROOT, command, run_two, values
 
 from litmini.data.pretrain.read_shards import Corpus
 from litmini.data.pretrain.text import find_sources
-from litmini.data.pretrain.tokenize import Recipe
-from litmini.data.pretrain.windows import Windows
+from litmini.data.pretrain.tokenize import TokenizerSpec
+from litmini.data.pretrain.windows import TokenWindows
 from litmini.data.pretrain.write_shards import prepare
 from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def place(tmp_path_factory, tokenizer_dir):
     lines = (ROOT / "config_hub/quickstart/train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["messages"][0]["content"] for line in lines[:60]]
     (place / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    recipe = Recipe((tokenizer_dir / "tokenizer.json").read_text(), [], 2, val_fraction=0.3, shard_tokens=500)
+    recipe = TokenizerSpec((tokenizer_dir / "tokenizer.json").read_text(), [], 2, val_fraction=0.3, shard_tokens=500)
     sources = find_sources([str(place / "a.jsonl")])
     prepare(sources, recipe, place / "corpus", 1, Tokenizer(tokenizer_dir).save, say=lambda text: None)
     return place
@@ -56,7 +56,7 @@ def words(place, name, *more):
 
 def logged(rows_file, *arguments):
     """pretrain.py, noting each row that is trained on, of this process."""
-    batch = Windows.batch
+    batch = TokenWindows.batch
 
     def noting(self, rows):
         if self.split == "train":
@@ -65,7 +65,7 @@ def logged(rows_file, *arguments):
         return batch(self, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Windows, "batch", noting)
+        patch.setattr(TokenWindows, "batch", noting)
         command("pretrain", *arguments)
 
 
@@ -303,9 +303,9 @@ def test_rows_of_a_remote_corpus_are_those_of_the_local_one(place, remote, monke
         fetched[path.rsplit(".")[-1]] += 1 if path.endswith(".bin") else 0
         return fetch(self, path, start, end)
 
-    ours, ahead = Windows([Corpus(place / "corpus")], "train", 32, 3), []
+    ours, ahead = TokenWindows([Corpus(place / "corpus")], "train", 32, 3), []
     monkeypatch.setattr(type(remote), "cat_file", counting)
-    theirs = Windows([Corpus("memory://bucket/corpus/")], "train", 32, 3)
+    theirs = TokenWindows([Corpus("memory://bucket/corpus/")], "train", 32, 3)
     assert not fetched["bin"]
     (store,) = {shard.store for shard in theirs.shards[0]}
     for step in range(12):
@@ -316,14 +316,14 @@ def test_rows_of_a_remote_corpus_are_those_of_the_local_one(place, remote, monke
         assert fetched["bin"] <= 5 * (step + 2)  # each row once, at most: these rows are short, and share pages
     assert 0 < max(ahead) <= 5
     assert not list(store.directory.glob("*.bin"))
-    held_out = Windows([Corpus("memory://bucket/corpus")], "val", 32, 0)
+    held_out = TokenWindows([Corpus("memory://bucket/corpus")], "val", 32, 0)
     list(held_out.batches(range(len(held_out)), 2))
     assert not held_out.shards[0][0].store._coming
 
 
 def test_damage_in_object_storage_is_named(place, remote):
     def rows():
-        windows = Windows([Corpus("memory://bucket/corpus")], "train", 32, 3)
+        windows = TokenWindows([Corpus("memory://bucket/corpus")], "train", 32, 3)
         return list(windows.batches(range(len(windows)), 8))
 
     def refused(message):

@@ -57,7 +57,7 @@ def run(tiny_dir, tmp_path, monkeypatch, capfd):
 def test_the_longest_batch_runs_first_where_lengths_differ(run, monkeypatch):
     """Requirement 10."""
     seen = []
-    monkeypatch.setattr(setup, "rehearse", lambda *words: seen.append(words[-1]["tokens"].shape[1]))
+    monkeypatch.setattr(setup, "memory_warmup", lambda *words: seen.append(words[-1]["tokens"].shape[1]))
     assert run("finetune_lora", "packed")[0] == 0
     assert seen == []
     assert run("finetune_lora", "unpacked", "--data.pack", "false")[0] == 0

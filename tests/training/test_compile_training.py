@@ -21,7 +21,7 @@ from litmini.models import gemma2, llama, mixtral, qwen3_moe
 from litmini.ops import attention
 from litmini.tasks import setup
 from litmini.training import compile as training_compile
-from litmini.training.compile import WORTH, compilable, compile_training, pays
+from litmini.training.compile import COMPILE_THRESHOLD, compilable, compile_training, is_worth_compiling
 from litmini.training.low_memory import checkpoint_activations
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -60,15 +60,17 @@ def test_stacked_experts_compile_in_bf16_alone(family):
 
 def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     cpu = torch.device("cpu")
-    assert not pays(0.9 * WORTH["cpu"], cpu) and pays(WORTH["cpu"], cpu)
-    assert not pays(1e30, torch.device("mps"))  # nobody has measured it there
+    assert not is_worth_compiling(0.9 * COMPILE_THRESHOLD["cpu"], cpu)
+    assert is_worth_compiling(COMPILE_THRESHOLD["cpu"], cpu)
+    assert not is_worth_compiling(1e30, torch.device("mps"))  # nobody has measured it there
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not pays(1e30, cpu)
+    assert not is_worth_compiling(1e30, cpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(training_compile.importlib.util, "find_spec", lambda name: name == "triton" or None)
-    assert pays(WORTH["cuda"], torch.device("cuda")) and not pays(0.9 * WORTH["cuda"], torch.device("cuda"))
+    assert is_worth_compiling(COMPILE_THRESHOLD["cuda"], torch.device("cuda"))
+    assert not is_worth_compiling(0.9 * COMPILE_THRESHOLD["cuda"], torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    assert not pays(1e30, torch.device("cuda"))  # torch.compile would refuse it
+    assert not is_worth_compiling(1e30, torch.device("cuda"))  # torch.compile would refuse it
 
 
 def test_auto_counts_the_rows_that_there_are():
@@ -98,7 +100,7 @@ def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_pa
     data, out, made = tmp_path / "data.jsonl", tmp_path / "out", []
     data.write_text("".join(json.dumps({"prompt": "Hi", "completion": f"Ho {i}"}) + "\n" for i in range(8)))
     monkeypatch.setattr(setup, "compile_training", lambda model, dtype: made.append(model))
-    monkeypatch.setitem(WORTH, "cpu", worth)
+    monkeypatch.setitem(COMPILE_THRESHOLD, "cpu", worth)
     words = ["--checkpoint_dir", tiny_dir, "--data.path", data, "--out_dir", out, "--data.max_seq_len=64"]
     words += ["--compile=auto", "--train.epochs=4", "--train.save_every=1", "--eval.samples=0"]
     said = [run("finetune_lora.py", *words)]

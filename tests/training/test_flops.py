@@ -8,7 +8,7 @@ from litmini.config.finetune import LoraConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import gpt2, llama, mixtral
-from litmini.training.flops import Meter, peak_flops, peak_memory_mib
+from litmini.training.flops import Throughput, peak_flops, peak_memory_mib
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def counted(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> int:
 
 
 def without_attention(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> float:
-    meter = Meter(model, CPU, torch.float32)
+    meter = Throughput(model, CPU, torch.float32)
     keys = 24 * 25 // 2 + 12 * 13 // 2 + 8 * 9 // 2
     config = model.config
     assert meter.per_key == 3 * 4 * config.n_layers * config.n_heads * config.head_dim
@@ -52,7 +52,7 @@ def test_flops_of_full_training_are_those_that_torch_counts(family) -> None:
     data = no_padding(batch())
     model = family.Model(family.PRESETS["tiny"])
     model.init_weights()
-    extra = 4 * 5 // 2 * Meter(model, CPU, torch.float32).per_key
+    extra = 4 * 5 // 2 * Throughput(model, CPU, torch.float32).per_key
     assert without_attention(model, data) - extra == counted(model, data)
 
 
@@ -64,7 +64,7 @@ def test_flops_of_adapters() -> None:
     full = without_attention(model, data)
     add_adapters(model, LoraConfig(rank=4))
     ours, theirs = (
-        without_attention(model, data) - 4 * 5 // 2 * Meter(model, CPU, torch.float32).per_key,
+        without_attention(model, data) - 4 * 5 // 2 * Throughput(model, CPU, torch.float32).per_key,
         counted(model, data),
     )
     layers = model.config.n_layers
@@ -75,10 +75,10 @@ def test_stored_in_4_bits_a_matrix_is_as_large() -> None:
     model = mixtral.Model(mixtral.PRESETS["tiny"])
     model.init_weights()
     model.requires_grad_(False)
-    before = Meter(model, CPU, torch.float32)
+    before = Throughput(model, CPU, torch.float32)
     quantize_linears(model)
     assert sum(type(module).__name__ == "NF4Linear" for module in model.modules()) > 4
-    after = Meter(model, CPU, torch.float32)
+    after = Throughput(model, CPU, torch.float32)
     assert (after.per_token, after.per_target) == (before.per_token, before.per_target)
 
 
@@ -90,16 +90,16 @@ def test_only_the_experts_that_a_token_goes_to_count() -> None:
         p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "lm_head" not in n
     )
     share = config.n_active / config.n_experts
-    assert Meter(model, CPU, torch.float32).per_token == 6 * (matrices + experts * share)
+    assert Throughput(model, CPU, torch.float32).per_token == 6 * (matrices + experts * share)
     before = 4 * (matrices + experts * share)
     add_adapters(model, LoraConfig(rank=4, targets=["gate_up_proj"]))  # of each expert one
     added = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 3)
-    assert added > 0 and Meter(model, CPU, torch.float32).per_token == before + 6 * added * share
+    assert added > 0 and Throughput(model, CPU, torch.float32).per_token == before + 6 * added * share
 
 
 def test_padding_and_rows_without_a_target_cost_nothing() -> None:
     model = llama.Model(llama.PRESETS["tiny"])
-    meter = Meter(model, CPU, torch.float32)
+    meter = Throughput(model, CPU, torch.float32)
     one, other = batch(), batch()
     other["tokens"] = torch.cat([one["tokens"], torch.zeros(2, 8, dtype=torch.int64)], 1)
     for name, filler in (("labels", -100), ("documents", 0), ("positions", 0)):
@@ -110,7 +110,7 @@ def test_padding_and_rows_without_a_target_cost_nothing() -> None:
 
 
 def test_mfu_is_flops_by_time_by_peak() -> None:
-    meter = Meter(llama.Model(llama.PRESETS["tiny"]), CPU, torch.float32)
+    meter = Throughput(llama.Model(llama.PRESETS["tiny"]), CPU, torch.float32)
     meter.peak = 1e9
     flops = meter.flops([batch()])
     assert meter([batch()], 0.5)["mfu"] == pytest.approx(flops / 0.5 / 1e9)

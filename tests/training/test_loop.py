@@ -25,7 +25,7 @@ from litmini.methods.adapters import add_adapters
 from litmini.methods.lora import LoRALinear
 from litmini.models import llama
 from litmini.ops.cross_entropy import IGNORE
-from litmini.training.loop import Progress, evaluate, fit, rehearse
+from litmini.training.loop import Progress, evaluate, fit, memory_warmup
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.optimizer import learning_rate, make_optimizer
 
@@ -194,7 +194,7 @@ def test_rehearsal_leaves_no_trace(fabric):
         model = add_lora(tiny_model(), dropout=0.3)
         wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
         if rehearsed:
-            rehearse(fabric, wrapped, optimizer, ragged(4))
+            memory_warmup(fabric, wrapped, optimizer, ragged(4))
             assert all(p.grad is None for p in model.parameters())
         fit(fabric, wrapped, optimizer, lambda s: [ragged(4)], lambda s: 1e-2, 2, TrainConfig(), Progress(), 0, id, id)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

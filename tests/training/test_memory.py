@@ -12,7 +12,7 @@ from litmini.config.training import OptimConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import llama, mixtral
-from litmini.training.gpus import CARDS, GIB, Traffic, compare, fitting, share, tokens_per_day, traffic
+from litmini.training.gpus import CARDS, GIB, Traffic, communication_volume, compare, fitting, share, tokens_per_day
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Memory, _Ledger, estimate, full_rows, optimizer_bytes
 from litmini.training.optimizer import make_optimizer
@@ -163,12 +163,12 @@ def test_what_gpus_send_to_each_other():
     model = torch.nn.Sequential(torch.nn.Linear(100, 100, bias=False), torch.nn.Linear(100, 100, bias=False))
     model[0].requires_grad_(False)
     trained, all_ = 40_000, 80_000
-    assert traffic(model, "ddp", 8, 1) == Traffic((0, 0), (2 * trained * 7 / 8, 0))
-    assert traffic(model, "ddp", 8, 2) == Traffic((0, 0), (0, 2 * trained * 15 / 16))
-    assert traffic(model, "fsdp", 8, 1) == Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 0))
-    assert traffic(model, "fsdp", 8, 2) == Traffic((0, (2 * all_ + trained) * 15 / 16), (0, 0))
+    assert communication_volume(model, "ddp", 8, 1) == Traffic((0, 0), (2 * trained * 7 / 8, 0))
+    assert communication_volume(model, "ddp", 8, 2) == Traffic((0, 0), (0, 2 * trained * 15 / 16))
+    assert communication_volume(model, "fsdp", 8, 1) == Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 0))
+    assert communication_volume(model, "fsdp", 8, 2) == Traffic((0, (2 * all_ + trained) * 15 / 16), (0, 0))
     hsdp = Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 2 * trained / 8 / 2))
-    assert traffic(model, "hsdp", 8, 2) == hsdp
+    assert communication_volume(model, "hsdp", 8, 2) == hsdp
     said = compare(Traffic((4e9, 0), (0, 1e9)), 989e12 / 1000, 500, 2, 0.5, (8e9, 1e9))
     assert "sends 8.0 GB inside of a node: 1 s at 8 GB/s" in said and "sends 1.0 GB between nodes: 1 s at 1" in said
     assert "computes 2 s (H100), which does not hide that: a step has 1,000 tokens for each, 1,000 would do" in said

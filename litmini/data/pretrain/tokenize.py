@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TokenizerSpec:
     """Everything but the text that the tokens depend on."""
 
     tokenizer: str
@@ -59,7 +59,7 @@ def tokenizer_hash(text: str) -> str:
 class Encoder:
     """Tokenises pieces, in one thread. Text that spells a special token is text: only documents' ends are ends."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: TokenizerSpec) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process of its own
         self.fast = FastTokenizer.from_str(recipe.tokenizer)
         self.fast.no_truncation()
@@ -85,7 +85,7 @@ class Encoder:
 _encoder: Encoder
 
 
-def _start_process(recipe: Recipe) -> None:
+def _start_process(recipe: TokenizerSpec) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -105,7 +105,7 @@ def _encode(pieces: list[tuple[Piece, bool]]) -> list[bytes]:
 
 
 def encode_all(
-    batches: Iterable[tuple[list[tuple[Piece, bool]], T]], recipe: Recipe, workers: int
+    batches: Iterable[tuple[list[tuple[Piece, bool]], T]], recipe: TokenizerSpec, workers: int
 ) -> Iterator[tuple[T, list[bytes]]]:
     """Tokenise batches, in order; a few for each process are under way at a time.
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from litmini.data.pretrain.text import Source, read_pieces
 from litmini.errors import UserError
-from litmini.files import write_aside, write_json
+from litmini.files import write_atomically, write_json
 
 END = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -79,7 +79,7 @@ def write_tokenizer(fast: Tokenizer, out_dir: str | Path) -> Path:
     target = Path(out_dir)
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
-    with write_aside(target) as aside:
+    with write_atomically(target) as aside:
         fast.save(str(aside / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -21,7 +21,7 @@ BLOCK = 4096
 ROUNDS = 8
 
 
-class Windows:
+class TokenWindows:
     """Rows of `length` tokens cut out of corpora, side by side, shuffled anew each epoch.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from litmini.data.pretrain.text import Piece, Source, read_pieces
-from litmini.data.pretrain.tokenize import SPLITS, Encoder, Recipe, encode_all, tokenizer_hash
+from litmini.data.pretrain.tokenize import SPLITS, Encoder, TokenizerSpec, encode_all, tokenizer_hash
 from litmini.errors import UserError
 from litmini.files import file_hash, hold, read_json, write_json
 
@@ -114,7 +114,7 @@ class Counts:
 
 def prepare(
     sources: list[Source],
-    recipe: Recipe,
+    recipe: TokenizerSpec,
     directory: Path,
     workers: int,
     save_tokenizer: Callable[[Path], None],
@@ -223,7 +223,7 @@ def _check(counts: Counts, splits: list[Shards], max_empty: float, directory: Pa
 Batch = tuple[list[tuple[Piece, bool]], tuple[list[int], Counts]]
 
 
-def _batches(sources: list[Source], recipe: Recipe, counts: Counts) -> Iterator[Batch]:
+def _batches(sources: list[Source], recipe: TokenizerSpec, counts: Counts) -> Iterator[Batch]:
     """What follows after `counts`, in parts of about `BATCH` characters: pieces, documents of each split, counts then."""
     pieces: list[tuple[Piece, bool]] = []
     documents, size = [0, 0], 0

@@ -11,9 +11,9 @@ from numerics import ulps
 
 from litmini.data.pretrain.read_shards import Corpus, Shard
 from litmini.data.pretrain.text import find_sources
-from litmini.data.pretrain.tokenize import Recipe
+from litmini.data.pretrain.tokenize import TokenizerSpec
 from litmini.data.pretrain.train_tokenizer import train_tokenizer
-from litmini.data.pretrain.windows import BLOCK, Windows, permute
+from litmini.data.pretrain.windows import BLOCK, TokenWindows, permute
 from litmini.data.pretrain.write_shards import prepare
 from litmini.errors import UserError
 from litmini.models import llama
@@ -28,7 +28,7 @@ def make(directory, texts, **changes):
     (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(
         find_sources([str(directory / "a.jsonl")]),
-        Recipe(fast.to_str(), [], 0, **changes),
+        TokenizerSpec(fast.to_str(), [], 0, **changes),
         directory / "tokens",
         1,
         lambda path: (path / "tokenizer.json").write_text(fast.to_str()),
@@ -79,7 +79,7 @@ def test_the_order_never_changes():
 
 
 def test_an_epoch_has_every_row_once(directory):
-    windows = Windows([Corpus(directory)], "train", LENGTH, seed=3)
+    windows = TokenWindows([Corpus(directory)], "train", LENGTH, seed=3)
     parts = [t[: (len(t) - 1) // LENGTH * LENGTH].reshape(-1, LENGTH) for t in all_tokens(directory)]
     rows = {tuple(row) for part in parts for row in part.tolist()}
     assert len(windows) == len(rows) == sum(map(len, parts))
@@ -91,13 +91,13 @@ def test_an_epoch_has_every_row_once(directory):
         epochs.append(found)
     assert epochs[0] != epochs[1]
     assert sorted(epochs[0]) != epochs[0]
-    again = Windows([Corpus(directory)], "train", LENGTH, seed=3)
+    again = TokenWindows([Corpus(directory)], "train", LENGTH, seed=3)
     assert again.batch([5, len(windows) + 5])["tokens"].tolist() == [list(epochs[0][5]), list(epochs[1][5])]
     assert again.epochs(3 * len(windows)) == [3.0]
 
 
 def test_labels_are_the_next_tokens(directory):
-    windows = Windows([Corpus(directory)], "train", LENGTH, seed=3)
+    windows = TokenWindows([Corpus(directory)], "train", LENGTH, seed=3)
     batch = windows.batch([0, 1, 2])
     assert batch.keys() == {"tokens", "labels"} and batch["tokens"].dtype == torch.int64
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
@@ -108,11 +108,13 @@ def test_labels_are_the_next_tokens(directory):
 
 
 def test_ranks_share_the_rows_and_read_no_others(directory, monkeypatch):
-    whole = torch.cat([b["tokens"] for b in Windows([Corpus(directory)], "train", LENGTH, 3).batches(range(10, 23), 4)])
+    whole = torch.cat(
+        [b["tokens"] for b in TokenWindows([Corpus(directory)], "train", LENGTH, 3).batches(range(10, 23), 4)]
+    )
     for world in (2, 3):
         rows = {}
         for rank in range(world):
-            windows, reads = Windows([Corpus(directory)], "train", LENGTH, 3), []
+            windows, reads = TokenWindows([Corpus(directory)], "train", LENGTH, 3), []
             read = Shard.read
             with monkeypatch.context() as patch:
                 patch.setattr(Shard, "read", lambda s, *a, seen=reads, real=read: seen.append(a) or real(s, *a))
@@ -130,7 +132,7 @@ def test_ranks_share_the_rows_and_read_no_others(directory, monkeypatch):
 def test_a_mixture_has_its_shares_in_every_block(tmp_path, directory):
     other = make(tmp_path / "other", ["x" * 2000] * 2)
     corpora = [Corpus(directory), Corpus(other)]
-    windows = Windows(corpora, "train", LENGTH, seed=1, weights=[3.0, 1.0])
+    windows = TokenWindows(corpora, "train", LENGTH, seed=1, weights=[3.0, 1.0])
     for block in (0, 2):
         from_other = [windows.place(row)[0].file.parent == other for row in range(block * BLOCK, (block + 1) * BLOCK)]
         assert sum(from_other) == BLOCK // 4
@@ -141,15 +143,15 @@ def test_a_mixture_has_its_shares_in_every_block(tmp_path, directory):
     for epoch in range(3):  # each corpus has epochs of its own
         assert sorted(starts[epoch * count : (epoch + 1) * count]) == [i * LENGTH for i in range(count)]
     assert windows.epochs(4 * BLOCK)[1] == pytest.approx(BLOCK / count)
-    together = Windows(corpora, "train", LENGTH, seed=1)
+    together = TokenWindows(corpora, "train", LENGTH, seed=1)
     assert len(together) == len(windows) == windows.count
     with pytest.raises(UserError, match="less than 1 of 4096 rows"):
-        Windows(corpora, "train", LENGTH, seed=1, weights=[1e6, 1.0])
+        TokenWindows(corpora, "train", LENGTH, seed=1, weights=[1e6, 1.0])
 
 
 def test_isolated_documents(directory):
     """The loss of a row is that of its documents one by one; what ends one does not predict the next."""
-    windows = Windows([Corpus(directory)], "train", LENGTH, seed=3, isolate=True)
+    windows = TokenWindows([Corpus(directory)], "train", LENGTH, seed=3, isolate=True)
     batch = windows.batch([*range(12)])
     torch.manual_seed(0)
     model = llama.Model(llama.PRESETS["tiny"])
@@ -157,7 +159,7 @@ def test_isolated_documents(directory):
     with torch.no_grad():
         loss, count = model(**batch)
     expected, targets = 0.0, 0
-    plain = Windows([Corpus(directory)], "train", LENGTH, seed=3).batch([*range(12)])
+    plain = TokenWindows([Corpus(directory)], "train", LENGTH, seed=3).batch([*range(12)])
     for tokens, labels in zip(batch["tokens"].tolist(), plain["labels"].tolist(), strict=True):
         document: list[int] = []
         for token in [*tokens, labels[-1], None]:
@@ -182,11 +184,11 @@ def alone(model, document):
 
 
 def test_a_limit_takes_a_sample_of_the_rows(directory):
-    whole = Windows([Corpus(directory)], "val", LENGTH, 0)
-    some = Windows([Corpus(directory)], "val", LENGTH, 0, limit=5)
+    whole = TokenWindows([Corpus(directory)], "val", LENGTH, 0)
+    some = TokenWindows([Corpus(directory)], "val", LENGTH, 0, limit=5)
     assert len(some) == 5 < len(whole)
     assert torch.equal(some.batch([*range(5)])["tokens"], whole.batch([*range(5)])["tokens"])
-    assert len(Windows([Corpus(directory)], "val", LENGTH, 0, limit=10**9)) == len(whole)
+    assert len(TokenWindows([Corpus(directory)], "val", LENGTH, 0, limit=10**9)) == len(whole)
 
 
 def test_opening_a_corpus_reads_no_tokens(tmp_path):
@@ -197,7 +199,7 @@ def test_opening_a_corpus_reads_no_tokens(tmp_path):
     os.truncate(file, 2 * tokens)
     index["splits"]["train"]["shards"][0]["tokens"] = tokens
     (directory / "index.json").write_text(json.dumps(index))
-    windows = Windows([Corpus(directory)], "train", 1024, seed=0)
+    windows = TokenWindows([Corpus(directory)], "train", 1024, seed=0)
     assert len(windows) == (tokens - 1) // 1024
     shard, start = windows.place(10**7)
     assert start % 1024 == 0 and 0 <= start < tokens
@@ -238,10 +240,10 @@ def test_damage_is_named(directory, tmp_path, damage):
             (copy / "progress.json").write_text("{}")
             message = "is an unfinished corpus"
     with pytest.raises(UserError, match=message):
-        windows = Windows([Corpus(copy)], "train", LENGTH, seed=0)
+        windows = TokenWindows([Corpus(copy)], "train", LENGTH, seed=0)
         list(windows.batches(range(len(windows)), 8))
 
 
 def test_a_corpus_smaller_than_a_row(directory):
     with pytest.raises(UserError, match=r"the longest train shard has 2,000 tokens, a row needs 2,001"):
-        Windows([Corpus(directory)], "train", 2000, seed=0)
+        TokenWindows([Corpus(directory)], "train", 2000, seed=0)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from litmini.data.pretrain import text as documents
 from litmini.data.pretrain import write_shards as corpus
 from litmini.data.pretrain.text import Source, find_sources, read_pieces
-from litmini.data.pretrain.tokenize import Recipe, tokenizer_hash
+from litmini.data.pretrain.tokenize import TokenizerSpec, tokenizer_hash
 from litmini.data.pretrain.train_tokenizer import END, train_tokenizer, write_tokenizer
 from litmini.data.pretrain.write_shards import Shards, prepare
 from litmini.errors import UserError
@@ -35,8 +35,8 @@ def fast(tmp_path_factory):
     return FastTokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-def recipe(fast, **changes) -> Recipe:
-    return Recipe(tokenizer=fast.to_str(), begin=[], end=0, **changes)
+def recipe(fast, **changes) -> TokenizerSpec:
+    return TokenizerSpec(tokenizer=fast.to_str(), begin=[], end=0, **changes)
 
 
 def jsonl(path, texts=TEXTS):
@@ -248,7 +248,7 @@ def test_documents_are_held_out_by_their_text(tmp_path, fast):
 
 def test_text_cannot_spell_special_tokens(tmp_path, fast):
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl", [f"one{END}two"]))])
-    prepare([source], Recipe(fast.to_str(), begin=[7, 8], end=0), tmp_path / "out", 1, lambda p: None)
+    prepare([source], TokenizerSpec(fast.to_str(), begin=[7, 8], end=0), tmp_path / "out", 1, lambda p: None)
     ids = tokens(tmp_path / "out").tolist()
     assert ids[:2] == [7, 8] and ids.count(0) == 1 and ids[-1] == 0
     assert fast.decode(ids[2:-1]) == f"one{END}two"

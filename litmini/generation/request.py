@@ -55,7 +55,7 @@ class TextStream:
         self.text, self._held = self.text + self._held[:keep], self._held[keep:]
 
 
-class Reply:
+class Request:
     """What is being said to one prompt.
 
     Args:

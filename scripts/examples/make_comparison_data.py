@@ -1,6 +1,6 @@
 """Real text for a comparison of methods: functions of Python's standard library, and the first paragraph of their docstrings.
 
-    python config_hub/compare/make_data.py out/docstrings
+    python scripts/examples/make_comparison_data.py out/docstrings
 
 Writes train.jsonl and heldout.jsonl, which share no module. The text is read from this Python's own files (PSF licence), so
 another version of Python gives other examples; nothing of it is kept in this repository.
@@ -50,11 +50,11 @@ def main(directory: Path) -> None:
         order = sorted(pairs, key=lambda code: hashlib.sha256(code.encode()).digest())
         if name == "heldout":
             order = [code for code in order if code not in parts["train"]][:60]
-        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as out:
             for code in order:
                 question = f"{QUESTION}```python\n{code}\n```"
                 messages = [{"role": "user", "content": question}, {"role": "assistant", "content": pairs[code]}]
-                file.write(json.dumps({"messages": messages}) + "\n")
+                out.write(json.dumps({"messages": messages}) + "\n")
         print(f"{directory / name}.jsonl: {len(order)} functions of Python {sys.version.split()[0]}")
 
 

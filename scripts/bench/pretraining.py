@@ -1,6 +1,6 @@
 """litmini's pretraining against a plain loop in nanoGPT's manner: the same model, text and settings, in turns.
 
-    python config_hub/pretrain/benchmark.py --config config_hub/pretrain/char.yaml --out_dir out/benchmark
+    python scripts/bench/pretraining.py --config config_hub/pretrain/char.yaml --out_dir out/benchmark
 
 The corpus of char.yaml comes first (see there). Both train the configuration's GPT-2, the same function of the same size;
 every 20 steps the other one goes on, so that a busy machine slows both, and the median of these turns counts. At the end
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from litmini.cli import command
 from litmini.config.pretrain import PretrainConfig
-from litmini.data.pretrain.windows import Windows
+from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fabric import make_fabric
 from litmini.runs.run import Run
 from litmini.tasks.pretrain import blueprint, prepare_data
-from litmini.tasks.setup import held_out_loss
-from litmini.training.flops import Meter
+from litmini.tasks.setup import validation_loss
+from litmini.training.flops import Throughput
 from litmini.training.loop import fit
 from litmini.training.optimizer import learning_rate, make_optimizer
 
@@ -114,11 +114,11 @@ def main(config: BenchmarkConfig) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_rows=None))
     run, fabric, plan = Run(config), make_fabric(config), blueprint(config)
     data = prepare_data(fabric, config, plan)
-    assert isinstance(data.train, Windows) and isinstance(data.val, Windows)
+    assert isinstance(data.train, TokenWindows) and isinstance(data.val, TokenWindows)
     windows, total = data.train, data.total_steps
     model = plan.model(torch.float32, config.seed)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
-    meter = Meter(model, fabric.device, torch.float32)  # as pretrain.py has it
+    meter = Throughput(model, fabric.device, torch.float32)  # as pretrain.py has it
     progress = run.begin(fabric, model, optimizer, data.tokenizer)
     tokens = np.concatenate([np.fromfile(shard.file, shard.dtype) for shard in windows.shards[0]])
     plain, train_plain = plain_training(config, plan.config, tokens, total)
@@ -156,7 +156,7 @@ def main(config: BenchmarkConfig) -> None:
         parts = list(data.val.batches(range(len(data.val)), 64))
         sums = [plain(part["tokens"], part["labels"], reduction="sum") for part in parts]
     losses = {
-        "litmini": held_out_loss(fabric, wrapped, data, config),
+        "litmini": validation_loss(fabric, wrapped, data, config),
         "plain": float(sum(sums)) / sum(part["labels"].numel() for part in parts),
     }
     for name, size in zip(turns, sizes, strict=True):

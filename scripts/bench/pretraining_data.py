@@ -1,6 +1,6 @@
 """What the data costs: preparation against the bare tokenizer, reading rows against a training step, opening a corpus.
 
-    python config_hub/pretrain/measure_data.py --text data/stdlib/text.jsonl --tokenizer checkpoints/org/name --megabytes 50
+    python scripts/bench/pretraining_data.py --text data/stdlib/text.jsonl --tokenizer checkpoints/org/name --megabytes 50
 
 The text is repeated, shuffled, up to `--megabytes`. Preparation and the bare batch encoder of `tokenizers`, on all cores,
 go over it in turns. The corpora of the last table are sparse files that take no room on the disk.
@@ -21,7 +21,7 @@ from litmini.cli import command
 
 @dataclass
 class MeasureConfig:
-    """Settings of measure_data.py."""
+    """Settings of pretraining_data.py."""
 
     text: str
     """A .jsonl file with documents under "text"."""
@@ -35,7 +35,7 @@ class MeasureConfig:
 
 def preparation(config: MeasureConfig, place: Path) -> None:
     from litmini.data.pretrain.text import find_sources
-    from litmini.data.pretrain.tokenize import Recipe
+    from litmini.data.pretrain.tokenize import TokenizerSpec
     from litmini.data.pretrain.write_shards import prepare
 
     texts = [json.loads(line)["text"] for line in Path(config.text).read_text().split("\n") if line]
@@ -56,7 +56,7 @@ def preparation(config: MeasureConfig, place: Path) -> None:
             tokens += sum(map(len, fast.encode_batch_fast(many[at : at + 1000], add_special_tokens=False)))
         seconds["bare"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        recipe = Recipe(content, [], 0, val_fraction=0.005)
+        recipe = TokenizerSpec(content, [], 0, val_fraction=0.005)
         prepare(find_sources([str(file)]), recipe, place / f"out-{turn}", cores, lambda path: None)
         seconds["prepare_data"].append(time.perf_counter() - started)
     for name, times in seconds.items():
@@ -68,12 +68,12 @@ def preparation(config: MeasureConfig, place: Path) -> None:
 
 def reading(place: Path) -> None:
     """Rows of several lengths, from random places of a corpus of 50 million tokens in the page cache."""
-    from litmini.data.pretrain.windows import Windows
+    from litmini.data.pretrain.windows import TokenWindows
 
     corpus = fake_corpus(place / "reading", 50_000_000, real=True)
     print("rows x tokens   microseconds a batch   tokens/s of reading")
     for rows, length in ((12, 64), (16, 1024), (8, 2048), (4, 8192)):
-        windows = Windows([corpus], "train", length, seed=0)
+        windows = TokenWindows([corpus], "train", length, seed=0)
         batch = lambda step, w=windows, r=rows: list(w.batches(range(step * r, (step + 1) * r), r))  # noqa: E731
         for step in range(300):
             batch(step)
@@ -114,7 +114,7 @@ def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: igno
 
 def opening(place: Path) -> None:
     from litmini.data.pretrain.read_shards import Corpus
-    from litmini.data.pretrain.windows import Windows
+    from litmini.data.pretrain.windows import TokenWindows
 
     print("\ntokens           shards   milliseconds until the first row is known")
     for exponent in (7, 9, 11, 12):
@@ -123,7 +123,7 @@ def opening(place: Path) -> None:
         times = []
         for _ in range(5):
             started = time.perf_counter()
-            Windows([Corpus(directory)], "train", 2048, seed=0).place(0)
+            TokenWindows([Corpus(directory)], "train", 2048, seed=0).place(0)
             times.append(time.perf_counter() - started)
         print(f"{10**exponent:16,} {len(corpus.splits['train']):6,} {min(times) * 1e3:12.2f}")
 

@@ -1,6 +1,6 @@
 """A small English corpus out of the Python installation: its language reference and the docstrings of its library.
 
-    python config_hub/pretrain/make_corpus.py
+    python scripts/examples/make_corpus.py
 
 Writes data/stdlib/text.jsonl, some 2 MB, one document a topic or module; the same for the same version of Python. The
 text is Python's own, under the PSF licence, and is made here, not shipped. Characters beyond ASCII are left out.

@@ -1,6 +1,6 @@
 """Writes train.jsonl and heldout.jsonl beside this file: orders in plain English, to be answered with a line of JSON.
 
-    python config_hub/quickstart/make_data.py
+    python scripts/examples/make_quickstart_data.py
 
 The answer can be checked exactly: keys in order, numbers as digits, sizes as one letter. Held-out orders have customers,
 and combinations of item, size and city, that training never saw. Dedicated to the public domain (CC0).
@@ -118,7 +118,9 @@ def main() -> None:
             answer = json.dumps({"item": item, "quantity": quantity, "size": size, "city": city})
             messages = [{"role": "user", "content": f"{TASK}\n{order}"}, {"role": "assistant", "content": answer}]
             lines.append(json.dumps({"messages": messages}))
-        Path(__file__).with_name(f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Path(__file__).parents[2].joinpath("config_hub/quickstart", f"{name}.jsonl").write_text(
+            "\n".join(lines) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
