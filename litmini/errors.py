@@ -1,4 +1,4 @@
-"""errors."""
+"""Mistakes that a user can fix: one exception, and checks of settings."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""hub_errors."""
+"""What went wrong with the hub, in one line that says what to do."""
 
 import contextlib
 import difflib

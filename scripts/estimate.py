@@ -11,19 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from litmini.cli import command
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError, check
-from litmini.models import preset, preset_names
-from litmini.training.memory import (
-    describe,
-    estimate,
-    full_rows,
-    resident,
-)
 
 POSITIVE = ("max_seq_len", "micro_batch_size", "micro_batches", "devices", "num_nodes", "node_gb", "network_gb", "mfu")
 
@@ -72,6 +63,7 @@ class EstimateConfig:
 
 def main(config: EstimateConfig) -> None:
     from litmini.training import gpus
+    from litmini.training.memory import describe
 
     if config.check:
         return compare(config)
@@ -102,6 +94,7 @@ def build(config: EstimateConfig) -> Any:
     from litmini.distributed.fabric import weight_dtype
     from litmini.methods.adapters import add_adapters
     from litmini.methods.nf4 import quantize_linears
+    from litmini.models import preset
     from litmini.training.low_memory import checkpoint_activations
 
     model = preset(config.model) or empty_model(existing(config.model))[1]
@@ -118,13 +111,15 @@ def build(config: EstimateConfig) -> Any:
 def existing(directory: str) -> Any:
     from pathlib import Path
 
+    from litmini.models import preset_names
+
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{directory} is neither a checkpoint directory nor a preset; those are: {preset_names()}")
     return Path(directory)
 
 
 def estimate_at(config: EstimateConfig, model: Any, length: int, process: int = 0) -> Any:
-    from litmini.training.memory import full_rows
+    from litmini.training.memory import estimate, full_rows
 
     batch = full_rows(config.micro_batch_size, length, model.config.vocab_size)
     return estimate(model, batch, config.optim, config.precision, config.micro_batches > 1, process)
@@ -137,8 +132,6 @@ def compare(config: EstimateConfig) -> None:
     import sys
     import tempfile
     from pathlib import Path
-
-    pass
 
     if config.method == "qlora":
         import bitsandbytes  # noqa: F401
@@ -173,15 +166,13 @@ def compare(config: EstimateConfig) -> None:
         )
 
 
-if __name__ == "__main__":
-    command(main, EstimateConfig, __doc__, positional=["model"])
-
-
 def process_bytes() -> int:
     """What a process takes that has taken a training step, without its model: measured, in this one."""
+    import torch
     from lightning_fabric import Fabric
 
     from litmini.models import llama
+    from litmini.training.memory import full_rows, resident
 
     Fabric(accelerator="cpu", devices=1)
     tiny = llama.Model(llama.PRESETS["tiny"])
@@ -190,3 +181,7 @@ def process_bytes() -> int:
         loss, _ = tiny.to(dtype)(**full_rows(1, 32, 512))
         loss.backward()
     return resident()
+
+
+if __name__ == "__main__":
+    command(main, EstimateConfig, __doc__, positional=["model"])

@@ -44,8 +44,8 @@ CHILD = """
 import json, resource, sys, threading, time
 from pathlib import Path
 import torch
-from litmini.convert import convert
-from litmini.export import export
+from litmini.importers.convert import convert
+from litmini.checkpoints.export import export
 
 ways, small, large, shard, limit = json.loads(sys.argv[1])
 

@@ -1,4 +1,4 @@
-"""readers."""
+"""Records of a data file, a chunk at a time: JSONL, JSON, CSV and Parquet. Memory does not grow with the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""batch."""
+"""A batch of requests that is decoded step by step; requests may join and leave between steps."""
 
 import contextlib
 from collections.abc import Iterator

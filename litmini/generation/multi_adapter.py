@@ -17,7 +17,7 @@ from litmini.methods.lora import LoRALinear, onto
 class MultiLoRA:
     """Adapters of one `model`, added and removed while it serves.
 
-        bank = AdapterBank(model)
+        bank = MultiLoRA(model)
         bank.add("law", "out/law/final")
         bank.add("cooking", "out/cooking/final")
         with bank.use(["law", "cooking", None]):  # one name for each row of the batch; None: the bare base

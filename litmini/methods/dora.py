@@ -1,4 +1,4 @@
-"""dora."""
+"""DoRA: LoRA whose output rows are scaled to a trained magnitude."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""packed_layout."""
+"""How packed documents are laid out for attention on a CPU: one after the other, similar lengths together."""
 
 import torch
 from torch import Tensor

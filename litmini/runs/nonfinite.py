@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litmini.data.packing import Batch
 from litmini.files import write_json
 from litmini.tokenizer import Tokenizer
+from litmini.training.loop import Batch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -18,7 +18,6 @@ import yaml
 from torch import nn
 
 from litmini.config.training import RunConfig
-from litmini.data.hub_datasets import PREFIX as HUB
 from litmini.distributed.fsdp import is_sharded
 from litmini.errors import UserError
 from litmini.files import (
@@ -26,7 +25,6 @@ from litmini.files import (
     check_seal,
     content_hash,
     discard,
-    existing_file,
     hold,
     read_json,
     restore,
@@ -115,8 +113,10 @@ class Run:
             raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
         self.before = read_json(run / "manifest.json")
         self.results = self.before.get("results", {})
-        files = [name for name in self.before.get("data", {}) if not name.startswith(HUB) and "://" not in name]
-        hashes = {name: {"sha256": content_hash(existing_file(name, "data file"))} for name in files}
+        files = [
+            name for name in self.before.get("data", {}) if Path(name).is_file()
+        ]  # others are data sets of the hub
+        hashes = {name: {"sha256": content_hash(Path(name))} for name in files}
         check_same(self.before, {"data": hashes}, self.restart_from)
         self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
         changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]

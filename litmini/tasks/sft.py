@@ -1,4 +1,4 @@
-"""sft."""
+"""Supervised finetuning: which data it trains on, and for how many steps."""
 
 from __future__ import annotations
 

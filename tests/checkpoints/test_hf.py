@@ -402,8 +402,8 @@ def test_files_follow_the_umask(tmp_path):
     code = (
         "import os, sys; os.umask(0o027)\nfrom pathlib import Path\nimport torch\n"
         "from litmini.checkpoints.hf import save_model\n"
-        "from litmini.files import write_aside\n"
-        "with write_aside(Path(sys.argv[1])) as aside: save_model(aside, {}, [('a', torch.zeros(1))])"
+        "from litmini.files import write_atomically\n"
+        "with write_atomically(Path(sys.argv[1])) as aside: save_model(aside, {}, [('a', torch.zeros(1))])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True)
     modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "x").iterdir()}
@@ -462,9 +462,9 @@ class C:
 
 def main(config):
     import torch
-    from litmini.checkpoint import save_model
-    from litmini.files import write_aside
-    with write_aside(Path(config.out_dir)) as aside:
+    from litmini.checkpoints.hf import save_model
+    from litmini.files import write_atomically
+    with write_atomically(Path(config.out_dir)) as aside:
         save_model(aside, {}, [(f"t{i}", torch.zeros(100_000)) for i in range(4)], max_shard_bytes=SHARD)
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

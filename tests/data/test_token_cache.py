@@ -188,8 +188,8 @@ def test_memory_does_not_grow_with_the_data(
 
 CODE = """
 import sys
-from litmini.finetune_config import DataConfig
-from litmini.token_cache import tokenize_file
+from litmini.config.finetune import DataConfig
+from litmini.data.token_cache import tokenize_file
 from litmini.tokenizer import Tokenizer
 tokenize_file(sys.argv[1], Tokenizer(sys.argv[2]), DataConfig(sys.argv[1]), "training", workers=2)
 """

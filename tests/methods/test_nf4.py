@@ -265,8 +265,8 @@ def test_loading_never_holds_more_than_one_linear_in_16_bits(tiny_dir, monkeypat
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from litmini.finetune_config import QuantizeConfig
-from litmini.quantize import load_quantized
+from litmini.config.finetune import QuantizeConfig
+from litmini.checkpoints.load import load_quantized
 
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -390,7 +390,7 @@ def test_memory_of_a_step_is_kept_for_the_next():
     """Else the system clears each page anew. 64 MiB are 16,384 pages; counted in a fresh process, in the third use."""
     code = """
 import ctypes, resource, sys
-from litmini.launch import keep_memory
+from litmini.distributed.fabric import keep_memory
 libc = ctypes.CDLL(None)
 if not hasattr(libc, "mallopt"):
     sys.exit("no glibc")

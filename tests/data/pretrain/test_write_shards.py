@@ -194,9 +194,9 @@ def test_a_killed_preparation_leaves_no_process_behind(fast):
     code = (
         "import itertools, multiprocessing, sys, time\n"
         "from litmini.data.pretrain.text import Piece\n"
-        "from litmini.data.pretrain.tokenize import Recipe, encode_all\n"
+        "from litmini.data.pretrain.tokenize import TokenizerSpec, encode_all\n"
         "batches = (([(Piece('text', True, True), False)], i) for i in itertools.count())\n"
-        "running = encode_all(batches, Recipe(sys.stdin.read(), [], 0), 2)\n"
+        "running = encode_all(batches, TokenizerSpec(sys.stdin.read(), [], 0), 2)\n"
         "next(running)\n"
         "print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
         "time.sleep(60)\n"
