@@ -24,7 +24,7 @@ from litmini.config.finetune import (
 )
 from litmini.errors import UserError
 from litmini.files import existing_file, is_disk_full
-from litmini.runs.run import plain
+from litmini.runs.directory import plain
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))

@@ -217,8 +217,8 @@ def save_model(
         write_stream(directory / file, part, stream)
     assert next(stream, None) is None, "more tensors came than were announced"
     if len(parts) > 1:
-        places = {name: file for file, part in zip(files, parts, strict=True) for name, _ in part}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(places.items()))}
+        locations = {name: file for file, part in zip(files, parts, strict=True) for name, _ in part}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(locations.items()))}
         write_json(directory / "model.safetensors.index.json", index)
     write_json(directory / "config.json", {**config, "dtype": dtypes.most_common(1)[0][0]})
     if side_files is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from litmini.config.finetune import DataConfig
 from litmini.data.encode import encode_examples
-from litmini.data.formats import Example, bad_records, find_places, pick_examples
+from litmini.data.formats import Example, bad_records, find_locations, pick_examples
 from litmini.data.hub_datasets import find_files
 from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
@@ -47,7 +47,7 @@ class Examples:
         inputs, labels = self.arrays[entry["file"]]
         return inputs[span], labels[span]
 
-    def places(self, numbers: Sequence[int]) -> list[str]:
+    def locations(self, numbers: Sequence[int]) -> list[str]:
         """Where examples are: file:line, which takes reading the file up to there; or their record, if it has changed."""
         entries = self.table[list(numbers)]
         found: dict[tuple[int, int], str] = {}
@@ -56,10 +56,10 @@ class Examples:
             try:
                 if content_hash(existing_file(path, "data file")) not in self.files.values():
                     raise UserError(f"{path} was changed.")
-                places = find_places(path, set(wanted))
+                locations = find_locations(path, set(wanted))
             except UserError:
-                places = {n: f"{path}, which was changed: record {n + 1}" for n in wanted}
-            found |= {(file, n): place for n, place in places.items()}
+                locations = {n: f"{path}, which was changed: record {n + 1}" for n in wanted}
+            found |= {(file, n): place for n, place in locations.items()}
         return [found[int(entry["file"]), int(entry["number"])] for entry in entries]
 
     @property

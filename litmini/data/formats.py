@@ -74,8 +74,8 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
     problems: list[str] = []
     first, form = 0, None
     for chunk in read_chunks(path):
-        inside = [n - first for n in wanted if first <= n < first + len(chunk.places)]
-        first += len(chunk.places)
+        inside = [n - first for n in wanted if first <= n < first + len(chunk.locations)]
+        first += len(chunk.locations)
         if form is None or inside:
             examples: list[Example] = []
             form = parse_chunk(chunk, form, has_template, examples, problems)
@@ -85,13 +85,13 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
     return found
 
 
-def find_places(path: str, wanted: Collection[int]) -> dict[int, str]:
+def find_locations(path: str, wanted: Collection[int]) -> dict[int, str]:
     """Where the records with the numbers `wanted` (from 0) are: file:line. The file is read up to the last of them."""
     found: dict[int, str] = {}
     first, last = 0, max(wanted)
     for chunk in read_chunks(path):
-        found |= {n: chunk.places[n - first] for n in wanted if first <= n < first + len(chunk.places)}
-        first += len(chunk.places)
+        found |= {n: chunk.locations[n - first] for n in wanted if first <= n < first + len(chunk.locations)}
+        first += len(chunk.locations)
         if first > last:
             break
     return found
@@ -106,7 +106,7 @@ def parse_chunk(
         form: of the records before; None: take that of the first.
     """
     records = chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()
-    for where, raw in zip(chunk.places, records, strict=True):
+    for where, raw in zip(chunk.locations, records, strict=True):
         try:
             record = _parse(_decode(raw, where)) if isinstance(raw, bytes) else raw
             found = _forms(record)

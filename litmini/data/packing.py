@@ -113,11 +113,11 @@ class PackedDataset:
         examples, bounds = self._plan(epoch)
         return examples[bounds[index] : bounds[index + 1]].tolist()
 
-    def places(self, numbers: Sequence[int]) -> list[list[str]]:
+    def locations(self, numbers: Sequence[int]) -> list[list[str]]:
         """file:line of each example of the rows `numbers`."""
         rows = [self.row(number) for number in numbers]
-        places = iter(self.examples.places([i for row in rows for i in row]))
-        return [[next(places) for _ in row] for row in rows]
+        locations = iter(self.examples.locations([i for row in rows for i in row]))
+        return [[next(locations) for _ in row] for row in rows]
 
     def batch(self, rows: list[list[int]]) -> Batch:
         """Tensors (len(rows), T) int64: tokens, positions, documents and labels.
@@ -150,8 +150,14 @@ class PackedDataset:
         for i in range(-(-len(numbers) // (micro_batch * world))):
             yield self.batch([self.row(n) for n in mine[i * micro_batch : (i + 1) * micro_batch]] or [[]])
 
-    def longest_batch(self, micro_batch: int) -> Batch:
-        """A micro-batch of the longest examples, which needs most memory: the one to run first."""
+    def lengths(self) -> np.ndarray:
+        """(examples,) tokens of each."""
+        return self.sizes
+
+    def longest_batch(self, micro_batch: int) -> Batch | None:
+        """A micro-batch of the longest examples, which needs most memory; None where packing makes all sequences equal."""
+        if self.pack:
+            return None
         return self.batch([[int(i)] for i in np.argsort(-self.sizes, kind="stable")[:micro_batch]])
 
 

@@ -22,7 +22,7 @@ CHUNK, CHUNK_BYTES = 1000, 1 << 20  # records in memory at once: so many, or few
 class Chunk:
     """Consecutive records of a file, as they were read: what follows is work for any process."""
 
-    places: list[str]
+    locations: list[str]
     """Where each record is, for errors: file:line."""
     records: Any
     """Lines as bytes, or records as dictionaries, or a table of Parquet; a ValueError is a record that cannot be read."""
@@ -103,18 +103,18 @@ def _parquet(file: Path) -> Iterator[Chunk]:
 
 
 def _group(records: Iterator[tuple[str, Any]]) -> Iterator[Chunk]:
-    places: list[str] = []
+    locations: list[str] = []
     contents: list[Any] = []
     size = 0
     for place, content in records:
-        places.append(place)
+        locations.append(place)
         contents.append(content)
         size += len(content) if isinstance(content, bytes) else 0
-        if len(places) == CHUNK or size > CHUNK_BYTES:
-            yield Chunk(places, contents)
-            places, contents, size = [], [], 0
-    if places:
-        yield Chunk(places, contents)
+        if len(locations) == CHUNK or size > CHUNK_BYTES:
+            yield Chunk(locations, contents)
+            locations, contents, size = [], [], 0
+    if locations:
+        yield Chunk(locations, contents)
 
 
 def _decode(content: bytes, where: str | Path) -> str:

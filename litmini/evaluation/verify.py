@@ -25,8 +25,10 @@ from litmini.methods.lora import LoRALinear
 from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.kv_cache import KVCache
 from litmini.runs.training_state import load_state, save_state
-from litmini.training.loop import Progress, fit
+from litmini.training.loop import fit
+from litmini.training.objective import LanguageModeling
 from litmini.training.optimizer import make_optimizer
+from litmini.training.setup import BatchList, Progress, Recorder, Setup
 
 BOUND = 1e-4  # of the largest logit, or of the largest update: what fp32 sums in another order differ by
 TEXTS = (
@@ -163,21 +165,10 @@ def _train(
     fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
     progress = load_state(state, model, optimizer) if state.is_dir() else Progress()
+    constant = dataclasses.replace(optim, schedule="constant", warmup_steps=0, max_grad_norm=None)
+    setup = Setup(fabric, wrapped, optimizer, BatchList(batches), TrainConfig(), constant, 7, progress, Recorder())
     with contextlib.redirect_stdout(io.StringIO()):
-        done = fit(
-            fabric,
-            wrapped,
-            optimizer,
-            lambda step: batches[step],
-            lambda step: optim.lr,
-            stop or len(batches),
-            TrainConfig(),
-            progress,
-            seed=7,
-            log=lambda metrics: None,
-            checkpoint=lambda progress: None,
-            max_grad_norm=None,
-        )
+        done = fit(setup, LanguageModeling(), stop)
     if stop:
         state.mkdir()
         save_state(state, done, model, optimizer)

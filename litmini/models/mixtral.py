@@ -332,7 +332,7 @@ class Model(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, vocab_size)
         loss, n_targets = linear_cross_entropy(x, self.lm_head, labels)
-        if self.training and self.config.balance_coef > 0:
+        if self.training and self.config.balance_coef > 0 and loss.dim() == 0:  # other heads return no summed loss
             real = positions >= 0 if documents is None else documents > 0
             loss = loss + n_targets * self.config.balance_coef * balance_loss(routing, self.config.n_active, real)
         return loss, n_targets

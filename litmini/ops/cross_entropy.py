@@ -15,6 +15,14 @@ VOCAB_CHUNK = 2048  # rows of the head's gradient that are computed at once
 CACHED = 8  # of these, so many go through softmax at a time on a CPU: in fp32 they fit its cache
 
 
+class OutputHead(nn.Module):
+    """A head that decides what a model with labels returns, in place of the summed loss; see `litmini/methods/heads.py`."""
+
+    def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Return the outputs at the labelled positions of hidden (B, T, dim), and their number (int64, 0-d)."""
+        raise TypeError(f"{type(self).__name__} has no outputs")
+
+
 class ZLossHead(nn.Linear):
     """A head in whose training `weight * logsumexp(logits)^2` of each target is added to the loss (PaLM, arXiv 2204.02311).
 
@@ -34,7 +42,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (B, T, dim).
-        head: a plain `nn.Linear`, or any module that gives logits (an adapted head, say).
+        head: a plain `nn.Linear`, or any module that gives logits (an adapted head, say); an `OutputHead` returns its own.
         labels: (B, T) int64, `IGNORE` where there is no target.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         chunk: rows of logits in memory at once; None: `CHUNK`, or `TRAINED_CHUNK`.
@@ -42,6 +50,8 @@ def linear_cross_entropy(
     Returns:
         The sum in fp32, an exact zero with a graph when there is no target, and the number of targets (int64), both 0-d.
     """
+    if isinstance(head, OutputHead):
+        return head.outputs(hidden, labels, softcap)
     targets = labels != IGNORE
     rows, wanted = hidden.flatten(0, 1), labels.flatten()
     places = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point

@@ -11,7 +11,7 @@ import torch
 
 from litmini.files import write_json
 from litmini.tokenizer import Tokenizer
-from litmini.training.loop import Batch
+from litmini.training.objective import Batch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 NAMED = 5  # examples in the message; the file has all
 
 
-def save_bad_step(
+def save_nonfinite_step(
     fabric: Fabric,
     directory: Path,
     step: int,
     micro_batches: list[Batch],
     losses: list[float],
     tokenizer: Tokenizer,
-    places: Callable[[], list[list[str]]],
+    locations: Callable[[], list[list[str]]],
 ) -> str:
     """Write `bad-step-NNNNNN.json`: each example of the step, as place, text, tokens and labels, by micro-batch and row.
 
@@ -44,7 +44,9 @@ def save_bad_step(
     mine = ""
     if not finite or int(innocent) == fabric.world_size:
         rank = f"-rank-{fabric.global_rank}" if fabric.global_rank else ""
-        mine = _write(directory / f"bad-step-{step:06d}{rank}.json", step, micro_batches, losses, tokenizer, places())
+        mine = _write(
+            directory / f"bad-step-{step:06d}{rank}.json", step, micro_batches, losses, tokenizer, locations()
+        )
     return ", ".join(filter(None, (fabric.broadcast(mine, src=rank) for rank in range(fabric.world_size))))
 
 
@@ -54,9 +56,9 @@ def _write(
     micro_batches: list[Batch],
     losses: list[float],
     tokenizer: Tokenizer,
-    places: list[list[str]],
+    locations: list[list[str]],
 ) -> str:
-    left, parts, suspects = iter(places), [], []
+    left, parts, suspects = iter(locations), [], []
     for loss, batch in zip(losses, micro_batches, strict=True):
         rows = [_examples(batch, row, next(left, []), tokenizer) for row in range(len(batch["tokens"]))]
         parts.append({"loss_sum": loss if math.isfinite(loss) else str(loss), "rows": rows})
@@ -67,14 +69,14 @@ def _write(
     return f"{file} ({', '.join(suspects[:NAMED])}{more})" if suspects else str(file)
 
 
-def _examples(batch: Batch, row: int, places: list[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _examples(batch: Batch, row: int, locations: list[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The examples of a row; a row of a corpus is one, whatever documents it has."""
     tokens, labels = batch["tokens"][row], batch["labels"][row]
     documents = batch["documents"][row] if "documents" in batch else torch.ones_like(tokens)
-    if len(places) == 1:
+    if len(locations) == 1:
         documents = documents.clamp(max=1)
     found = []
-    for document, place in enumerate(places, 1):
+    for document, place in enumerate(locations, 1):
         ids = tokens[documents == document].tolist()
         text = tokenizer.decode(ids, skip_special=False)
         found.append({"place": place, "text": text, "tokens": ids, "labels": labels[documents == document].tolist()})

@@ -9,13 +9,14 @@ import numpy as np
 import yaml
 
 from litmini.files import read_json, write_text
+from litmini.runs.directory import REPORT
 from litmini.runs.plots import (
     _draw_lengths,
     _draw_line,
     _draw_loss,
     _svg,
 )
-from litmini.runs.run import REPORT, read_metrics, read_samples
+from litmini.runs.run import read_metrics, read_samples
 
 SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
 

@@ -1,4 +1,4 @@
-"""A run's directory: configuration, metrics, checkpoints, loss curve and manifest; and what is restored on resuming."""
+"""A run as it is recorded: configuration, metrics, checkpoints and manifest; and what is restored on resuming."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,147 +16,93 @@ import torch
 import yaml
 from torch import nn
 
-from litmini.config.training import RunConfig
 from litmini.distributed.fsdp import is_sharded
-from litmini.errors import UserError
-from litmini.files import (
-    Background,
-    check_seal,
-    content_hash,
-    discard,
-    hold,
-    read_json,
-    restore,
-    write_atomically,
-    write_json,
-    write_text,
-)
-from litmini.runs.loggers import check_loggers, make_loggers
+from litmini.files import Background, check_seal, discard, hold, write_atomically, write_json, write_text
+from litmini.runs.directory import RunDirectory, flat, plain
+from litmini.runs.loggers import make_loggers
 from litmini.runs.manifest import check_same, describe_run
+from litmini.runs.nonfinite import save_nonfinite_step
 from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
 from litmini.tokenizer import Tokenizer
-from litmini.training.loop import Progress
+from litmini.training.objective import Batch
+from litmini.training.setup import Progress, Recorder
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-PROCESSES = ("devices", "num_nodes", "strategy")
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
 SAMPLES = "samples.jsonl"
-REPORT = "report.html"  # the last thing that a run writes: without it, its result is yet to be measured
-MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
-    r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
-    r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
-)
 
 
-class Run:
-    """The directory of one run, `out/<name>/`.
+class Run(Recorder):
+    """The record of one run in its directory: begun when it is made, with the state of the checkpoint it resumes from.
+
+    Attributes:
+        progress: of the run; restored, or new.
+        results: what was measured, for the manifest.
 
     Raises:
-        UserError: it holds a run already and `config.resume` does not say to go on with it, or says so where nothing is
-            to go on with, or the settings differ in what the run means.
+        UserError: the checkpoint does not fit, or chat template, base weights or data are others than when the run began.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        check_loggers(config.loggers)
-        self.directory = Path(config.out_dir)
-        self.config = config
-        self.results: dict[str, Any] = {}
-        self.before: dict[str, Any] = {}  # the manifest of the run to go on with
-        self.loggers: list[Any] = []
-        self.restart_from: Path | None = None
-        self.saving = Background()
-        """Checkpoints go to disk while training goes on; `saving.wait()` before relying on them."""
-        steps = self._steps()
-        holds_run = (self.directory / "config.yaml").exists() or bool(steps)
-        if config.resume is False:
-            if holds_run and not (config.dry_run or config.show_masks):
-                raise UserError(
-                    f"{self.directory} holds a run already. Go on with it: --resume auto. Or start another: "
-                    f"--out_dir {self._free_name()}"
-                )
-        elif (self.directory / "final").exists() and ((self.directory / REPORT).exists() or not steps):
-            raise UserError(
-                f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
-                f"Start another: --out_dir {self._free_name()}"
-            )
-        elif config.resume in (True, "auto"):
-            self.restart_from = steps[-1] if steps else None
-        else:
-            self.restart_from = Path(str(config.resume))
-            if not (self.restart_from / "training_state.json").is_file():
-                there = ", ".join(str(p) for p in steps) or "none"
-                raise UserError(f"{self.restart_from} is no training checkpoint; those of {self.directory}: {there}")
-            if holds_run and self.restart_from.resolve().parent != self.directory.resolve():
-                raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
-        if self.restart_from:
-            self._check_same_meaning(self.restart_from.parent)
-
-    def _steps(self) -> list[Path]:
-        """The checkpoints of this run, the oldest first."""
-        for old in self.directory.glob(".step-*.old"):  # a process died while it replaced one
-            restore(self.directory / old.name[1:].removesuffix(".old"))
-        return sorted((p for p in self.directory.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-
-    def _free_name(self) -> Path:
-        return next(
-            p for n in range(2, 10**6) if not (p := self.directory.with_name(f"{self.directory.name}-{n}")).exists()
-        )
-
-    def _check_same_meaning(self, run: Path) -> None:
-        """Refuse to go on with other settings or data than those that the run in `run` began with."""
-        try:
-            before, now = _flat(yaml.safe_load((run / "config.yaml").read_text())), _flat(plain(self.config))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
-        self.before = read_json(run / "manifest.json")
-        self.results = self.before.get("results", {})
-        files = [
-            name for name in self.before.get("data", {}) if Path(name).is_file()
-        ]  # others are data sets of the hub
-        hashes = {name: {"sha256": content_hash(Path(name))} for name in files}
-        check_same(self.before, {"data": hashes}, self.restart_from)
-        self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
-        changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
-        if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
-            raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
-
-    def begin(
-        self, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer
-    ) -> Progress:
-        """Make the directory, or restore the state of the checkpoint to go on from.
-
-        Raises:
-            UserError: the checkpoint does not fit, or chat template or base weights are others than when the run began.
+    def __init__(
+        self,
+        place: RunDirectory,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        save_weights: Callable[[Path | None], None],
+        hashes: dict[str, str],
+        statistics: dict[str, Any],
+    ) -> None:
         """
+        Args:
+            save_weights: writes the product into a directory: on rank 0; the others are given None, and help to gather.
+            hashes: sha256 of each data file, by name.
+            statistics: of the data, for the manifest.
+        """
+        self.place, self.config, self.directory = place, place.config, place.directory
         self.fabric, self.model, self.optimizer, self.tokenizer = fabric, model, optimizer, tokenizer
-        progress = Progress()
-        self.facts = describe_run(self.config, fabric, tokenizer)
-        if self.restart_from:
-            check_same(self.before, self.facts, self.restart_from)
-            check_seal(self.restart_from)
-            progress = load_state(self.restart_from, model, optimizer)
-            fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
-            if self.other_processes:
-                fabric.print(
-                    f"note: {', '.join(self.other_processes)}. Each step has the same rows, but sums are rounded in another "
-                    f"order, and dropout draws other masks: the results are no longer the same to the bit."
-                )
-        elif self.config.resume:
+        self.save_weights = save_weights
+        self.results: dict[str, Any] = place.before.get("results", {})
+        self.loggers: list[Any] = []
+        self.saving = Background()  # checkpoints go to disk while training continues
+        data = {name: {"sha256": sha256} for name, sha256 in hashes.items()}
+        self.facts = {**describe_run(self.config, fabric, tokenizer), "data": data, **statistics}
+        self.progress = self._restore() if place.restart_from else Progress()
+        if self.config.resume and not place.restart_from:
             fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
         if fabric.is_global_zero:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            hold(self.directory)
-            settings = {**plain(self.config), "resume": False}
-            for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-            self._keep_metrics(progress.step)
-            self.loggers = make_loggers(self.config.loggers, self.directory, progress.step)
-            for logger in self.loggers:
-                logger.log_hyperparams(_flat(settings))
+            self._begin()
+
+    def _restore(self) -> Progress:
+        """Load the state to resume from."""
+        checkpoint = self.place.restart_from
+        assert checkpoint is not None
+        check_same(self.place.before, self.facts, checkpoint)
+        check_seal(checkpoint)
+        progress = load_state(checkpoint, self.model, self.optimizer)
+        self.fabric.print(f"resuming from {checkpoint}, after step {progress.step}")
+        if self.place.other_processes:
+            self.fabric.print(
+                f"note: {', '.join(self.place.other_processes)}. Each step has the same rows, but sums are rounded in another "
+                f"order, and dropout draws other masks: the results are no longer the same to the bit."
+            )
         return progress
+
+    def _begin(self) -> None:
+        """Make the directory, and write what is known before the first step."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        hold(self.directory)
+        settings = {**plain(self.config), "resume": False}
+        for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        self._keep_metrics(self.progress.step)
+        self.loggers = make_loggers(self.config.loggers, self.directory, self.progress.step)
+        for logger in self.loggers:
+            logger.log_hyperparams(flat(settings))
 
     def _keep_metrics(self, step: int) -> None:
         """Drop the rows and samples of steps that a killed run did after its last checkpoint; they are done again."""
@@ -187,15 +132,15 @@ class Run:
             with (self.directory / SAMPLES).open("a", encoding="utf-8") as opened:
                 opened.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
 
-    def checkpoint(self, progress: Progress, save_weights: Callable[[Path | None], None]) -> Path:
-        """Write `step-NNNNNN/`: the weights for use and the state for going on. Older ones than `keep_last` go.
+    def checkpoint(self, progress: Progress) -> Path:
+        """Write `step-NNNNNN/`: the weights for use and the state to resume from. Older ones than `keep_last` go.
 
-        It is there once `saving.wait()` returns; what fails on its way to the disk is raised there, or here next time.
+        It is complete once `wait` returns; what fails on its way to the disk is raised there, or here next time.
         """
         directory = self.directory / f"step-{progress.step:06d}"
         self.saving.wait()
         wait = None
-        with self._aside(directory, save_weights, later=lambda finish: self.saving(finish, wait), sealed=True) as aside:
+        with self._aside(directory, later=lambda finish: self.saving(finish, wait), sealed=True) as aside:
             if is_sharded(self.model):
                 place = Path(self.fabric.broadcast(str(aside))) / SHARES
                 wait = save_shares(place, self.model, self.optimizer)
@@ -213,41 +158,37 @@ class Run:
         return directory
 
     def _drop_old(self, kept: set[Path]) -> None:
-        for old in self._steps()[: -self.config.train.keep_last]:
+        for old in self.place.checkpoints()[: -self.config.train.keep_last]:
             if old not in kept:  # the one just written may be older, where a run went back
                 discard(old)
 
-    def save_final(self, save_weights: Callable[[Path | None], None]) -> Path:
-        """Write `final/`, the product of the run.
+    def wait(self) -> None:
+        """Wait until the checkpoints are on disk."""
+        self.saving.wait()
 
-        Args:
-            save_weights: every rank calls it, as gathering a sharded model takes them all. It writes the product into the
-                directory that it is given: on rank 0; the others are given none.
-        """
+    def save_nonfinite_step(
+        self, step: int, micro_batches: list[Batch], losses: list[float], locations: Callable[[], list[list[str]]]
+    ) -> str:
+        """Write `bad-step-NNNNNN.json`; see `litmini.runs.nonfinite`."""
+        return save_nonfinite_step(self.fabric, self.directory, step, micro_batches, losses, self.tokenizer, locations)
+
+    def save_final(self) -> Path:
+        """Write `final/`, the product of the run. Every rank calls it."""
         directory = self.directory / "final"
-        with self._aside(directory, save_weights) as aside:
+        with self._aside(directory) as aside:
             if aside:
                 write_json(aside / "manifest.json", {**self.facts, "results": self.results})
         self.fabric.barrier()
         return directory
 
     @contextmanager
-    def _aside(self, directory: Path, save_weights: Callable[[Path | None], None], **how: Any) -> Iterator[Path | None]:
+    def _aside(self, directory: Path, **how: Any) -> Iterator[Path | None]:
         """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
         with write_atomically(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
-            save_weights(aside)
+            self.save_weights(aside)
             if aside:
                 self.tokenizer.save(aside)
             yield aside
-
-    def know_data(self, hashes: dict[str, str], **statistics: Any) -> None:
-        """Put the data into the manifest: sha256 of each file by name, and statistics.
-
-        Raises:
-            UserError: it is other data than when the run to go on with began.
-        """
-        self.facts |= {"data": {name: {"sha256": sha256} for name, sha256 in hashes.items()}, **statistics}
-        check_same(self.before, self.facts, self.restart_from)
 
     def write_manifest(self, **results: Any) -> None:
         """Write `manifest.json`: what was run, on what, and what was measured."""
@@ -256,21 +197,6 @@ class Run:
             write_json(self.directory / "manifest.json", {**self.facts, "results": self.results})
             for logger in self.loggers:
                 logger.save()
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary of what YAML can hold."""
-    return {
-        k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
-        for k, v in vars(config).items()
-    }
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:

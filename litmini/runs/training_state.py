@@ -16,7 +16,7 @@ from litmini.checkpoints.safetensors_io import read_tensors, write_tensors
 from litmini.distributed.fsdp import is_sharded
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
-from litmini.training.loop import Progress
+from litmini.training.setup import Progress
 
 
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

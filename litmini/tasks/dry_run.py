@@ -8,26 +8,21 @@ import torch
 from torch import nn
 
 from litmini.config.training import RunConfig
-from litmini.data.packing import Batch, PackedDataset
-from litmini.data.pretrain.windows import TokenWindows
 from litmini.errors import UserError
+from litmini.tasks.setup import Data
 from litmini.training.gpus import fitting, share
-from litmini.training.memory import Memory, describe, estimate, nbytes, resident
+from litmini.training.memory import Batch, Memory, describe, estimate, nbytes, resident
 
 
-def dry_run(
-    model: nn.Module, config: RunConfig, rows: PackedDataset | TokenWindows, total_rows: int, held_out_rows: int
-) -> str:
+def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
     """Peak memory by part, whether it fits here, and how long the run takes; no parameter is changed.
 
     Args:
         model: with its method, its weights on the CPU.
-        total_rows: that the run trains on.
     """
     world, micro = config.devices * config.num_nodes, config.train.micro_batch_size
     accumulate = config.train.global_batch_size > micro * world
-    ragged = isinstance(rows, PackedDataset) and not rows.pack
-    batch = rows.longest_batch(micro) if ragged else next(rows.batches(range(micro), micro))  # type: ignore[union-attr]
+    batch = data.train.longest_batch(micro) or next(data.train.batches(range(micro), micro))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = max(0, resident() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
     try:
@@ -44,9 +39,9 @@ def dry_run(
         return "\n".join([*lines, f"warning: it does not fit here. {_smaller(config, memory)}"])
     seconds = time_micro_step(model.to(device), batch, config.precision)
     per_step = math.ceil(config.train.global_batch_size / (micro * world))
-    steps = math.ceil(total_rows / config.train.global_batch_size)
-    evaluations = 2 + (steps - 1) // (config.train.eval_every or steps) if held_out_rows else 0
-    forwards = evaluations * math.ceil(held_out_rows / (micro * world))
+    steps = math.ceil(data.total_sequences / config.train.global_batch_size)
+    evaluations = 2 + (steps - 1) // (config.train.eval_every or steps) if data.val else 0
+    forwards = evaluations * math.ceil(len(data.val or ()) / (micro * world))
     whole = seconds * (steps * per_step + forwards / 3)  # a forward pass is a third of a micro-step
     lines.append(
         f"time: {_span(seconds)} a micro-step here, {_span(whole)} for {steps:,} steps; answers are not counted"

@@ -22,15 +22,16 @@ from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import content_hash
+from litmini.methods.heads import head_name
 from litmini.models import FAMILIES, family, use_model_file
 from litmini.ops.cross_entropy import ZLossHead
-from litmini.tasks.setup import Data, idle_optim, warn
+from litmini.tasks.setup import Data, ineffective_optim, warn
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-VAL_SEED = 0  # held-out rows are the same in every run
+VAL_SEED = 0  # validation sequences are the same in every run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,29 +149,30 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
             + ("." if plan.checkpoint else f", or --model.max_positions {data.max_seq_len}.")
         )
     rows = TokenWindows(corpora, "train", data.max_seq_len, config.seed, data.weights, data.isolate_documents)
-    held_out = [corpus for corpus in corpora if corpus.splits["val"]]
+    with_val = [corpus for corpus in corpora if corpus.splits["val"]]
     val = None
-    if held_out:
-        val = TokenWindows(held_out, "val", data.max_seq_len, VAL_SEED, None, data.isolate_documents, data.val_rows)
+    if with_val:
+        val = TokenWindows(with_val, "val", data.max_seq_len, VAL_SEED, None, data.isolate_documents, data.val_rows)
     steps = train.max_steps or math.ceil(train.epochs * len(rows) / train.global_batch_size)
     total = steps * train.global_batch_size if train.max_steps else math.ceil(train.epochs * len(rows))
-    idle = {
+    ineffective = {
         "train.eval_every": train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match,
         "show_masks": config.show_masks > 0,
         "model_file": config.model_file is not None and not plan.checkpoint,
     }
-    warn(fabric, idle | idle_optim(config.optim, steps))
+    warn(fabric, ineffective | ineffective_optim(config.optim, steps))
     epochs = dict(zip(data.paths if data.weights else [" + ".join(data.paths)], rows.epochs(total), strict=True))
     fabric.print(
         f"{steps:,} steps of {train.global_batch_size:,} rows of {data.max_seq_len:,} tokens, of {len(rows):,} rows: "
         + ", ".join(f"{count:.2f} epochs of {path}" for path, count in epochs.items())
     )
-    fabric.print(f"held-out: {len(val):,} rows" if val else "warning: no held-out text in the corpus")
-    statistics = {"statistics": {"rows": len(rows), "held_out_rows": len(val) if val else 0, "epochs": epochs}}
+    fabric.print(f"validation: {len(val):,} rows" if val else "warning: no validation text in the corpus")
+    statistics = {"statistics": {"rows": len(rows), "validation_rows": len(val) if val else 0, "epochs": epochs}}
     hashes = {f"{c.name}/index.json": content_hash(c.directory / "index.json") for c in corpora}
     samples = _samples(val, tokenizer, config.eval.samples) if val else []
-    return Data(tokenizer, rows, val, samples, total, steps, statistics, hashes)
+    sizes = train.global_batch_size, train.micro_batch_size
+    return Data(tokenizer, rows, val, samples, total, *sizes, statistics, hashes)
 
 
 def _check_tokenizers(corpora: list[Corpus], plan: Blueprint) -> None:
@@ -194,7 +196,7 @@ def _check_tokenizers(corpora: list[Corpus], plan: Blueprint) -> None:
 
 
 def _samples(val: TokenWindows, tokenizer: Tokenizer, count: int) -> list[Example]:
-    """Held-out text to be continued: the first quarter of some rows is the prompt, and what follows, what is expected."""
+    """Validation text to be continued: the first quarter of some rows is the prompt, and what follows, what is expected."""
     examples = []
     for row in range(min(count, len(val))):
         shard, start = val.place(row)
@@ -202,7 +204,7 @@ def _samples(val: TokenWindows, tokenizer: Tokenizer, count: int) -> list[Exampl
         ids = ids[: ids.index(val.end, 1)] if val.end in ids[1:] else ids
         prompt, text = tokenizer.decode(ids[: -(-len(ids) // 4)]), tokenizer.decode(ids)
         if text.startswith(prompt) and prompt.strip():
-            examples.append(Example(f"held-out row {row}", prompt=prompt, text=text))
+            examples.append(Example(f"validation row {row}", prompt=prompt, text=text))
     return examples
 
 
@@ -210,10 +212,9 @@ def use_z_loss(model: nn.Module, z_weight: float) -> None:
     """Swap the head for one that keeps its logits small.
 
     Raises:
-        UserError: the model has no head without a bias that hangs on the model itself.
+        UserError: the model's head is no linear without a bias.
     """
-    for name, module in list(model.named_children()):
-        if type(module) is nn.Linear and module.bias is None:
-            setattr(model, name, ZLossHead(module, z_weight))
-            return
-    raise UserError("--z_loss: this model's head is no linear without a bias.")
+    head = getattr(model, name := head_name(model))
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UserError("--z_loss: this model's head is no linear without a bias.")
+    setattr(model, name, ZLossHead(head, z_weight))

@@ -15,8 +15,8 @@ from litmini.importers.download import ensure_checkpoint
 from litmini.models import use_model_file
 from litmini.tasks.setup import (
     Data,
-    idle_memory,
-    idle_optim,
+    ineffective_memory,
+    ineffective_optim,
     warn,
 )
 from litmini.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     failed: UserError | None = None
     with fabric.rank_zero_first(local=True):  # the others find its tokens on disk
         try:
-            train, val, held_out = load_data(config.data, tokenizer, config.seed, to_answer)
+            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_answer)
         except UserError as error:  # which all of them meet; leaving this block now would leave them waiting
             failed = error
     if failed:
@@ -50,22 +50,23 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     batch = config.train.global_batch_size
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
     steps = math.ceil(total_rows / batch)
-    idle = {
+    ineffective = {
         "train.patience": config.train.patience is not None and not (val and config.train.eval_every),
-        "train.sample_every": config.train.sample_every is not None and not (held_out and config.eval.samples),
+        "train.sample_every": config.train.sample_every is not None and not (val_examples and config.eval.samples),
         "train.eval_every": config.train.eval_every is not None and not val,
-        "eval.exact_match": config.eval.exact_match and not held_out,
+        "eval.exact_match": config.eval.exact_match and not val_examples,
     }
-    warn(fabric, idle | idle_optim(config.optim, steps) | idle_memory(config, fabric.device))
+    warn(fabric, ineffective | ineffective_optim(config.optim, steps) | ineffective_memory(config, fabric.device))
     fabric.print(describe("training", train))
     if val:
-        fabric.print(describe("held-out", val))
+        fabric.print(describe("validation", val))
     filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
     full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
-    held_out_rows = (
+    validation = (
         PackedDataset(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
     )
-    statistics = {"statistics": train.statistics, "held_out_statistics": val.statistics if val else None}
+    statistics = {"statistics": train.statistics, "validation_statistics": val.statistics if val else None}
     hashes = {**train.files, **(val.files if val else {})}
-    return Data(tokenizer, rows, held_out_rows, held_out, total_rows, steps, statistics, hashes)
+    micro = config.train.micro_batch_size
+    return Data(tokenizer, rows, validation, val_examples, total_rows, batch, micro, statistics, hashes)

@@ -1,150 +1,114 @@
-"""The training loop: the only one. Plain functions over objects that the script has built.
+"""The training loop: the only one. What is learned is an objective; what it runs on is a `Setup`.
 
-The loss of an optimizer step is the sum over its target tokens, divided by their number: over micro-batches and ranks.
+The loss of an optimizer step is the sum over the objective's units, divided by their number: over micro-batches and ranks.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from litmini.config.training import TrainConfig
 from litmini.distributed.fsdp import full_tensor, is_dtensor
 from litmini.errors import UserError
-from litmini.ops.cross_entropy import IGNORE
+from litmini.training.objective import Batch, Objective, count_tokens
+from litmini.training.optimizer import learning_rate
+from litmini.training.setup import Progress, Setup
 from litmini.training.signals import Interrupted, caught
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Batch = dict[str, torch.Tensor]
 MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
 
 
-@dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Tokens that went through the model, padding not counted."""
-    targets: int = 0
-    """Tokens that carried loss."""
-    seconds: float = 0.0
-    """Time in training steps."""
-    best_step: int = 0
-    """After which step the held-out loss was lowest; 0: none was taken."""
-    best_val_loss: float | None = None
-    """That loss."""
-    skipped: int = 0
-    """Steps left out because loss or gradients were not finite."""
-    skipped_in_row: int = 0
-    """Of these, the last ones without a step taken between them."""
-    loss_scale: dict[str, float] | None = None
-    """State of the gradient scaler of 16-mixed."""
-
-    def advance(self, tokens: int, targets: int, seconds: float) -> None:
-        """Count a step."""
-        self.step += 1
-        self.tokens += tokens
-        self.targets += targets
-        self.seconds += seconds
-
-    def remember(self, val_loss: float) -> None:
-        """Note a held-out loss if it is the lowest so far."""
-        if self.best_val_loss is None or val_loss < self.best_val_loss:
-            self.best_step, self.best_val_loss = self.step, val_loss
-
-
-def fit(
-    fabric: Fabric,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], list[Batch]],
-    learning_rate: Callable[[int], float],
-    total_steps: int,
-    config: TrainConfig,
-    progress: Progress,
-    seed: int,
-    log: Callable[[dict[str, float]], None],
-    checkpoint: Callable[[Progress], Any],
-    validate: Callable[[], float] | None = None,
-    max_grad_norm: float | None = 1.0,
-    observe: Callable[[list[Batch], float], dict[str, float]] | None = None,
-    sample: Callable[[Progress], None] | None = None,
-    save_batch: Callable[[int, list[Batch], list[float]], Any] | None = None,
-) -> Progress:
-    """Train from `progress.step` to `total_steps`, or until the held-out loss falls no more (`config.patience`).
+def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Progress:
+    """Train from `setup.progress` to the last step, or until the validation loss stops falling (`train.patience`).
 
     Args:
-        model, optimizer: as `fabric.setup` returned them.
-        batches: step -> this rank's micro-batches; the same number on every rank.
-        learning_rate: step -> learning rate.
-        seed: dropout in each step is a pure function of this, the step and the rank, as the two above are of the step:
-            so a resumed run goes on exactly, and evaluating or sampling in between changes nothing.
-        log: takes a row of metrics, each `config.log_every` steps.
-        checkpoint: saves, each `config.save_every` steps and when interrupted.
-        validate: the held-out loss, each `config.eval_every` steps.
-        max_grad_norm: clip the global norm to this; None: only measure it.
-        observe: further metrics of a step: takes this rank's micro-batches and the seconds they took.
-        sample: generates answers, each `config.sample_every` steps; every rank calls it.
-        save_batch: takes a step (from 1) that was not finite, its micro-batches and their losses; says where it saved them.
-            Every rank calls it.
+        stop_after: return after this step; schedule and data are those of the whole run. None: the last one.
 
     Raises:
         UserError: loss or gradients are not finite; skipping, `MOST_SKIPPED` times in a row.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
-    model.train()
+    fabric, progress, total_steps = setup.fabric, setup.progress, setup.data.total_steps
+    last = total_steps if stop_after is None else stop_after
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     if scaler and progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
+    setup.model.train()
     hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
-    with caught() as received, bar:
-        for step in range(progress.step, total_steps):
-            started = time.perf_counter()
-            _seed(fabric.device, hash((seed, step, fabric.global_rank)) % 2**63)  # ints hash the same in every process
-            micro_batches = batches(step)
-            targets, tokens, stop = _total(fabric, _targets(micro_batches), _tokens(micro_batches), len(received))
-            rate = learning_rate(step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_ratio"]
-            losses, loss, norm = _take_step(fabric, model, optimizer, micro_batches, targets, max_grad_norm, scaler)
-            if _not_taken(loss, norm, scaler, progress):
-                where = f" Its batch is in {save_batch(step + 1, micro_batches, losses)}." if save_batch else ""
-                _stop_or_skip(fabric, f"step {step + 1}: loss {loss}, gradient norm {norm}", where, config, progress)
-            seconds = max(1e-9, time.perf_counter() - started)
-            progress.advance(tokens, targets, seconds)
-            metrics = {"step": step + 1, "tokens": progress.tokens, "loss": loss, "lr": rate, "grad_norm": norm}
-            metrics |= {"tokens_per_second": tokens / seconds, **(observe(micro_batches, seconds) if observe else {})}
-            if validate and config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < total_steps:
-                metrics["val_loss"] = validate()
-                model.train()
-                progress.remember(metrics["val_loss"])
-            if "val_loss" in metrics or (step + 1) % config.log_every == 0 or step + 1 == total_steps:
-                log(metrics)
-            _show(fabric, bar, metrics, progress)
-            if sample and config.sample_every and (step + 1) % config.sample_every == 0:
-                sample(progress)
-                model.train()
-            stop = bool(stop or (received and fabric.world_size == 1))
-            if stop or _is_due(progress, config):
-                progress.loss_scale = scaler.state_dict() if scaler else None
-                saved = checkpoint(progress)
-            if stop:
-                raise Interrupted(received, f"stopped after step {step + 1}; saved {saved}. Go on with --resume auto")
-            if "val_loss" in metrics and _is_enough(fabric, progress, config):
-                break
+    try:
+        with caught() as received, bar:
+            while progress.step < last:
+                metrics, stop = _step(setup, objective, scaler, len(received))
+                _report(setup, objective, bar, metrics)
+                stop = bool(stop or (received and fabric.world_size == 1))
+                if stop or _is_due(progress, setup.train):
+                    progress.loss_scale = scaler.state_dict() if scaler else None
+                    saved = setup.recorder.checkpoint(progress)
+                if stop:
+                    raise Interrupted(
+                        received, f"stopped after step {progress.step}; saved {saved}. Resume it with --resume auto"
+                    )
+                if "val_loss" in metrics and _is_enough(fabric, progress, setup.train):
+                    break
+    finally:
+        setup.recorder.wait()
     return progress
+
+
+def _step(setup: Setup, objective: Objective, scaler: Any, signals: int) -> tuple[dict[str, float], bool]:
+    """Take one optimizer step and count it; returns its metrics, and whether any rank received a signal."""
+    fabric, progress, data = setup.fabric, setup.progress, setup.data
+    started, step = time.perf_counter(), progress.step
+    rank, world = fabric.global_rank, fabric.world_size
+    _seed(fabric.device, hash((setup.seed, step, rank)) % 2**63)  # ints hash the same in every process
+    micro_batches = data.batches(step, rank, world)
+    counts = sum(map(objective.count, micro_batches)), sum(map(count_tokens, micro_batches))
+    units, tokens, stop = _total(fabric, *counts, signals)
+    rate = learning_rate(step, data.total_steps, setup.optim)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
+    losses, loss, norm = _take_step(setup, objective, micro_batches, units, scaler)
+    if _not_taken(loss, norm, scaler, progress):
+        where = setup.recorder.save_nonfinite_step(
+            step + 1, micro_batches, losses, lambda: data.locations(step, rank, world)
+        )
+        where = f" Its batch is in {where}." if where else ""
+        _stop_or_skip(fabric, f"step {step + 1}: loss {loss}, gradient norm {norm}", where, setup.train, progress)
+    seconds = max(1e-9, time.perf_counter() - started)
+    progress.advance(tokens, units, seconds)
+    metrics = {"step": step + 1, "tokens": progress.tokens, "loss": loss, "lr": rate, "grad_norm": norm}
+    metrics |= {"tokens_per_second": tokens / seconds}
+    metrics |= setup.throughput(micro_batches, seconds) if setup.throughput else {}
+    return metrics, bool(stop)
+
+
+def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, float]) -> None:
+    """Validate, log, show and sample, where this step is due for it. A validation loss is added to `metrics`."""
+    progress, train = setup.progress, setup.train
+    last = progress.step == setup.data.total_steps
+    if train.eval_every and progress.step % train.eval_every == 0 and not last:
+        loss = validate(setup, objective)
+        if loss is not None:
+            metrics["val_loss"] = loss
+            progress.remember(loss)
+    if "val_loss" in metrics or progress.step % train.log_every == 0 or last:
+        setup.recorder.log(metrics)
+    _show(setup.fabric, bar, metrics, progress)
+    sampled = setup.sample and train.sample_every and progress.step % train.sample_every == 0
+    if sampled:
+        setup.sample(progress)  # type: ignore[misc]
+    if sampled or "val_loss" in metrics:
+        setup.model.train()
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -167,12 +131,12 @@ def _is_due(progress: Progress, config: TrainConfig) -> bool:
 
 
 def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
-    """Whether the last `config.patience` evaluations found no lower held-out loss."""
+    """Whether the last `config.patience` evaluations found no lower validation loss."""
     assert config.eval_every
     enough = bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
     if enough:
         fabric.print(
-            f"stopped early after step {progress.step}: the held-out loss has not been below "
+            f"stopped early after step {progress.step}: the validation loss has not been below "
             f"{progress.best_val_loss:.4f}, of step {progress.best_step}, for {config.patience} evaluations"
         )
     return enough
@@ -197,44 +161,39 @@ def _in_words(metrics: dict[str, float]) -> str:
 
 
 def _take_step(
-    fabric: Fabric,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[Batch],
-    targets: int,
-    max_grad_norm: float | None,
-    scaler: Any,
+    setup: Setup, objective: Objective, micro_batches: list[Batch], units: int, scaler: Any
 ) -> tuple[list[float], float, float]:
     """One optimizer step, not taken where loss or gradients are not finite.
 
     Args:
-        targets: of all micro-batches on all ranks.
+        units: of all micro-batches on all ranks.
         scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
 
     Returns:
-        The summed losses of this rank's micro-batches, the loss a target and the gradient norm before clipping, both over
+        The summed losses of this rank's micro-batches, the loss a unit and the gradient norm before clipping, both over
         all ranks.
     """
+    fabric, model, optimizer = setup.fabric, setup.model, setup.optimizer
     losses = []
     sharded = is_dtensor(next(model.parameters()))  # gradients are, too, after each micro-batch
     for i, batch in enumerate(micro_batches):
         more = i + 1 < len(micro_batches)
         with fabric.no_backward_sync(model, enabled=more and not sharded):
             if sharded:  # Fabric has just switched it on
-                model.module.set_requires_all_reduce(not more)  # copies of the shares (hsdp) are added up once a step
-            loss, _ = model(**fabric.to_device(batch))
-            fabric.backward(loss * (fabric.world_size / max(1, targets)))  # ranks are averaged: undo it
+                model.module.set_requires_all_reduce(not more)  # replicas of the shards (hsdp) are added up once a step
+            loss = objective.loss(model, fabric.to_device(batch))
+            fabric.backward(loss * (fabric.world_size / max(1, units)))  # ranks are averaged: undo it
         losses.append(loss.detach())
     if getattr(optimizer, "in_backward", False):  # the steps were taken there
-        clipped: Any = torch.tensor(optimizer.take_norm())  # type: ignore[attr-defined]
+        clipped: Any = torch.tensor(optimizer.take_norm())
     else:
-        clip = max_grad_norm or math.inf
+        clip = setup.optim.max_grad_norm or math.inf
         clipped = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
-    total: Any = fabric.all_reduce(sum(losses), reduce_op="sum")
-    total, norm, *each = torch.stack(
-        [total, full_tensor(clipped).to(total), *losses]
-    ).tolist()  # the step's CPU-GPU sync point
-    mean = total / max(1, targets)
+    loss_sum: Any = sum(losses)
+    total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
+    numbers = torch.stack([total, full_tensor(clipped).to(total), *losses])
+    total, norm, *each = numbers.tolist()  # the step's CPU-GPU sync point
+    mean = total / max(1, units)
     finite = math.isfinite(mean) and math.isfinite(norm)
     if not finite:
         optimizer.zero_grad()
@@ -265,34 +224,32 @@ def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, pr
     fabric.print(f"warning: {what}")
 
 
+def validate(setup: Setup, objective: Objective) -> float | None:
+    """The mean validation loss a unit; None where there is no validation set."""
+    batches = setup.data.validation_batches(setup.fabric.global_rank, setup.fabric.world_size)
+    return None if batches is None else evaluate(setup.fabric, setup.model, objective, batches)
+
+
 @torch.no_grad()
-def evaluate(fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean loss a target over all `batches` of all ranks: it does not depend on batch size or number of ranks."""
+def evaluate(fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch]) -> float:
+    """Mean loss a unit over all `batches` of all ranks: it does not depend on batch size or number of ranks."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    losses, units = [], 0
     for batch in batches:
-        loss, targets = model(**fabric.to_device(batch))
-        total += torch.stack((loss.double(), targets.double())).cpu()
-    reduced: Any = fabric.all_reduce(total.to(fabric.device), reduce_op="sum")
-    loss_sum, count = reduced.tolist()
-    return loss_sum / max(1.0, count)
+        losses.append(objective.loss(model, fabric.to_device(batch)))
+        units += objective.count(batch)
+    loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # CPU-GPU sync point
+    mine = torch.tensor([loss_sum, units], dtype=torch.float64, device=fabric.device)
+    total: Any = fabric.all_reduce(mine, reduce_op="sum")
+    loss_sum, units = total.tolist()
+    return loss_sum / max(1.0, units)
 
 
-def memory_warmup(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    """One forward and backward of the largest micro-batch: whatever runs out of memory does so now, not after hours.
+def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
+    """Run the largest micro-batch forward and backward: whatever runs out of memory does so now, not after hours.
 
     Leaves no trace: the gradients are dropped.
     """
-    model.train()
-    loss, _ = model(**fabric.to_device(batch))
-    fabric.backward(loss)
-    optimizer.zero_grad()
-
-
-def _targets(batches: list[Batch]) -> int:
-    return sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
-
-
-def _tokens(batches: list[Batch]) -> int:
-    """Tokens that are no padding; a batch that names no documents has none."""
-    return sum(int((b["documents"] > 0).sum()) if "documents" in b else b["tokens"].numel() for b in batches)
+    setup.model.train()
+    setup.fabric.backward(objective.loss(setup.model, setup.fabric.to_device(batch)))
+    setup.optimizer.zero_grad()

@@ -24,12 +24,12 @@ from litmini.cli import command
 from litmini.config.pretrain import PretrainConfig
 from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fabric import make_fabric
-from litmini.runs.run import Run
+from litmini.runs.directory import RunDirectory
 from litmini.tasks.pretrain import blueprint, prepare_data
-from litmini.tasks.setup import validation_loss
-from litmini.training.flops import Throughput
-from litmini.training.loop import fit
-from litmini.training.optimizer import learning_rate, make_optimizer
+from litmini.tasks.setup import make_setup
+from litmini.training.loop import fit, validate
+from litmini.training.objective import LanguageModeling
+from litmini.training.optimizer import learning_rate
 
 TURN = 20
 
@@ -112,14 +112,12 @@ def plain_training(
 
 def main(config: BenchmarkConfig) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_rows=None))
-    run, fabric, plan = Run(config), make_fabric(config), blueprint(config)
-    data = prepare_data(fabric, config, plan)
+    directory, fabric, plan = RunDirectory(config), make_fabric(config), blueprint(config)
+    data, objective = prepare_data(fabric, config, plan), LanguageModeling()
     assert isinstance(data.train, TokenWindows) and isinstance(data.val, TokenWindows)
     windows, total = data.train, data.total_steps
     model = plan.model(torch.float32, config.seed)
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model, config.optim))
-    meter = Throughput(model, fabric.device, torch.float32)  # as pretrain.py has it
-    progress = run.begin(fabric, model, optimizer, data.tokenizer)
+    setup = make_setup(directory, fabric, data, model, plan.saver(model, data.tokenizer))
     tokens = np.concatenate([np.fromfile(shard.file, shard.dtype) for shard in windows.shards[0]])
     plain, train_plain = plain_training(config, plan.config, tokens, total)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, plain)]
@@ -127,23 +125,7 @@ def main(config: BenchmarkConfig) -> None:
     batch = config.train.global_batch_size
 
     def train_litmini(until: int) -> None:
-        fit(
-            fabric,
-            wrapped,
-            optimizer,
-            batches=lambda step: list(
-                windows.batches(range(step * batch, (step + 1) * batch), config.train.micro_batch_size)
-            ),
-            learning_rate=lambda step: learning_rate(step, total, config.optim),
-            total_steps=until,
-            config=config.train,
-            progress=progress,
-            seed=config.seed,
-            log=run.log,
-            checkpoint=lambda progress: None,
-            max_grad_norm=1.0,
-            observe=meter,
-        )
+        fit(setup, objective, stop_after=until)
 
     for turn, until in enumerate(range(TURN, total + 1, TURN)):
         sides = [("litmini", train_litmini), ("plain", train_plain)]
@@ -156,14 +138,14 @@ def main(config: BenchmarkConfig) -> None:
         parts = list(data.val.batches(range(len(data.val)), 64))
         sums = [plain(part["tokens"], part["labels"], reduction="sum") for part in parts]
     losses = {
-        "litmini": validation_loss(fabric, wrapped, data, config),
+        "litmini": validate(setup, objective) or 0.0,
         "plain": float(sum(sums)) / sum(part["labels"].numel() for part in parts),
     }
     for name, size in zip(turns, sizes, strict=True):
         each = statistics.median(turns[name]) / TURN
         print(
             f"{name:8} {size:,} parameters, {each * 1e3:.1f} ms a step, {batch * config.data.max_seq_len / each:,.0f} "
-            f"tokens/s, held-out loss {losses[name]:.4f}"
+            f"tokens/s, validation loss {losses[name]:.4f}"
         )
     faster = statistics.median(p / o for o, p in zip(turns["litmini"], turns["plain"], strict=True))
     print(f"litmini is {faster:.2f} times as fast")

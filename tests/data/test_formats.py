@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from litmini.data import readers
-from litmini.data.formats import find_places, read_examples
+from litmini.data.formats import find_locations, read_examples
 from litmini.data.readers import read_items
 from litmini.errors import UserError
 
@@ -81,10 +81,10 @@ def test_every_form_in_every_format(tmp_path: Path, form: str, kind: str) -> Non
             else:
                 assert example.messages is None
                 assert (example.prompt, example.text) == (plain or ("1 + 2 =", "1 + 2 = 3"))
-    places = {"jsonl": "1 3", "json": "record 1,record 2", "csv": "2 3", "parquet": "row 1,row 2"}[kind]
+    locations = {"jsonl": "1 3", "json": "record 1,record 2", "csv": "2 3", "parquet": "row 1,row 2"}[kind]
     if (form, kind) != ("text", "csv"):  # a cell of two lines
-        assert [e.where for e in examples] == [f"{file}:{p}" for p in places.split("," if "," in places else " ")]
-    assert find_places(file, {1}) == {1: examples[1].where}
+        assert [e.where for e in examples] == [f"{file}:{p}" for p in locations.split("," if "," in locations else " ")]
+    assert find_locations(file, {1}) == {1: examples[1].where}
 
 
 def test_what_a_turn_carries_beside_its_content_is_kept(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_data(
     monkeypatch.setattr(token_cache, "_parts", fresh)
     tracemalloc.start()
     try:
-        assert sum(len(chunk.places) for chunk in read_chunks(str(path))) == 20_000
+        assert sum(len(chunk.locations) for chunk in read_chunks(str(path))) == 20_000
         file = tokenize_file(str(path), tokenizer, DataConfig(str(path)), "training")
         assert file.inputs.nbytes == 40_000_000 and file.labels[::100_000].sum() == 100
         assert (file.table["start"] == np.arange(100) * 100_000).all()

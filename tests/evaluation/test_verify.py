@@ -12,7 +12,7 @@ from test_export import make_adapter
 
 import litmini
 import litmini.evaluation.verify
-import litmini.training.loop
+import litmini.training.setup
 from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import disk_tensors, load_model, save_model
 from litmini.checkpoints.safetensors_io import shards
@@ -67,11 +67,11 @@ original_update, original_merged = LayerCache.update, LoRALinear.merged_weight
         ("check_cache", "litmini.ops.kv_cache.LayerCache.update", broken_update),
         ("check_packing", "litmini.models.llama.make_mask", None),
         ("check_merge", "litmini.methods.lora.LoRALinear.merged_weight", lambda self: original_merged(self) * 1.001),
-        ("check_accumulation", "litmini.training.loop._targets", lambda batches: 2 * len(batches)),
+        ("check_accumulation", "litmini.training.objective.LanguageModeling.count", lambda self, batch: 2),
         (
             "check_resume",
             "litmini.evaluation.verify.load_state",
-            lambda directory, model, optimizer: litmini.training.loop.Progress(1),
+            lambda directory, model, optimizer: litmini.training.setup.Progress(1),
         ),
     ],
 )

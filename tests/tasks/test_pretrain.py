@@ -32,8 +32,8 @@ from litmini.models import FAMILIES, gpt2, llama, use_model_file
 from litmini.ops.cross_entropy import IGNORE, ZLossHead, linear_cross_entropy
 from litmini.runs.training_state import load_state, save_state
 from litmini.tasks.pretrain import blueprint, use_z_loss
-from litmini.training.loop import Progress
 from litmini.training.optimizer import learning_rate, make_optimizer
+from litmini.training.setup import Progress
 
 ROOT = Path(__file__).parents[2]
 OWN_FILE = ROOT / "scripts/examples/llama_gelu.py"

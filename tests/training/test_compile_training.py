@@ -12,7 +12,6 @@ from test_scripts import run
 from torch._dynamo.utils import counters
 
 from litmini.config.finetune import LoraConfig
-from litmini.config.training import TrainConfig
 from litmini.errors import UserError
 from litmini.generation.compile import compile_decoding
 from litmini.methods import lora
@@ -76,11 +75,10 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
 def test_auto_counts_the_rows_that_there_are():
     """Not those of a whole batch, where the data are fewer, nor those of other epochs."""
     rows = SimpleNamespace(batches=lambda rows, micro, rank, world: [row + 1 for row in rows][rank::world])
-    data = SimpleNamespace(train=rows, total_rows=3)
-    assert setup.planned_flops(sum, data, TrainConfig(global_batch_size=64), 1) == 1 + 2 + 3
-    data.total_rows = 9
-    assert setup.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 1) == (1 + 2) * 9 / 2
-    assert setup.planned_flops(sum, data, TrainConfig(global_batch_size=2, micro_batch_size=1), 2) == 1 * 9 / 2
+    assert setup.planned_flops(sum, setup.Data(None, rows, None, [], 3, 64, 4), 1) == 1 + 2 + 3
+    data = setup.Data(None, rows, None, [], 9, 2, 1)
+    assert setup.planned_flops(sum, data, 1) == (1 + 2) * 9 / 2
+    assert setup.planned_flops(sum, data, 2) == 1 * 9 / 2
 
 
 @pytest.mark.parametrize(
@@ -89,8 +87,8 @@ def test_auto_counts_the_rows_that_there_are():
 def test_auto_leaves_what_cannot_be_compiled(family, dtype, on, monkeypatch, capsys):
     monkeypatch.setattr(setup, "planned_flops", lambda *_: 1e30)
     fabric = SimpleNamespace(world_size=1, device=torch.device("cpu"), broadcast=bool, print=print)
-    model, rest = family.Model(family.PRESETS["tiny"]), SimpleNamespace(flops=None, train=None)
-    assert setup._worth_compiling(fabric, model, getattr(torch, dtype), rest, rest, rest) is on
+    model = family.Model(family.PRESETS["tiny"])
+    assert setup._worth_compiling(fabric, model, getattr(torch, dtype), None, None) is on
     assert f"compile auto: {'on' if on else 'off'}" in capsys.readouterr().out
 
 

@@ -12,17 +12,18 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_parts import make_setup
 from two import run_two, values
 
 from litmini.config.finetune import LoraConfig
-from litmini.config.training import TrainConfig
 from litmini.distributed.fsdp import blocks, shard
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
 from litmini.ops.cross_entropy import IGNORE, linear_cross_entropy
-from litmini.training.loop import Progress, fit
+from litmini.training.loop import fit
+from litmini.training.objective import LanguageModeling
 
 RANK = 4
 METHODS = ["lora", "qlora", "dora", "full"]
@@ -189,19 +190,8 @@ def reads(micro_batches: int, steps: int = 2) -> int:
     optimizer = torch.optim.AdamW([{"params": model.parameters(), "lr_ratio": 1.0}], fused=True)
     batch = {"tokens": torch.ones(1, 3), "labels": torch.ones(1, 3, dtype=torch.int64)}
     with Reads() as counted:
-        fit(
-            fabric,
-            fabric.setup_module(model),
-            fabric.setup_optimizers(optimizer),
-            batches=lambda step: [batch] * micro_batches,
-            learning_rate=lambda step: 0.1,
-            total_steps=steps,
-            config=TrainConfig(),
-            progress=Progress(),
-            seed=0,
-            log=lambda row: None,
-            checkpoint=lambda progress: None,
-        )
+        wrapped, optimizer = fabric.setup_module(model), fabric.setup_optimizers(optimizer)
+        fit(make_setup(fabric, wrapped, optimizer, [[batch] * micro_batches] * steps, 0.1), LanguageModeling())
     return counted.count
 
 

@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from numerics import Float64, assert_gradients_as_accurate, assert_gradients_close, ulps
 from safetensors.torch import load_file
 from torch import nn
+from training_parts import Listening, make_setup
 
 from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import LoraConfig
@@ -25,9 +26,12 @@ from litmini.methods.adapters import add_adapters
 from litmini.methods.lora import LoRALinear
 from litmini.models import llama
 from litmini.ops.cross_entropy import IGNORE
-from litmini.training.loop import Progress, evaluate, fit, memory_warmup
+from litmini.training import loop
+from litmini.training.loop import evaluate, fit, memory_warmup
 from litmini.training.low_memory import checkpoint_activations
+from litmini.training.objective import LanguageModeling
 from litmini.training.optimizer import learning_rate, make_optimizer
+from litmini.training.setup import Progress
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "config_hub/quickstart"
@@ -60,23 +64,16 @@ def split(batch, size):
 
 def run(fabric, model, micro_batches, steps=1, rate=1.0, gradients=None, **options):
     """`steps` of plain SGD; returns (metrics, progress). The gradients of each step are added to the list `gradients`."""
-    rows = []
     plain = make_optimizer(model, OptimConfig(name="sgd"))
     if gradients is not None:
         plain.register_step_pre_hook(
             lambda *_: gradients.append({n: p.grad.clone() for n, p in model.named_parameters()}) or None
         )
     wrapped, optimizer = fabric.setup(model, plain)
-    settings = dict(total_steps=steps, config=TrainConfig(), seed=0, log=rows.append, checkpoint=lambda p: "step")
-    progress = fit(
-        fabric,
-        wrapped,
-        optimizer,
-        batches=lambda step: micro_batches,
-        learning_rate=lambda step: rate,
-        **{**settings, "progress": Progress(), "max_grad_norm": None, **options},
-    )
-    return rows, progress
+    recorder = options.setdefault("recorder", Listening(checkpoint=lambda p: "step"))
+    options.setdefault("max_grad_norm", None)
+    setup = make_setup(fabric, wrapped, optimizer, [micro_batches] * steps, rate, **options)
+    return recorder.rows, fit(setup, LanguageModeling())
 
 
 def tiny_model():
@@ -120,7 +117,7 @@ def test_a_micro_batch_without_targets_changes_nothing(fabric):
 def test_evaluation_does_not_depend_on_batch_size(fabric):
     """Requirement 3."""
     model, batch = tiny_model(), ragged(8)
-    losses = [evaluate(fabric, model, split(batch, size)) for size in (8, 3, 1)]
+    losses = [evaluate(fabric, model, LanguageModeling(), split(batch, size)) for size in (8, 3, 1)]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=ulps(16))
 
 
@@ -141,25 +138,11 @@ def test_schedule_moves_once_a_step_whatever_the_accumulation(fabric):
     seen = []
     for size in (8, 1):
         config = OptimConfig(lr=0.1, warmup_steps=2)
-        rows = []
         model = tiny_model()
         wrapped, optimizer = fabric.setup(model, make_optimizer(model, config))
-        rate = lambda step, c=config: learning_rate(step, 5, c)  # noqa: E731
-        batches = split(ragged(8), size)
-        fit(
-            fabric,
-            wrapped,
-            optimizer,
-            lambda step, b=batches: b,
-            rate,
-            5,
-            TrainConfig(),
-            Progress(),
-            0,
-            rows.append,
-            print,
-        )
-        seen.append([row["lr"] for row in rows])
+        setup = make_setup(fabric, wrapped, optimizer, [split(ragged(8), size)] * 5, optim=config)
+        fit(setup, LanguageModeling())
+        seen.append([row["lr"] for row in setup.recorder.rows])
     assert seen[0] == seen[1] == [learning_rate(step, 5, OptimConfig(lr=0.1, warmup_steps=2)) for step in range(5)]
 
 
@@ -187,16 +170,17 @@ def test_vectors_do_not_decay():
     assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
 
 
-def test_rehearsal_leaves_no_trace(fabric):
+def test_a_memory_warmup_leaves_no_trace(fabric):
     results = []
-    for rehearsed in (False, True):
+    for warmed_up in (False, True):
         torch.manual_seed(0)
         model = add_lora(tiny_model(), dropout=0.3)
         wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
-        if rehearsed:
-            memory_warmup(fabric, wrapped, optimizer, ragged(4))
+        setup = make_setup(fabric, wrapped, optimizer, [[ragged(4)]] * 2, 1e-2)
+        if warmed_up:
+            memory_warmup(setup, LanguageModeling(), ragged(4))
             assert all(p.grad is None for p in model.parameters())
-        fit(fabric, wrapped, optimizer, lambda s: [ragged(4)], lambda s: 1e-2, 2, TrainConfig(), Progress(), 0, id, id)
+        fit(setup, LanguageModeling())
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results)
 
@@ -206,7 +190,7 @@ def add_lora(model, dropout=0.0):
     return model
 
 
-def test_dropout_is_a_function_of_the_step(fabric):
+def test_dropout_is_a_function_of_the_step(fabric, monkeypatch):
     """What happens between steps (evaluation, sampling) does not change the run."""
     results = []
     for disturb in (False, True):
@@ -214,25 +198,13 @@ def test_dropout_is_a_function_of_the_step(fabric):
         model = add_lora(tiny_model(), dropout=0.3)
         wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
 
-        def validate(disturb=disturb):
+        def validate(*_, disturb=disturb):
             torch.rand(7 if disturb else 1)
             return 0.0
 
-        config = TrainConfig(eval_every=1)
-        fit(
-            fabric,
-            wrapped,
-            optimizer,
-            lambda s: [ragged(4)],
-            lambda s: 1e-2,
-            3,
-            config,
-            Progress(),
-            5,
-            id,
-            id,
-            validate,
-        )
+        monkeypatch.setattr(loop, "validate", validate)
+        train = TrainConfig(eval_every=1)
+        fit(make_setup(fabric, wrapped, optimizer, [[ragged(4)]] * 3, 1e-2, train, seed=5), LanguageModeling())
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results)
     assert any(m.dropout.p for m in model.modules() if isinstance(m, LoRALinear))
@@ -264,23 +236,23 @@ def test_a_signal_finishes_the_step_saves_and_leaves(fabric, number):
             os.kill(os.getpid(), number)
 
     with pytest.raises(UserError, match=f"{number.name}: stopped after step 2.*--resume auto"):
-        checkpoint = lambda p: saved.append(dataclasses.replace(p)) or "there"  # noqa: E731
-        run(fabric, tiny_model(), [ragged(2)], steps=10, rate=1e-3, log=log, checkpoint=checkpoint)
+        recorder = Listening(log, lambda p: saved.append(dataclasses.replace(p)) or "there")
+        run(fabric, tiny_model(), [ragged(2)], steps=10, rate=1e-3, recorder=recorder)
     assert [p.step for p in saved] == [2]
 
 
 @pytest.mark.parametrize("stopped", [None, 3])
-def test_patience(fabric, stopped):
-    """Two evaluations without a lower held-out loss end the run; resumed in between, it ends at the same step."""
-    held_out = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9, 5: 1.9, 6: 2.2, 7: 1.0}
-    progress, done = Progress(), []
-    settings = dict(config=TrainConfig(eval_every=1, patience=2), rate=1e-3, log=lambda row: done.append(row["step"]))
-    validate = lambda: held_out[progress.step]  # noqa: E731
+def test_patience(fabric, stopped, monkeypatch):
+    """Two evaluations without a lower validation loss end the run; resumed in between, it ends at the same step."""
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9, 5: 1.9, 6: 2.2, 7: 1.0}
+    progress = Progress()
+    monkeypatch.setattr(loop, "validate", lambda *_: losses[progress.step])
+    settings = dict(train=TrainConfig(eval_every=1, patience=2), rate=1e-3)
     if stopped:
-        run(fabric, tiny_model(), [ragged(2)], steps=stopped + 1, validate=validate, progress=progress, **settings)
+        run(fabric, tiny_model(), [ragged(2)], steps=stopped + 1, progress=progress, **settings)
         progress.step -= 1
-        progress, done = Progress(**dataclasses.asdict(progress)), done[:-1]
-    run(fabric, tiny_model(), [ragged(2)], steps=20, validate=validate, progress=progress, **settings)
+        progress = Progress(**dataclasses.asdict(progress))
+    run(fabric, tiny_model(), [ragged(2)], steps=20, progress=progress, **settings)
     assert (progress.step, progress.best_step, progress.best_val_loss) == (6, 4, 1.9)
 
 
@@ -346,21 +318,9 @@ def test_adamw8bit_trains_and_resumes(fabric, tmp_path):
         return model, *fabric.setup(model, make_optimizer(model, OptimConfig(name="adamw8bit")))
 
     def go(wrapped, optimizer, progress, steps):
-        rows = []
-        fit(
-            fabric,
-            wrapped,
-            optimizer,
-            lambda s: [ragged(4)],
-            lambda s: 1e-3,
-            steps,
-            TrainConfig(),
-            progress,
-            0,
-            rows.append,
-            id,
-        )
-        return rows
+        setup = make_setup(fabric, wrapped, optimizer, [[ragged(4)]] * steps, progress=progress)
+        fit(setup, LanguageModeling())
+        return setup.recorder.rows
 
     model, wrapped, optimizer = start()
     rows = go(wrapped, optimizer, Progress(), 4)

@@ -8,6 +8,7 @@ from numerics import ulps
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from training_parts import Listening, make_setup
 
 from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig, LoraConfig
 from litmini.config.training import OptimConfig, TrainConfig
@@ -16,10 +17,12 @@ from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters
 from litmini.models import llama
 from litmini.runs.training_state import load_state, save_state
-from litmini.training.loop import Progress, fit
+from litmini.training.loop import fit
 from litmini.training.low_memory import offload_activations
 from litmini.training.memory import full_rows
+from litmini.training.objective import LanguageModeling
 from litmini.training.optimizer import make_optimizer
+from litmini.training.setup import Progress
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +38,12 @@ def tiny(dtype=torch.float32):
 
 def train(fabric, model, optim: OptimConfig, steps=4, progress=None, prepare=lambda optimizer: None, rate=1e-3):
     """A few steps on one batch; returns (optimizer, rows of metrics)."""
-    rows = []
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
     progress = prepare(optimizer) or Progress()
-    batch = full_rows(2, 16, 512)
-    fit(
-        fabric,
-        wrapped,
-        optimizer,
-        batches=lambda step: [batch],
-        learning_rate=lambda step: rate,
-        total_steps=steps,
-        config=TrainConfig(),
-        progress=progress,
-        seed=0,
-        log=rows.append,
-        checkpoint=print,
-        max_grad_norm=optim.max_grad_norm,
-    )
-    return optimizer, rows
+    batches = [[full_rows(2, 16, 512)]] * steps
+    setup = make_setup(fabric, wrapped, optimizer, batches, rate, progress=progress, max_grad_norm=optim.max_grad_norm)
+    fit(setup, LanguageModeling())
+    return optimizer, setup.recorder.rows
 
 
 def flat(model):
@@ -180,19 +170,10 @@ def test_the_scale_is_saved_and_restored():
     for start in (None, state):
         fabric, model = Fabric(accelerator="cpu", devices=1, plugins=loss_scaling("cpu")), tiny()
         wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
-        fit(
-            fabric,
-            wrapped,
-            optimizer,
-            batches=lambda step: [full_rows(1, 8, 512)],
-            learning_rate=lambda step: 1e-3,
-            total_steps=1,
-            config=TrainConfig(save_every=1),
-            progress=Progress(loss_scale=start),
-            seed=0,
-            log=id,
-            checkpoint=lambda progress: saved.append(progress.loss_scale),
-        )
+        recorder = Listening(checkpoint=lambda progress: saved.append(progress.loss_scale))
+        batches, train = [[full_rows(1, 8, 512)]], TrainConfig(save_every=1)
+        setup = make_setup(fabric, wrapped, optimizer, batches, 1e-3, train, Progress(loss_scale=start), recorder)
+        fit(setup, LanguageModeling())
     assert (saved[0]["scale"], saved[0]["_growth_tracker"]) == (65536, 1)
     assert (saved[1]["scale"], saved[1]["_growth_tracker"]) == (16, 0)  # that was the third good step in a row
 

@@ -77,10 +77,16 @@ class TokenWindows:
         """The shard of a row, counted through all epochs, and where in it the row begins."""
         return self._places(row // BLOCK)[row % BLOCK]
 
-    def places(self, numbers: Sequence[int]) -> list[list[str]]:
+    def locations(self, numbers: Sequence[int]) -> list[list[str]]:
         """Where the tokens of the rows `numbers` are: shard and first token."""
         found = [self.place(number) for number in numbers]
         return [[f"{shard.file}: token {start}"] for shard, start in found]
+
+    def lengths(self) -> None:
+        """None: a window is no example."""
+
+    def longest_batch(self, micro_batch: int) -> None:
+        """None: all windows are of one length."""
 
     def _compute_places(self, block: int) -> list[tuple[Shard, int]]:
         """The place of each row in a block."""
@@ -90,12 +96,12 @@ class TokenWindows:
         for group, starts in enumerate(self.starts):
             count = int(starts[-1])
             numbers = np.arange(block * self.quotas[group], (block + 1) * self.quotas[group])  # of this group's rows
-            epochs, places = np.divmod(numbers, count)
+            epochs, locations = np.divmod(numbers, count)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
-                places[now] = permute(places[now], count, (self.seed, group, int(epoch)))
-            files = np.searchsorted(starts, places, side="right") - 1
-            begins = ((places - starts[files]) * self.length).tolist()
+                locations[now] = permute(locations[now], count, (self.seed, group, int(epoch)))
+            files = np.searchsorted(starts, locations, side="right") - 1
+            begins = ((locations - starts[files]) * self.length).tolist()
             found.append(zip(map(self.shards[group].__getitem__, files.tolist()), begins, strict=True))
         return [next(found[group]) for group in groups.tolist()]
 
@@ -108,11 +114,11 @@ class TokenWindows:
             nothing = torch.zeros((1, self.length), dtype=torch.int64)
             return {"tokens": nothing, "labels": nothing + IGNORE, "documents": nothing}
         windows = np.empty((len(rows), self.length + 1), np.int64)
-        places = self._expect(rows)
-        for i, (shard, start) in enumerate(places):
+        locations = self._expect(rows)
+        for i, (shard, start) in enumerate(locations):
             windows[i] = shard.read(start, self.length + 1)
         if (largest := int(windows.max())) >= self.vocab_size:
-            shard, _ = places[int(windows.max(axis=1).argmax())]
+            shard, _ = locations[int(windows.max(axis=1).argmax())]
             raise UserError(
                 f"{shard.file} holds token {largest:,}, index.json says that there are {self.vocab_size:,}. Prepare the "
                 f"corpus again."
@@ -131,10 +137,10 @@ class TokenWindows:
 
     def _expect(self, rows: list[int]) -> list[tuple[Shard, int]]:
         """The places of rows, which will be read soon."""
-        places = [self.place(row) for row in rows]
-        for shard, start in places:
+        locations = [self.place(row) for row in rows]
+        for shard, start in locations:
             shard.expect(start, self.length + 1)
-        return places
+        return locations
 
     def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the rows `numbers`, in micro-batches, as many on every rank; no other rows are read.
@@ -172,14 +178,14 @@ def permute(numbers: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
-    walking, places = np.arange(len(numbers)), numbers.astype(np.uint64)
+    walking, locations = np.arange(len(numbers)), numbers.astype(np.uint64)
     while len(walking):
-        left, right = places[walking] >> shift, places[walking] & mask
+        left, right = locations[walking] >> shift, locations[walking] & mask
         for round_key in keys:
             left, right = right, left ^ (_mix(right + round_key) & mask)
-        places[walking] = left << shift | right
-        walking = walking[places[walking] >= count]
-    return places.astype(np.int64)
+        locations[walking] = left << shift | right
+        walking = walking[locations[walking] >= count]
+    return locations.astype(np.int64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -50,11 +50,11 @@ def all_tokens(directory, split="train"):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 100, 4096, 5000])
 def test_the_permutation_is_one(count):
-    places = permute(np.arange(count), count, (1, 2))
-    assert sorted(places.tolist()) == list(range(count))
-    assert [int(permute(np.array([i]), count, (1, 2))[0]) for i in range(min(count, 50))] == places[:50].tolist()
+    locations = permute(np.arange(count), count, (1, 2))
+    assert sorted(locations.tolist()) == list(range(count))
+    assert [int(permute(np.array([i]), count, (1, 2))[0]) for i in range(min(count, 50))] == locations[:50].tolist()
     if count > 16:
-        assert (permute(np.arange(count), count, (1, 3)) != places).mean() > 0.8
+        assert (permute(np.arange(count), count, (1, 3)) != locations).mean() > 0.8
 
 
 def test_the_permutation_looks_random():
@@ -63,9 +63,9 @@ def test_the_permutation_looks_random():
     seen = np.zeros((count, count))
     following = 0
     for key in range(keys):
-        places = permute(np.arange(count), count, (key,))
-        seen[np.arange(count), places] += 1
-        following += (np.diff(places) == 1).sum()
+        locations = permute(np.arange(count), count, (key,))
+        seen[np.arange(count), locations] += 1
+        following += (np.diff(locations) == 1).sum()
     chi_square = ((seen - keys / count) ** 2 / (keys / count)).sum() / (count - 1) ** 2
     assert chi_square == pytest.approx(1, abs=0.12)  # four standard deviations of a random table's
     assert following / keys == pytest.approx((count - 1) / count, abs=0.1)  # four
@@ -138,8 +138,8 @@ def test_a_mixture_has_its_shares_in_every_block(tmp_path, directory):
         assert sum(from_other) == BLOCK // 4
         assert 0.15 < np.mean(from_other[:400]) < 0.35  # and they are mixed
     count = sum((s.tokens - 1) // LENGTH for s in corpora[1].splits["train"])
-    places = [windows.place(row) for row in range(2 * BLOCK)]
-    starts = [start for shard, start in places if shard.file.parent == other]
+    locations = [windows.place(row) for row in range(2 * BLOCK)]
+    starts = [start for shard, start in locations if shard.file.parent == other]
     for epoch in range(3):  # each corpus has epochs of its own
         assert sorted(starts[epoch * count : (epoch + 1) * count]) == [i * LENGTH for i in range(count)]
     assert windows.epochs(4 * BLOCK)[1] == pytest.approx(BLOCK / count)
