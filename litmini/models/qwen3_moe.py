@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
 from litmini.ops.attention import Mask, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama, swiglu
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -54,81 +56,60 @@ class Config:
             raise ValueError(f"n_active {self.n_active} is outside 1..n_experts {self.n_experts}")
 
 
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 2, 32, 64, 256, n_experts=8, n_active=2),  # for tests
     "Qwen/Qwen3-30B-A3B-Base": Config(151936, 2048, 48, 32, 4, 128, 768, 32768),
     "Qwen/Qwen3-30B-A3B": Config(151936, 2048, 48, 32, 4, 128, 768, 40960),  # longer
     "Qwen/Qwen3-235B-A22B": Config(151936, 4096, 94, 64, 4, 128, 1536, 40960),  # wider, deeper
 }
 
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_key_value_heads", 4),
+    "head_dim": ("head_dim", None),  # none: dim // n_heads
+    "ffn_dim": ("moe_intermediate_size", 768),
+    "max_positions": ("max_position_embeddings", 32768),
+    "n_experts": ("num_experts", 128),
+    "n_active": ("num_experts_per_tok", 8),
+    "normalize": ("norm_topk_prob", False),
+    "balance_coef": ("router_aux_loss_coef", 0.001),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", False),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0, null and [], too
+    "hidden_act": "silu",
+    "rope_type": "default",
+    "partial_rotary_factor": 1.0,
+    "attention_dropout": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": False,
+}
+
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "silu") == "silu",
-        "rope_type": kind == "default",
-        "partial_rotary_factor": partial == 1.0,
-        "attention_dropout": not hf.get("attention_dropout"),
-        "attention_bias": not hf.get("attention_bias"),
-        "use_sliding_window": not hf.get("use_sliding_window"),
-        "decoder_sparse_step": hf.get("decoder_sparse_step", 1) == 1,
-        "mlp_only_layers": not hf.get("mlp_only_layers"),
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    found = {**hf, "rope_type": kind, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in qwen3_moe.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads", 4),
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn_dim=hf.get("moe_intermediate_size", 768),
-        max_positions=hf.get("max_position_embeddings", 32768),
-        n_experts=hf.get("num_local_experts", hf.get("num_experts", 128)),  # by transformers 5, or 4
-        n_active=hf.get("num_experts_per_tok", 8),
-        normalize=hf.get("norm_topk_prob", False),
-        balance_coef=hf.get("router_aux_loss_coef", 0.001),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", False),
-    )
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope = read_rope(hf)
+    refuse("qwen3_moe.py", hf, rope, IMPLEMENTED)
+    fields = read_fields(HF, hf)
+    fields["n_experts"] = hf.get("num_local_experts", fields["n_experts"])  # as transformers 5 writes it
+    return Config(**fields, rope_theta=rope["rope_theta"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "moe_intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
-        "num_experts": config.n_experts,
-        "num_experts_per_tok": config.n_active,
-        "norm_topk_prob": config.normalize,
+        **write_fields(HF, config),
+        **write_rope(config.rope_theta),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "router_aux_loss_coef": config.balance_coef,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied,
     }
 
 
@@ -314,23 +295,12 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
 
         In training mode the loss is cross entropy + targets * balance_coef * balance loss of this batch, as transformers
-        computes it with `output_router_logits`; in evaluation mode it is cross entropy alone.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document. 0: padding, not balanced.
-            cache: `litmini.ops.kv_cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
+        computes it with `output_router_logits`; in evaluation mode it is cross entropy alone. Padding is not balanced.
         """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, window=None)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)

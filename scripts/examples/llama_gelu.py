@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from litmini.ops.attention import Mask, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """As in litmini/models/llama.py: logits (B, T, vocab_size); with labels the summed loss and the targets."""
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, window=None)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)
