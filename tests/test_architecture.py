@@ -98,7 +98,6 @@ SAME = {
     "GroupedLinear": ["mixtral", "qwen3_moe"],
     "Experts": ["mixtral", "qwen3_moe"],
     "SparseMoE": ["mixtral", "qwen3_moe"],
-    "balance_loss": ["mixtral", "qwen3_moe"],
 }
 
 

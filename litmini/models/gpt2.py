@@ -1,7 +1,7 @@
 """GPT-2, 124M to 1.5B, and models of its shape such as nanoGPT's.
 
 Features: learned positions added to the embedding, LayerNorm with bias before attention and MLP, q, k and v from one
-fused linear, all heads with keys of their own, GELU (tanh form), biases in every linear, head tied to the embedding.
+fused linear, no grouped-query attention, GELU (tanh form), biases in every linear, head tied to the embedding.
 
 Differs from llama.py in: positions (a table of `max_positions` rows, not rotary), norm, the fused linear, the MLP without
 gate, biases, smaller initial weights where a block ends. Hugging Face keeps these linears as "Conv1D", (in, out):

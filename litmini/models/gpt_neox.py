@@ -2,7 +2,7 @@
 
 Features: attention and MLP side by side, each with a LayerNorm of its own, both added to the same residual (RedPajama:
 one after the other), rotary embedding on the first `rotary_pct` of each head (half-split layout), q, k and v from one
-fused linear with each head's three side by side, all heads with keys of their own, GELU, biases everywhere but in the
+fused linear with each head's three side by side, no grouped-query attention, GELU, biases everywhere but in the
 head, which has weights of its own.
 
 Differs from llama.py in: the parallel block, LayerNorm for RMSNorm, part of a head rotated, the fused linear, biases,
@@ -34,7 +34,7 @@ class Config:
     ffn_dim: int
     max_positions: int = 2048
     rope_theta: float = 10_000.0
-    rotary_pct: float = 0.25  # the share of each head that is rotated
+    rotary_pct: float = 0.25  # the fraction of each head that is rotated
     norm_eps: float = 1e-5
     parallel: bool = True  # attention and MLP read the same residual
 
@@ -43,7 +43,7 @@ class Config:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ValueError(
-                f"rotary_pct {self.rotary_pct} of head_dim {self.head_dim} is {self.rotary_dim}: rotary turns pairs"
+                f"rotary_pct {self.rotary_pct} of head_dim {self.head_dim} is {self.rotary_dim}: rotary rotates pairs"
             )
 
     @property
@@ -123,19 +123,19 @@ def config_to_hf(config: Config) -> dict[str, Any]:
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions.device) / config.rotary_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (rotary_dim / 2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, rotary_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, rotary_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, rotary_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + rotary_dim / 2]) by its angle; the rest of x (B, heads, T, head_dim) stays."""
-    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    x1, x2 = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)
+    """Rotate each pair (x[i], x[i + rotary_dim / 2]) by its angle; return the rest of x (B, heads, T, head_dim) unchanged."""
+    rotated, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    x1, x2 = rotated.chunk(2, dim=-1)
+    return torch.cat((rotated * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ tied to the embedding. Module names and shapes are Hugging Face's, so checkpoint
 Differs from llama.py in ALiBi for rotary, LayerNorm for RMSNorm, fused Wqkv for three linears, no grouped attention, and
 an MLP without gate, four times as wide as the model.
 
-StoryWriter sets alibi_bias_max to 16: MosaicML's code, vLLM and this file heed it; transformers 5.23 computes with 8.
+StoryWriter sets alibi_bias_max to 16: MosaicML's code, vLLM and this file respect it; transformers 5.23 computes with 8.
 
 Papers: MPT-7B (databricks.com/blog/mpt-7b), ALiBi (arXiv 2108.12409).
 """

@@ -6,7 +6,7 @@ layout), grouped-query attention in the 32B, SwiGLU, no biases, head never tied.
 four layers, and YaRN in the fourth.
 
 Differs from llama.py in the place of the norms, in the norms of q and k, which see all heads at once (those of qwen3.py
-see one), and in precision: norms multiply and rotary turns in fp32, then round.
+see one head), and in precision: norms multiply and rotary embedding rotates in fp32, then they round.
 
 Papers: OLMo 2 (arXiv 2501.00656), Olmo 3 (2512.13961), YaRN (2309.00071).
 """
@@ -58,7 +58,7 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if (self.model_type == "olmo3") != (self.window is not None):
             raise ValueError(f"model_type {self.model_type} with window {self.window}: olmo3 has one, olmo2 has none")
         if self.window is not None and self.window < 1:
@@ -147,7 +147,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, yarn: Yarn | None) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
     attention_factor = 1.0
@@ -162,13 +162,13 @@ def rotary(positions: Tensor, config: Config, yarn: Yarn | None) -> tuple[Tensor
         stretched = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # 0: kept, 1: all of it
         frequencies = frequencies * (1 - stretched) + frequencies / y.factor * stretched
         attention_factor = y.attention_factor
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle, in fp32; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle, in fp32; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 

@@ -26,7 +26,7 @@ from litmini.ops.positions import advance
 
 @dataclass(frozen=True)
 class LongRope:
-    """How rotary frequencies are stretched beyond the length of pretraining: pair i of the head turns slower by ..."""
+    """How rotary frequencies are stretched beyond the length of pretraining: that of pair i of the head is divided by ..."""
 
     short_factors: tuple[float, ...]  # ... this in texts of up to original_positions tokens
     long_factors: tuple[float, ...]  # ... this in longer ones
@@ -44,7 +44,7 @@ class Config:
     ffn_dim: int
     max_positions: int
     rope_theta: float = 10_000.0
-    rotary_share: float = 1.0  # of each head, its first part turns
+    rotary_share: float = 1.0  # the fraction of each head, its first part, that is rotated
     long_rope: LongRope | None = None
     norm_eps: float = 1e-5
     tied: bool = False
@@ -54,7 +54,7 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.rotary_dim % 2:
-            raise ValueError(f"{self.rotary_dim} of head_dim {self.head_dim} turn, which is odd: pairs turn")
+            raise ValueError(f"{self.rotary_dim} of head_dim {self.head_dim} is odd: rotary rotates pairs")
         if s := self.long_rope:
             for factors in (s.short_factors, s.long_factors):
                 if len(factors) != self.rotary_dim // 2:
@@ -64,7 +64,7 @@ class Config:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of the head_dim values turn."""
+        """How many of the head_dim values are rotated."""
         return int(self.head_dim * self.rotary_share)
 
 
@@ -164,9 +164,9 @@ class RMSNorm(nn.Module):
 
 
 def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Tensor:
-    """(B, T) or (B, 1): the length of the text that each token stands in, which decides between LongRoPE's factors.
+    """Return the length of the text that each token is in, (B, T) or (B, 1), which decides between LongRoPE's factors.
 
-    With a cache it is the length that there is room for: keys once turned stay in use until the text is complete.
+    With a cache it is the cache's capacity: keys, once rotated, stay in use until the text is complete.
     """
     if cache is not None:
         return torch.full_like(positions[:, :1], cache.capacity)
@@ -175,12 +175,12 @@ def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     index = starts.flatten().cumsum(0) - 1  # (B * T,) of the document in the batch
-    last = torch.full_like(index, -1).scatter_reduce(0, index, positions.flatten(), "amax")  # one place per document
+    last = torch.full_like(index, -1).scatter_reduce(0, index, positions.flatten(), "amax")  # one entry per document
     return last[index].view_as(positions) + 1
 
 
 def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T).
+    """Return cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T).
 
     Args:
         lengths: what `text_lengths` gives, (B, T) or (B, 1).
@@ -194,13 +194,15 @@ def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtyp
         wavelengths = torch.where(is_long, long, short)  # (B, 1, T or 1, rotary_dim / 2)
         stretch = max(config.max_positions / s.original_positions, 1.0)
         attention_factor = math.sqrt(1 + math.log(stretch) / math.log(s.original_positions))
-    angles = positions[:, None, :, None].float() * (1.0 / wavelengths)  # (B, 1, T, rotary_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * (
+        1.0 / wavelengths
+    )  # (B, 1, T, rotary_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, rotary_dim)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + rotary_dim / 2]) by its angle, leave the rest; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + rotary_dim / 2]) by its angle, leave the rest; x is (B, heads, T, head_dim)."""
     x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)

@@ -146,7 +146,7 @@ def test_values_that_are_left_out_are_those_of_transformers():
     "change, message",
     [
         ({"n_heads": 3}, "dim 64 is not a multiple of n_heads 3"),
-        ({"rotary_pct": 0.2}, "rotary_pct 0.2 of head_dim 16 is 3: rotary turns pairs"),
+        ({"rotary_pct": 0.2}, "rotary_pct 0.2 of head_dim 16 is 3: rotary rotates pairs"),
         ({"rotary_pct": 2.0}, "rotary_pct 2.0 of head_dim 16 is 32"),
     ],
 )

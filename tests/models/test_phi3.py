@@ -205,7 +205,7 @@ def test_values_that_are_left_out_are_those_of_transformers():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rotary_share": 0.7}, "11 of head_dim 16 turn, which is odd"),
+        ({"rotary_share": 0.7}, "11 of head_dim 16 is odd"),
         ({"long_rope": phi3.LongRope((1.0,) * 8, (1.0,) * 7, 64)}, "7 LongRoPE factors for 8 pairs"),
         ({"window": 0}, "window 0 is below 1"),
         ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
