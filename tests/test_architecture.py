@@ -103,7 +103,7 @@ SAME = {
 
 @pytest.mark.parametrize("part", SAME)
 def test_what_is_repeated_is_repeated_to_the_letter(part):
-    """A mend in one family file must reach the others that have the same part."""
+    """A fix in one family file must reach the others that have the same part."""
     sources = {}
     for name in SAME[part]:
         text = (ROOT / f"litmini/models/{name}.py").read_text()

@@ -1,7 +1,7 @@
 """The registry of families: `model_type` in `config.json` -> the module that implements it.
 
-Each family file has `Config`, `PRESETS`, `config_from_hf`, `config_to_hf` and `Model`, and `from_hf` and `to_hf` where Hugging Face's
-tensors are laid out differently. All models are called alike:
+Each family file defines `Config`, `PRESETS`, `config_from_hf`, `config_to_hf` and `Model`; and `from_hf` and `to_hf` where
+Hugging Face's tensors are laid out differently. All models are called alike:
 
     Model.forward(tokens, positions=None, documents=None, cache=None, labels=None)
 

@@ -31,8 +31,8 @@ PYTHIA = {  # config.json on the hub: hidden_size, num_hidden_layers, num_attent
 }
 
 
-def rope(share: float, theta: float = 10_000.0) -> dict:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}}
+def rope(fraction: float, theta: float = 10_000.0) -> dict:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": fraction}}
 
 
 class TestGPTNeoX(FamilyTests):

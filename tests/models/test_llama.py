@@ -209,8 +209,8 @@ POSITIONS = torch.cat((torch.arange(64), torch.arange(8190, 8254), torch.tensor(
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rotary_of_a_bf16_model_is_computed_in_fp32(preset, autocast):
     small = replace(llama.PRESETS["tiny"], n_layers=1)
-    numbers = llama.PRESETS[preset]
-    config = replace(small, rope_theta=numbers.rope_theta, rope_scaling=numbers.rope_scaling, head_dim=64)
+    published = llama.PRESETS[preset]
+    config = replace(small, rope_theta=published.rope_theta, rope_scaling=published.rope_scaling, head_dim=64)
     model, seen = llama.Model(config).bfloat16(), []
     model.model["layers"][0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -227,7 +227,7 @@ def test_rotary_of_a_bf16_model_is_computed_in_fp32(preset, autocast):
 
 
 def test_rotary_far_away_is_near_to_float64():
-    """bf16 angles are off by whole turns out there; fp32 ones by the rounding of one product."""
+    """bf16 angles are off by whole turns out there; fp32 ones by the rounding of one multiplication."""
     config = llama.PRESETS["HuggingFaceTB/SmolLM2-135M"]
     positions = torch.arange(8192, 16_384)[None]
     exponents = torch.arange(0, 64, 2, dtype=torch.float64) / 64
