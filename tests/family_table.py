@@ -23,7 +23,7 @@ from litmini.models import FAMILIES, family  # noqa: E402
 from litmini.ops import attention  # noqa: E402
 
 BEGIN, END = "<!-- families: python tests/family_table.py --write -->\n", "<!-- families end -->"
-HEAD = "| file | lines | `model_type` | covers | largest difference of logits |\n|---|---|---|---|---|\n"
+HEAD = "| file | `model_type` | covers | largest difference of logits |\n|---|---|---|---|\n"
 
 
 def suites() -> dict[str, type[FamilyTests]]:
@@ -40,8 +40,8 @@ def suites() -> dict[str, type[FamilyTests]]:
 def difference(suite: type[FamilyTests]) -> float:
     """The largest difference of fp32 logits over all its cases, absolute; the logits themselves are of order 1 to 10."""
     worst = 0.0
-    attention.EXPLICIT_LENGTH_CAUSAL_FP32 = attention.EXPLICIT_LENGTH  # the products that the reference takes, too
-    for config in (config for name, config in suite.cases.items() if name not in suite.mended):
+    attention.EXPLICIT_LENGTH_CAUSAL_FP32 = attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
+    for config in (config for name, config in suite.cases.items() if name not in suite.fixed):
         torch.manual_seed(0)
         theirs = reference(config)
         with tempfile.TemporaryDirectory() as name:
@@ -59,8 +59,7 @@ def row(module_name: str, shown: str) -> str:
     types = [f"`{model_type}`" for model_type, name in FAMILIES.items() if name == module_name]
     covers = (module.__doc__ or "").splitlines()[0].rstrip(".")
     file = Path(inspect.getsourcefile(module) or "").relative_to(ROOT)
-    lines = len((ROOT / file).read_text().splitlines())
-    return f"| `{file}` | {lines} | {', '.join(types)} | {covers} | {shown} |\n"
+    return f"| `{file}` | {', '.join(types)} | {covers} | {shown} |\n"
 
 
 def table() -> str:
@@ -70,7 +69,7 @@ def table() -> str:
 
 
 def in_readme() -> str:
-    """The table as it stands in the README."""
+    """Return the table of the README."""
     return re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", (ROOT / "README.md").read_text(), re.DOTALL)[1]  # type: ignore[index]
 
 

@@ -51,7 +51,7 @@ class TestGPT2(FamilyTests):
     }
 
     def test_dropout_is_where_that_of_transformers_is(self, directory):
-        # the same random numbers, drawn in the same order, fall on the same places
+        # the same random values, in the same order, hit the same elements
         theirs = reference(GPT2Config(**SIZES, attn_implementation="eager"))
         model, (tokens, _) = load_model(directory(theirs), torch.float32).train(), batch()
         outputs = []

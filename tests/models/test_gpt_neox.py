@@ -31,8 +31,8 @@ PYTHIA = {  # config.json on the hub: hidden_size, num_hidden_layers, num_attent
 }
 
 
-def rope(share: float, theta: float = 10_000.0) -> dict:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}}
+def rope(fraction: float, theta: float = 10_000.0) -> dict:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": fraction}}
 
 
 class TestGPTNeoX(FamilyTests):
@@ -146,7 +146,7 @@ def test_values_that_are_left_out_are_those_of_transformers():
     "change, message",
     [
         ({"n_heads": 3}, "dim 64 is not a multiple of n_heads 3"),
-        ({"rotary_pct": 0.2}, "rotary_pct 0.2 of head_dim 16 is 3: rotary turns pairs"),
+        ({"rotary_pct": 0.2}, "rotary_pct 0.2 of head_dim 16 is 3: rotary rotates pairs"),
         ({"rotary_pct": 2.0}, "rotary_pct 2.0 of head_dim 16 is 32"),
     ],
 )

@@ -65,7 +65,7 @@ STORYWRITER = {
 
 @pytest.fixture(autouse=True)
 def _their_slopes(monkeypatch):
-    """transformers forgets to hand alibi_bias_max on, which MosaicML's own code (and vLLM) heed."""
+    """transformers forgets to hand alibi_bias_max on, which MosaicML's own code (and vLLM) respect."""
 
     def build(self, num_heads, length, alibi_bias_max=8, device=None):
         return build_mpt_alibi_tensor(num_heads, length, self.config.attn_config.alibi_bias_max, device)
@@ -80,7 +80,7 @@ def refuse(**changes) -> dict:
 class TestMpt(FamilyTests):
     module = mpt
     cases = {name: MptConfig(**{**SMALL_MPT, **changes}) for name, changes in CASES.items()}  # noqa: RUF012
-    mended = tuple(name for name, c in cases.items() if c.attn_config.alibi_bias_max != 8)
+    fixed = tuple(name for name, c in cases.items() if c.attn_config.alibi_bias_max != 8)
     refused = {  # noqa: RUF012
         "attn_config.attn_type = 'multiquery_attention'": refuse(attn_config={"attn_type": "multiquery_attention"}),
         "attn_config.alibi = False": refuse(attn_config={"alibi": False}),

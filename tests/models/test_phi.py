@@ -23,8 +23,8 @@ PUBLISHED = {  # config.json on the hub: hidden_size, num_hidden_layers, partial
 }
 
 
-def rope(share: float, theta: float = 10_000.0) -> dict:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}}
+def rope(fraction: float, theta: float = 10_000.0) -> dict:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": fraction}}
 
 
 class TestPhi(FamilyTests):
@@ -54,7 +54,7 @@ class TestPhi(FamilyTests):
     }
 
     def test_dropout_is_that_of_transformers(self, directory):
-        """The same numbers fall out for the same seed, in training only."""
+        """Drops the same values for the same seed, in training only."""
         theirs = reference(self.cases["phi-2"])
         model, (tokens, _) = load_model(directory(theirs), torch.float32), batch()
         calm = model(tokens)
@@ -116,7 +116,7 @@ def test_values_that_are_left_out_are_those_of_transformers():
     "change, message",
     [
         ({"n_heads": 3}, "dim 64 is not a multiple of n_heads 3"),
-        ({"rotary_pct": 0.2}, "rotary_pct 0.2 of head_dim 16 is 3: rotary turns pairs"),
+        ({"rotary_pct": 0.2}, "rotary_pct 0.2 of head_dim 16 is 3: rotary rotates pairs"),
         ({"rotary_pct": 0.0}, "rotary_pct 0.0 of head_dim 16 is 0"),
     ],
 )

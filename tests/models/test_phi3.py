@@ -76,7 +76,7 @@ class TestPhi3(FamilyTests):
     }
 
     def test_positions_far_away_in_bf16(self, case, directory):
-        """As in every family, but for LongRoPE both places are beyond its original length: factors change there."""
+        """As in every family, but for LongRoPE both positions are beyond its original length: factors change there."""
         model, (tokens, _) = load_model(directory(reference(self.cases[case])), torch.bfloat16), batch(1, 6)
         steps, start = torch.arange(6)[None], 100 if model.config.long_rope else 0
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_each_text_of_a_batch_has_its_own_factors():
 
 
 def test_a_cache_has_the_factors_of_the_length_that_it_has_room_for():
-    """So keys of one text are all turned alike; with room for 24 tokens they are those of a short text."""
+    """So keys of one text are all rotated alike; with room for 24 tokens they are those of a short text."""
     model = phi3.Model(phi3.config_from_hf(TestPhi3.cases["longrope-long"].to_dict()))
     model.init_weights(torch.Generator().manual_seed(0))
     tokens = torch.randint(0, VOCAB, (1, 60))
@@ -205,7 +205,7 @@ def test_values_that_are_left_out_are_those_of_transformers():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rotary_share": 0.7}, "11 of head_dim 16 turn, which is odd"),
+        ({"rotary_share": 0.7}, "11 of head_dim 16 is odd"),
         ({"long_rope": phi3.LongRope((1.0,) * 8, (1.0,) * 7, 64)}, "7 LongRoPE factors for 8 pairs"),
         ({"window": 0}, "window 0 is below 1"),
         ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),

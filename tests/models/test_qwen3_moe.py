@@ -61,7 +61,7 @@ class TestQwen3Moe(FamilyTests):
     }
 
     def their_gradients(self, theirs) -> dict[str, torch.Tensor]:
-        """transformers 5 stacks experts in memory, too."""
+        """transformers 5 groups experts in memory, too."""
         gradients = {}
         for name, gradient in super().their_gradients(theirs).items():
             name, experts, kind = name.partition(".experts.")
@@ -134,15 +134,15 @@ class TestQwen3Moe(FamilyTests):
         model = load_model(directory(reference(self.cases[case])), torch.float32)
         complete = dict(self.module.to_hf(model.named_parameters(), model.config))
         up = next(name for name in complete if ".experts.3." in name and complete[name].shape[0] != model.config.dim)
-        stack = up.partition(".3.")[0] + ".gate_up_proj.weight"
+        grouped = up.partition(".3.")[0] + ".gate_up_proj.weight"
         for broken in ({n: t for n, t in complete.items() if n != up}, {**complete, up: complete[up][1:]}):
             monkeypatch.setattr(
                 "litmini.checkpoints.hf.read_tensors", lambda *_, broken=broken, **__: iter(broken.items())
             )
             with pytest.raises(UserError) as error:
                 load_model(directory(reference(self.cases[case])), torch.float32)
-            assert f"missing {stack}\n" in f"{error.value}\n"
-            assert f"unexpected {stack} without 3.{up.split('.')[-2]} " in str(error.value)
+            assert f"missing {grouped}\n" in f"{error.value}\n"
+            assert f"unexpected {grouped} without 3.{up.split('.')[-2]} " in str(error.value)
             assert (f"unexpected {up} " in str(error.value)) == (up in broken)
 
     def test_experts_are_stacked_from_files_in_any_order(self, case, directory):
@@ -203,8 +203,8 @@ def test_norm_router_and_experts_round_where_those_of_transformers_do(dtype):
     moe, x = qwen3_moe.SparseMoE(config).to(dtype), torch.randn(2, 9, 64, dtype=dtype)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    stacks = ("experts.gate_up_proj", "experts.down_proj")
-    moe.load_state_dict({f"{n}.weight" if n in stacks else n: t for n, t in theirs.state_dict().items()})
+    grouped = ("experts.gate_up_proj", "experts.down_proj")
+    moe.load_state_dict({f"{n}.weight" if n in grouped else n: t for n, t in theirs.state_dict().items()})
     _, weights, chosen = theirs.gate(x)
     logits, our_weights, our_chosen = moe.gate(x.flatten(0, 1))
     assert logits.dtype == dtype and torch.equal(our_weights, weights) and torch.equal(our_chosen, chosen)

@@ -154,7 +154,9 @@ def test_kills_at_random_moments_of_saves(start):
             for step in range(last + 1, last + 1000):
                 save(run, model, step)
             os._exit(1)
-        while not any(int(p.name[5:]) > last for p in run.directory.glob("step-*")):  # on a busy machine one may be missed
+        while not any(
+            int(p.name[5:]) > last for p in run.directory.glob("step-*")
+        ):  # on a busy machine one may be missed
             time.sleep(0.001)
         time.sleep(random.Random(trial).uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
