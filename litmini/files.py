@@ -258,7 +258,7 @@ def check_no_pointer(file: Path) -> None:
             )
 
 
-def check_room(directory: Path, needed: int, spare: int = 0) -> None:
+def check_disk_space(directory: Path, needed: int, spare: int = 0) -> None:
     """Before anything is written in `directory`, which need not exist yet: is there room for it?
 
     Raises:
