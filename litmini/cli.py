@@ -21,7 +21,8 @@ import yaml
 
 from litmini.distributed.processes import alone, first_to_fail, is_first, leave
 from litmini.errors import UserError
-from litmini.files import existing_file, is_disk_full, release
+from litmini.files import existing_file
+from litmini.system import is_disk_full, unlock_all
 
 T = TypeVar("T")
 
@@ -166,7 +167,7 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
     except BaseException as error:
         leave(_report(error) if first_to_fail(error) else 1)
     finally:
-        release()
+        unlock_all()
     leave(0)
 
 

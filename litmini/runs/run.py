@@ -23,11 +23,10 @@ from litmini.distributed.fsdp import is_sharded
 from litmini.errors import UserError
 from litmini.files import (
     Background,
-    check_seal,
+    check_checksums,
     content_hash,
     discard,
     existing_file,
-    hold,
     read_json,
     restore,
     write_atomically,
@@ -37,6 +36,7 @@ from litmini.files import (
 from litmini.runs.loggers import check_loggers, make_loggers
 from litmini.runs.manifest import check_same, describe_run
 from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
+from litmini.system import lock
 from litmini.tokenizer import Tokenizer
 from litmini.training.loop import Progress
 
@@ -136,7 +136,7 @@ class Run:
         self.facts = describe_run(self.config, fabric, tokenizer)
         if self.restart_from:
             check_same(self.before, self.facts, self.restart_from)
-            check_seal(self.restart_from)
+            check_checksums(self.restart_from)
             progress = load_state(self.restart_from, model, optimizer)
             fabric.print(f"going on from {self.restart_from}, after step {progress.step}")
             if self.other_processes:
@@ -148,7 +148,7 @@ class Run:
             fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
         if fabric.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            hold(self.directory)
+            lock(self.directory)
             settings = {**plain(self.config), "resume": False}
             for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -195,7 +195,9 @@ class Run:
         directory = self.directory / f"step-{progress.step:06d}"
         self.saving.wait()
         wait = None
-        with self._aside(directory, save_weights, later=lambda finish: self.saving(finish, wait), sealed=True) as aside:
+        with self._aside(
+            directory, save_weights, later=lambda finish: self.saving(finish, wait), checksums=True
+        ) as aside:
             if is_sharded(self.model):
                 place = Path(self.fabric.broadcast(str(aside))) / SHARES
                 wait = save_shares(place, self.model, self.optimizer)

@@ -1,7 +1,6 @@
 """What `--dry_run` says of memory and time: fake tensors for the one, a timed micro-step for the other."""
 
 import math
-import os
 import time
 
 import torch
@@ -11,8 +10,9 @@ from litmini.config.training import RunConfig
 from litmini.data.packing import Batch, PackedDataset
 from litmini.data.pretrain.windows import TokenWindows
 from litmini.errors import UserError
+from litmini.system import physical_bytes, resident_bytes
 from litmini.training.gpus import fitting, share
-from litmini.training.memory import Memory, describe, estimate, nbytes, resident
+from litmini.training.memory import Memory, describe, estimate, nbytes
 
 
 def dry_run(
@@ -29,7 +29,7 @@ def dry_run(
     ragged = isinstance(rows, PackedDataset) and not rows.pack
     batch = rows.longest_batch(micro) if ragged else next(rows.batches(range(micro), micro))  # type: ignore[union-attr]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = max(0, resident() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
+    process = max(0, resident_bytes() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
     try:
         memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
     except UserError as error:
@@ -73,7 +73,7 @@ def time_micro_step(model: nn.Module, batch: Batch, precision: str) -> float:
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical_bytes()
 
 
 def _smaller(config: RunConfig, memory: Memory) -> str:

@@ -21,7 +21,7 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from litmini import files
+from litmini import system
 from litmini.checkpoints.hf import save_model
 from litmini.checkpoints.safetensors_io import read_tensors, shards
 from litmini.config.finetune import DataConfig, FinetuneLoraConfig
@@ -124,7 +124,7 @@ def test_a_kill_at_each_operation_of_a_save_leaves_a_usable_checkpoint(start, tm
             save(run, model, 2)  # as a run that went back does
             run.saving.wait()
 
-        files._held.clear()
+        system._unlock.clear()
         died = in_child(work)
         outcomes.append(check_usable(start, (1, 2)))
         if died == 0:
@@ -237,11 +237,11 @@ def test_one_directory_is_written_by_one_process(start, tmp_path):
     run, _, _ = start()
     with write_atomically(tmp_path / "x") as aside:
         (aside / "a").write_text("ours")
-        others = [lambda: write_atomically(tmp_path / "x").__enter__(), lambda: files.hold(run.directory)]
+        others = [lambda: write_atomically(tmp_path / "x").__enter__(), lambda: system.lock(run.directory)]
         for other in others:
 
             def refused(other=other):
-                files._held.clear()
+                system._unlock.clear()
                 with pytest.raises(UserError, match="another process is writing"):
                     other()
 
