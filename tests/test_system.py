@@ -71,7 +71,7 @@ def check_locks(directory: Path) -> None:
 def test_locks(tmp_path):
     check_locks(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    code = "import sys, pathlib, litmini.system as s; s.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()"
+    code = "import sys, litmini.system as s; s.lock(s.Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()"
     child = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout.readline() == b"1\n" and system.try_lock(tmp_path) is None
