@@ -74,10 +74,10 @@ def check_bits(directory: Path) -> Check:
         names = parameter_names(module.Model(config))
     inside = ((n, t) for n, t in model_tensors(module, config, read_tensors(shards(directory))) if n in names)
     back = dict(_hashes(disk_tensors(module, config, inside)))
-    existing = dict(_hashes(read_tensors(shards(directory))))
-    changed = [name for name, value in back.items() if existing.get(name, existing.get(name.partition(".")[2])) != value]
+    before = dict(_hashes(read_tensors(shards(directory))))
+    changed = [name for name, value in back.items() if before.get(name, before.get(name.partition(".")[2])) != value]
     note = f"changed: {', '.join(changed[:3])}" if changed else ""
-    measured = {"tensors": float(len(back)), "changed": float(len(changed)), "left_out": float(len(existing) - len(back))}
+    measured = {"tensors": float(len(back)), "changed": float(len(changed)), "left_out": float(len(before) - len(back))}
     return Check("import and export, bit by bit", not changed, measured, note)
 
 
