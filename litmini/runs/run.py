@@ -276,9 +276,15 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:
-    """What the model said during a run: step, question, expected and given."""
+    """What the model said during a run: step, prompt, reference and prediction."""
     file = directory / SAMPLES
-    return [json.loads(line) for line in _whole_lines(file)] if file.is_file() else []
+    return today_keys([json.loads(line) for line in _whole_lines(file)]) if file.is_file() else []
+
+
+def today_keys(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rename the keys of samples that a version before wrote."""
+    old = {"question": "prompt", "expected": "reference", "given": "prediction"}
+    return [{old.get(key, key): value for key, value in sample.items()} for sample in samples]
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

@@ -17,11 +17,11 @@ from litmini.data.dataset import Example, show_masks
 from litmini.data.packing import Batch, PackedDataset
 from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fsdp import is_sharded, local_bytes
-from litmini.evaluation.metrics import answer_all, exact_match
+from litmini.evaluation.metrics import exact_match, predict
 from litmini.runs.nonfinite import save_bad_step
 from litmini.runs.plots import plot_metrics
 from litmini.runs.report import write_report
-from litmini.runs.run import Run
+from litmini.runs.run import Run, today_keys
 from litmini.tokenizer import Tokenizer
 from litmini.training.compile import compilable, compile_training, is_worth_compiling
 from litmini.training.flops import Throughput, peak_memory_mib
@@ -211,7 +211,7 @@ def validation_loss(fabric: Fabric, wrapped: nn.Module, data: Data, config: RunC
 def log_samples(model: nn.Module, data: Data, run: Run, progress: Progress) -> None:
     """Answers to the first held-out questions into samples.jsonl. Every rank answers, as a sharded model needs them all."""
     config = run.config.eval
-    answers = answer_all(model, data.tokenizer, data.held_out[: config.samples], config.max_new_tokens)
+    answers = predict(model, data.tokenizer, data.held_out[: config.samples], config.max_new_tokens)
     run.log_samples(progress.step, [vars(answer) for answer in answers])
 
 
@@ -223,7 +223,7 @@ def measure(fabric: Fabric, wrapped: nn.Module, model: nn.Module, data: Data, ru
         results[f"val_loss_{when}"] = validation_loss(fabric, wrapped, data, config)
     asked = data.held_out if config.eval.exact_match else data.held_out[: config.eval.samples]
     if asked:
-        answers = answer_all(model, data.tokenizer, asked, config.eval.max_new_tokens)
+        answers = predict(model, data.tokenizer, asked, config.eval.max_new_tokens)
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.eval.samples]]
         if config.eval.exact_match:
             results[f"exact_match_{when}"] = exact_match(answers)
@@ -249,9 +249,10 @@ def finish(
         )
     r = run.results
     lines = []
-    for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
-        lines += [f"\nquestion  {before['question']}", f"expected  {before['expected']}"]
-        lines += [f"before    {before['given']}", f"after     {after['given']}"]
+    samples = (today_keys(r.get(f"samples_{when}", [])) for when in ("before", "after"))
+    for before, after in zip(*samples, strict=False):
+        lines += [f"\nprompt     {before['prompt']}", f"reference  {before['reference']}"]
+        lines += [f"before     {before['prediction']}", f"after      {after['prediction']}"]
     lines.append("")
     if {"val_loss_before", "val_loss_after"} <= r.keys():
         lines.append(f"held-out loss         {r['val_loss_before']:.3f} -> {r['val_loss_after']:.3f}")

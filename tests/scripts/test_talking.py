@@ -302,7 +302,7 @@ def test_evaluate(base, loaded, tmp_path):
     words = ["--perplexity", tmp_path / "text.txt", "--exact_match", tmp_path / "questions.jsonl", "--max_new_tokens=5"]
     printed = run("evaluate.py", *base, *words, "--window=64", "--out", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["exact_match"]["exact_match"] == 0.5 and results["exact_match"]["wrong"][0]["expected"] == "no"
+    assert results["exact_match"]["exact_match"] == 0.5 and results["exact_match"]["wrong"][0]["reference"] == "no"
     assert f"perplexity {results['perplexity']['perplexity']:.3f}" in printed and "exact match 50.0% of 2" in printed
     assert results["perplexity"]["tokens"] == len(tokenizer.encode((tmp_path / "text.txt").read_text())) - 1
 
