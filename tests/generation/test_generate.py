@@ -450,6 +450,14 @@ def test_a_draft_is_for_plain_greedy_decoding(options):
 # Joining and leaving, memory
 
 
+def test_decoding_leaves_global_switches_alone():
+    """Other threads of a server multiply at the same time."""
+    model, switches = random_model("llama").bfloat16(), set()
+    model.register_forward_pre_hook(lambda *_: switches.add(torch.backends.mkldnn.enabled))
+    generate_batch(model, PROMPTS[:1], 3, [])
+    assert switches == {torch.backends.mkldnn.enabled}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_replies_that_come_and_go_are_those_of_each_prompt_alone(name):
     model = random_model(name)
