@@ -68,7 +68,7 @@ def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     assert [a["line"] for a in found] == list(range(1, 1001))
     assert [a["line"] for a in found if "error" in a] == wrong
     assert (
-        "not valid JSON" in found[13]["error"] and "no room" in found[501]["error"] and "empty" in found[999]["error"]
+        "not valid JSON" in found[13]["error"] and "no token remains" in found[501]["error"] and "empty" in found[999]["error"]
     )
     model, tokenizer = loaded
     tokenizer = Tokenizer(tokenizer.directory, "none")
@@ -153,7 +153,7 @@ def test_a_stop_string_that_never_comes(base, tmp_path):
 def test_a_terminal_that_knows_no_such_letter(base, tiny_dir, monkeypatch):
     """As one whose locale is not UTF-8: the answer goes on."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("litmini.generation.generate.stream_reply", lambda *_: iter(["na", "ï", "ve"]))
+    monkeypatch.setattr("litmini.generation.generate.stream_text", lambda *_: iter(["na", "ï", "ve"]))
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.argv", ["generate.py", *map(str, base), "--prompt=x"])
     with pytest.raises(SystemExit, match="0"):
@@ -238,7 +238,7 @@ def test_an_answer_that_is_interrupted_stays_in_the_conversation(base, tmp_path,
             yield reply.take()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("litmini.generation.generate.stream_reply", interrupted)
+    monkeypatch.setattr("litmini.generation.generate.stream_text", interrupted)
     typed = ["Say 7.", f"/save {tmp_path}/talk.jsonl"]
     printed, _ = chat(typed, *base, "--ignore_eos", monkeypatch=monkeypatch, capsys=capsys)
     (turn, answer) = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
