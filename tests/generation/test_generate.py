@@ -459,7 +459,7 @@ def test_decoding_leaves_global_switches_alone():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_replies_that_come_and_go_are_those_of_each_prompt_alone(name):
+def test_requests_that_come_and_go_are_those_of_each_prompt_alone(name):
     model = random_model(name)
     counts = [12, 30, 5, 18]
     alone = [generate_batch(model, [p], n, [])[0] for p, n in zip(PROMPTS, counts, strict=True)]
@@ -475,7 +475,7 @@ def test_replies_that_come_and_go_are_those_of_each_prompt_alone(name):
     assert {r.finish for r in requests} == {"length"} and batch.cache is None
 
 
-def test_a_reply_that_is_given_up_leaves_the_others_alone():
+def test_a_request_that_is_given_up_leaves_the_others_alone():
     model = random_model("llama")
     alone = [generate_batch(model, [p], 20, [])[0] for p in PROMPTS]
     requests = [Request(p, SamplingConfig(max_new_tokens=20), []) for p in PROMPTS]

@@ -68,7 +68,9 @@ def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     assert [a["line"] for a in found] == list(range(1, 1001))
     assert [a["line"] for a in found if "error" in a] == wrong
     assert (
-        "not valid JSON" in found[13]["error"] and "no token remains" in found[501]["error"] and "empty" in found[999]["error"]
+        "not valid JSON" in found[13]["error"]
+        and "no token remains" in found[501]["error"]
+        and "empty" in found[999]["error"]
     )
     model, tokenizer = loaded
     tokenizer = Tokenizer(tokenizer.directory, "none")

@@ -1,7 +1,7 @@
-"""GGUF files in: a quantised llama.cpp file becomes an ordinary Hugging Face directory.
+"""Conversion of a quantised llama.cpp file (GGUF) into an ordinary Hugging Face directory.
 
 Weights are dequantised one tensor at a time; tokenizer, chat template and stop tokens come from the file's metadata.
-What is in a file but not understood is an error, never ignored.
+What is not implemented is an error, never ignored.
 """
 
 import math
