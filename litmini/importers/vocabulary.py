@@ -147,24 +147,24 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
         UserError: there is neither.
     """
     here = [source, source.parent]  # Meta's Llama 2 keeps it above the directories of its sizes
-    found = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
-    if found is None:
+    file = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
+    if file is None:
         raise UserError(f"{source} has neither tokenizer.json nor tokenizer.model; put one of them there.")
     for beside in (source / "tokenizer_config.json", source / "generation_config.json"):
         if beside.is_file():
             read_json(beside)  # refuses what is damaged
-    if found.name == "tokenizer.json":
+    if file.name == "tokenizer.json":
         try:
-            Tokenizer.from_file(str(found))
+            Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
-            check_no_pointer(found)
-            raise UserError(f"{found} is damaged: {error}") from None
-        shutil.copyfile(found, target / found.name)
+            check_no_pointer(file)
+            raise UserError(f"{file} is damaged: {error}") from None
+        shutil.copyfile(file, target / file.name)
         return
-    if found.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer that begins with a piece
-        tokenizer, bos, ends = read_sentencepiece(found), "<s>", ["</s>"]
+    if file.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer that begins with a piece
+        tokenizer, bos, ends = read_sentencepiece(file), "<s>", ["</s>"]
     else:
-        tokenizer, bos = read_tiktoken(found), "<|begin_of_text|>"
+        tokenizer, bos = read_tiktoken(file), "<|begin_of_text|>"
         ends = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
     if tokenizer.token_to_id(bos) is None:  # Gemma
         bos, ends = "<bos>", ["<eos>", "<end_of_turn>"]

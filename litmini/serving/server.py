@@ -80,19 +80,23 @@ class Server:
 
     async def read_body(self, request: "HTTPRequest") -> bytes:
         """Read the body of a request, no more of it than allowed."""
+        import anyio  # comes with starlette; asyncio.timeout came with Python 3.11
+
         max_bytes = self.limits.max_body_bytes
         if not request.headers.get("content-type", "").startswith("application/json"):
-            raise Refused(415, "expected Content-Type: application/json.")  # a web page cannot send that unasked
+            raise Refused(
+                415, "expected Content-Type: application/json."
+            )  # which a web page of another site cannot send
         length = request.headers.get("content-length", "0")
         body = bytearray()
         if length.isdigit() and int(length) <= max_bytes:
             try:
-                async with _time_limit(self.limits.body_seconds):
+                with anyio.fail_after(self.limits.body_seconds):
                     async for part in request.stream():
                         body += part
                         if len(body) > max_bytes:
                             break
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise Refused(408, f"the body took more than {self.limits.body_seconds:.0f} s.") from None
         if len(body) > max_bytes or not length.isdigit() or int(length) > max_bytes:
             raise Refused(413, f"the body has more than {max_bytes:,} bytes.")
@@ -138,29 +142,6 @@ class Server:
                 429, f"{self.limits.max_queue} requests are waiting; try again.", "rate_limit_error"
             ) from None
         return completion.stream() if settings.stream else await completion.whole(request)
-
-
-@asynccontextmanager
-async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """Do what asyncio.timeout does, which Python 3.10 does not have."""
-    task = asyncio.current_task()
-    assert task is not None, "runs within a request"
-    expired = False
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(seconds, expire)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if expired:
-            raise asyncio.TimeoutError from None
-        raise
-    finally:
-        timer.cancel()
 
 
 def make_app(server: Server) -> "Starlette":
