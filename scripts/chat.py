@@ -33,7 +33,7 @@ class ChatConfig(SamplingConfig, ModelConfig):
 def main(config: ChatConfig) -> None:
     import contextlib
 
-    from litmini.generation.generate import open_model, stream_reply
+    from litmini.generation.generate import open_model, stream_text
     from litmini.generation.prompts import check_text
     from litmini.generation.request import Request
 
@@ -65,7 +65,7 @@ def main(config: ChatConfig) -> None:
             asked = [*messages, {"role": "user", "content": check_text(said)}]
             reply = Request(tokenizer.encode_prompt(asked), config, tokenizer.stop_ids, tokenizer)
             with contextlib.suppress(KeyboardInterrupt):
-                for piece in stream_reply(model, reply):
+                for piece in stream_text(model, reply):
                     print(piece, end="", flush=True)
             print(flush=True)
             messages = [*asked, {"role": "assistant", "content": reply.text}]

@@ -172,7 +172,7 @@ def process_bytes() -> int:
     from lightning_fabric import Fabric
 
     from litmini.models import llama
-    from litmini.training.memory import full_rows, resident
+    from litmini.training.memory import full_rows
 
     Fabric(accelerator="cpu", devices=1)
     tiny = llama.Model(llama.PRESETS["tiny"])
@@ -180,7 +180,7 @@ def process_bytes() -> int:
     for dtype in (torch.bfloat16, torch.float32):
         loss, _ = tiny.to(dtype)(**full_rows(1, 32, 512))
         loss.backward()
-    return resident()
+    return resident_bytes()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(config: GenerateConfig) -> None:
     import sys
     import time
 
-    from litmini.generation.generate import open_model, stream_reply
+    from litmini.generation.generate import open_model, stream_text
     from litmini.generation.prompts import check_text
     from litmini.generation.request import Request
     from litmini.tokenizer import Message
@@ -74,7 +74,7 @@ def main(config: GenerateConfig) -> None:
         prompt = [{"role": "system", "content": check_text(config.system)}, {"role": "user", "content": prompt}]
     reply = Request(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
     started = time.perf_counter()
-    for piece in stream_reply(model, reply, make_draft(config)):
+    for piece in stream_text(model, reply, make_draft(config)):
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print(flush=True)
@@ -103,14 +103,14 @@ def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: igno
     """Answer every prompt of a file; what is wrong with a line is written in its place, and named at the end."""
     import json
 
-    from litmini.generation.prompts import answer_lines, read_prompts
+    from litmini.generation.prompts import complete_lines, read_prompts
 
     assert config.prompts is not None and config.out is not None, "checked when the settings were read"
     lines = read_prompts(config.prompts)
     wrong, total = [], 0
     # backslashreplace: half a character, as a JSON escape can hold, is written as that escape again
     with Path(config.out).open("x", encoding="utf-8", errors="backslashreplace") as file:
-        for answer in answer_lines(model, tokenizer, lines, config, config.batch_size, config.system):
+        for answer in complete_lines(model, tokenizer, lines, config, config.batch_size, config.system):
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
             file.flush()
             total += 1

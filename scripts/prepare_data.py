@@ -49,13 +49,13 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    import os
     import time
     from pathlib import Path
 
     from litmini.data.pretrain.text import find_sources
     from litmini.data.pretrain.tokenize import TokenizerSpec
     from litmini.data.pretrain.write_shards import prepare
+    from litmini.system import cpu_count
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)
@@ -70,7 +70,7 @@ def main(config: PrepareConfig) -> None:
     )
     sources = find_sources(config.inputs)
     started = time.perf_counter()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_count()
     index = prepare(sources, recipe, target, config.workers or cores, tokenizer.save, config.max_empty)
     for split, content in index["splits"].items():
         tokens = sum(shard["tokens"] for shard in content["shards"])

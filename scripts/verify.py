@@ -48,7 +48,7 @@ def main(config: VerifyConfig) -> None:
     from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.checkpoints.peft import read_adapter
     from litmini.errors import UserError
-    from litmini.evaluation.verify import CHECKS, check_bits, rows
+    from litmini.evaluation.verify import CHECKS, check_bits, sequences
     from litmini.files import write_json
     from litmini.methods.nf4 import NF4Linear, convert
 
@@ -57,7 +57,7 @@ def main(config: VerifyConfig) -> None:
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
     bits: Literal[4, 16] = config.bits or (4 if trained == 4 else 16)
     model, tokenizer = litmini.load(directory, config.adapter_dir, "fp32", device, bits)
-    tokens = rows(tokenizer, model, device)
+    tokens = sequences(tokenizer, model, device)
     with torch.no_grad():
         ours = model(tokens)
     results = [check_bits(directory)]

@@ -30,7 +30,7 @@ from conftest import make_tiny, make_tokenizer
 from safetensors.torch import load_file, save_file
 from two import Ended, command, run_two
 
-from litmini.files import SEAL
+from litmini.files import CHECKSUMS
 
 SCRIPTS = ("finetune_full", "finetune_lora", "finetune_qlora", "finetune_dora", "finetune_ia3", "pretrain")
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
@@ -349,7 +349,7 @@ def corrupted(place: Place, script: str) -> Row:
             {"flip": lambda: file.write_bytes(content), "cut": lambda: file.write_bytes(content[:-3])}.get(  # noqa: B023
                 damage, file.unlink
             )()
-            named = "is damaged" if file.name == SEAL else file.name  # a hash that differs names what it is of
+            named = "is damaged" if file.name == CHECKSUMS else file.name  # a hash that differs names what it is of
             refuse(place, row, script, words, named, "step-000002")
             shutil.rmtree(out)
             shutil.copytree(spare, out)

@@ -23,8 +23,9 @@ from litmini.config.finetune import (
     FinetuneQloraConfig,
 )
 from litmini.errors import UserError
-from litmini.files import existing_file, is_disk_full
+from litmini.files import existing_file
 from litmini.runs.directory import plain
+from litmini.system import is_disk_full
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map, write_stream
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
-from litmini.files import check_room, read_json, restore, write_json
+from litmini.files import read_json, restore, write_json
 from litmini.models import FAMILIES, family, meta_model
+from litmini.system import check_disk_space
 from litmini.tokenizer import copy_side_files
 
 
@@ -209,7 +210,7 @@ def save_model(
         dtypes[str(like.dtype).removeprefix("torch.")] += size
     if twice := [name for name, count in Counter(name for part in parts for name, _ in part).items() if count > 1]:
         raise UserError(f"{twice[0]} is there twice: the files to be read are not of one checkpoint.")
-    check_room(directory, sum(sizes))
+    check_disk_space(directory, sum(sizes))
     total = sum(map(len, parts))
     stream = iter(tqdm(tensors, desc="saving", total=total, unit="tensor", disable=None, leave=False))
     files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]

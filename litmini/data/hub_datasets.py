@@ -4,7 +4,7 @@ import re
 from pathlib import PurePosixPath
 
 from litmini.errors import UserError
-from litmini.files import is_disk_full
+from litmini.system import is_disk_full
 
 PREFIX = "hub:"
 NAME = re.compile(r"hub:(?P<repo>[^/@:]+/[^/@:]+)(/(?P<folder>[^@:]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")

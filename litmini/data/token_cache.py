@@ -6,7 +6,6 @@ the code that makes tokens of them. So it is never out of date, and may be delet
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -19,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +32,7 @@ from litmini.data.formats import Example, bad_records, parse_chunk
 from litmini.data.readers import Chunk, read_chunks
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file, read_json, write_json
+from litmini.system import cpu_count, locked
 from litmini.tokenizer import Tokenizer
 
 FORMAT = 1  # to be raised with each change of what tokens come of a record, or of how they are stored
@@ -65,17 +64,6 @@ def cache_directory() -> Path:
     return Path(os.environ.get("LITMINI_CACHE") or "~/.cache/litmini").expanduser()
 
 
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """One process (and thread) at a time."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def tokenize_file(
     path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None = None
 ) -> TokenFile:
@@ -103,7 +91,7 @@ def tokenize_file(
             ) from None
         try:
             _write(aside, path, tokenizer, config, what, workers)
-            with _alone_in(directory.parent):
+            with locked(directory.parent):
                 found = _open(directory, sha256)  # another process may have been faster: its entry is the same
                 if found is None:
                     shutil.rmtree(directory, ignore_errors=True)  # a damaged one
@@ -153,7 +141,7 @@ def _write(
     problems: list[str] = []
     total = tokens = truncated_dropped = 0
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if Path(path).stat().st_size > MANY else 1
+        workers = cpu_count() if Path(path).stat().st_size > MANY else 1
     with (
         (directory / "inputs.i32").open("wb") as inputs,
         (directory / "labels.i32").open("wb") as labels,

@@ -1,6 +1,7 @@
-"""Several processes that speak with one voice and end together: when one fails, it says why, and the others end.
+"""Several processes of one run: only the first one prints, one of them says why the run fails, and all end together.
 
-Nothing heavy is imported here: `litmini.cli` asks on every error.
+torchrun and Fabric end all ranks, too, but by SIGKILL before the first one can say which process failed, and Fabric's
+processes outlive the one that started them. Nothing heavy is imported here: `litmini.cli` asks on every error.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 POLL_SECONDS = 0.5
-_started: list[Popen[bytes]] = []  # by this process, on this machine
-_failures: Any = None  # counts, for all processes, those that failed
+_started: list[Popen[bytes]] = []  # by Fabric in this process, on this machine
+_failures: Any = None  # a store that counts, for all processes, those that failed
 
 
 def join(fabric: Fabric) -> None:
-    """Watch the other processes, and be quiet unless this is the first. To be called after `fabric.launch`."""
+    """Watch the other processes, and print only in the first one. To be called after `fabric.launch`."""
     global _failures
     if fabric.world_size == 1:
         return
@@ -35,8 +36,9 @@ def join(fabric: Fabric) -> None:
     launcher: Any = fabric.strategy.launcher
     if launcher:
         _started.extend(launcher.procs)
-        launcher.procs.clear()  # Fabric's own watch would kill this process, too, before it could say why
-    threading.Thread(target=_watch_started if _started else _watch_parent, daemon=True, name="watch").start()
+        launcher.procs.clear()  # or Fabric would kill this process before it could say why
+    if _started or fabric.local_rank > 0:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="watch").start()
     if fabric.global_rank > 0:
         warnings.simplefilter("ignore")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end)
@@ -48,45 +50,40 @@ class _NoTerminal(io.TextIOWrapper):
         return False
 
 
-def _watch_started() -> None:
-    while True:
+def _watch(parent: int) -> None:
+    """End this process when one that it started fails or, where it started none, when its parent is gone."""
+    problem = ""
+    while not problem:
         time.sleep(POLL_SECONDS)
         for number, process in enumerate(_started, 1):
             if code := process.poll():
-                if first_to_fail():
-                    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-                    print(f"error: process {number} {how}. Go on with --resume auto.", file=sys.stderr)
-                leave(1)
-
-
-def _watch_parent() -> None:
-    """A process that is left alone would wait for the others for ever."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(POLL_SECONDS)
-    print("error: the first process was killed. Go on with --resume auto.", file=sys.stderr)
+                problem = f"process {number} " + (f"was killed by signal {-code}" if code < 0 else f"ended with {code}")
+        if not _started and os.getppid() != parent:
+            problem = "the first process was killed"
+    if not _started or first_to_fail():
+        print(f"error: {problem}. Continue with --resume auto.", file=sys.stderr)
     leave(1)
 
 
 def is_first() -> bool:
-    """Whether this is the first process, as far as is known before they have met."""
+    """Return whether this is the first process, as far as is known before `join`."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))
     return rank == "0"
 
 
 def first_to_fail(error: BaseException | None = None) -> bool:
-    """Whether this process shall say why it ends: the only one, or the first of several that fail."""
+    """Return whether this process is to report its error: the only one, or the first of several that fail."""
     first = is_first()
-    if _failures is None:  # not launched, or not yet: what is wrong is likely wrong for all
+    if _failures is None:  # before `join`: all processes likely have the same error
         time.sleep(0 if first else 5)
         return True
     if not first:
         time.sleep(1)
-    elif isinstance(error, RuntimeError):  # that another process has gone, perhaps: the watch knows which
+    elif isinstance(error, RuntimeError):  # perhaps a lost connection to a process whose end `_watch` reports
         time.sleep(3 * POLL_SECONDS)
     try:
         return _failures.add("litmini/failures", 1) == 1
-    except RuntimeError:  # the process that counts has gone; it has spoken
+    except RuntimeError:  # the first process, which has the store, has ended with its error
         return False
 
 
@@ -95,7 +92,7 @@ def alone() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; after an error at once, as cleaning up would wait for the others, and with those it started."""
+    """End this process; after an error at once with those that it started, as cleaning up would wait for the others."""
     if status and not alone():
         for process in _started:
             process.kill()

@@ -24,12 +24,12 @@ def run_tasks(
     fewshot: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Results by task, as lm-eval gives them.
+    """Return results by task, as lm-eval gives them.
 
     Args:
         tasks: names of lm-eval's own tasks, or of those in YAML files below `include_path`.
         limit: examples of each task; None: all.
-        fewshot: solved examples before each question; None: as many as the task says.
+        fewshot: solved examples before each prompt; None: as many as the task says.
 
     Raises:
         UserError: lm-eval is not installed, or there is no such task.
@@ -46,7 +46,7 @@ def run_tasks(
         raise UserError(
             f"no task {', '.join(unknown)}; those in {include_path or 'lm-eval'} are known by their YAML files."
         )
-    found = simple_evaluate(
+    evaluated = simple_evaluate(
         make_lm(model, tokenizer, batch_size),
         tasks=tasks,
         num_fewshot=fewshot,
@@ -55,11 +55,11 @@ def run_tasks(
         bootstrap_iters=0,
         log_samples=False,
     )
-    return found["results"]
+    return evaluated["results"]
 
 
 def make_lm(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> "LM":
-    """The model as lm-eval wants it: log-likelihoods of continuations, and answers that end at given texts."""
+    """Wrap the model for lm-eval: log-likelihoods of continuations, and completions that end at given texts."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 
@@ -83,11 +83,11 @@ def make_lm(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> "LM":
         def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
             order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-            found: dict[int, tuple[float, bool]] = {}
+            results: dict[int, tuple[float, bool]] = {}
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                found |= zip(part, log_likelihoods(model, [pairs[i] for i in part]), strict=True)
-            return [found[i] for i in range(len(pairs))]
+                results |= zip(part, log_likelihoods(model, [pairs[i] for i in part]), strict=True)
+            return [results[i] for i in range(len(pairs))]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             sums = []
@@ -103,29 +103,29 @@ def make_lm(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> "LM":
             return sums
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            replies = []
+            sequences = []
             for request in requests:
                 context, settings = request.args
                 stop = settings.get("until") or []
-                most = settings.get("max_gen_toks", 256)
+                max_new_tokens = settings.get("max_gen_toks", 256)
                 sampling = SamplingConfig(
-                    max_new_tokens=most,
+                    max_new_tokens=max_new_tokens,
                     temperature=settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0,
                     top_p=settings.get("top_p") if settings.get("do_sample") else None,
                     stop=[stop] if isinstance(stop, str) else list(stop),
                 )
-                ids = self.tok_encode(context)[-max(1, config.max_positions - most) :]  # the end counts
-                replies.append(Request(ids, sampling, [end], tokenizer))
-            for start in range(0, len(replies), batch_size):
-                finish_all(model, replies[start : start + batch_size])
-            return [reply.text for reply in replies]
+                ids = self.tok_encode(context)[-max(1, config.max_positions - max_new_tokens) :]  # its end
+                sequences.append(Request(ids, sampling, [end], tokenizer))
+            for start in range(0, len(sequences), batch_size):
+                finish_all(model, sequences[start : start + batch_size])
+            return [sequence.text for sequence in sequences]
 
     return LitminiLM()
 
 
 @torch.inference_mode()
 def log_likelihoods(model: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """For each (context, continuation): its summed log-probability, and whether it is what greedy decoding says."""
+    """Return for each (context, continuation) its summed log-probability, and whether greedy decoding gives it."""
     config: Any = model.config
     device = next(model.parameters()).device
     rows = [(context + continuation)[-(config.max_positions + 1) :][:-1] for context, continuation in pairs]
@@ -134,10 +134,10 @@ def log_likelihoods(model: nn.Module, pairs: list[tuple[list[int], list[int]]]) 
     positions = torch.arange(longest, device=device).expand_as(tokens)
     lengths = torch.tensor([[len(row)] for row in rows], device=device)
     logits = model(tokens, positions, (positions < lengths).long())  # padding is a document of its own
-    found = []
+    results = []
     for (_, continuation), row, length in zip(pairs, logits, lengths.flatten().tolist(), strict=True):
         targets = torch.tensor(continuation[-length:], device=device)
         logs = row[length - len(targets) : length].float().log_softmax(-1)  # (targets, vocab)
         total = logs.gather(1, targets[:, None]).sum()
-        found.append((float(total), bool((logs.argmax(-1) == targets).all())))
-    return found
+        results.append((float(total), bool((logs.argmax(-1) == targets).all())))
+    return results

@@ -1,4 +1,4 @@
-"""Answers on held-out examples: are they exactly right? And how surprised is a model by a text?"""
+"""Exact match of greedy completions, and perplexity."""
 
 import math
 from dataclasses import dataclass
@@ -18,55 +18,56 @@ from litmini.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One held-out question, what was expected and what the model said."""
+class Prediction:
+    """What a model completes one validation prompt with, beside what the data has."""
 
-    question: str
-    expected: str
-    given: str
+    prompt: str
+    reference: str
+    prediction: str
 
     @property
-    def right(self) -> bool:
-        return self.given.strip() == self.expected.strip()
+    def correct(self) -> bool:
+        return self.prediction.strip() == self.reference.strip()
 
 
-def answer_all(
+def predict(
     model: nn.Module, tokenizer: Tokenizer, examples: list[Example], max_new_tokens: int, batch_size: int = 25
-) -> list[Answer]:
-    """Greedy answers to the last turn of every example that has a question and an answer."""
-    asked: list[tuple[list[int], str, str]] = []
+) -> list[Prediction]:
+    """Return greedy completions in place of the last assistant turn of every example that has a prompt and a completion."""
+    pairs: list[tuple[list[int], str, str]] = []
     for example in examples:
         if example.messages is None:
             if example.prompt:
-                asked.append((tokenizer.encode(example.prompt), example.prompt, example.text[len(example.prompt) :]))
+                pairs.append((tokenizer.encode(example.prompt), example.prompt, example.text[len(example.prompt) :]))
         elif len(example.messages) > 1 and example.messages[-1]["role"] == "assistant":
             *before, last = example.messages
-            asked.append((tokenizer.encode_prompt(before), before[-1]["content"], last["content"]))
-    room: Any = model.config
-    answers = [Answer(q, a, "") for prompt, q, a in asked if len(prompt) >= room.max_positions]  # nothing can be said
-    asked = [entry for entry in asked if len(entry[0]) < room.max_positions]
+            pairs.append((tokenizer.encode_prompt(before), before[-1]["content"], last["content"]))
+    config: Any = model.config
+    predictions = [Prediction(q, a, "") for ids, q, a in pairs if len(ids) >= config.max_positions]  # no token fits
+    pairs = [pair for pair in pairs if len(pair[0]) < config.max_positions]
     training = model.training
     model.eval()
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
-    with tqdm(total=len(asked), desc="answering", unit="ex", disable=None) as bar:
-        for start in range(0, len(asked), batch_size):
-            part = asked[start : start + batch_size]
-            replies = [Request(prompt, sampling, tokenizer.stop_ids) for prompt, _, _ in part]
-            finish_all(model, replies)
-            answers += [Answer(q, a, tokenizer.decode(r.ids)) for (_, q, a), r in zip(part, replies, strict=True)]
+    with tqdm(total=len(pairs), desc="generating", unit="ex", disable=None) as bar:
+        for start in range(0, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            requests = [Request(ids, sampling, tokenizer.stop_ids) for ids, _, _ in part]
+            finish_all(model, requests)
+            texts = [tokenizer.decode(request.ids) for request in requests]
+            predictions += [Prediction(q, a, text) for (_, q, a), text in zip(part, texts, strict=True)]
             bar.update(len(part))
     model.train(training)
-    return answers
+    return predictions
 
 
-def exact_match(answers: list[Answer]) -> float:
-    """The share of answers that are exactly right, 0 to 1."""
-    return sum(a.right for a in answers) / max(1, len(answers))
+def exact_match(predictions: list[Prediction]) -> float:
+    """Return the share of correct predictions, 0 to 1."""
+    return sum(p.correct for p in predictions) / max(1, len(predictions))
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The loss of a text."""
+    """Loss of a text."""
 
     loss_sum: float
     """In nats."""
@@ -85,11 +86,11 @@ class Perplexity:
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, stride: int) -> Perplexity:
-    """The loss of every token of `text` but the first, each counted once.
+    """Return the loss of every token of `text` but the first, each counted once.
 
     Args:
         window: tokens in one forward; every window but the first re-reads `window - stride` tokens as context only, so
-            that each token is judged after at least so many others.
+            that each token is predicted from at least so many others.
         stride: tokens from one window to the next.
 
     Raises:

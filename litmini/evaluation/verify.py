@@ -1,9 +1,8 @@
-"""What a checkpoint must keep here: bits through import and export, logits through every way of running it, the same
-training however it is cut. Each check is small, runs in fp32 on random adapters, and leaves the model as it was.
+"""Checks of one checkpoint: its bits through import and export, its logits through every way of running it, the same
+training with and without accumulation and resuming. Each is small, runs in fp32 and leaves the model as it was.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import tempfile
@@ -30,7 +29,7 @@ from litmini.training.objective import LanguageModeling
 from litmini.training.optimizer import make_optimizer
 from litmini.training.setup import BatchList, Progress, Recorder, Setup
 
-BOUND = 1e-4  # of the largest logit, or of the largest update: what fp32 sums in another order differ by
+BOUND = 1e-4  # of the largest logit, or of the largest update: how much fp32 sums in another order differ
 TEXTS = (
     "The lighthouse stood at the end of a narrow road that followed the coast for several miles, and every evening, "
     "shortly before sunset, the keeper climbed the stairs, lit the lamp, and wrote a few lines about the weather.",
@@ -46,13 +45,13 @@ class Check:
 
     name: str
     passed: bool | None
-    """None: it could not be made."""
+    """None: skipped."""
     measured: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
 
-def rows(tokenizer: Any, model: nn.Module, device: torch.device | str) -> Tensor:
-    """Token ids (4, T) of the texts, as long as the shortest and the model's context allow."""
+def sequences(tokenizer: Any, model: nn.Module, device: torch.device | str) -> Tensor:
+    """Return the token ids (4, T) of the texts, as long as the shortest and the model's context allow."""
     config: Any = model.config
     ids = [tokenizer.encode(text) for text in TEXTS]
     length = min([48, config.max_positions, *map(len, ids)])
@@ -60,7 +59,7 @@ def rows(tokenizer: Any, model: nn.Module, device: torch.device | str) -> Tensor
 
 
 def compare_logits(name: str, ours: Tensor, theirs: Tensor, bound: float = BOUND) -> Check:
-    """Logits (..., vocab) against those of a reference."""
+    """Compare logits (..., vocab) with those of a reference."""
     ours, theirs = ours.flatten(0, -2).double(), theirs.flatten(0, -2).double()
     difference, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
     p = theirs.log_softmax(-1)
@@ -71,16 +70,16 @@ def compare_logits(name: str, ours: Tensor, theirs: Tensor, bound: float = BOUND
 
 
 def check_bits(directory: Path) -> Check:
-    """Every tensor of the files, taken in and written out again, has the bits that it had."""
+    """Compare the bits of every tensor of the files with those after import and export."""
     module, config = read_config(directory)
     with torch.device("meta"):
         names = parameter_names(module.Model(config))
     inside = ((n, t) for n, t in model_tensors(module, config, read_tensors(shards(directory))) if n in names)
     back = dict(_hashes(disk_tensors(module, config, inside)))
-    there = dict(_hashes(read_tensors(shards(directory))))
-    changed = [name for name, value in back.items() if there.get(name, there.get(name.partition(".")[2])) != value]
+    before = dict(_hashes(read_tensors(shards(directory))))
+    changed = [name for name, value in back.items() if before.get(name, before.get(name.partition(".")[2])) != value]
     note = f"changed: {', '.join(changed[:3])}" if changed else ""
-    measured = {"tensors": float(len(back)), "changed": float(len(changed)), "left_out": float(len(there) - len(back))}
+    measured = {"tensors": float(len(back)), "changed": float(len(changed)), "left_out": float(len(before) - len(back))}
     return Check("import and export, bit by bit", not changed, measured, note)
 
 
@@ -92,7 +91,7 @@ def _hashes(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
 
 @torch.no_grad()
 def check_cache(model: nn.Module, tokens: Tensor) -> Check:
-    """A prompt, then token by token, against one pass over everything."""
+    """Compare a prompt and single tokens through the cache with one forward without it."""
     T = tokens.shape[1]
     cache = KVCache(model.config, len(tokens), T, torch.float32, tokens.device)
     half = max(1, T // 2)
@@ -103,7 +102,7 @@ def check_cache(model: nn.Module, tokens: Tensor) -> Check:
 
 @torch.no_grad()
 def check_packing(model: nn.Module, tokens: Tensor) -> Check:
-    """Two texts in one row that do not see each other, against each alone."""
+    """Compare two documents packed into one sequence with each alone."""
     T = tokens.shape[1] // 2
     a, b = tokens[0, : T + 1], tokens[1, :T]
     packed = torch.cat((a, b))[None]
@@ -114,7 +113,7 @@ def check_packing(model: nn.Module, tokens: Tensor) -> Check:
 
 
 def random_adapter(model: nn.Module, seed: int, dropout: float = 0.0) -> None:
-    """LoRA of rank 4 over every linear but the head, with a B that is not zero."""
+    """Add LoRA of rank 4 over every linear but the head, with a B that is not zero."""
     torch.manual_seed(seed)
     add_adapters(model, LoraConfig(rank=4, alpha=8.0, dropout=dropout))
     for adapter in adapters(model).values():
@@ -124,7 +123,7 @@ def random_adapter(model: nn.Module, seed: int, dropout: float = 0.0) -> None:
 
 @contextlib.contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
-    """Without its own adapters."""
+    """Remove the model's own adapters meanwhile."""
     own = remove_adapters(model)
     try:
         yield
@@ -134,7 +133,7 @@ def _bare(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_merge(model: nn.Module, tokens: Tensor) -> Check:
-    """An adapter beside its base, the model's own or a random one, against the sum of the two.
+    """Compare an adapter over its base, the model's own or a random one, with the merged weights.
 
     In fp32: saving in bf16 rounds the sum once.
     """
@@ -158,7 +157,7 @@ def check_merge(model: nn.Module, tokens: Tensor) -> Check:
 def _train(
     model: nn.Module, batches: list[list[dict[str, Tensor]]], optim: OptimConfig, state: Path, stop: int | None = None
 ) -> None:
-    """Train the adapters of `model`, going on from `state` if it is there; leave it there after step `stop`."""
+    """Train the adapters of `model`, resuming from `state` if it exists; save it after step `stop`."""
     from lightning_fabric import Fabric
 
     device = next(model.parameters()).device
@@ -176,7 +175,7 @@ def _train(
 
 
 def _batch(tokens: Tensor, targets: list[int]) -> dict[str, Tensor]:
-    """Rows of which only the first `targets` tokens carry loss, another number for each."""
+    """Return sequences of which the first tokens are targets, as many as `targets` says for each."""
     labels = tokens.roll(-1, 1).clone()
     for row, count in enumerate(targets):
         labels[row, count:] = IGNORE
@@ -184,20 +183,30 @@ def _batch(tokens: Tensor, targets: list[int]) -> dict[str, Tensor]:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     remove_adapters(model)
-    return found
+    return trained
+
+
+class _InEvaluationMode(nn.Module):
+    """A model that is trained in evaluation mode.
+
+    It has no dropout, which would draw other masks, and no balance loss of experts, which is that of each micro-batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model.eval(), model.config
+
+    def train(self, mode: bool = True) -> "_InEvaluationMode":
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 def check_accumulation(model: nn.Module, tokens: Tensor) -> Check:
-    """One step of four rows at once, against four micro-batches of one row, with as many targets as it happens.
-
-    Without a family's dropout, which draws other masks, and the balance loss of experts, which is that of each micro-batch.
-    """
-    config: Any = model.config
-    if "balance_coef" in {f.name for f in dataclasses.fields(config)}:
-        model.config = dataclasses.replace(config, balance_coef=0.0)
-    model.train = lambda mode=True: model  # type: ignore[method-assign, assignment]
+    """Compare one step on four sequences at once with four micro-batches of one sequence and different target counts."""
     targets = [tokens.shape[1] - 1, 3, 1, tokens.shape[1] // 2]
     cut = [[_batch(tokens, targets)], [_batch(tokens[i : i + 1], [n]) for i, n in enumerate(targets)]]
     updates = []
@@ -205,16 +214,14 @@ def check_accumulation(model: nn.Module, tokens: Tensor) -> Check:
         for micro_batches in cut:
             random_adapter(model, seed=2)
             before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            _train(model, [micro_batches], OptimConfig(name="sgd", lr=1.0), Path("none"))
+            _train(_InEvaluationMode(model), [micro_batches], OptimConfig(name="sgd", lr=1.0), Path("none"))
             updates.append(torch.cat([(p - before[name]).flatten() for name, p in _trained(model).items()]))
-    del model.train
-    model.config = config
     error = float((updates[0] - updates[1]).norm() / updates[0].norm())
     return Check("accumulated = at once", error <= BOUND, {"relative_difference": error})
 
 
 def check_resume(model: nn.Module, tokens: Tensor) -> Check:
-    """Two steps, against one, saved, loaded into other adapters, and one more; with dropout. The same to the bit."""
+    """Compare two steps with one step, saved and loaded into other adapters, and one more; with dropout, bit by bit."""
     batches = [[_batch(tokens[:2], [9, 4])], [_batch(tokens[2:], [2, 9])]]
     optim, results = OptimConfig(lr=1e-2, weight_decay=0.1), []
     with tempfile.TemporaryDirectory(prefix="litmini-") as directory, _bare(model):

@@ -1,8 +1,4 @@
-"""Generation: one engine for a single prompt, a ragged batch, and a server whose requests come and go.
-
-A `Request` is what is being said to one prompt; a `Batch` gives each of its replies the next token, step by step. Replies may
-join and leave between steps.
-"""
+"""Generation for one prompt or several, as text, token ids or a stream."""
 
 from collections.abc import Iterator
 
@@ -20,7 +16,7 @@ from litmini.tokenizer import Message, Tokenizer
 
 
 def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
-    """The model and tokenizer that a command names.
+    """Load the model and tokenizer that a command names.
 
     Raises:
         UserError: as `litmini.load`, or the device cannot be used here.
@@ -45,11 +41,11 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     return model, tokenizer
 
 
-def finish_all(model: nn.Module, answers: list[Request]) -> None:
-    """Give all answers, in one batch, all their tokens."""
+def finish_all(model: nn.Module, requests: list[Request]) -> None:
+    """Generate all requests to their ends in one batch."""
     batch = Batch(model)
-    batch.add(answers)
-    while batch.replies:
+    batch.add(requests)
+    while batch.requests:
         batch.step()
 
 
@@ -60,18 +56,18 @@ def stream(
     sampling: SamplingConfig | None = None,
     draft: Draft | None = None,
 ) -> Iterator[str]:
-    """Pieces of the answer's text as they come."""
-    reply = Request(tokenizer.encode_prompt(prompt), sampling or SamplingConfig(), tokenizer.stop_ids, tokenizer)
-    yield from stream_reply(model, reply, draft)
+    """Yield pieces of the completion's text as they come."""
+    request = Request(tokenizer.encode_prompt(prompt), sampling or SamplingConfig(), tokenizer.stop_ids, tokenizer)
+    yield from stream_text(model, request, draft)
 
 
-def stream_reply(model: nn.Module, reply: Request, draft: Draft | None = None) -> Iterator[str]:
-    """Pieces of the text of one reply as they come."""
+def stream_text(model: nn.Module, request: Request, draft: Draft | None = None) -> Iterator[str]:
+    """Yield pieces of the text of one request as they come."""
     batch = Batch(model, draft)
-    batch.add([reply])
-    while batch.replies:
+    batch.add([request])
+    while batch.requests:
         batch.step()
-        if piece := reply.take():
+        if piece := request.take():
             yield piece
 
 
@@ -87,15 +83,15 @@ def generate(
     ignore_eos: bool = False,
     return_tokens: bool = False,
 ) -> str | list[int]:
-    """The answer to a prompt: its text, or its token ids.
+    """Return the completion of a prompt: its text, or its token ids.
 
     Args:
         prompt_or_messages: messages, or text, which is a user's turn where the checkpoint has a chat template.
         temperature: 0 is greedy.
-        ignore_eos: go on to `max_new_tokens` whatever comes.
+        ignore_eos: do not stop before `max_new_tokens`.
 
     Raises:
-        UserError: a setting is out of range, or the prompt is empty or leaves no room in the model's context.
+        UserError: a setting is out of range, or the prompt is empty or fills the model's context.
     """
     sampling = SamplingConfig(
         max_new_tokens=max_new_tokens,
@@ -105,6 +101,6 @@ def generate(
         seed=seed,
         ignore_eos=ignore_eos,
     )
-    answer = Request(tokenizer.encode_prompt(prompt_or_messages), sampling, tokenizer.stop_ids)
-    finish_all(model, [answer])
-    return answer.ids if return_tokens else tokenizer.decode(answer.ids)
+    request = Request(tokenizer.encode_prompt(prompt_or_messages), sampling, tokenizer.stop_ids)
+    finish_all(model, [request])
+    return request.ids if return_tokens else tokenizer.decode(request.ids)

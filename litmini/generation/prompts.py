@@ -1,4 +1,4 @@
-"""What people and programs send: a text or messages, one or a file of them, checked before a model sees them."""
+"""Prompts of users and programs: a text or messages, one or a file of them, checked before generation."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -25,20 +25,20 @@ class Prompt:
 
     line: int
     record: dict[str, Any]
-    """What the line holds; empty where it is broken."""
+    """The JSON of the line; empty where it is broken."""
     prompt: str | list[Message] | UserError
-    """What to ask, or why it cannot be asked."""
+    """The prompt, or what is wrong with the line."""
 
 
 def check_text(text: str) -> str:
-    """`text`, if it can be written as UTF-8: no lone half of a surrogate pair, as JSON escapes can hold."""
+    """Return `text`, unless it has a lone surrogate, which JSON escapes can hold and UTF-8 cannot."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError("the prompt is not UTF-8 text.")
     return text
 
 
 def check_messages(value: Any) -> list[Message]:
-    """Messages with a role and a text each; a content in parts, as OpenAI's clients send it, is joined.
+    """Return messages with a role and a text each; a content in parts, as OpenAI's clients send it, is joined.
 
     Raises:
         UserError: something else; says which message.
@@ -51,8 +51,7 @@ def check_messages(value: Any) -> list[Message]:
             raise UserError(f"messages[{number}] is {_kind(turn)}, expected an object with role and content.")
         content = turn.get("content")
         if isinstance(content, list):
-            strange = [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]
-            if strange:
+            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
                 raise UserError(f"messages[{number}].content has a part that is no text.")
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
@@ -67,7 +66,7 @@ def _kind(value: Any) -> str:
 
 
 def read_prompt(record: Any) -> str | list[Message]:
-    """What a record asks: its `prompt`, or its `messages`.
+    """Return the `prompt` of a record, or its `messages`.
 
     Raises:
         UserError: it has neither, or both.
@@ -108,7 +107,7 @@ def _read(path: Path) -> Iterator[Prompt]:
             yield Prompt(number, record if isinstance(record, dict) else {}, prompt)
 
 
-def answer_lines(
+def complete_lines(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Iterable[Prompt],
@@ -116,31 +115,31 @@ def answer_lines(
     batch_size: int,
     system: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The answers to `prompts`, in their order, `batch_size` of them made together.
+    """Yield the completions of `prompts` in their order, `batch_size` of them generated together.
 
-    Each is the record with `line`, `answer`, `finish_reason` ("stop" or "length"), `n_tokens` and, where they are asked
-    for, `logprobs`; or with `line` and `error`. With a seed, each line has one of its own.
+    Each is the record with `line`, `answer`, `finish_reason` ("stop" or "length"), `n_tokens` and, if requested,
+    `logprobs`; or with `line` and `error`. With a seed, each line has one of its own.
     """
     part: list[tuple[Prompt, Request | UserError]] = []
-    for prompt in tqdm(prompts, desc="answering", unit="line", disable=None):
-        part.append((prompt, _reply(model, tokenizer, prompt, sampling, system)))
+    for prompt in tqdm(prompts, desc="generating", unit="line", disable=None):
+        part.append((prompt, _request(model, tokenizer, prompt, sampling, system)))
         if len(part) == batch_size:
-            yield from _answers(model, tokenizer, part)
+            yield from _complete(model, tokenizer, part)
             part = []
-    yield from _answers(model, tokenizer, part)
+    yield from _complete(model, tokenizer, part)
 
 
-def _reply(
+def _request(
     model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingConfig, system: str | None
 ) -> Request | UserError:
-    asked, config = prompt.prompt, model.config
-    if isinstance(asked, UserError):
-        return asked
+    content, config = prompt.prompt, model.config
+    if isinstance(content, UserError):
+        return content
     if system is not None:
-        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        asked = [{"role": "system", "content": system}, *asked]
+        content = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        content = [{"role": "system", "content": system}, *content]
     try:
-        ids = tokenizer.encode_prompt(asked)
+        ids = tokenizer.encode_prompt(content)
         check_prompt(ids, config.max_positions)  # type: ignore[union-attr,arg-type]
     except UserError as error:
         return error
@@ -149,24 +148,24 @@ def _reply(
     return Request(ids, sampling, tokenizer.stop_ids, tokenizer)
 
 
-def _answers(
+def _complete(
     model: nn.Module, tokenizer: Tokenizer, part: list[tuple[Prompt, Request | UserError]]
 ) -> Iterator[dict[str, Any]]:
-    if replies := [reply for _, reply in part if isinstance(reply, Request)]:
-        finish_all(model, replies)
-    for prompt, reply in part:
-        answer: dict[str, Any] = {**prompt.record, "line": prompt.line}
-        if isinstance(reply, UserError):
-            yield {**answer, "error": str(reply)}
+    if requests := [request for _, request in part if isinstance(request, Request)]:
+        finish_all(model, requests)
+    for prompt, request in part:
+        result: dict[str, Any] = {**prompt.record, "line": prompt.line}
+        if isinstance(request, UserError):
+            yield {**result, "error": str(request)}
             continue
-        answer |= {"answer": reply.text, "finish_reason": reply.finish, "n_tokens": len(reply.ids)}
-        if reply.logprobs:
-            answer["logprobs"] = [describe(token, tokenizer) for token in reply.logprobs]
-        yield answer
+        result |= {"answer": request.text, "finish_reason": request.finish, "n_tokens": len(request.ids)}
+        if request.logprobs:
+            result["logprobs"] = [describe(token, tokenizer) for token in request.logprobs]
+        yield result
 
 
 def describe(token: Logprobs, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The log-probabilities of one token as OpenAI's API has them."""
+    """Return the log-probabilities of one token as OpenAI's API has them."""
     top = [_named(tokenizer, i, value) for i, value in token.top]
     return {**_named(tokenizer, token.token, token.logprob), "top_logprobs": top}
 

@@ -1,4 +1,4 @@
-"""How a token is chosen from logits: greedy, or by temperature, top-k, top-p, min-p and repetition penalty."""
+"""Choice of a token from logits: greedy, or by temperature, top-k, top-p, min-p and repetition penalty."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,23 @@ from litmini.config.generate import SamplingConfig
 
 @dataclass(frozen=True)
 class Logprobs:
-    """What the model thought of one token: natural logarithms, before temperature and all else."""
+    """Log-probabilities (natural) at one token, before temperature and all else."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """The likeliest tokens and theirs."""
+    """The top-k tokens and theirs."""
 
 
 def penalize(logits: Tensor, tokens: list[int], penalty: float) -> Tensor:
-    """Logits (vocab,) in which those of `tokens` are divided by `penalty` where positive, else multiplied."""
+    """Return logits (vocab,) in which those of `tokens` are divided by `penalty` where positive, else multiplied."""
     seen = torch.tensor(sorted(set(tokens)), device=logits.device)
-    there = logits[seen]
-    return logits.index_copy(0, seen, torch.where(there > 0, there / penalty, there * penalty))
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 
 def probabilities(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """What is sampled from: probabilities and their token ids, (n,) each, from fp32 logits (vocab,). Temperature above 0."""
+    """Return the probabilities to sample from and their token ids, (n,) each, from fp32 logits (vocab,)."""
     logits = logits / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return logits.softmax(-1), torch.arange(len(logits), device=logits.device)
@@ -42,11 +42,11 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Ten
 
 
 def choose(logits: Tensor, sampling: SamplingConfig, tokens: list[int], generator: torch.Generator | None) -> int:
-    """The next token id, from fp32 logits (vocab,).
+    """Return the next token id, from fp32 logits (vocab,).
 
     Args:
-        tokens: prompt and answer so far, for the repetition penalty.
-        generator: on the device of `logits`; not used at temperature 0, which takes the likeliest token.
+        tokens: prompt and completion so far, for the repetition penalty.
+        generator: on the device of `logits`; not used at temperature 0, which is greedy.
     """
     if sampling.repetition_penalty != 1.0:
         logits = penalize(logits, tokens, sampling.repetition_penalty)
@@ -57,7 +57,7 @@ def choose(logits: Tensor, sampling: SamplingConfig, tokens: list[int], generato
 
 
 def log_probabilities(logits: Tensor, token: int, count: int) -> Logprobs:
-    """Those of `token` and of the `count` likeliest, from fp32 logits (vocab,)."""
+    """Return those of `token` and of the top `count`, from fp32 logits (vocab,)."""
     logs = logits.log_softmax(-1)
     best = logs.topk(min(count, len(logs)))
     return Logprobs(token, float(logs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

@@ -1,6 +1,6 @@
-"""Speculative decoding: guess several tokens, read them in one forward, keep those that were right (arXiv 2211.17192).
+"""Speculative decoding: draft several tokens, verify them in one forward, accept a prefix (arXiv 2211.17192).
 
-The answer is that of plain greedy decoding; only rounding differs, as between any two batch sizes, where two tokens are
+The completion is that of plain greedy decoding; only rounding differs, as between any two batch sizes, where two tokens are
 equally likely to the last bit.
 """
 
@@ -14,20 +14,20 @@ from litmini.ops.kv_cache import KVCache
 
 
 class Draft(Protocol):
-    """Something that guesses how a text goes on."""
+    """Proposes the next tokens of a text."""
 
     def begin(self, capacity: int) -> None:
-        """A new text, of at most so many tokens."""
+        """Start a text of at most so many tokens."""
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
-        """At most `limit` tokens that may follow `tokens`."""
+        """Return at most `limit` tokens that may follow `tokens`."""
 
 
 class PromptLookup:
-    """Guess that what followed the last few tokens before will follow them again: for answers that quote their prompt.
+    """Propose what followed the last few tokens before: for completions that quote their prompt.
 
     Args:
-        count: tokens to guess at once.
+        count: tokens to propose at once.
         longest: how many of the last tokens must have occurred before; fewer, down to 2, are tried, too.
     """
 
@@ -47,16 +47,16 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A smaller model with the same tokenizer guesses.
+    """Propose the greedy completion of a smaller model with the same tokenizer.
 
     Args:
-        count: tokens to guess at once.
+        count: tokens to propose at once.
     """
 
     def __init__(self, model: nn.Module, count: int) -> None:
         config: Any = model.config
         self.model, self.config, self.count = model, config, count
-        self._read: list[int] = []  # what the cache holds
+        self._read: list[int] = []  # the tokens in the cache
 
     def begin(self, capacity: int) -> None:
         if capacity > self.config.max_positions:
@@ -70,13 +70,13 @@ class DraftModel:
         while same < min(len(self._read), len(tokens) - 1) and self._read[same] == tokens[same]:
             same += 1
         new = tokens[same:]
-        guessed: list[int] = []
-        while len(guessed) < min(self.count, limit):
+        drafted: list[int] = []
+        while len(drafted) < min(self.count, limit):
             for part in torch.tensor([new], device=self._cache.device).split(self._cache.chunk, 1):
                 where = torch.arange(same, same + part.shape[1], device=part.device)[None]
                 logits = self.model(part, where, cache=self._cache)
                 same += part.shape[1]
             new = [int(logits[0, -1].argmax())]
-            guessed += new
-        self._read = [*tokens, *guessed[:-1]] if guessed else self._read[:same]
-        return guessed
+            drafted += new
+        self._read = [*tokens, *drafted[:-1]] if drafted else self._read[:same]
+        return drafted

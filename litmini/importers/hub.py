@@ -1,10 +1,10 @@
-"""Checkpoints from the Hugging Face hub, through its own client: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME mean
-what they mean to that client. Tokens are its own affair: none passes through here.
+"""Download of checkpoints from the Hugging Face hub, through its own client.
+
+The client reads HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME, resumes and verifies; no token passes through here.
 """
 
 import contextlib
 import fnmatch
-import hashlib
 import os
 import shutil
 from pathlib import Path, PurePosixPath
@@ -15,8 +15,9 @@ from huggingface_hub import HfApi, snapshot_download
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
-from litmini.files import check_room, is_disk_full, write_atomically, write_json
-from litmini.hub_errors import _unreachable, hub_reason
+from litmini.files import write_atomically, write_json
+from litmini.hub_errors import hub_reason, is_unreachable
+from litmini.system import check_disk_space, is_disk_full
 from litmini.tokenizer import SIDE_FILES
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +31,7 @@ def from_hub(repo: str, target: Path, revision: str | None) -> Path:
 
     Raises:
         UserError: there is no such repository, or it cannot be reached, may not be read, is of no use here, is too large
-            for the disk, or came with other content than the hub says.
+            for the disk, or its checksums are wrong.
     """
     page = f"https://huggingface.co/{repo}"
     print(f"{target}: from the Hugging Face hub, {page} ({revision or 'main'})", flush=True)
@@ -43,17 +44,17 @@ def from_hub(repo: str, target: Path, revision: str | None) -> Path:
         snapshot_download(
             repo, revision=info.sha, local_dir=incomplete, allow_patterns=FILES, ignore_patterns=DUPLICATES
         )
-        _check_content(wanted, incomplete, page)
-        if lacking := [file.name for file in shards(incomplete) if not file.is_file()]:
-            raise UserError(f"{page} lacks {', '.join(lacking)}, which its {INDEX} names.")
+        _check_content(repo, info.sha, incomplete, page)
+        if missing := [file.name for file in shards(incomplete) if not file.is_file()]:
+            raise UserError(f"{page} lacks {', '.join(missing)}, which its {INDEX} names.")
     except UserError:
         raise
     except Exception as error:  # the hub's client and its transports raise many kinds
         if is_disk_full(error):
             raise
-        if _unreachable(error) and (cached := _cached(repo, revision)):
+        if is_unreachable(error) and (cached := _cached(repo, revision)):
             return _from_cache(cached, target, repo, revision)
-        kept = " What was fetched is kept: the same command goes on." if incomplete and incomplete.exists() else ""
+        kept = " What was fetched is kept: the same command resumes." if incomplete and incomplete.exists() else ""
         raise UserError(hub_reason(error, repo, revision) + kept) from error
     with write_atomically(target) as fresh:
         for file in incomplete.iterdir():
@@ -66,13 +67,13 @@ def from_hub(repo: str, target: Path, revision: str | None) -> Path:
 
 
 def _wanted(siblings: list[Any], page: str) -> list[Any]:
-    """The files to fetch, of all that the hub lists."""
+    """Return the files to fetch, of all that the hub lists."""
     names = {file.rfilename for file in siblings}
     for name in sorted(names):
         if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
             raise UserError(f"{page} lists a file outside its directory: {name!r}. Nothing was downloaded.")
-    if lacking := [name for name in ("config.json", "tokenizer.json") if name not in names]:
-        raise UserError(f"{page} has no {' and no '.join(lacking)}; litmini needs both. Choose another model.")
+    if missing := [name for name in ("config.json", "tokenizer.json") if name not in names]:
+        raise UserError(f"{page} has no {' and no '.join(missing)}; litmini needs both. Choose another model.")
     if not names & {"model.safetensors", INDEX}:
         bins = "; its .bin files can be converted: fetch them, then scripts/convert_to_litmini.py" * any(
             name.endswith(".bin") for name in names
@@ -87,41 +88,27 @@ def _wanted(siblings: list[Any], page: str) -> list[Any]:
 
 
 def _check_disk(wanted: list[Any], incomplete: Path) -> None:
-    """Before anything is fetched: is there room for what is still to come?"""
-    there = sum(file.stat().st_size for file in incomplete.rglob("*") if file.is_file())
-    needed = sum(file.size or 0 for file in wanted) - there
-    check_room(incomplete, needed, SPARE)
+    """Check before anything is fetched that the disk holds the rest."""
+    fetched = sum(file.stat().st_size for file in incomplete.rglob("*") if file.is_file())
+    needed = sum(file.size or 0 for file in wanted) - fetched
+    check_disk_space(incomplete, needed, SPARE)
 
 
-def _check_content(wanted: list[Any], directory: Path, page: str) -> None:
-    """Size and hash of every file, as the hub gives them; a wrong one is removed, so that the next run fetches it anew."""
-    wrong = []
-    for file in wanted:
-        path = directory / file.rfilename
-        size = path.stat().st_size if path.is_file() else -1
-        if file.size is not None and size != file.size:
-            wrong.append(f"{file.rfilename} has {size:,} bytes, the hub says {file.size:,}")
-        elif file.lfs is not None or file.blob_id is not None:
-            expected = file.lfs.sha256 if file.lfs else file.blob_id
-            digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-            with path.open("rb") as opened:
-                while part := opened.read(1 << 20):
-                    digest.update(part)
-            if digest.hexdigest() != expected:
-                wrong.append(f"{file.rfilename} has hash {digest.hexdigest()[:12]}, the hub says {expected[:12]}")
-        if wrong and wrong[-1].startswith(f"{file.rfilename} "):
-            path.unlink(missing_ok=True)
-            for leftover in (directory / ".cache").rglob(f"{file.rfilename}.*"):
-                leftover.unlink()
-    if wrong:
+def _check_content(repo: str, revision: str | None, directory: Path, page: str) -> None:
+    """Compare checksums with the hub's; a damaged file is removed, so that the next run fetches it again."""
+    mismatches = HfApi().verify_repo_checksums(repo, revision=revision, local_dir=directory).mismatches
+    for file in mismatches:
+        (directory / file["path"]).unlink()
+        for leftover in (directory / ".cache").rglob(f"{file['path']}.*"):
+            leftover.unlink()
+    if wrong := [f"{f['path']} has checksum {f['actual'][:12]}, the hub says {f['expected'][:12]}" for f in mismatches]:
         raise UserError(f"{page} came damaged: {'; '.join(wrong)}. Those files were removed; run the command again.")
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """The directory of a repository that the hub's client has in its own cache, if it is complete."""
+    """Return the directory of a repository in the cache of the hub's client, if it is complete."""
     with contextlib.suppress(Exception):
-        found = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        return check_checkpoint_dir(found)
+        return check_checkpoint_dir(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
     return None
 
 
@@ -137,7 +124,7 @@ def _from_cache(cached: Path, target: Path, repo: str, revision: str | None) -> 
 
 
 def _link(file: Path, name: Path) -> None:
-    """A second name for `file`, so that an interruption before the end costs nothing that was downloaded."""
+    """Give `file` a second name, so that an interruption before the end loses no download."""
     try:
         os.link(file, name)
     except OSError:  # a file system without hard links

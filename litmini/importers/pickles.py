@@ -27,21 +27,19 @@ class Pickle:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"  # else of torch before 1.6: in memory as a whole
         state = _open(file, zipped)
-        if isinstance(state, dict) and isinstance(state.get("model"), dict):  # litgpt's pretraining
-            state = state["model"]
         if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
             raise UserError(f"{file} holds no tensors by name; expected a state dict of {', '.join(sorted(FAMILIES))}.")
-        if strange := [name for name, t in state.items() if t.layout != torch.strided or t.is_quantized]:
-            raise UserError(f"{file}: {strange[0]} is sparse or quantised; plain tensors are read.")
-        self.found: dict[str, Tensor] = state
+        if unexpected := [name for name, t in state.items() if t.layout != torch.strided or t.is_quantized]:
+            raise UserError(f"{file}: {unexpected[0]} is sparse or quantised; plain tensors are read.")
+        self.tensors: dict[str, Tensor] = state
 
     def get(self, name: str, meta: bool = False) -> Tensor:
-        """A tensor; on the meta device, only its shape and dtype.
+        """Return a tensor; on the meta device, only its shape and dtype.
 
         Raises:
             UserError: the file ends before it does.
         """
-        like = self.found[name]
+        like = self.tensors[name]
         if meta:
             return torch.empty(like.shape, dtype=like.dtype, device="meta")
         offset = like.untyped_storage()._checkpoint_offset
@@ -52,10 +50,10 @@ class Pickle:
         content: Any = values.view(torch.uint8).numpy()
         with self.file.open("rb", buffering=0) as opened:
             opened.seek(offset + int(like.storage_offset()) * like.element_size())
-            done = 0
-            while done < len(content) and (more := opened.readinto(content[done:])):
-                done += more
-        if done < len(content):
+            n_read = 0
+            while n_read < len(content) and (more := opened.readinto(content[n_read:])):
+                n_read += more
+        if n_read < len(content):
             raise UserError(f"weight file {self.file} is truncated: it ends within {name}. Get it again.")
         return values.as_strided(like.shape, like.stride())
 
@@ -64,7 +62,7 @@ def _open(file: Path, zipped: bool) -> Any:
     try:
         if not zipped:
             return torch.load(file, map_location="cpu", weights_only=True)
-        with FakeTensorMode():  # what comes says where in the file its numbers are
+        with FakeTensorMode():  # such a tensor says where in the file its values are
             return torch.load(file, map_location="meta", weights_only=True)
     except MemoryError:
         raise

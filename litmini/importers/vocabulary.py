@@ -1,8 +1,11 @@
-"""Tokenizers from bare vocabularies: those of GGUF files, of SentencePiece models and of Meta's Llama 3."""
+"""Tokenizers from bare vocabularies: those of GGUF files, of SentencePiece models and of Meta's Llama 3.
+
+The `tokenizers` package converts neither of the last two, and `tiktoken` only reads the two columns of a file of Llama 3.
+"""
 
 import base64
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ SPACE = "\u2581"
 
 
 def byte_words(digits: str) -> Any:
-    """The words of Llama 3 and of Qwen 2, which differ in how many `digits` make one, for byte-level BPE."""
+    """Return the pre-tokenizer of Llama 3 and Qwen 2, which differ in how many `digits` make a word, for byte-level BPE."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r""
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,13 +31,13 @@ def byte_words(digits: str) -> Any:
 def sentencepiece_like(
     tokens: list[str], types: list[int], unknown: int, space_prefix: bool
 ) -> tuple[Tokenizer, list[str]]:
-    """A BPE over characters with bytes for what it lacks, as in Llama 1 and 2 and in Gemma.
+    """Return a BPE over characters with byte fallback, as in Llama 1 and 2 and in Gemma.
 
     Its merges are not stored anywhere: each token is what joining two others gives, and earlier tokens are joined first.
-    Scores say the same, but converters overwrite those of added tokens, so the order is taken.
+    Scores say the same, but converters overwrite those of added tokens, so the order decides.
 
     Args:
-        space_prefix: whether a text begins with a space that it does not have (Llama), or as it is (Gemma).
+        space_prefix: whether a space is put before a text (Llama), or not (Gemma).
 
     Returns:
         the tokenizer, and the tokens with spaces as it writes them.
@@ -43,13 +46,7 @@ def sentencepiece_like(
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ValueError(f"of {len(tokens)} tokens only {len(vocab)} differ")
-    merges = []
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (NORMAL, ADDED):
-            halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-            merges += sorted(
-                (p for p in halves if p[0] in vocab and p[1] in vocab), key=lambda p: [vocab[h] for h in p]
-            )
+    merges = _merges(vocab, [t for t, kind in zip(tokens, types, strict=True) if kind in (NORMAL, ADDED)])
     bpe = models.BPE(vocab, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=BYTE in types)
     tokenizer = Tokenizer(bpe)
     replace = normalizers.Replace(" ", SPACE)
@@ -71,8 +68,17 @@ def sentencepiece_like(
     return tokenizer, tokens
 
 
+def _merges(ranks: dict[Any, int], joined: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return the pairs that BPE joins into each of `joined`, in their order; of one token, pairs of lower ranks first."""
+    merges = []
+    for token in joined:
+        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+        merges += sorted((p for p in halves if p[0] in ranks and p[1] in ranks), key=lambda p: [ranks[h] for h in p])
+    return merges
+
+
 def add_ends(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = None) -> None:
-    """Let `tokenizer` put these tokens before and after every text."""
+    """Make `tokenizer` put these tokens before and after every text."""
     before, after = [bos] if bos else [], [eos] if eos else []
     if before or after:
         single = [*before, "$A", *after]
@@ -82,60 +88,29 @@ def add_ends(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = Non
 
 
 def read_sentencepiece(file: Path) -> Tokenizer:
-    """The tokenizer of a SentencePiece model, as in Llama 1 and 2, Mistral 7B and Gemma.
-
-    Its format is a protocol buffer: https://github.com/google/sentencepiece, src/sentencepiece_model.proto.
+    """Return the tokenizer of a SentencePiece model, as in Llama 1 and 2, Mistral 7B and Gemma (the `convert` extra).
 
     Raises:
-        UserError: it is damaged, or no BPE.
+        UserError: it is damaged, or no BPE; or a package is not installed.
     """
-    tokens, types, kind, prefix = [], [], 1, True
     try:
-        for field, value in _fields(file.read_bytes()):
-            if field == 1:  # a piece
-                piece = dict(_fields(value))
-                tokens.append(piece[1].decode())
-                types.append(piece.get(3, NORMAL))
-            elif field == 2:  # how it was trained
-                kind = dict(_fields(value)).get(3, 1)
-            elif field == 3:  # how text is normalised
-                prefix = bool(dict(_fields(value)).get(3, 1))
-        if kind != 2 or UNKNOWN not in types:
-            raise UserError(f"{file} is a SentencePiece model, but no BPE; others are not read.")
-        return sentencepiece_like(tokens, types, types.index(UNKNOWN), prefix)[0]
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        from google.protobuf.message import DecodeError
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    except ImportError:
+        raise UserError(f'reading {file} needs sentencepiece and protobuf: pip install -e ".[convert]"') from None
+    model: Any = ModelProto()
+    try:
+        model.ParseFromString(file.read_bytes())
+        tokens, types = [piece.piece for piece in model.pieces], [piece.type for piece in model.pieces]
+        if model.trainer_spec.model_type != model.trainer_spec.BPE or UNKNOWN not in types:
+            raise UserError(f"{file} is a SentencePiece model, but no BPE, the only supported kind.")
+        return sentencepiece_like(tokens, types, types.index(UNKNOWN), model.normalizer_spec.add_dummy_prefix)[0]
+    except (DecodeError, ValueError) as error:
         raise UserError(f"{file} is no SentencePiece model, or damaged ({error}).") from None
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer's fields: bytes, or an int where it is one."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            value |= (message[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if message[at - 1] < 128:
-                return value
-
-    while at < len(message):
-        key = varint()
-        size = {1: 8, 5: 4}.get(key & 7)
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        if key & 7 == 2:
-            size = varint()
-        if size is None or at + size > len(message):
-            raise ValueError(f"field of kind {key & 7} at byte {at}")
-        at += size
-        yield key >> 3, message[at - size : at]
-
-
 def read_tiktoken(file: Path) -> Tokenizer:
-    """The tokenizer of Meta's Llama 3 files: a line with base64 and rank for each token, and 256 special ones.
+    """Return the tokenizer of Meta's Llama 3 files: a line with base64 and rank for each token, and 256 special ones.
 
     Raises:
         UserError: it is something else.
@@ -144,14 +119,11 @@ def read_tiktoken(file: Path) -> Tokenizer:
         lines = (line.split() for line in file.read_bytes().splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
+        check_no_pointer(file)
         raise UserError(f"{file} is no tokenizer of Llama 3, or damaged ({error}).") from None
     letters = _byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = sorted((p for p in halves if p[0] in ranks and p[1] in ranks), key=lambda p: (ranks[p[0]], ranks[p[1]]))
-        merges += [(spell[a], spell[b]) for a, b in pairs]
+    merges = [(spell[a], spell[b]) for a, b in _merges(ranks, sorted(ranks, key=ranks.__getitem__))]
     tokenizer = Tokenizer(models.BPE({spell[t]: rank for t, rank in ranks.items()}, merges, ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = byte_words(r"\p{N}{1,3}"), decoders.ByteLevel()
     names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
@@ -162,7 +134,7 @@ def read_tiktoken(file: Path) -> Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE: itself if it is visible, else the next one after 255."""
+    """Return the letter of each byte in byte-level BPE: itself if it is visible, else the next one after 255."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = iter(range(256, 512))
     return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
@@ -175,31 +147,25 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
         UserError: there is neither.
     """
     here = [source, source.parent]  # Meta's Llama 2 keeps it above the directories of its sizes
-    found = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
-    if found is None:
+    file = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
+    if file is None:
         raise UserError(f"{source} has neither tokenizer.json nor tokenizer.model; put one of them there.")
     for beside in (source / "tokenizer_config.json", source / "generation_config.json"):
         if beside.is_file():
             read_json(beside)  # refuses what is damaged
-    if found.name == "tokenizer.json":
+    if file.name == "tokenizer.json":
         try:
-            Tokenizer.from_file(str(found))
+            Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
-            check_no_pointer(found)
-            raise UserError(f"{found} is damaged: {error}") from None
-        shutil.copyfile(found, target / found.name)
+            check_no_pointer(file)
+            raise UserError(f"{file} is damaged: {error}") from None
+        shutil.copyfile(file, target / file.name)
         return
-    try:
-        tokenizer, bos, ends = read_sentencepiece(found), "<s>", ["</s>"]
-    except UserError:
-        check_no_pointer(found)
-        if found.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer indeed
-            raise
-        tokenizer, bos, ends = (
-            read_tiktoken(found),
-            "<|begin_of_text|>",
-            ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"],
-        )
+    if file.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer that begins with a piece
+        tokenizer, bos, ends = read_sentencepiece(file), "<s>", ["</s>"]
+    else:
+        tokenizer, bos = read_tiktoken(file), "<|begin_of_text|>"
+        ends = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
     if tokenizer.token_to_id(bos) is None:  # Gemma
         bos, ends = "<bos>", ["<eos>", "<end_of_turn>"]
     settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}

@@ -16,7 +16,7 @@ from litmini.runs.plots import (
     _draw_loss,
     _svg,
 )
-from litmini.runs.run import read_metrics, read_samples
+from litmini.runs.run import read_metrics, read_samples, today_keys
 
 SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
 
@@ -34,7 +34,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
     charts = [_svg(functools.partial(_draw_line, rows=rows, key=key, title=name), (4, 2.4)) for key, name in SMALL]
     if lengths is not None:
         charts.append(_svg(lambda axes: _draw_lengths(axes, lengths, row_length), (4, 2.4)))
-    before, after = results.pop("samples_before", []), results.pop("samples_after", [])
+    before, after = (today_keys(results.pop(f"samples_{when}", [])) for when in ("before", "after"))
     shown = ("trained_parameters", "steps", "tokens", "target_tokens", "best_step", "best_val_loss")
     numbers = {k: _number(v) for k, v in manifest.get("statistics", {}).items()}
     counts = {k: _number(results[k]) for k in shown if k in results} | {"files": "\n".join(manifest.get("data", {}))}
@@ -46,7 +46,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
         loss=_svg(lambda axes: _draw_loss(axes, rows, results, ""), (9, 3.6)),
         charts=charts,
         samples=list(zip(before, after, strict=False)),
-        during=[row for row in read_samples(directory) if before and row["question"] == before[0]["question"]],
+        during=[row for row in read_samples(directory) if before and row["prompt"] == before[0]["prompt"]],
         tables={"training examples": numbers, "this run": counts},
         config=(directory / "config.yaml").read_text(encoding="utf-8"),
         details=yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True),
@@ -127,15 +127,16 @@ PAGE = """<!doctype html>
 <h2>Answers before and after</h2>
 {% for before, after in samples %}
 <div class="box sample"><dl>
-  <dt>question</dt><dd>{{ before.question }}</dd>
-  <dt>expected</dt><dd>{{ before.expected }}</dd>
-  <dt>before</dt><dd>{{ before.given }}</dd>
+  <dt>prompt</dt><dd>{{ before.prompt }}</dd>
+  <dt>reference</dt><dd>{{ before.reference }}</dd>
+  <dt>before</dt><dd>{{ before.prediction }}</dd>
 {% if loop.first %}
 {% for row in during %}
-  <dt>step {{ row.step }}</dt><dd>{{ row.given }}</dd>
+  <dt>step {{ row.step }}</dt><dd>{{ row.prediction }}</dd>
 {% endfor %}
 {% endif %}
-  <dt>after</dt><dd{% if after.given.strip() == after.expected.strip() %} class="right"{% endif %}>{{ after.given }}</dd>
+  <dt>after</dt>
+  <dd{% if after.prediction.strip() == after.reference.strip() %} class="right"{% endif %}>{{ after.prediction }}</dd>
 </dl></div>
 {% endfor %}
 {% endif %}

@@ -17,12 +17,13 @@ import yaml
 from torch import nn
 
 from litmini.distributed.fsdp import is_sharded
-from litmini.files import Background, check_seal, discard, hold, write_atomically, write_json, write_text
+from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
 from litmini.runs.directory import RunDirectory, flat, plain
 from litmini.runs.loggers import make_loggers
 from litmini.runs.manifest import check_same, describe_run
 from litmini.runs.nonfinite import save_nonfinite_step
 from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
+from litmini.system import lock
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Batch
 from litmini.training.setup import Progress, Recorder
@@ -81,7 +82,7 @@ class Run(Recorder):
         checkpoint = self.place.restart_from
         assert checkpoint is not None
         check_same(self.place.before, self.facts, checkpoint)
-        check_seal(checkpoint)
+        check_checksums(checkpoint)
         progress = load_state(checkpoint, self.model, self.optimizer)
         self.fabric.print(f"resuming from {checkpoint}, after step {progress.step}")
         if self.place.other_processes:
@@ -94,7 +95,7 @@ class Run(Recorder):
     def _begin(self) -> None:
         """Make the directory, and write what is known before the first step."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        hold(self.directory)
+        lock(self.directory)
         settings = {**plain(self.config), "resume": False}
         for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -140,7 +141,7 @@ class Run(Recorder):
         directory = self.directory / f"step-{progress.step:06d}"
         self.saving.wait()
         wait = None
-        with self._aside(directory, later=lambda finish: self.saving(finish, wait), sealed=True) as aside:
+        with self._aside(directory, later=lambda finish: self.saving(finish, wait), checksums=True) as aside:
             if is_sharded(self.model):
                 place = Path(self.fabric.broadcast(str(aside))) / SHARES
                 wait = save_shares(place, self.model, self.optimizer)
@@ -200,9 +201,15 @@ class Run(Recorder):
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:
-    """What the model said during a run: step, question, expected and given."""
+    """What the model said during a run: step, prompt, reference and prediction."""
     file = directory / SAMPLES
-    return [json.loads(line) for line in _whole_lines(file)] if file.is_file() else []
+    return today_keys([json.loads(line) for line in _whole_lines(file)]) if file.is_file() else []
+
+
+def today_keys(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rename the keys of samples that a version before wrote."""
+    old = {"question": "prompt", "expected": "reference", "given": "prediction"}
+    return [{old.get(key, key): value for key, value in sample.items()} for sample in samples]
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

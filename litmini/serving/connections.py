@@ -1,6 +1,7 @@
-"""Connections of the server: how many there are, and how long one may ask nothing.
+"""Limits on open and idle connections.
 
-uvicorn lets idle connections stand for ever, and counts them against its limit: a few hundred would shut out everybody.
+uvicorn has a setting for neither: `limit_concurrency` answers requests, while connections that send none stay and count; its
+`timeout_keep_alive` starts after the first response, and any byte stops it. So its `http` setting takes this class.
 """
 
 import asyncio
@@ -9,17 +10,19 @@ import json
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
 
 
-def connection_type(most: int, idle_seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, for `uvicorn.Config(http=...)`, with two limits.
+def connection_type(max_connections: int, idle_seconds: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with two limits, for `uvicorn.Config(http=...)`.
 
     Args:
-        most: connections; one more gets status 503 at once.
+        max_connections: one more gets status 503 at once.
         idle_seconds: a connection is closed on which no request has begun for so long, counted from its start or from the
             last response; the head of a request that comes byte by byte has not begun.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    content = json.dumps({"error": {"message": f"{most} connections are open.", "type": "rate_limit_error"}}).encode()
+    content = json.dumps(
+        {"error": {"message": f"{max_connections} connections are open.", "type": "rate_limit_error"}}
+    ).encode()
     full = FULL + b"Content-Length: %d\r\n\r\n" % len(content) + content
 
     class Connection(H11Protocol):
@@ -27,7 +30,7 @@ def connection_type(most: int, idle_seconds: float) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > most:
+            if len(self.connections) > max_connections:
                 transport.write(full)
                 transport.close()
             else:

@@ -1,4 +1,4 @@
-"""Requests that come and go, on a thread of their own: a queue of limited length before one `Batch`."""
+"""A thread that decodes one `Batch`, and a queue of limited length before it."""
 
 import threading
 import traceback
@@ -18,14 +18,14 @@ class Busy(Exception):
 
 
 class Job:
-    """One reply on its way through the engine.
+    """A request in the engine.
 
     Args:
-        news: called on the engine's thread whenever there may be more of the reply, and when `done` is set.
+        news: called on the engine's thread whenever there may be more text, and when `done` is set.
     """
 
-    def __init__(self, reply: Request, news: Callable[[], object]) -> None:
-        self.reply, self.news = reply, news
+    def __init__(self, request: Request, news: Callable[[], object]) -> None:
+        self.request, self.news = request, news
         self.done = False
         self.cancelled = False
         self.error: Exception | None = None
@@ -36,18 +36,18 @@ class Job:
 
 
 class Engine:
-    """Answers jobs: `max_batch` at a time, while at most `max_queue` wait.
+    """Runs `max_batch` jobs at a time, while at most `max_queue` wait.
 
     Args:
         model: in evaluation mode.
-        bank: its adapters, which replies name.
+        multi_lora: its adapters, which requests name.
     """
 
-    def __init__(self, model: nn.Module, bank: MultiLoRA | None, max_batch: int, max_queue: int) -> None:
-        self.model, self.bank, self.max_batch, self.max_queue = model, bank, max_batch, max_queue
+    def __init__(self, model: nn.Module, multi_lora: MultiLoRA | None, max_batch: int, max_queue: int) -> None:
+        self.model, self.multi_lora, self.max_batch, self.max_queue = model, multi_lora, max_batch, max_queue
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
-        self.batch = Batch(model, bank=bank)
+        self.batch = Batch(model, multi_lora=multi_lora)
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="litmini-engine", daemon=True)
@@ -57,7 +57,7 @@ class Engine:
         """Queue jobs, all or none.
 
         Raises:
-            Busy: there is no room for them.
+            Busy: the queue is full.
         """
         with self._changed:
             if len(self.waiting) + len(jobs) > self.max_queue:
@@ -66,14 +66,14 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for it any more: it leaves the queue now, or the batch before the next step."""
+        """Remove a job from the queue now, or from the batch before the next step."""
         job.cancelled = True
         with self._changed:
             self.waiting = deque(waiting for waiting in self.waiting if waiting is not job)
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop after the step in hand; what is unfinished stays so."""
+        """Stop after the current step; unfinished jobs stay unfinished."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -88,34 +88,34 @@ class Engine:
                 joining = self._admit()
             for job in joining:
                 with self._guard([job]):
-                    self.batch.add([job.reply])
+                    self.batch.add([job.request])
                     self.running.append(job)
             with self._guard(self.running):
                 self._step()
             self.running = [job for job in self.running if not job.done]
 
     def _admit(self) -> list[Job]:
-        """Take what may join now off the queue."""
+        """Take the jobs that join the batch off the queue."""
         return [self.waiting.popleft() for _ in range(min(self.max_batch - len(self.running), len(self.waiting)))]
 
     def _step(self) -> None:
         for job in self.running:
             if job.cancelled:
-                job.reply.end("stop")
+                job.request.end("stop")
         self.batch.drop()
-        if self.batch.replies:
+        if self.batch.requests:
             self.batch.step()
         for job in self.running:
-            job.end() if job.reply.finish else job.news()
+            job.end() if job.request.finish else job.news()
 
     @contextmanager
     def _guard(self, jobs: list[Job]) -> Iterator[None]:
-        """An error, such as memory that ran out, ends the jobs that it happened to, not the engine."""
+        """Let an error, such as out of memory, end `jobs` but not the engine."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             if jobs is self.running:
-                self.batch = Batch(self.model, bank=self.bank)
+                self.batch = Batch(self.model, multi_lora=self.multi_lora)
             for job in jobs:
                 job.end(error)

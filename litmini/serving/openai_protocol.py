@@ -1,4 +1,4 @@
-"""OpenAI's request and response bodies: what is asked, checked, and what is answered."""
+"""OpenAI's request and response bodies."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +32,8 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, checked."""
+class CompletionSettings:
+    """The checked body of a request."""
 
     model: str
     prompts: list[str | list[Message] | list[int]]
@@ -45,22 +45,22 @@ class Asked:
     chat: bool
 
 
-def read_request(body: Any, chat: bool, limit: int) -> Asked:
-    """Check a request body.
+def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
+    """Check a request body and return its settings.
 
     Args:
-        limit: most new tokens; also what a request gets that does not say.
+        limit: largest max_tokens, and the default.
 
     Raises:
-        UserError: what is wrong with it, by name.
+        UserError: a setting is unknown, not implemented or out of range; names it.
     """
     if not isinstance(body, dict):
         raise UserError("the body is not a JSON object.")
     body = {key: value for key, value in body.items() if value is not None}
     if unknown := sorted(set(body) - KNOWN - IGNORED - set(NEUTRAL)):
-        raise UserError(f"unknown settings: {', '.join(unknown)}; there are: {', '.join(sorted(KNOWN))}.")
-    if lacking := [f"{key} = {body[key]!r}"[:80] for key in NEUTRAL if key in body and body[key] != NEUTRAL[key]]:
-        raise UserError(f"not implemented: {', '.join(lacking)}.")
+        raise UserError(f"unknown settings: {', '.join(unknown)}; supported: {', '.join(sorted(KNOWN))}.")
+    if unsupported := [f"{key} = {body[key]!r}"[:80] for key in NEUTRAL if key in body and body[key] != NEUTRAL[key]]:
+        raise UserError(f"not implemented: {', '.join(unsupported)}.")
     kinds: dict[type, tuple[str, ...]] = {
         int: ("n", "max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"),
         float: ("temperature", "top_p", "min_p", "repetition_penalty"),
@@ -77,9 +77,9 @@ def read_request(body: Any, chat: bool, limit: int) -> Asked:
     n = body.get("n", 1)
     if not 1 <= n <= 16:
         raise UserError(f"n is {n}, expected 1 to 16.")
-    most = body.get("max_completion_tokens", body.get("max_tokens", limit if chat else min(16, limit)))
-    if most > limit:
-        raise UserError(f"max_tokens is {most}, this server gives at most {limit}.")
+    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", limit if chat else min(16, limit)))
+    if max_tokens > limit:
+        raise UserError(f"max_tokens is {max_tokens}, this server gives at most {limit}.")
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not (isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) for s in stop)):
@@ -89,7 +89,7 @@ def read_request(body: Any, chat: bool, limit: int) -> Asked:
         options["seed"] %= 2**63  # OpenAI's seeds may be negative
     top_p = body.get("top_p", 1.0)
     sampling = SamplingConfig(
-        max_new_tokens=most,
+        max_new_tokens=max_tokens,
         temperature=body.get("temperature", 1.0),
         top_p=None if top_p == 1 else top_p,
         stop=stop,
@@ -98,7 +98,7 @@ def read_request(body: Any, chat: bool, limit: int) -> Asked:
     )
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = [check_messages(body.get("messages"))] if chat else _prompts(body.get("prompt"))
-    return Asked(body.get("model", ""), prompts, sampling, n, body.get("stream", False), usage, chat)
+    return CompletionSettings(body.get("model", ""), prompts, sampling, n, body.get("stream", False), usage, chat)
 
 
 def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
@@ -111,7 +111,7 @@ def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
 
 
 def _prompts(value: Any) -> list[Any]:
-    """Texts or lists of token ids, one or several of either."""
+    """Check texts or lists of token ids, one or several of either."""
     if isinstance(value, str):
         return [check_text(value)]
     if isinstance(value, list) and value and all(type(i) is int for i in value):
@@ -124,15 +124,15 @@ def _prompts(value: Any) -> list[Any]:
     raise UserError("prompt is no text, list of token ids, or list of at most 64 of those.")
 
 
-def encode(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each prompt: messages by the template, text as it is.
+def encode(settings: CompletionSettings, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of each prompt: messages by the template, text as it is.
 
     Raises:
         UserError: the template fails, or a token id is none of this tokenizer's.
     """
     encoded = []
-    for prompt in asked.prompts:
-        if asked.chat:
+    for prompt in settings.prompts:
+        if settings.chat:
             encoded.append(tokenizer.encode_prompt(prompt))  # type: ignore[arg-type]
         elif isinstance(prompt, str):
             encoded.append(tokenizer.encode(prompt))
@@ -145,21 +145,26 @@ def encode(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def choice(
-    asked: Asked, index: int, piece: str, finish: str | None, logprobs: list[Logprobs], tokenizer: Tokenizer
+    settings: CompletionSettings,
+    index: int,
+    piece: str,
+    finish: str | None,
+    logprobs: list[Logprobs],
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
-    """One choice of a response, or of a chunk of a stream: text, why it ended, and its tokens' log-probabilities."""
+    """Return one choice of a response, or of a chunk of a stream: text, finish reason, and log-probabilities of its tokens."""
     named: dict[str, Any] | None = None
-    if asked.sampling.logprobs is not None:
+    if settings.sampling.logprobs is not None:
         tokens = [describe(token, tokenizer) for token in logprobs]
-        named = {"content": tokens} if asked.chat else _old_logprobs(tokens)
+        named = {"content": tokens} if settings.chat else _old_logprobs(tokens)
     common = {"index": index, "logprobs": named, "finish_reason": finish}
-    if not asked.chat:
+    if not settings.chat:
         return {**common, "text": piece}
-    return {**common, "delta" if asked.stream else "message": {"role": "assistant", "content": piece}}
+    return {**common, "delta" if settings.stream else "message": {"role": "assistant", "content": piece}}
 
 
 def _old_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """As the completions endpoint has them."""
+    """Return log-probabilities as the completions endpoint has them."""
     return {
         "tokens": [t["token"] for t in tokens],
         "token_logprobs": [t["logprob"] for t in tokens],
@@ -168,7 +173,7 @@ def _old_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def usage(prompts: list[list[int]], replies: list[Request]) -> dict[str, int]:
-    """Tokens read and written."""
-    read, written = sum(map(len, prompts)), sum(len(reply.ids) for reply in replies)
+def usage(prompts: list[list[int]], requests: list[Request]) -> dict[str, int]:
+    """Count the tokens of prompts and completions."""
+    read, written = sum(map(len, prompts)), sum(len(request.ids) for request in requests)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

@@ -1,7 +1,6 @@
 """What `--dry_run` says of memory and time: fake tensors for the one, a timed micro-step for the other."""
 
 import math
-import os
 import time
 
 import torch
@@ -9,9 +8,10 @@ from torch import nn
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
+from litmini.system import physical_bytes, resident_bytes
 from litmini.tasks.setup import Data
 from litmini.training.gpus import fitting, share
-from litmini.training.memory import Batch, Memory, describe, estimate, nbytes, resident
+from litmini.training.memory import Batch, Memory, describe, estimate, nbytes
 
 
 def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
@@ -24,7 +24,7 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
     accumulate = config.train.global_batch_size > micro * world
     batch = data.train.longest_batch(micro) or next(data.train.batches(range(micro), micro))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = max(0, resident() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
+    process = max(0, resident_bytes() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
     try:
         memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
     except UserError as error:
@@ -68,7 +68,7 @@ def time_micro_step(model: nn.Module, batch: Batch, precision: str) -> float:
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical_bytes()
 
 
 def _smaller(config: RunConfig, memory: Memory) -> str:

@@ -17,11 +17,11 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example, show_masks
 from litmini.distributed.fsdp import is_sharded, local_bytes
-from litmini.evaluation.metrics import answer_all, exact_match
+from litmini.evaluation.metrics import exact_match, predict
 from litmini.runs.directory import RunDirectory
 from litmini.runs.plots import plot_metrics
 from litmini.runs.report import write_report
-from litmini.runs.run import Run
+from litmini.runs.run import Run, today_keys
 from litmini.tokenizer import Tokenizer
 from litmini.training.compile import compilable, compile_training, is_worth_compiling
 from litmini.training.flops import Throughput, peak_memory_mib
@@ -198,9 +198,10 @@ def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = 
 def _in_words(r: dict[str, Any]) -> list[str]:
     """The results of a run, for people."""
     lines = []
-    for before, after in zip(r.get("samples_before", []), r.get("samples_after", []), strict=False):
-        lines += [f"\nquestion  {before['question']}", f"expected  {before['expected']}"]
-        lines += [f"before    {before['given']}", f"after     {after['given']}"]
+    samples = (today_keys(r.get(f"samples_{when}", [])) for when in ("before", "after"))
+    for before, after in zip(*samples, strict=False):
+        lines += [f"\nprompt     {before['prompt']}", f"reference  {before['reference']}"]
+        lines += [f"before     {before['prediction']}", f"after      {after['prediction']}"]
     lines.append("")
     if {"val_loss_before", "val_loss_after"} <= r.keys():
         lines.append(f"validation loss         {r['val_loss_before']:.3f} -> {r['val_loss_after']:.3f}")
@@ -221,7 +222,7 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     if (loss := validate(setup, objective)) is not None:
         results[f"val_loss_{when}"] = loss
     if asked := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
-        answers = answer_all(setup.module, data.tokenizer, asked, config.max_new_tokens)
+        answers = predict(setup.module, data.tokenizer, asked, config.max_new_tokens)
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.samples]]
         if config.exact_match:
             results[f"exact_match_{when}"] = exact_match(answers)
@@ -231,7 +232,7 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
     """Completions of the first validation prompts into samples.jsonl. Every rank takes part, as a sharded model needs them."""
     config = setup.recorder.config.eval
-    answers = answer_all(
+    answers = predict(
         setup.module, setup.data.tokenizer, setup.data.val_examples[: config.samples], config.max_new_tokens
     )
     setup.recorder.log_samples(progress.step, [vars(answer) for answer in answers])

@@ -10,12 +10,13 @@ The flops of a step are sums over its tokens, in which recomputed activations do
     attention          4 x layers x heads x head_dim x keys that a token sees (its own document's), forward; twice that back
 """
 
-import resource
 import time
 from typing import Any
 
 import torch
 from torch import nn
+
+from litmini.system import peak_resident_bytes
 
 Batch = dict[str, torch.Tensor]
 PUBLISHED = {  # dense bf16 tensor flops a second, by the makers' data sheets; a name is looked for in the device's
@@ -120,4 +121,4 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak memory of this process in MiB: on the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: in KiB
+    return peak_resident_bytes() / 2**20

@@ -230,12 +230,6 @@ def full_rows(count: int, length: int, vocab: int) -> Batch:
     return {"tokens": tokens, "positions": positions, "documents": torch.ones_like(tokens), "labels": tokens}
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
 def describe(memory: Memory) -> str:
     """A line for each part, in MiB."""
     names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, torch, data)"}

@@ -5,10 +5,13 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +19,12 @@ import torch
 from numerics import assert_close, assert_gradients_close, difference, ulps
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import TCPStore
 from two import ROOT, command, run_two, values
 
 from litmini.config.finetune import LoraConfig
 from litmini.config.generate import SamplingConfig
+from litmini.distributed import processes
 from litmini.distributed.fsdp import full_tensor, local_bytes, shard
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
@@ -184,7 +189,33 @@ def test_the_death_of_a_started_process_ends_the_run(tiny_dir, tmp_path):
     os.kill(int(child), signal.SIGKILL)
     _, error = first.communicate(timeout=60)
     assert first.returncode == 1
-    assert "error: process 1 was killed by signal 9. Go on with --resume auto." in error and "Traceback" not in error
+    assert "error: process 1 was killed by signal 9. Continue with --resume auto." in error and "Traceback" not in error
+
+
+def test_started_processes_end_with_the_first(tiny_dir, tmp_path):
+    arguments = words(tiny_dir, tmp_path / "run", *DDP, "--train.max_steps", 10_000)
+    line = [sys.executable, str(ROOT / "scripts/finetune_lora.py"), *arguments]
+    first = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "run/step-000002").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    _, error = first.communicate(timeout=60)  # returns when the other process has closed the pipe, too
+    assert first.returncode == -signal.SIGKILL and "Traceback" not in error
+
+
+def test_the_first_process_outlives_the_shell_that_started_it(monkeypatch):
+    """A run in the background, one process on each node: nobody watches the shell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(processes, "_failures", None)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    strategy = SimpleNamespace(launcher=None)
+    processes.join(SimpleNamespace(world_size=2, local_rank=0, global_rank=0, strategy=strategy))
+    assert "watch" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_two_nodes_started_by_torchrun(tiny_dir, tmp_path):

@@ -12,7 +12,7 @@ import litmini
 from litmini.data.formats import read_examples
 from litmini.errors import UserError
 from litmini.evaluation.lm_eval_harness import log_likelihoods, make_lm, run_tasks
-from litmini.evaluation.metrics import answer_all, exact_match, perplexity
+from litmini.evaluation.metrics import exact_match, perplexity, predict
 
 TEXT = "Two large mugs to Oslo, please. Regards, Vera. " * 6
 
@@ -68,9 +68,11 @@ def test_exact_match_of_a_file(loaded, tmp_path):
     records = [("Say 7.", said), ("Say 7.", "something else"), ("Say 8 and 9.", "no")]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in records))
-    answers = answer_all(model, tokenizer, read_examples(str(file), True), 5, batch_size=2)
-    assert exact_match(answers) == pytest.approx(1 / 3)
-    assert [a.given for a in answers] == [litmini.generate(model, tokenizer, q, max_new_tokens=5) for q, _ in records]
+    predictions = predict(model, tokenizer, read_examples(str(file), True), 5, batch_size=2)
+    assert exact_match(predictions) == pytest.approx(1 / 3)
+    assert [p.prediction for p in predictions] == [
+        litmini.generate(model, tokenizer, q, max_new_tokens=5) for q, _ in records
+    ]
 
 
 def test_log_likelihoods_of_a_ragged_batch(loaded):

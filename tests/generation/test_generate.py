@@ -23,7 +23,7 @@ import litmini
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.batch import Batch
-from litmini.generation.generate import finish_all, generate, stream, stream_reply
+from litmini.generation.generate import finish_all, generate, stream, stream_text
 from litmini.generation.request import Request
 from litmini.generation.sampling import choose, penalize, probabilities
 from litmini.generation.speculative import Draft, DraftModel, PromptLookup
@@ -52,9 +52,9 @@ def random_model(name: str) -> llama.Model:
 def generate_batch(
     model: nn.Module, prompts: list[list[int]], count: int, stops: list[int], **options
 ) -> list[list[int]]:
-    replies = [Request(prompt, SamplingConfig(max_new_tokens=count, **options), stops) for prompt in prompts]
-    finish_all(model, replies)
-    return [reply.ids for reply in replies]
+    requests = [Request(prompt, SamplingConfig(max_new_tokens=count, **options), stops) for prompt in prompts]
+    finish_all(model, requests)
+    return [request.ids for request in requests]
 
 
 def without_cache(model: nn.Module, prompt: list[int], count: int) -> list[int]:
@@ -380,12 +380,12 @@ def test_importing_litmini_imports_nothing_heavy():
 
 
 def drafted(model: nn.Module, prompt: list[int], count: int, draft: Draft, stops: list[int] | None = None) -> list[int]:
-    reply = Request(prompt, SamplingConfig(max_new_tokens=count), stops or [])
+    request = Request(prompt, SamplingConfig(max_new_tokens=count), stops or [])
     batch = Batch(model, draft)
-    batch.add([reply])
-    while batch.replies:
+    batch.add([request])
+    while batch.requests:
         batch.step()
-    return reply.ids
+    return request.ids
 
 
 class Guesses:
@@ -442,45 +442,53 @@ def test_prompt_lookup_finds_the_latest_occurrence():
 def test_a_draft_is_for_plain_greedy_decoding(options):
     with pytest.raises(UserError, match="temperature 0 and without repetition penalty"):
         Batch(random_model("llama"), PromptLookup(3)).add([Request([1], SamplingConfig(**options), [])])
-    replies = [Request([1], SamplingConfig(), []) for _ in range(2)]
+    requests = [Request([1], SamplingConfig(), []) for _ in range(2)]
     with pytest.raises(UserError, match="one prompt at a time"):
-        Batch(random_model("llama"), PromptLookup(3)).add(replies)
+        Batch(random_model("llama"), PromptLookup(3)).add(requests)
 
 
 # Joining and leaving, memory
 
 
+def test_decoding_leaves_global_switches_alone():
+    """Other threads of a server multiply at the same time."""
+    model, switches = random_model("llama").bfloat16(), set()
+    model.register_forward_pre_hook(lambda *_: switches.add(torch.backends.mkldnn.enabled))
+    generate_batch(model, PROMPTS[:1], 3, [])
+    assert switches == {torch.backends.mkldnn.enabled}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_replies_that_come_and_go_are_those_of_each_prompt_alone(name):
+def test_requests_that_come_and_go_are_those_of_each_prompt_alone(name):
     model = random_model(name)
     counts = [12, 30, 5, 18]
     alone = [generate_batch(model, [p], n, [])[0] for p, n in zip(PROMPTS, counts, strict=True)]
-    replies = [Request(p, SamplingConfig(max_new_tokens=n), []) for p, n in zip(PROMPTS, counts, strict=True)]
+    requests = [Request(p, SamplingConfig(max_new_tokens=n), []) for p, n in zip(PROMPTS, counts, strict=True)]
     batch = Batch(model)
-    joins = {0: replies[:1], 4: replies[1:3], 15: replies[3:]}
+    joins = {0: requests[:1], 4: requests[1:3], 15: requests[3:]}
     for step in range(60):
         if step in joins:
             batch.add(joins[step])
-        if batch.replies:
+        if batch.requests:
             batch.step()
-    assert [r.ids for r in replies] == alone
-    assert {r.finish for r in replies} == {"length"} and batch.cache is None
+    assert [r.ids for r in requests] == alone
+    assert {r.finish for r in requests} == {"length"} and batch.cache is None
 
 
-def test_a_reply_that_is_given_up_leaves_the_others_alone():
+def test_a_request_that_is_given_up_leaves_the_others_alone():
     model = random_model("llama")
     alone = [generate_batch(model, [p], 20, [])[0] for p in PROMPTS]
-    replies = [Request(p, SamplingConfig(max_new_tokens=20), []) for p in PROMPTS]
+    requests = [Request(p, SamplingConfig(max_new_tokens=20), []) for p in PROMPTS]
     batch = Batch(model)
-    batch.add(replies)
+    batch.add(requests)
     for _ in range(5):
         batch.step()
-    replies[1].end("stop")
+    requests[1].end("stop")
     batch.drop()
-    assert len(batch.replies) == 3
-    while batch.replies:
+    assert len(batch.requests) == 3
+    while batch.requests:
         batch.step()
-    assert [r.ids for r in replies] == [alone[0], alone[1][:5], *alone[2:]]
+    assert [r.ids for r in requests] == [alone[0], alone[1][:5], *alone[2:]]
 
 
 def test_the_cache_is_as_large_as_needed():
@@ -490,12 +498,12 @@ def test_the_cache_is_as_large_as_needed():
         model = random_model(name)
         batch = Batch(model, chunk=8)
         (expected,) = [without_cache(model, PROMPTS[0] * 3, 20)]
-        reply = Request(PROMPTS[0] * 3, SamplingConfig(max_new_tokens=20), [])
-        batch.add([reply])
+        request = Request(PROMPTS[0] * 3, SamplingConfig(max_new_tokens=20), [])
+        batch.add([request])
         sizes[name] = batch.cache[0].keys.shape[2]
-        while batch.replies:
+        while batch.requests:
             batch.step()
-        assert reply.ids == expected
+        assert request.ids == expected
     assert sizes == {"llama": 33 + 20 + 1, "window": 6 + 8 - 1 + 1}
 
 
@@ -516,19 +524,19 @@ def test_stop_strings_that_span_tokens(tokenizer, stop, shown, finish):
     ids = tokenizer.encode("Two large mugs of tea", special=False)
     assert len(ids) > 6
     sampling = SamplingConfig(max_new_tokens=len(ids), stop=stop)
-    reply = Request(tokenizer.encode_prompt("Hi"), sampling, tokenizer.stop_ids, tokenizer)
-    pieces = list(stream_reply(saying(tokenizer, "Hi", ids), reply))
-    assert "".join(pieces) == reply.text == shown
-    assert reply.finish == finish
+    request = Request(tokenizer.encode_prompt("Hi"), sampling, tokenizer.stop_ids, tokenizer)
+    pieces = list(stream_text(saying(tokenizer, "Hi", ids), request))
+    assert "".join(pieces) == request.text == shown
+    assert request.finish == finish
     if finish == "stop" and shown:
-        assert len(reply.ids) < len(ids) or stop == ["tea"]
+        assert len(request.ids) < len(ids) or stop == ["tea"]
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_does_not(tokenizer):
     ids = tokenizer.encode("ab abc done", special=False)
     sampling = SamplingConfig(max_new_tokens=len(ids), stop=["abd", "abcd"])
-    reply = Request(tokenizer.encode_prompt("Hi"), sampling, [], tokenizer)
-    pieces = list(stream_reply(saying(tokenizer, "Hi", ids), reply))
+    request = Request(tokenizer.encode_prompt("Hi"), sampling, [], tokenizer)
+    pieces = list(stream_text(saying(tokenizer, "Hi", ids), request))
     assert "".join(pieces) == "ab abc done" and not any(piece.endswith(("ab", "abc")) for piece in pieces)
 
 
@@ -536,11 +544,11 @@ def test_log_probabilities_are_the_models_own():
     model = random_model("llama")
     plain, sampled = (Request(PROMPTS[0], SamplingConfig(max_new_tokens=9, logprobs=3, **o), []) for o in ({}, SHARP))
     finish_all(model, [plain, sampled])
-    for reply in (plain, sampled):
-        tokens = torch.tensor([[*PROMPTS[0], *reply.ids]])
+    for request in (plain, sampled):
+        tokens = torch.tensor([[*PROMPTS[0], *request.ids]])
         logits = model(tokens)[0].detach()
         logs = logits.log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
-        for found, expected, token in zip(reply.logprobs, logs, reply.ids, strict=True):
+        for found, expected, token in zip(request.logprobs, logs, request.ids, strict=True):
             assert found.token == token
             assert found.logprob == pytest.approx(float(expected[token]), abs=ulps(scale=logits))
             best = expected.topk(3)

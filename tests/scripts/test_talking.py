@@ -68,7 +68,9 @@ def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     assert [a["line"] for a in found] == list(range(1, 1001))
     assert [a["line"] for a in found if "error" in a] == wrong
     assert (
-        "not valid JSON" in found[13]["error"] and "no room" in found[501]["error"] and "empty" in found[999]["error"]
+        "not valid JSON" in found[13]["error"]
+        and "no token remains" in found[501]["error"]
+        and "empty" in found[999]["error"]
     )
     model, tokenizer = loaded
     tokenizer = Tokenizer(tokenizer.directory, "none")
@@ -153,7 +155,7 @@ def test_a_stop_string_that_never_comes(base, tmp_path):
 def test_a_terminal_that_knows_no_such_letter(base, tiny_dir, monkeypatch):
     """As one whose locale is not UTF-8: the answer goes on."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("litmini.generation.generate.stream_reply", lambda *_: iter(["na", "ï", "ve"]))
+    monkeypatch.setattr("litmini.generation.generate.stream_text", lambda *_: iter(["na", "ï", "ve"]))
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.argv", ["generate.py", *map(str, base), "--prompt=x"])
     with pytest.raises(SystemExit, match="0"):
@@ -222,7 +224,7 @@ def test_chat_answers_mistakes_and_goes_on(base, tmp_path, monkeypatch, capsys):
     typed = ["/nonsense", f"/save {tmp_path}", "Say " * 300, "/save", "/quit", "never"]
     printed, errors = chat(typed, *base, "--max_new_tokens=3", monkeypatch=monkeypatch, capsys=capsys)
     assert printed.count(">") == 5 and errors.count("error: ") == 4
-    for expected in ("/nonsense is no command", "exists", "no room for an answer", "/save is no command"):
+    for expected in ("/nonsense is no command", "exists", "no token remains for a completion", "/save is no command"):
         assert expected in errors
     (tmp_path / "two.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert "holds 2 conversations" in run("chat.py", *base, "--history", tmp_path / "two.jsonl", status=1)
@@ -238,7 +240,7 @@ def test_an_answer_that_is_interrupted_stays_in_the_conversation(base, tmp_path,
             yield reply.take()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("litmini.generation.generate.stream_reply", interrupted)
+    monkeypatch.setattr("litmini.generation.generate.stream_text", interrupted)
     typed = ["Say 7.", f"/save {tmp_path}/talk.jsonl"]
     printed, _ = chat(typed, *base, "--ignore_eos", monkeypatch=monkeypatch, capsys=capsys)
     (turn, answer) = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
@@ -302,7 +304,7 @@ def test_evaluate(base, loaded, tmp_path):
     words = ["--perplexity", tmp_path / "text.txt", "--exact_match", tmp_path / "questions.jsonl", "--max_new_tokens=5"]
     printed = run("evaluate.py", *base, *words, "--window=64", "--out", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["exact_match"]["exact_match"] == 0.5 and results["exact_match"]["wrong"][0]["expected"] == "no"
+    assert results["exact_match"]["exact_match"] == 0.5 and results["exact_match"]["wrong"][0]["reference"] == "no"
     assert f"perplexity {results['perplexity']['perplexity']:.3f}" in printed and "exact match 50.0% of 2" in printed
     assert results["perplexity"]["tokens"] == len(tokenizer.encode((tmp_path / "text.txt").read_text())) - 1
 

@@ -96,9 +96,9 @@ def client(address):
 
 
 def alone(model: nn.Module, tokenizer: Tokenizer, prompt: list[int], **options) -> Request:
-    reply = Request(prompt, SamplingConfig(**options), tokenizer.stop_ids, tokenizer)
-    finish_all(model, [reply])
-    return reply
+    request = Request(prompt, SamplingConfig(**options), tokenizer.stop_ids, tokenizer)
+    finish_all(model, [request])
+    return request
 
 
 def wait_until_idle(server: Server) -> None:
@@ -199,10 +199,14 @@ def test_seeds_repeat(client):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": "gpt-9"}, openai.NotFoundError, "there are: tiny, orders"),
+        ({"model": "gpt-9"}, openai.NotFoundError, "available: tiny, orders"),
         ({"messages": []}, openai.BadRequestError, "at least one message"),
         ({"messages": [{"role": "user"}]}, openai.BadRequestError, r"messages\[0\].content is missing"),
-        ({"messages": [{"role": "user", "content": "a b " * 300}]}, openai.BadRequestError, "no room for an answer"),
+        (
+            {"messages": [{"role": "user", "content": "a b " * 300}]},
+            openai.BadRequestError,
+            "no token remains",
+        ),
         ({"max_tokens": 201}, openai.BadRequestError, "at most 200"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_new_tokens is 0"),
         ({"top_p": 0}, openai.BadRequestError, "top_p is 0"),
@@ -276,7 +280,7 @@ def test_a_client_that_hangs_up_frees_its_slot(address, server, stream):
         if stream:
             assert connection.recv(10)
     wait_until_idle(server)
-    assert all(job.cancelled and len(job.reply.ids) < 200 for job in jobs)
+    assert all(job.cancelled and len(job.request.ids) < 200 for job in jobs)
 
 
 def test_a_flood_is_refused_and_nothing_grows(address, server, client):
@@ -330,12 +334,12 @@ def test_an_engine_stops_with_work_in_hand(base):
     before = threading.active_count()
     engine = Engine(model, None, 2, 10)
     started = threading.Event()
-    replies = [Request([1, 2], SamplingConfig(max_new_tokens=200, ignore_eos=True), []) for _ in range(4)]
-    engine.submit([Job(reply, started.set) for reply in replies])
+    requests = [Request([1, 2], SamplingConfig(max_new_tokens=200, ignore_eos=True), []) for _ in range(4)]
+    engine.submit([Job(request, started.set) for request in requests])
     assert started.wait(10)
     engine.close()
     assert threading.active_count() == before
-    assert not replies[3].ids
+    assert not requests[3].ids
 
 
 def test_a_cancelled_job_leaves_the_queue_at_once(base):

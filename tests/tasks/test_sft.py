@@ -24,7 +24,7 @@ from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import FinetuneFullConfig, FinetuneLoraConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fabric import weight_dtype
-from litmini.evaluation.metrics import answer_all, exact_match
+from litmini.evaluation.metrics import exact_match, predict
 from litmini.files import file_hash
 from litmini.runs import manifest as manifest_module
 from litmini.runs.loggers import make_loggers
@@ -131,7 +131,7 @@ def test_samples_statistics_and_idle_settings_are_printed(run):
     words = ["--data.val_path", DATA / "heldout.jsonl", "--optim.warmup_steps", 100]
     status, out, _ = run("finetune_lora", "run", *words)
     assert status == 0
-    assert out.count("question  ") == 2 and out.count("\nbefore    ") == 2 and out.count("\nafter     ") == 2
+    assert out.count("prompt     ") == 2 and out.count("\nbefore     ") == 2 and out.count("\nafter      ") == 2
     assert "held-out: 50 examples" in out and "held-out loss" in out
     assert "optim.warmup_steps beyond the 4 steps" in out
     assert "eval.exact_match" in run("finetune_lora", "other", "--eval.exact_match")[1]
@@ -186,11 +186,13 @@ def test_answers_and_exact_match(tiny_dir):
     turns = [{"role": "user", "content": "Two mugs"}, {"role": "assistant", "content": " x "}]
     long = [{"role": "user", "content": "mugs " * 300}, {"role": "assistant", "content": "y"}]
     examples = [Example("a:1", messages=turns), Example("a:2", messages=long), Example("a:3", text="only text")]
-    answers = answer_all(model, tokenizer, examples, max_new_tokens=3)
-    assert sorted(a.expected for a in answers) == [" x ", "y"]
-    assert next(a.given for a in answers if a.expected == "y") == ""  # longer than the context: nothing can be said
+    answers = predict(model, tokenizer, examples, max_new_tokens=3)
+    assert sorted(a.reference for a in answers) == [" x ", "y"]
+    assert (
+        next(a.prediction for a in answers if a.reference == "y") == ""
+    )  # longer than the context: nothing can be said
     right = [type(answers[0])("q", " x ", "x\n"), type(answers[0])("q", "x", "X")]
-    assert [a.right for a in right] == [True, False] and exact_match(right) == 0.5
+    assert [a.correct for a in right] == [True, False] and exact_match(right) == 0.5
 
 
 LOGGED = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 2, "--train.save_every", 2]
@@ -240,7 +242,7 @@ def test_a_run_one_can_look_at(run, finished, logged, tmp_path):
     )
     samples = [json.loads(line) for line in (directory / "samples.jsonl").open()]
     assert [row["step"] for row in samples] == [2, 2, 4, 4]
-    assert [row["question"] for row in samples[:2]] == [row["question"] for row in samples[2:]]
+    assert [row["prompt"] for row in samples[:2]] == [row["prompt"] for row in samples[2:]]
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
     for name in ("loss", "lr", "grad_norm", "val_loss"):
@@ -312,7 +314,7 @@ def test_the_report_is_one_file_that_says_it_all(logged):
     manifest = json.loads((directory / "manifest.json").read_text())
     before, after = (manifest["results"][f"samples_{when}"] for when in ("before", "after"))
     for sample in (*before, *after):
-        assert sample["question"] in page.text and sample["expected"] in page.text and sample["given"] in page.text
+        assert sample["prompt"] in page.text and sample["reference"] in page.text and sample["prediction"] in page.text
     for line in (directory / "config.yaml").read_text().splitlines():
         assert line in page.text
     assert manifest["chat_template_sha256"] in page.text and f"{manifest['statistics']['tokens']:,}" in page.text

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from litmini.data.pretrain.text import Piece, Source, read_pieces
 from litmini.data.pretrain.tokenize import SPLITS, Encoder, TokenizerSpec, encode_all, tokenizer_hash
 from litmini.errors import UserError
-from litmini.files import file_hash, hold, read_json, write_json
+from litmini.files import file_hash, read_json, write_json
+from litmini.system import lock
 
 FORMAT = "litmini tokens 1"
 PAGE = 4096  # bytes that have a checksum of their own
@@ -139,7 +140,7 @@ def prepare(
             return index
         raise UserError(f"{directory} holds another corpus. Choose another --out_dir, or delete it.")
     directory.mkdir(parents=True, exist_ok=True)
-    hold(directory)
+    lock(directory)
     item_bytes = array(Encoder(recipe).code).itemsize
     splits = [Shards(directory, split, item_bytes, recipe.shard_tokens) for split in SPLITS]
     counts = _resume(directory, made_from, splits, say)

@@ -1,7 +1,7 @@
-"""What each `general.architecture` of a GGUF file means here: settings and names of tensors.
+"""Settings and tensor names of each `general.architecture` of GGUF files.
 
-Where a file is silent, what llama.cpp assumes is written down here (src/models/*.cpp; which settings and tensors there
-are: its converter's conversion/*.py). A setting that is there and not understood is an error, never ignored.
+Defaults are those of llama.cpp (src/models/*.cpp); its converter (conversion/*.py) shows which settings and tensors exist.
+A setting that is not implemented is an error, never ignored.
 """
 
 import math
@@ -18,27 +18,27 @@ from litmini.models import gemma, gemma2, gemma3, gpt2, llama, qwen2, qwen3
 
 
 class Settings:
-    """The settings of a file's architecture. Those that nobody asked for are refused at the end."""
+    """The settings of a file's architecture. Those that are never read are refused at the end."""
 
     def __init__(self, metadata: Metadata, tensors: dict[str, StoredTensor], architecture: str) -> None:
         self.metadata, self.architecture, self.tensors = metadata, architecture, tensors
         self.expected: dict[str, Any] = {}
-        self.asked = {"vocab_size"}  # some files have it; the embedding's rows are what counts
+        self.read = {"vocab_size"}  # some files have it; the rows of the embedding decide
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.read.add(key)
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def need(self, key: str, kind: type = int) -> Any:
-        self.asked.add(key)
+        self.read.add(key)
         return self.metadata.need(f"{self.architecture}.{key}", kind)
 
     def expect(self, **implied: Any) -> None:
-        """Settings that may be there with this value only; __ stands for the dot in a name."""
+        """Allow settings with this value only; __ stands for the dot in a name."""
         self.expected |= {key.replace("__", "."): value for key, value in implied.items()}
 
     def sizes(self) -> dict[str, Any]:
-        """What the Config of every family but GPT-2 has in common."""
+        """Return what the Config of every family but GPT-2 has in common."""
         dim, n_heads = self.need("embedding_length"), self.need("attention.head_count")
         head_dim = self.get("attention.key_length", dim // n_heads)
         self.expect(attention__value_length=head_dim, rope__dimension_count=head_dim)
@@ -57,11 +57,11 @@ class Settings:
 
     def refuse_the_rest(self) -> None:
         prefix = f"{self.architecture}."
-        there = {key: self.metadata.get(key) for key in self.metadata.fields if key.startswith(prefix)}
-        rest = {key: value for key, value in there.items() if key.removeprefix(prefix) not in self.asked}
-        lacking = {k: v for k, v in rest.items() if v not in ("none", self.expected.get(k.removeprefix(prefix), 0))}
-        if lacking:
-            listing = ", ".join(f"{key} = {value!r}" for key, value in lacking.items())
+        existing = {key: self.metadata.get(key) for key in self.metadata.fields if key.startswith(prefix)}
+        rest = {key: value for key, value in existing.items() if key.removeprefix(prefix) not in self.read}
+        unsupported = {k: v for k, v in rest.items() if v not in ("none", self.expected.get(k.removeprefix(prefix), 0))}
+        if unsupported:
+            listing = ", ".join(f"{key} = {value!r}" for key, value in unsupported.items())
             raise UserError(
                 f"{self.metadata.file}: not implemented for GGUF architecture '{self.architecture}': {listing}."
             )
@@ -83,7 +83,7 @@ def _llama(s: Settings) -> llama.Config:
 
 
 def _llama3_scaling(divisors: np.ndarray, theta: float, file: Path) -> llama.RopeScaling:
-    """GGUF stores what each frequency is divided by; here is checked that Llama 3's rule gives these very numbers."""
+    """Check that Llama 3's rule gives the divisors of the frequencies, which is what GGUF stores."""
     s = llama.RopeScaling("llama3", factor=float(divisors.max()))
     turns = s.original_positions * theta ** -(np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)
     blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clip(0, 1)
@@ -118,7 +118,7 @@ def _gemma(s: Settings) -> gemma.Config:
 
 
 def _query_scalar(sizes: dict[str, Any], layers_of_27b: int) -> int:
-    """Attention scores are divided by its square root: the width of a head, but in 27B the model's width by heads."""
+    """Return the square of the divisor of attention scores: the width of a head, but in 27B the model's width by heads."""
     return sizes["dim"] // sizes["n_heads"] if sizes["n_layers"] == layers_of_27b else sizes["head_dim"]
 
 
@@ -204,7 +204,7 @@ GPT2_NAMES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a `general.architecture` means here. Another one is another row of ARCHITECTURES."""
+    """How a `general.architecture` is read. Another one is another row of ARCHITECTURES."""
 
     model_type: str
     """Hugging Face's name, a key of litmini.models.FAMILIES."""
@@ -213,7 +213,7 @@ class Architecture:
     names: dict[str, str]
     """GGUF's tensor names -> those of the family's model, without .weight and .bias, with * for the layer's number."""
     interleaved: tuple[str, ...] = ()
-    """Tensors whose rows GGUF stores in pairs, for interleaved rotary embedding."""
+    """Tensors whose rows are stored in pairs, for interleaved rotary embedding."""
     consumed: tuple[str, ...] = ()
     """Tensors that `config` has turned into settings."""
     norms_plus_one: bool = False

@@ -1,7 +1,7 @@
-"""GGUF files in: a quantised llama.cpp file becomes an ordinary Hugging Face directory.
+"""Conversion of a quantised llama.cpp file (GGUF) into an ordinary Hugging Face directory.
 
 Weights are dequantised one tensor at a time; tokenizer, chat template and stop tokens come from the file's metadata.
-What is in a file but not understood is an error, never ignored.
+What is not implemented is an error, never ignored.
 """
 
 import math
@@ -20,20 +20,21 @@ from litmini.errors import UserError
 from litmini.importers.gguf.architectures import ARCHITECTURES, Architecture, Settings
 from litmini.importers.gguf.reader import StoredTensor, read_gguf
 from litmini.importers.gguf.tokenizer import write_tokenizer
+from litmini.importers.names import half_split, pattern, rename
 from litmini.models import family
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-CHUNK = 2**18  # numbers that are dequantised at once
+CHUNK = 2**18  # values that are dequantised at once
 
 
 def import_gguf(
-    file: Path, out_dir_aside: Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 5 * 10**9
+    file: Path, out_dir: Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 5 * 10**9
 ) -> dict[str, Any]:
     """Turn a GGUF file into a Hugging Face directory.
 
     Args:
         file: the GGUF file.
-        out_dir_aside: an existing, empty directory.
+        out_dir: an existing, empty directory.
         dtype: of the weights written.
         max_shard_bytes: size of a weight file.
 
@@ -47,7 +48,9 @@ def import_gguf(
     metadata, tensors = read_gguf(file)
     name = metadata.need("general.architecture", str)
     if name not in ARCHITECTURES:
-        raise UserError(f"{file}: GGUF architecture '{name}' is not supported; there are: {', '.join(ARCHITECTURES)}.")
+        raise UserError(
+            f"{file}: GGUF architecture '{name}' is not supported; supported are: {', '.join(ARCHITECTURES)}."
+        )
     architecture = ARCHITECTURES[name]
     module = family(architecture.model_type)
     settings = Settings(metadata, tensors, name)
@@ -63,13 +66,13 @@ def import_gguf(
     def stream() -> Iterator[tuple[str, Tensor]]:
         for old, new in kept.items():
             values = _values(tensors[old], dtype, minus=1.0 if architecture.norms_plus_one and "norm" in old else 0.0)
-            yield new, half_split(values, config.head_dim) if _pattern(old) in architecture.interleaved else values
+            yield new, half_split(values, config.head_dim) if pattern(old) in architecture.interleaved else values
 
-    ids = write_tokenizer(metadata, out_dir_aside, config.max_positions)
+    ids = write_tokenizer(metadata, out_dir, config.max_positions)
     shapes = ((new, torch.empty(tensors[old].shape, dtype=dtype, device="meta")) for old, new in kept.items())
     empty, hf = (disk_tensors(module, config, pairs) for pairs in (shapes, stream()))
     raw = {**module.config_to_hf(config), **ids}
-    save_model(out_dir_aside, raw, hf, max_shard_bytes=max_shard_bytes, empty=empty)
+    save_model(out_dir, raw, hf, max_shard_bytes=max_shard_bytes, empty=empty)
     weights: Counter[str] = Counter()
     for tensor in tensors.values():
         weights[tensor.kind.name] += math.prod(tensor.shape)
@@ -85,7 +88,7 @@ def import_gguf(
 
 
 def _values(tensor: StoredTensor, dtype: torch.dtype, minus: float) -> Tensor:
-    """A tensor's numbers less `minus`, in `dtype`; read and dequantised a few rows at a time, since that is done in fp32."""
+    """Return a tensor's values less `minus`, in `dtype`; dequantised a few rows at a time, since that is done in fp32."""
     values = torch.empty(tensor.shape, dtype=dtype)
     rows = values.view(-1, tensor.shape[-1])
     step = max(1, CHUNK // tensor.shape[-1])
@@ -95,37 +98,20 @@ def _values(tensor: StoredTensor, dtype: torch.dtype, minus: float) -> Tensor:
     return values
 
 
-def half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k, (heads * head_dim, ...), from llama.cpp's order (pairs side by side) to Hugging Face's."""
-    pairs = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])  # (heads, head_dim / 2, 2, ...)
-    return pairs.transpose(1, 2).reshape(rows.shape)
-
-
 def _fitting(
     tensors: dict[str, StoredTensor], architecture: Architecture, model: nn.Module, file: Path
 ) -> dict[str, str]:
-    """GGUF's names -> the model's, of all tensors to keep; what does not fit `model` is reported in one error."""
-    strange = [f"{t.name} is {t.kind.name}" for t in tensors.values() if t.kind.name not in TYPES]
-    if strange:
-        raise UserError(f"{file}: {', '.join(strange[:3])}; the types that are read: {', '.join(TYPES)}.")
-    kept = {old: _new_name(old, architecture) for old in tensors if old not in architecture.consumed}
+    """Return GGUF's names -> the model's, of all tensors to keep; one error reports all that does not fit `model`."""
+    if unsupported := [f"{t.name} is {t.kind.name}" for t in tensors.values() if t.kind.name not in TYPES]:
+        raise UserError(f"{file}: {', '.join(unsupported[:3])}; supported types: {', '.join(TYPES)}.")
+    kept = {old: rename(old, architecture.names) for old in tensors if old not in architecture.consumed}
     expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    found = {new: tensors[old].shape for old, new in kept.items()}
-    if problems := [f"{key} is missing" for key in expected if key not in found] + [
+    shapes = {new: tensors[old].shape for old, new in kept.items()}
+    if problems := [f"{key} is missing" for key in expected if key not in shapes] + [
         f"{key} has shape {shape}, the metadata implies {expected.get(key, 'none such')}"
-        for key, shape in found.items()
+        for key, shape in shapes.items()
         if shape != expected.get(key)
     ]:
         listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
         raise UserError(f"the tensors in {file} do not fit its metadata:\n  {listing}")
     return kept
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "*", name.rpartition(".")[0])
-
-
-def _new_name(name: str, architecture: Architecture) -> str:
-    new = architecture.names.get(_pattern(name))
-    layer = re.search(r"\d+", name)
-    return f"{new.replace('*', layer[0] if layer else '')}.{name.rpartition('.')[2]}" if new else name

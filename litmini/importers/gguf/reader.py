@@ -1,7 +1,7 @@
-"""GGUF files opened: their metadata, and where in the file each tensor is; tensors are read when they are used.
+"""GGUF files: their metadata, and the offset of each tensor; tensors are read when they are used.
 
 The format and its metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's own reader
-makes several objects of each token, which takes a gigabyte for a large vocabulary; it is what the tests compare with.
+makes several objects of each token, a gigabyte for a large vocabulary; the tests compare with it.
 """
 
 import math
@@ -39,7 +39,7 @@ class StoredTensor(NamedTuple):
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    """As torch counts: the dimension whose numbers are side by side is the last."""
+    """In torch's order: the contiguous dimension is the last."""
     offset: int
     """Of its first byte in the file."""
 
@@ -63,7 +63,7 @@ class StoredTensor(NamedTuple):
 
 
 class Metadata:
-    """A file's metadata, with floats as they were before they were stored in fp32 (1e-05, not 9.99e-06)."""
+    """A file's metadata, with floats as before they were stored in fp32 (1e-05, not 9.99e-06)."""
 
     def __init__(self, fields: dict[str, Any], file: Path) -> None:
         self.fields, self.file = fields, file
@@ -88,7 +88,7 @@ class _Cursor:
         self.data, self.at = data, 0
 
     def number(self, code: str) -> Any:
-        """One number of a dtype of numpy's."""
+        """Read one number of a numpy dtype."""
         return self.numbers(code, 1)[0].item()
 
     def numbers(self, code: str, count: int) -> np.ndarray:
@@ -119,10 +119,10 @@ class _Cursor:
             raise ValueError("an array of arrays")
         return self.numbers(SCALARS[kind], count)
 
-    def unique(self, there: dict[str, Any]) -> str:
-        """A name that is not `there`."""
-        if (name := self.text()) in there:
-            raise ValueError(f"{name} is there twice")
+    def unique(self, existing: dict[str, Any]) -> str:
+        """Read a name that is not in `existing`."""
+        if (name := self.text()) in existing:
+            raise ValueError(f"{name} occurs twice")
         return name
 
 

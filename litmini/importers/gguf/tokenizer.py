@@ -15,7 +15,7 @@ from litmini.importers.vocabulary import ADDED, SPECIAL, add_ends, byte_words, s
 
 
 class Words(NamedTuple):
-    """How text is cut into words before byte-level BPE, and what llama.cpp assumes where a file does not say."""
+    """How text is split into words before byte-level BPE, and the defaults of llama.cpp."""
 
     split: Any
     ignore_merges: bool = False
@@ -35,7 +35,7 @@ STOPS = ("eos", "eot", "eom")
 
 
 def write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> dict[str, Any]:
-    """Write the tokenizer, chat template and generation settings; returns the ids that `config.json` shall name.
+    """Write the tokenizer, chat template and generation settings; return the ids for `config.json`.
 
     Raises:
         UserError: the file's tokenizer is of a kind that is not implemented, or contradicts itself.
@@ -78,7 +78,7 @@ def write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> dic
 def _build_tokenizer(
     metadata: Metadata, tokens: list[str], types: list[int], ids: dict[str, int]
 ) -> tuple[Tokenizer, list[str], bool]:
-    """The tokenizer, the names of its tokens, and whether BOS is added where the file does not say."""
+    """Return the tokenizer, the names of its tokens, and whether BOS is added by default."""
     file, kind, pre = metadata.file, metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix")
     if kind == "llama":
@@ -87,11 +87,11 @@ def _build_tokenizer(
         return tokenizer, tokens, True
     if kind != "gpt2":
         raise UserError(
-            f"{file}: tokenizer model '{kind}' is not supported; there are: gpt2 (byte-level BPE) and llama "
+            f"{file}: tokenizer model '{kind}' is not supported; supported are: gpt2 (byte-level BPE) and llama "
             f"(like SentencePiece)."
         )
     if pre not in PRE_TOKENIZERS:
-        raise UserError(f"{file}: pre-tokenizer '{pre}' is not supported; there are: {', '.join(PRE_TOKENIZERS)}.")
+        raise UserError(f"{file}: pre-tokenizer '{pre}' is not supported; supported are: {', '.join(PRE_TOKENIZERS)}.")
     if prefix:
         raise UserError(f"{file}: tokenizer.ggml.add_space_prefix = True is not supported.")
     words = PRE_TOKENIZERS[pre]

@@ -173,8 +173,11 @@ def test_gpt2_and_llama3_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gptj"}, r"GGUF architecture 'gptj' is not supported; there are: llama, qwen2"),
-        ({"pre": "default"}, r"pre-tokenizer 'default' is not supported; there are: gpt-2, smollm, llama-bpe, qwen2"),
+        ({"architecture": "gptj"}, r"GGUF architecture 'gptj' is not supported; supported are: llama, qwen2"),
+        (
+            {"pre": "default"},
+            r"pre-tokenizer 'default' is not supported; supported are: gpt-2, smollm, llama-bpe, qwen2",
+        ),
         ({"settings": {"llama.expert_count": 8}}, r"not implemented .*llama\.expert_count = 8"),
         ({"settings": {"llama.attention.sliding_window": 64}}, r"not implemented .*sliding_window = 64"),
         ({"settings": {"llama.rope.scaling.type": "yarn"}}, r"not implemented .*scaling\.type = 'yarn'"),
