@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from litmini.compiler import compilable
 from litmini.config.training import OptimConfig, RunConfig, TrainConfig
 from litmini.data.dataset import Example, show_masks
 from litmini.data.packing import Batch, PackedDataset
@@ -23,7 +24,7 @@ from litmini.runs.plots import plot_metrics
 from litmini.runs.report import write_report
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
-from litmini.training.compile import compilable, compile_training, is_worth_compiling
+from litmini.training.compile import compile_training, is_worth_compiling
 from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import Progress, evaluate, fit, memory_warmup
 from litmini.training.low_memory import checkpoint_activations, offload_activations

@@ -265,8 +265,8 @@ def test_loading_never_holds_more_than_one_linear_in_16_bits(tiny_dir, monkeypat
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from litmini.finetune_config import QuantizeConfig
-from litmini.quantize import load_quantized
+from litmini.config.finetune import QuantizeConfig
+from litmini.checkpoints.load import load_quantized
 
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -309,7 +309,7 @@ def test_peak_of_loading_is_the_4_bit_size_and_one_shard(tmp_path, tokenizer_dir
 def test_bitsandbytes_costs_nothing_where_it_is_not_used_and_says_nothing_where_it_is():
     code = """
 import sys, torch
-import litmini.methods.nf4, litmini.methods.adapters, litmini.checkpoints.peft, litmini.checkpoints.export
+import litmini.methods.nf4, litmini.methods.registry, litmini.checkpoints.peft, litmini.checkpoints.export
 import litmini.training.optimizer
 assert "bitsandbytes" not in sys.modules
 litmini.methods.nf4.NF4Linear(torch.nn.Linear(64, 64))
