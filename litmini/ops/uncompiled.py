@@ -1,4 +1,4 @@
-"""What torch.compile leaves as it is written. Its decorator imports torch._dynamo, which takes a second: hence a file."""
+"""What torch.compile leaves as it is written. Imported while compiling only: the decorator imports torch._dynamo, a second."""
 
 from collections.abc import Callable
 from typing import Any

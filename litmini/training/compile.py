@@ -31,9 +31,8 @@ def is_worth_compiling(flops: float, device: torch.device) -> bool:
 def compile_training(model: nn.Module, dtype: torch.dtype, backend: str = "inductor") -> None:
     """Let torch.compile make the training forward and backward of every `Block`; the first step takes a minute or so more.
 
-    What is not training (evaluation, answers, with their caches) runs as it is written, to the bit. Hence not
-    `nn.Module.compile()`: it compiles both, a graph for each kind of cache, and the hooks and activation checkpointing
-    around a block with it.
+    What is not training (evaluation, generation, with their caches) runs as it is written, to the bit. So `forward` is
+    chosen by mode: `nn.Module.compile()` compiles evaluation, too, and nothing at all under activation checkpointing.
 
     Args:
         dtype: of the matmuls.
