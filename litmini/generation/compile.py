@@ -63,10 +63,10 @@ def _swap_linears(model: nn.Module) -> None:
     """Put a `GEMVLinear` in the place of each plain linear of the blocks and the head."""
     # An adapter that is summed with its base reads the base's weight, and knows a plain linear only
     summed = {module.base for module in model.modules() if isinstance(module, AdapterLayer) and module.additive}
-    compiled = {module for part in [*blocks(model), *_heads(model)] for module in part.modules()}
+    compiled = {module for part in [*blocks(model), *_heads(model)] for module in part.modules()} - summed
     swapped: dict[nn.Module, GEMVLinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear and module in compiled - summed:
+        if type(module) is nn.Linear and module in compiled:
             if module not in swapped:
                 swapped[module] = GEMVLinear(module)
             model.set_submodule(name, swapped[module])
