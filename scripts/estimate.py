@@ -172,6 +172,7 @@ def process_bytes() -> int:
     from lightning_fabric import Fabric
 
     from litmini.models import llama
+    from litmini.system import resident_bytes
     from litmini.training.memory import full_rows
 
     Fabric(accelerator="cpu", devices=1)

@@ -40,7 +40,7 @@ def main(config: FinetuneQloraConfig) -> None:
     ratios = learning_rate_ratios(model, config.lora)
 
     def save_weights(directory: Path | None) -> None:
-        save_adapter(model, directory, config.checkpoint_dir, config.lora.dropout, config.quantize)
+        save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)

@@ -50,7 +50,8 @@ ROOMS = {
     "runs": "training checkpoints distributed config tokenizer",
     "evaluation": "generation data training runs methods checkpoints models ops config tokenizer",
     "serving": "generation config tokenizer",
-    "tasks": "compiler evaluation generation runs data training importers checkpoints models methods ops distributed config tokenizer",
+    "tasks": "evaluation generation runs data training importers checkpoints models methods ops distributed config tokenizer "
+    "compiler",
 }
 BASE = "errors files hub_errors system"
 

@@ -131,7 +131,8 @@ def _merge(base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantiz
     empty = base.weight
     base.weight = nn.Parameter(weight.to(adapter.dtype) if quantized else weight.float(), requires_grad=False)
     layer: Any = NF4Linear(base, adapter.quantize.double) if quantized else base
-    merged = adapter.over(name, layer).merged_weight() if name in adapter.layers else dense(layer)  # type: ignore[operator]
+    adapted = name in adapter.layers
+    merged = adapter.load(name, adapter.layer(name, layer)).merged_weight() if adapted else dense(layer)
     base.weight = empty
     return merged.detach()
 

@@ -1,6 +1,9 @@
-"""Adapters from disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`; `peft_save.py` writes them."""
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-from collections import Counter
+What stands in these files of a method, its layers write and read (`methods/base_layer.py`); here is what all have in common.
+"""
+
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,169 +13,128 @@ from torch import Tensor, nn
 
 from litmini.checkpoints.safetensors_io import read_tensors, write_tensors
 from litmini.config.finetune import QuantizeConfig
-from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
-from litmini.methods.adapters import adapters, experts, leaf, linears, pattern_value, replace_module
-from litmini.methods.base_layer import ModulesToSaveLayer, shape
-from litmini.methods.dora import DoRALinear
-from litmini.methods.ia3 import IA3Linear
-from litmini.methods.lora import LoRALinear
+from litmini.methods.adapters import adapters
+from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears
+from litmini.methods.nf4 import NF4Linear
+from litmini.methods.registry import method_of
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
-KINDS = ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l")
-STACKS = ("gate_up_proj", "down_proj")  # of experts, in the order in which PEFT wraps them
 BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained
+MOST_SHOWN = 10  # problems in one message
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it was read: tensors and how they are scaled; not yet over any base."""
+    """An adapter as it was read; not yet over any base."""
 
     directory: Path
-    layers: dict[str, dict[str, Tensor]]
-    """Linear's full name -> {"lora_A": (rank, in), "lora_B": (out, rank), "lora_magnitude_vector": (out,)}, fp32.
-
-    Over stacked experts, as PEFT has them: (n_experts * rank, in) and (out, rank * n_experts).
-    Of IA3: {"ia3_l": (out, 1), or (1, in) where the input is scaled}.
-    """
-    full: dict[str, dict[str, Tensor]]
-    """Name of a module that was trained in full -> its parameters."""
-    settings: dict[str, Any]
+    config: dict[str, Any]
     """adapter_config.json."""
+    method: type[AdapterLayer]
+    layers: dict[str, dict[str, Tensor]]
+    """Full name of a linear -> the tensors of the method's layer over it, fp32, with its `peft_keys`."""
+    full: dict[str, dict[str, Tensor]]
+    """Full name of a module that was trained in full -> its parameters, fp32."""
     quantize: QuantizeConfig
     """Of the base that it was trained on."""
     dtype: torch.dtype
     """That the base was quantised from."""
 
-    def over(self, name: str, base: Any) -> nn.Module:
-        """The adapter, frozen, of the layer `name`, over that layer of a model."""
-        s, tensors = self.settings, {k: t.to(base.weight.device) for k, t in self._of(name).items()}
-        if name in self.full:
-            layer: nn.Module = ModulesToSaveLayer(base)
-            for kind, tensor in tensors.items():
-                layer.full.get_parameter(kind).data.copy_(tensor)  # type: ignore[union-attr]
-            return layer.requires_grad_(False)
-        if "ia3_l" in tensors:
-            layer = IA3Linear(base, feedforward=len(tensors["ia3_l"]) == 1)
-            layer.ia3_l.data.copy_(tensors["ia3_l"].flatten())  # type: ignore[union-attr]
-            return layer.requires_grad_(False)
-        if len(stack := shape(base)) == 3:
-            tensors["lora_A"] = tensors["lora_A"].view(stack[0], -1, stack[2])
-            tensors["lora_B"] = tensors["lora_B"].view(stack[1], -1, stack[0]).permute(2, 0, 1)
-        rank = tensors["lora_A"].shape[-2]
-        alpha = pattern_value(s.get("alpha_pattern") or {}, name, s["lora_alpha"])
-        make = DoRALinear if "lora_magnitude_vector" in tensors else LoRALinear
-        layer = make(base, rank, float(alpha), rank_stabilized=bool(s.get("use_rslora")))
-        for kind, tensor in tensors.items():
-            getattr(layer, kind).data.copy_(tensor)
-        return layer.requires_grad_(False)
+    def layer(self, name: str, base: Any) -> AdapterLayer:
+        """Return the adapter layer, frozen, over `base`, the module `name` of a model. Its values are not loaded."""
+        kind = ModulesToSaveLayer if name in self.full else self.method
+        return kind.from_peft(base, name, self.config, self._tensors(name)).requires_grad_(False)
+
+    def load(self, name: str, layer: AdapterLayer) -> AdapterLayer:
+        """Give `layer` its values, and return it."""
+        layer.load_peft(self._tensors(name))
+        return layer
+
+    def problems(self, name: str, layer: AdapterLayer) -> list[str]:
+        """Return how the tensors of the module `name` differ from those of `layer`: both shapes, a line each."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors(name).items()}
+        expected = {key: tuple(tensor.shape) for key, tensor in layer.peft_tensors().items()}
+        return [
+            f"{name}.{key.removesuffix('.weight')}: adapter has {shapes.get(key)}, the model wants {expected.get(key)}"
+            for key in shapes | expected
+            if shapes.get(key) != expected.get(key)
+        ]
 
     def merged_bias(self, name: str, bias: Tensor) -> Tensor:
-        """The bias (out,) of the layer `name` after the merge: IA3 scales it, where it scales outputs."""
-        factors = self.layers.get(name, {}).get("ia3_l")
-        return bias if factors is None or len(factors) == 1 else bias * factors.flatten()
+        """Return the bias (out,) of the module `name` after the merge."""
+        return self.method.merged_bias(bias, self.layers[name]) if name in self.layers else bias
 
-    def _of(self, name: str) -> dict[str, Tensor]:
-        return self.layers[name] if name in self.layers else self.full[name]
-
-    def shapes(self, name: str, base: Any) -> dict[str, tuple[int, ...]]:
-        """The shape that each of its tensors for the layer `name` must have over `base`."""
-        if name in self.full:
-            return {kind: tuple(p.shape) for kind, p in base.named_parameters()}
-        s = self.settings
-        if "ia3_l" in self.layers[name]:
-            before = len(self.layers[name]["ia3_l"]) == 1
-            return {"ia3_l": (1, shape(base)[1]) if before else (shape(base)[0], 1)}
-        rank = pattern_value(s.get("rank_pattern") or {}, name, s["r"])
-        *stack, rows, columns = shape(base)
-        rank *= stack[0] if stack else 1
-        expected = {"lora_A": (rank, columns), "lora_B": (rows, rank), "lora_magnitude_vector": (rows,)}
-        return {kind: expected[kind] for kind in self.layers[name]}
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return self.full[name] if name in self.full else self.layers[name]
 
 
 def read_adapter(directory: str | Path) -> Adapter:
-    """An adapter directory.
+    """Read an adapter directory.
 
     Raises:
         UserError: it is missing, damaged, does nothing, or uses something of PEFT's that is not implemented.
     """
     path = Path(directory)
-    if not (path / "adapter_config.json").is_file():
+    config_file, tensor_file = path / "adapter_config.json", path / "adapter_model.safetensors"
+    if not config_file.is_file():
         raise UserError(
             f"{path} is no adapter directory: it has no adapter_config.json. A run's adapter is in out/NAME/final."
         )
-    settings = read_json(path / "adapter_config.json")
-    ia3 = settings.get("peft_type") == "IA3"
-    if not ia3:
-        _refuse(path, settings)
-    saved_in_full = tuple(settings.get("modules_to_save") or ())  # PEFT means every module whose name ends so
+    config = read_json(config_file)
+    try:
+        method = method_of(config)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from None
+    if problems := method.unsupported(config):
+        raise UserError(f"{config_file}: {'; '.join(problems)}.")
+    layers, full, unexpected = _by_module(
+        read_tensors([tensor_file]), method.peft_keys, tuple(config.get("modules_to_save") or ())
+    )
+    unexpected += [
+        f"{name} ({' or '.join(key.removesuffix('.weight') for key in method.peft_keys)} is missing)"
+        for name, tensors in layers.items()
+        if tensors.keys() != set(method.peft_keys)
+    ]
+    if unexpected or not layers:
+        raise UserError(f"{tensor_file} has unexpected tensors: {', '.join(unexpected[:MOST_SHOWN]) or 'none at all'}")
+    if reason := method.ineffective(list(layers.values())):
+        raise UserError(f"the adapter in {path} does nothing: {reason}. Was it saved before training?")
+    return Adapter(path, config, method, layers, full, *_read_base(path / BASE_FILE))
+
+
+def _by_module(
+    tensors: Iterable[tuple[str, Tensor]], peft_keys: tuple[str, ...], modules_to_save: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], list[str]]:
+    """Return the tensors of a file in fp32: of adapter layers, of modules in full, and the keys that are neither."""
     layers: dict[str, dict[str, Tensor]] = {}
     full: dict[str, dict[str, Tensor]] = {}
-    stacked = [kind for kind in STACKS if kind in {leaf(name) for name in settings.get("target_parameters") or ()}]
-    strange = []
-    for key, tensor in read_tensors([path / "adapter_model.safetensors"]):
-        name, dot, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+    unexpected = []
+    kinds = {key.removesuffix(".weight"): key for key in peft_keys}
+    for key, tensor in tensors:
         if key.endswith(".base_layer.weight"):
             continue  # PEFT adds the frozen base of an adapted head
-        if key.startswith(PREFIX) and dot and kind in KINDS:
-            above = name.removesuffix(".base_layer")
-            if stacked and (above != name or leaf(above) == "experts"):
-                name = f"{above}.{stacked[0] if above != name else stacked[-1]}"
-            layers.setdefault(name, {})[kind] = tensor.float()
-        elif key.startswith(PREFIX) and owner.endswith(saved_in_full):
+        name, dot, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        if key.startswith(PREFIX) and dot and kind in kinds:
+            layers.setdefault(name, {})[kinds[kind]] = tensor.float()
+        elif key.startswith(PREFIX) and owner.endswith(modules_to_save):  # PEFT means every module whose name ends so
             full.setdefault(owner, {})[parameter] = tensor.float()
         else:
-            strange.append(key)
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.get("use_dora") else set())
-    wanted = {"ia3_l"} if ia3 else wanted
-    strange += [
-        f"{name} ({' or '.join(sorted(wanted))} is missing)"
-        for name, pair in layers.items()
-        if not wanted >= pair.keys() >= wanted
-    ]
-    if strange or not layers:
-        raise UserError(
-            f"{path}/adapter_model.safetensors has unexpected tensors: {', '.join(strange[:10]) or 'none at all'}"
-        )
-    if ia3:
-        check_ia3(path, layers)
-    elif not any(pair["lora_B"].any() for pair in layers.values()):
-        raise UserError(f"the adapter in {path} does nothing: every lora_B is zero. Was it saved before training?")
-    quantize, dtype = QuantizeConfig(), torch.bfloat16
-    if (path / BASE_FILE).is_file():
-        note = read_json(path / BASE_FILE)
-        try:
-            quantize, dtype = QuantizeConfig(note["bits"], note["double"]), getattr(torch, note["dtype"])
-        except (KeyError, AttributeError, TypeError):
-            raise UserError(f"{path / BASE_FILE} is damaged: expected bits, double and dtype, found {note}.") from None
-    return Adapter(path, layers, full, settings, quantize, dtype)
+            unexpected.append(key)
+    return layers, full, unexpected
 
 
-def _refuse(path: Path, settings: dict[str, Any]) -> None:
-    """What PEFT can and litmini cannot, and settings that are no numbers."""
-    plain: dict[str, Any] = {
-        "peft_type": "LORA",
-        "bias": "none",
-        "trainable_token_indices": None,
-        "lora_bias": False,
-        "alora_invocation_tokens": None,
-        "layer_replication": None,
-        "use_qalora": False,
-    }
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise UserError(
-            f"{path}/adapter_config.json: init_lora_weights = {settings['init_lora_weights']!r} changes the base itself; "
-            f"convert it with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)."
-        )
-    if lacking := [f"{k} = {settings[k]!r}" for k, v in plain.items() if settings.get(k) and settings[k] != v]:
-        raise UserError(f"{path}/adapter_config.json uses what litmini does not implement: {', '.join(lacking)}")
-    numbers = [settings.get("r"), settings.get("lora_alpha")]
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        numbers += list((settings.get(pattern) or {}).values())
-    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
-        raise UserError(f"{path}/adapter_config.json: r or lora_alpha is missing or no number above 0.")
+def _read_base(file: Path) -> tuple[QuantizeConfig, torch.dtype]:
+    """Return how the base was quantised, and from which dtype."""
+    if not file.is_file():
+        return QuantizeConfig(), torch.bfloat16
+    note = read_json(file)
+    try:
+        return QuantizeConfig(note["bits"], note["double"]), getattr(torch, note["dtype"])
+    except (KeyError, AttributeError, TypeError):
+        raise UserError(f"{file} is damaged: expected bits, double and dtype, found {note}.") from None
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
@@ -182,165 +144,91 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
         UserError: it was made for another base; all names and both shapes are listed.
     """
     adapter = read_adapter(directory)
-    there = check_adapter(model, adapter)
+    layers = check_adapter(model, adapter)
     model.requires_grad_(False)
-    for name, base in there.items():
-        replace_module(model, name, adapter.over(name, base).train(model.training))
+    for name, layer in layers.items():
+        model.set_submodule(name, adapter.load(name, layer).train(model.training))
     return adapter
 
 
-def _above(name: str) -> tuple[str, str]:
-    """The block that holds a stack of experts, and the stack's own name: `model.layers.0`, `experts.down_proj`."""
-    parts = name.split(".")
-    return ".".join(parts[:-3]), ".".join(parts[-2:])
+def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
+    """Return an adapter layer for each module of `model` that `adapter` covers, by full name. Values are not loaded.
 
-
-def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    """The layers of `model` that `adapter` covers, by name.
+    What has another name in PEFT's file gets the model's in `adapter.layers`.
 
     Raises:
         UserError: it was made for another base; all names and both shapes are listed.
     """
-    stacks = experts(model)
-    there = linears(model) | stacks
-    for name in [n for n in adapter.layers if n not in there]:  # transformers 5 gave the module above another name
-        if same := [n for n in stacks if _above(n) == _above(name)]:
-            adapter.layers[same[0]] = adapter.layers.pop(name)
+    for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
+        adapter.layers[own] = adapter.layers.pop(name)
+    bases = linears(model)
+    targets = _targets(list(bases), adapter.config)
+    bases |= grouped_experts(model)
     modules = dict(model.named_modules())
-    covered: dict[str, Any] = {}
+    layers: dict[str, AdapterLayer] = {}
     problems = []
     for name in [*adapter.layers, *adapter.full]:
-        base = there.get(name) if name in adapter.layers else modules.get(name)
+        base = bases.get(name) if name in adapter.layers else modules.get(name)
         if base is None:
-            problems.append(f"{name}: the model has no such linear")
+            problems.append(f"{name}: the model has no such {'linear' if name in adapter.layers else 'module'}")
             continue
-        covered[name] = base
-        expected, tensors = adapter.shapes(name, base), adapter._of(name)
-        problems += [
-            f"{name}.{kind}: adapter has {tuple(tensors[kind].shape)}, the model wants {expected.get(kind)}"
-            for kind in tensors
-            if tuple(tensors[kind].shape) != expected.get(kind)
-        ]
+        layers[name] = adapter.layer(name, base)
+        problems += adapter.problems(name, layers[name])
+    in_full = tuple(f"{name}." for name in adapter.full)
+    problems += [
+        f"{name}: the adapter has no tensors for it, and its target_modules name it"
+        for name in targets
+        if name not in layers and not name.startswith(in_full)
+    ]
     if problems:
-        more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
+        more = [f"... and {len(problems) - MOST_SHOWN} more"] * (len(problems) > MOST_SHOWN)
         raise UserError(
-            f"the adapter in {adapter.directory} was made for another base:\n  " + "\n  ".join(problems[:10] + more)
+            f"the adapter in {adapter.directory} was made for another base:\n  "
+            + "\n  ".join(problems[:MOST_SHOWN] + more)
         )
-    return covered
+    return layers
 
 
-def ia3_settings(layers: dict[str, IA3Linear], base: str) -> dict[str, Any]:
-    """`adapter_config.json` of these layers, by full name, over the checkpoint `base`."""
-    return {
-        "peft_type": "IA3",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "target_modules": sorted({leaf(name) for name in layers}),
-        "feedforward_modules": sorted({leaf(name) for name, layer in layers.items() if layer.feedforward}),
-        "fan_in_fan_out": False,
-        "init_ia3_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
-
-
-def check_ia3(path: Path, layers: dict[str, dict[str, Tensor]]) -> None:
-    """Refuse an IA3 adapter that does nothing.
-
-    Raises:
-        UserError: it does.
-    """
-    if all(bool((tensors["ia3_l"] == 1).all()) for tensors in layers.values()):
-        raise UserError(f"the adapter in {path} does nothing: every ia3_l is one. Was it saved before training?")
+def _targets(linears: list[str], config: dict[str, Any]) -> list[str]:
+    """Return the linears that `target_modules` means, where it is a list of names and no other setting excludes some."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return []
+    return [name for name in linears if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def save_adapter(
-    model: nn.Module, directory: Path | None, base: str, dropout: float = 0.0, quantize: QuantizeConfig | None = None
+    model: nn.Module, directory: Path | None, base: str, *, quantize: QuantizeConfig | None = None
 ) -> None:
     """Write the adapters of `model` in PEFT's format into `directory`, which exists.
 
-    Ranks that have no `directory` hand over their shares of a sharded model.
+    Ranks that have no `directory` take part with their shards of a sharded model.
 
     Args:
         base: the checkpoint directory, or hub id, that they belong to.
-        dropout: used in training; noted only.
         quantize: of the base while they were trained.
     """
+    by_method: dict[type[AdapterLayer], dict[str, AdapterLayer]] = {}
+    for name, layer in adapters(model).items():
+        by_method.setdefault(type(layer), {})[name] = layer
+    assert len(by_method.keys() - {ModulesToSaveLayer}) == 1, f"one method in a model, found {list(by_method)}"
     tensors: dict[str, Tensor] = {}
-    ranks, alphas, full = {}, {}, set()
-    scaled: dict[str, IA3Linear] = {}
-    stacks: list[str] = []
-    one: Any = None
-    for name, module in adapters(model).items():
-        if isinstance(module, ModulesToSaveLayer):
-            full.add(name)
-            tensors |= {f"{PREFIX}{name}.{kind}": full_tensor(p) for kind, p in module.full.named_parameters()}
-            continue
-        if isinstance(module, IA3Linear):
-            scaled[name] = module
-            tensors[f"{PREFIX}{name}.ia3_l"] = full_tensor(module.ia3_l).unsqueeze(0 if module.feedforward else 1)
-            continue
-        one, (alphas[name], saved) = module, module.saved()
-        ranks[name] = saved["lora_A"].shape[-2]
-        if saved["lora_A"].dim() == 3:
-            stacks.append(name)
-            saved = {"lora_A": saved["lora_A"].flatten(0, 1), "lora_B": saved["lora_B"].permute(1, 2, 0).flatten(1)}
-        tensors |= {f"{PREFIX}{name}.{k}{'' if k == KINDS[2] else '.weight'}": t for k, t in saved.items()}
-    for name in stacks:  # PEFT wraps the module that holds them, once for each: the last one is outermost
-        above = name.rpartition(".")[0]
-        depth = sum(other.rpartition(".")[0] == above for other in stacks[stacks.index(name) + 1 :])
-        for kind in ("lora_A.weight", "lora_B.weight"):
-            tensors[f"{PREFIX}{above}{'.base_layer' * depth}.{kind}"] = tensors.pop(f"{PREFIX}{name}.{kind}")
+    config: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    for method, layers in by_method.items():
+        names = method.names_in_peft(layers)
+        for name, layer in layers.items():
+            tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
+        config |= method.peft_config(layers, model)
     if directory is None:
         return
     write_tensors(directory / "adapter_model.safetensors", tensors)
-    settings = ia3_settings(scaled, base) if scaled else _lora_settings(ranks, alphas, base)
-    if not scaled:
-        settings |= {
-            "lora_dropout": dropout,
-            "target_modules": sorted({leaf(name) for name in ranks.keys() - set(stacks)}),
-            "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in stacks}) or None,
-            "use_dora": isinstance(one, DoRALinear),
-            "use_rslora": one.rank_stabilized,
-            "modules_to_save": _endings(full, model),
-        }
-    write_json(directory / "adapter_config.json", settings)
+    write_json(directory / "adapter_config.json", config)
     if quantize is not None and quantize.bits == 4:
-        packed = next(m for m in model.modules() if type(m).__name__ == "NF4Linear")
+        packed = next(m for m in model.modules() if isinstance(m, NF4Linear))
         dtype = str(packed.dtype).removeprefix("torch.")
         write_json(directory / BASE_FILE, {"type": "nf4", "dtype": dtype, **asdict(quantize)})
-
-
-def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the others by name: by leaf name where all of that leaf agree."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    by_leaf: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_leaf.setdefault(leaf(name), set()).add(value)
-    others = {name: value for name, value in values.items() if value != usual}
-    return usual, {leaf(n) if len(by_leaf[leaf(n)]) == 1 else n: value for n, value in others.items()}
-
-
-def _lora_settings(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[str, Any]:
-    """`adapter_config.json` as far as it is the same for every kind of LoRA."""
-    rank, rank_pattern = _common(ranks)
-    alpha, alpha_pattern = _common(alphas)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def _endings(full: set[str], model: nn.Module) -> list[str] | None:
-    """Ends of names by which PEFT finds these modules, and no others: leaf names, where they do."""
-    others = [name for name, _ in model.named_modules() if name not in full]
-    return sorted({name if any(o.endswith(leaf(name)) for o in others) else leaf(name) for name in full}) or None

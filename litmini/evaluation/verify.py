@@ -3,6 +3,7 @@ training with and without accumulation and resuming. Each is small, runs in fp32
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import tempfile

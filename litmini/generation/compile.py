@@ -1,4 +1,4 @@
-"""torch.compile for decoding on the CPU, where a token costs as much in single operations as in reading the weights.
+"""torch.compile for decoding on the CPU, where a token costs as much in launching operations as in reading the weights.
 
 One call of what is compiled costs about as much as the work that it saves in one block, so a graph takes several. They
 all have the same code: one compilation serves them, and it is kept on disk.
@@ -12,17 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litmini.compiler import check_compiler
 from litmini.distributed.fsdp import blocks
 from litmini.errors import UserError
-from litmini.methods.lora import LoRALinear
-from litmini.training.compile import check_compiler
+from litmini.methods.base_layer import AdapterLayer
 
 LARGEST_GROUP = 5
 """Most blocks of a graph. Compiling takes as long as they are many, and 5 of SmolLM2-135M take most of what can be had."""
 
 
-class OneRowLinear(nn.Linear):
-    """A linear whose product with one row the compiler writes out: it reads bf16 faster than torch's own does on CPUs."""
+class GEMVLinear(nn.Linear):
+    """A linear whose product with one vector the compiler writes out: it reads bf16 faster than torch's own GEMV on CPUs."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Share the parameters of `linear`, in whose place it is put."""
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != self.in_features or x.device.type != "cpu" or not torch.compiler.is_compiling():
@@ -42,20 +48,32 @@ def compile_decoding(model: nn.Module) -> None:
         UserError: there is no C++ compiler, or it is a model that cannot be compiled.
     """
     check_compiler(model, next(model.parameters()).dtype)
-    adapted = {id(m.base) for m in model.modules() if isinstance(m, LoRALinear)}  # summed in one operation
-    head = [m for m in model.children() if isinstance(m, nn.Linear)]
-    for part in [*blocks(model), *head]:
-        for module in part.modules():
-            if type(module) is nn.Linear and id(module) not in adapted:
-                module.__class__ = OneRowLinear
+    _swap_linears(model)
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks, windows that are full or not, one row or more
-    _Stack(blocks(model)).install()
-    for module in head:
-        _Stack([module]).install()
+    _CompiledGroups(blocks(model)).install()
+    for module in _heads(model):
+        _CompiledGroups([module]).install()
 
 
-class _Later:
-    """What blocks give that wait for the last one of their group: nothing can be done with it but to hand it on."""
+def _heads(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.children() if isinstance(module, nn.Linear)]
+
+
+def _swap_linears(model: nn.Module) -> None:
+    """Put a `GEMVLinear` in the place of each plain linear of the blocks and the head."""
+    # An adapter that is summed with its base reads the base's weight, and knows a plain linear only
+    summed = {module.base for module in model.modules() if isinstance(module, AdapterLayer) and module.additive}
+    compiled = {module for part in [*blocks(model), *_heads(model)] for module in part.modules()} - summed
+    swapped: dict[nn.Module, GEMVLinear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is nn.Linear and module in compiled:
+            if module not in swapped:
+                swapped[module] = GEMVLinear(module)
+            model.set_submodule(name, swapped[module])
+
+
+class _Deferred:
+    """The output of a block that waits for the last one of its group: nothing can be done with it but to hand it on."""
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
@@ -66,7 +84,7 @@ class _Later:
     __getattr__ = __torch_function__
 
 
-class _Stack:
+class _CompiledGroups:
     """Modules one after the other, run in compiled groups where each takes what the one before gave.
 
     Whether it does is seen in the first forward, which runs as it is written: a model may do something between two of its
@@ -83,7 +101,7 @@ class _Stack:
         self.chained, self.last, self.next = True, None, 0  # in it: so far; what the module before gave; who comes now
         self.x: Any = None
         self.others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # what the modules of a group got beside x
-        self.later = _Later()
+        self.deferred = _Deferred()
 
     def install(self) -> None:
         for i, module in enumerate(self.modules):
@@ -93,19 +111,19 @@ class _Stack:
         """Module i's forward."""
         if not self.size:
             return self.learn(i, x, *args, **named)
-        place = i % self.size
-        single = x is self.later if place else x.shape[1] == 1
+        position = i % self.size
+        single = x is self.deferred if position else x.shape[1] == 1
         if not single:
             return self.plain[i](x, *args, **named)
-        if not place:
+        if not position:
             self.x, self.others = x, []
-        if len(self.others) != place:
+        if len(self.others) != position:
             raise UserError("this model runs its blocks in another order than before: leave --compile out.")
         self.others.append((args, named))
-        if place < self.size - 1:
-            return self.later
+        if position < self.size - 1:
+            return self.deferred
         x, others, self.x, self.others = self.x, self.others, None, []  # a cache may be large
-        return self.compiled(self.plain[i - place : i + 1], x, others)
+        return self.compiled(self.plain[i - position : i + 1], x, others)
 
     def learn(self, i: int, x: Any, /, *args: Any, **named: Any) -> Any:
         self.chained &= i == self.next and (not i or x is self.last)

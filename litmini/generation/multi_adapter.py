@@ -1,4 +1,4 @@
-"""Several adapters over one base in memory: one base model, many customers, side by side in one batch."""
+"""Multi-LoRA: several adapters over one base in memory, one base model for many customers, side by side in one batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 from litmini.checkpoints.peft import check_adapter, read_adapter
 from litmini.errors import UserError
-from litmini.methods.adapters import replace_module
-from litmini.methods.lora import LoRALinear, onto
+from litmini.methods.base_layer import AdapterLayer
+from litmini.methods.lora_matmul import add_to_base
 
 
 class MultiLoRA:
-    """Adapters of one `model`, added and removed while it serves.
+    """Adapters of one `model`, of any method, added and removed while it serves.
 
-        bank = MultiLoRA(model)
-        bank.add("law", "out/law/final")
-        bank.add("cooking", "out/cooking/final")
-        with bank.use(["law", "cooking", None]):  # one name for each row of the batch; None: the bare base
+        multi_lora = MultiLoRA(model)
+        multi_lora.add("law", "out/law/final")
+        multi_lora.add("cooking", "out/cooking/final")
+        with multi_lora.use(["law", "cooking", None]):  # a name for each sequence of the batch; None: the bare base
             model(tokens)
 
-    The base is computed once for all rows; each adapter changes its own rows.
+    The base is computed once for all sequences; each adapter changes its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False)
         self.names: list[str] = []
         self._layers: dict[str, _Layer] = {}
-        self._rows = _Rows()
+        self._assignment = _Assignment()
 
     def add(self, name: str, directory: str | Path) -> None:
         """Load the adapter of `directory` as `name`, in the place of one that has this name already.
@@ -40,40 +40,40 @@ class MultiLoRA:
         """
         adapter = read_adapter(directory)
         with self._bare():
-            covered = check_adapter(self.model, adapter)
-            made = {full: adapter.over(full, base).eval() for full, base in covered.items()}
+            new = {n: adapter.load(n, layer).eval() for n, layer in check_adapter(self.model, adapter).items()}
         if name in self.names:
             self.remove(name)
         self.names.append(name)
-        for full, layer in made.items():
-            if full not in self._layers:
-                self._layers[full] = _Layer(covered[full], self._rows)
-                replace_module(self.model, full, self._layers[full])
-            self._layers[full].adapters[name] = layer
+        for module, layer in new.items():
+            if module not in self._layers:
+                self._layers[module] = _Layer(layer.base, self._assignment)
+                self.model.set_submodule(module, self._layers[module])
+            self._layers[module].adapters[name] = layer
 
     def remove(self, name: str) -> None:
         """Forget an adapter; layers that no adapter covers are the base's again."""
         self._check([name])
         self.names.remove(name)
-        for full, layer in list(self._layers.items()):
+        for module, layer in list(self._layers.items()):
             layer.adapters.pop(name, None)
             if not layer.adapters:
-                replace_module(self.model, full, layer.base)
-                del self._layers[full]
+                self.model.set_submodule(module, layer.base)
+                del self._layers[module]
 
     @contextmanager
-    def use(self, rows: Sequence[str | None]) -> Iterator[None]:
-        """Inside, row i of every batch goes through the adapter `rows[i]`, or through the bare base where it is None."""
-        self._check([name for name in rows if name is not None])
+    def use(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, sequence i of every batch goes through the adapter `names[i]`, or the bare base where it is None."""
+        self._check([name for name in names if name is not None])
         device = next(self.model.parameters()).device
-        before = vars(self._rows).copy()
-        self._rows.count, self._rows.of = len(rows), {}
-        for name in dict.fromkeys(name for name in rows if name is not None):
-            self._rows.of[name] = torch.tensor([i for i, row in enumerate(rows) if row == name], device=device)
+        before = vars(self._assignment).copy()
+        self._assignment.batch_size, self._assignment.sequences = len(names), {}
+        for name in dict.fromkeys(name for name in names if name is not None):
+            chosen = [i for i, other in enumerate(names) if other == name]
+            self._assignment.sequences[name] = torch.tensor(chosen, device=device)
         try:
             yield
         finally:
-            vars(self._rows).update(before)
+            vars(self._assignment).update(before)
 
     def _check(self, names: Sequence[str]) -> None:
         if unknown := sorted(set(names) - set(self.names)):
@@ -81,51 +81,52 @@ class MultiLoRA:
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
-        for full, layer in self._layers.items():
-            replace_module(self.model, full, layer.base)
+        for module, layer in self._layers.items():
+            self.model.set_submodule(module, layer.base)
         try:
             yield
         finally:
-            for full, layer in self._layers.items():
-                replace_module(self.model, full, layer)
+            for module, layer in self._layers.items():
+                self.model.set_submodule(module, layer)
 
 
-class _Rows:
-    """Which rows of the batch go through which adapter, and how many rows there are."""
+class _Assignment:
+    """Which sequences of the batch go through which adapter; shared by all layers of a model."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.of: dict[str, Tensor] = {}
+        self.batch_size = 0
+        self.sequences: dict[str, Tensor] = {}  # name of an adapter -> indices in the batch
 
 
 class _Layer(nn.Module):
-    """A layer of the base, and the adapters over it, each for its rows."""
+    """A layer of the base, and the adapters over it, each for its sequences."""
 
-    def __init__(self, base: nn.Module, rows: _Rows) -> None:
+    def __init__(self, base: nn.Module, assignment: _Assignment) -> None:
         super().__init__()
         self.base = base
-        self.adapters: dict[str, nn.Module] = {}
-        self.rows = rows  # of the bank
+        self.adapters: dict[str, AdapterLayer] = {}
+        self.assignment = assignment
 
-    def forward(self, x: Tensor, *ends: Any) -> Tensor:
-        change, others = None, []
-        for name, rows in self.rows.of.items():
+    def forward(self, x: Tensor, *offsets: Any) -> Tensor:
+        delta, others = None, []
+        for name, indices in self.assignment.sequences.items():
             if name not in self.adapters:
                 continue
-            if ends:
-                raise UserError("adapters over experts serve alone: their rows are sorted by expert.")
-            if len(x) != self.rows.count:
+            if offsets:
+                raise UserError("adapters over experts serve alone: their tokens are sorted by expert.")
+            if len(x) != self.assignment.batch_size:
                 raise UserError(
-                    f"{self.rows.count} names of adapters for a batch of {len(x)} rows, expected one for each."
+                    f"{self.assignment.batch_size} names of adapters for a batch of {len(x)} sequences, expected one for "
+                    f"each."
                 )
             layer: Any = self.adapters[name]
-            if not isinstance(layer, LoRALinear):
-                others.append((rows, layer))
+            if not layer.additive:
+                others.append((indices, layer))
                 continue
-            if change is None:
-                change = x.new_zeros(*x.shape[:-1], layer.base.out_features)
-            change[rows] = layer.change(x[rows])
-        y = self.base(x, *ends) if change is None else onto(self.base, x, change)
-        for rows, layer in others:
-            y = y.index_copy(0, rows, layer(x[rows]).to(y.dtype))
+            if delta is None:
+                delta = x.new_zeros(*x.shape[:-1], layer.base.out_features)
+            delta[indices] = layer.output_delta(x[indices])
+        y = self.base(x, *offsets) if delta is None else add_to_base(self.base, x, delta)
+        for indices, layer in others:
+            y = y.index_copy(0, indices, layer(x[indices]).to(y.dtype))
         return y

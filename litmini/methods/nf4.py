@@ -1,7 +1,7 @@
 """4-bit base weights: NF4 (QLoRA, arXiv 2305.14314) on bitsandbytes' functional kernels, which run on CPUs, too.
 
-A frozen linear keeps 4 bits a weight and is dequantised for each product, forward and backward: the 16-bit weight never
-outlives the product. Adapters go over it as over any linear.
+A frozen linear keeps 4 bits a weight and is dequantised for each matmul, forward and backward: the 16-bit weight never
+outlives the matmul. Adapters go over it as over any linear.
 """
 
 import functools
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from litmini.errors import UserError
 
 BLOCK = 64  # weights that share an absmax
-PIECE = 2**18  # weights that are quantised at once, whole blocks
+CHUNK = 2**18  # weights that are quantised at once, whole blocks
 NESTED = 256  # values of absmax that share a scale, with double quantisation
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear, or a stack of them (one for each expert), in 4 bits a weight.
+    """A frozen linear, or grouped experts, in 4 bits a weight.
 
     `weight` holds two 4-bit weights a byte, (..., out, in / 2) uint8; `absmax` the largest magnitude in each block of 64,
     (..., out, in / 64), in fp32, or in 8 bits with double quantisation: 4.5 or 4.13 bits a weight in all. Both are frozen
-    parameters with a row for each output, so FSDP gives each rank its share of the bytes.
+    parameters with a row for each output, so FSDP gives each rank a shard of the bytes.
     """
 
     absmax_scale: Tensor
@@ -39,9 +39,9 @@ class NF4Linear(nn.Module):
         if self.in_features % BLOCK:
             raise UserError(f"4-bit layers need an input size that is a multiple of {BLOCK}, found {self.in_features}.")
         rows = weight.shape[:-1]
-        pieces = weight.reshape(-1).split(PIECE)  # the kernel takes 20 bytes of memory for each weight on a CPU
-        found = [_kernels().quantize_4bit.default(piece, BLOCK, "nf4", torch.uint8) for piece in pieces]
-        packed, absmax = (torch.cat(parts) for parts in zip(*found, strict=True))
+        chunks = weight.reshape(-1).split(CHUNK)  # the kernel takes 20 bytes of memory for each weight on a CPU
+        quantized = [_kernels().quantize_4bit.default(chunk, BLOCK, "nf4", torch.uint8) for chunk in chunks]
+        packed, absmax = (torch.cat(parts) for parts in zip(*quantized, strict=True))
         if double:
             offset = absmax.mean()
             absmax, scale = _kernels().quantize_blockwise.default(absmax - offset, _code(absmax.device), NESTED)
@@ -52,7 +52,7 @@ class NF4Linear(nn.Module):
         self.bias = getattr(base, "bias", None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight that this layer multiplies with, (..., out, in), in `dtype` or the one that it was quantised from."""
+        """Return the weight, (..., out, in), in `dtype` or the one that it was quantised from."""
         absmax = self.absmax
         if self.nested:
             absmax = _kernels().dequantize_blockwise.default(
@@ -61,15 +61,15 @@ class NF4Linear(nn.Module):
             absmax = absmax + self.absmax_offset
         return _dequantize(self.weight, absmax, self.shape, dtype or self.dtype)
 
-    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
-        """x W^T + bias; with `ends`, rows of x that stand side by side by expert, each times its expert's weight."""
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias; of grouped experts, x holds the tokens of each in turn, which end at `offsets`."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _Product.apply(x, ends, self)
+        y = _NF4Matmul.apply(x, offsets, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NF4Linear":
-        """`.to(...)`: a change of device reaches the weights, a change of dtype only the bias."""
+        """Let `.to(...)` move the weights to another device; another dtype is for the bias only."""
         bias = self.bias
         return super()._apply(lambda t: fn(t) if t is bias else fn(t.view(torch.uint8)).view(t.dtype), recurse)
 
@@ -77,19 +77,19 @@ class NF4Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, double={self.nested}"
 
 
-class _Product(torch.autograd.Function):
+class _NF4Matmul(torch.autograd.Function):
     """Keeps neither the dequantised weight nor x for the backward pass: the weight is frozen, and dequantised again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, ends: Tensor | None, layer: NF4Linear) -> Tensor:  # type: ignore[override,no-untyped-def]
-        ctx.ends, ctx.layer, ctx.dtype = ends, layer, x.dtype
+    def forward(ctx, x: Tensor, offsets: Tensor | None, layer: NF4Linear) -> Tensor:  # type: ignore[override,no-untyped-def]
+        ctx.offsets, ctx.layer, ctx.dtype = offsets, layer, x.dtype
         weight = layer.dequantize(x.dtype)
-        return F.linear(x, weight) if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
+        return F.linear(x, weight) if offsets is None else F.grouped_mm(x, weight.mT, offs=offsets)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
         weight = ctx.layer.dequantize(ctx.dtype)
-        return grad @ weight if ctx.ends is None else F.grouped_mm(grad, weight, offs=ctx.ends), None, None
+        return grad @ weight if ctx.offsets is None else F.grouped_mm(grad, weight, offs=ctx.offsets), None, None
 
 
 def _dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -106,14 +106,14 @@ def _kernels() -> Any:
 
 @functools.lru_cache
 def _code(device: torch.device) -> Tensor:
-    """The 256 values that 8 bits stand for (dynamic tree, arXiv 1511.04561)."""
+    """Return the 256 values that 8 bits stand for (dynamic tree, arXiv 1511.04561)."""
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map().to(device)
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    """What goes into 4 bits: linears and experts inside of blocks, by full name. Embeddings, head, norms and routers stay.
+    """Return what goes into 4 bits, by full name: linears and experts of blocks. Embeddings, head, norms and routers stay.
 
     Raises:
         UserError: the input size of some is not a multiple of 64; lists all.
@@ -123,18 +123,19 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if "." in name and (isinstance(module, nn.Linear) or type(module).__name__ == "GroupedLinear")
     }
-    if odd := [f"{name} ({m.in_features} inputs)" for name, m in inner.items() if m.in_features % BLOCK]:  # type: ignore[operator]
-        more = f", ... and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise UserError(f"4-bit layers need an input size that is a multiple of {BLOCK}: {', '.join(odd[:5])}{more}.")
+    if unaligned := [f"{name} ({m.in_features} inputs)" for name, m in inner.items() if m.in_features % BLOCK]:  # type: ignore[operator]
+        more = f", ... and {len(unaligned) - 5} more" if len(unaligned) > 5 else ""
+        raise UserError(
+            f"4-bit layers need an input size that is a multiple of {BLOCK}: {', '.join(unaligned[:5])}{more}."
+        )
     return inner
 
 
 def quantize_linears(model: nn.Module, double: bool = True) -> list[str]:
-    """Put an `NF4Linear` in the place of every linear inside of `model`'s blocks; returns their names."""
+    """Put an `NF4Linear` in the place of every linear inside of `model`'s blocks; return their names."""
     inner = quantizable(model)
     for name, module in inner.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, NF4Linear(module, double))
+        model.set_submodule(name, NF4Linear(module, double))
     return list(inner)
 
 

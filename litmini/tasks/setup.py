@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from litmini.compiler import compilable
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example, show_masks
 from litmini.distributed.fsdp import is_sharded, local_bytes
@@ -23,7 +24,7 @@ from litmini.runs.plots import plot_metrics
 from litmini.runs.report import write_report
 from litmini.runs.run import Run, today_keys
 from litmini.tokenizer import Tokenizer
-from litmini.training.compile import compilable, compile_training, is_worth_compiling
+from litmini.training.compile import compile_training, is_worth_compiling
 from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
 from litmini.training.low_memory import checkpoint_activations, offload_activations

@@ -42,12 +42,12 @@ def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
     base = model(TOKENS)
     alone = {name: litmini.load(tiny_dir, path, dtype="fp32")[0](TOKENS) for name, path in saved.items()}
     alone[None] = base
-    bank = MultiLoRA(model)
+    multi_lora = MultiLoRA(model)
     for name, path in saved.items():
-        bank.add(name, path)
+        multi_lora.add(name, path)
     assert torch.equal(model(TOKENS), base), "outside of use() it is the base"
     for rows in (["lora", "dora", None, "head"], ["head"] * 4, ["dora", "lora", "dora", "lora"], [None] * 4):
-        with bank.use(rows):
+        with multi_lora.use(rows):
             y = model(TOKENS)
         for i, name in enumerate(rows):
             assert_close(y[i], alone[name][i])
@@ -58,11 +58,11 @@ def test_each_row_is_as_with_its_adapter_alone(tiny_dir, saved):
 def test_in_bf16_a_row_is_rounded_as_with_its_adapter_alone(tiny_dir, saved):
     alone = {name: litmini.load(tiny_dir, saved[name], dtype="bf16")[0](TOKENS) for name in ("lora", "dora")}
     model = load_model(tiny_dir, torch.bfloat16)
-    bank = MultiLoRA(model)
+    multi_lora = MultiLoRA(model)
     for name in alone:
-        bank.add(name, saved[name])
+        multi_lora.add(name, saved[name])
     for name, y in alone.items():
-        with bank.use([name] * 4):
+        with multi_lora.use([name] * 4):
             assert torch.equal(model(TOKENS), y)
 
 
@@ -70,37 +70,40 @@ def test_in_bf16_a_row_is_rounded_as_with_its_adapter_alone(tiny_dir, saved):
 def test_swapped_and_removed_without_a_trace(tiny_dir, saved):
     model = load_model(tiny_dir, torch.float32)
     base, modules = model(TOKENS), dict(model.named_modules())
-    bank = MultiLoRA(model)
-    bank.add("one", saved["lora"])
-    bank.add("two", saved["dora"])
-    with bank.use(["one"] * 4):
+    multi_lora = MultiLoRA(model)
+    multi_lora.add("one", saved["lora"])
+    multi_lora.add("two", saved["dora"])
+    with multi_lora.use(["one"] * 4):
         first = model(TOKENS)
-    bank.add("one", saved["head"])  # under the same name
-    with bank.use(["one"] * 4):
+    multi_lora.add("one", saved["head"])  # under the same name
+    with multi_lora.use(["one"] * 4):
         second = model(TOKENS)
     assert (first - second).abs().max() > 0.1
-    bank.remove("two")
-    bank.remove("one")
+    multi_lora.remove("two")
+    multi_lora.remove("one")
     assert dict(model.named_modules()) == modules and torch.equal(model(TOKENS), base)
-    with pytest.raises(UserError, match=r"no adapter one; there are: none"), bank.use(["one"]):
+    with pytest.raises(UserError, match=r"no adapter one; there are: none"), multi_lora.use(["one"]):
         pass
 
 
 def test_rows_without_a_name_are_an_error(tiny_dir, saved):
     """Not the bare base: whoever serves several customers would not notice."""
-    bank = MultiLoRA(load_model(tiny_dir, torch.float32))
-    bank.add("lora", saved["lora"])
+    multi_lora = MultiLoRA(load_model(tiny_dir, torch.float32))
+    multi_lora.add("lora", saved["lora"])
     for rows in (["lora"], ["lora"] * 5):
-        with bank.use(rows), pytest.raises(UserError, match=rf"{len(rows)} names of adapters for a batch of 4 rows"):
-            bank.model(TOKENS)
+        with (
+            multi_lora.use(rows),
+            pytest.raises(UserError, match=rf"{len(rows)} names of adapters for a batch of 4 sequences"),
+        ):
+            multi_lora.model(TOKENS)
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_others(tiny_dir, saved, tmp_path):
     model = load_model(tiny_dir, torch.float32)
-    bank = MultiLoRA(model)
-    bank.add("good", saved["lora"])
+    multi_lora = MultiLoRA(model)
+    multi_lora.add("good", saved["lora"])
     with pytest.raises(UserError, match="no adapter directory"):
-        bank.add("good", tmp_path)
-    with bank.use(["good"] * 4), torch.no_grad():
+        multi_lora.add("good", tmp_path)
+    with multi_lora.use(["good"] * 4), torch.no_grad():
         expected = litmini.load(tiny_dir, saved["lora"], dtype="fp32")[0](TOKENS)
         assert_close(model(TOKENS), expected)

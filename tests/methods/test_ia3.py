@@ -111,9 +111,9 @@ def test_merged_restored_and_exported(base, tmp_path, bits):
 def test_beside_the_base_in_one_batch(base, tmp_path):
     changed = saved(base, tmp_path / "adapter")
     model = load_model(base, torch.float32)
-    plain, bank = model(TOKENS), MultiLoRA(model)
-    bank.add("one", tmp_path / "adapter")
-    with bank.use([None, "one"]):
+    plain, multi_lora = model(TOKENS), MultiLoRA(model)
+    multi_lora.add("one", tmp_path / "adapter")
+    with multi_lora.use([None, "one"]):
         y = model(TOKENS)
     assert_close(y, torch.stack((plain[0], changed[1])))
 

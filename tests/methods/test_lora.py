@@ -235,6 +235,39 @@ def test_half_a_pair(tiny_dir, saved):
         load_adapter(tiny(tiny_dir), saved)
 
 
+def test_modules_without_tensors_are_listed_with_all_other_mismatches(tiny_dir, saved):
+    """Strict in both directions: half an adapter is no adapter of this base."""
+
+    def change(tensors):
+        del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+        del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+        name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+        tensors[name] = tensors[name][:3].clone()
+
+    edit(saved, change)
+    with pytest.raises(UserError, match="another base") as error:
+        load_adapter(tiny(tiny_dir), saved)
+    assert "layers.0.self_attn.q_proj: the adapter has no tensors for it" in str(error.value)
+    assert "layers.1.self_attn.q_proj.lora_A: adapter has (3, 64), the model wants (4, 64)" in str(error.value)
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layers_to_transform": [1]}))
+    with pytest.raises(UserError) as error:
+        load_adapter(tiny(tiny_dir), saved)
+    assert "no tensors for it" not in str(error.value), "PEFT was told to leave it out"
+
+
+def test_a_module_in_full_lacks_a_parameter(tiny_dir, tmp_path):
+    model = tiny(tiny_dir)
+    model.lm_head.bias = nn.Parameter(torch.zeros(512))
+    add_adapters(model, LoraConfig(rank=4, targets=["q_proj"], modules_to_save=["lm_head"]))
+    save_adapter(randomised(model), tmp_path, base="tiny")
+    edit(tmp_path, lambda t: t.pop("base_model.model.lm_head.bias"))
+    again = tiny(tiny_dir)
+    again.lm_head.bias = nn.Parameter(torch.zeros(512))
+    with pytest.raises(UserError, match=r"lm_head.bias: adapter has None, the model wants \(512,\)"):
+        load_adapter(again, tmp_path)
+
+
 def test_an_adapter_that_does_nothing(tiny_dir, saved):
     edit(saved, lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items() if "lora_B" in k}))
     with pytest.raises(UserError, match="does nothing"):
@@ -246,8 +279,16 @@ def test_an_adapter_that_does_nothing(tiny_dir, saved):
 )
 def test_features_that_are_not_here_are_refused(tiny_dir, saved, setting):
     file = saved / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
-    with pytest.raises(UserError, match=next(iter(setting))):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "olora", "r": 0, **setting}))
+    with pytest.raises(UserError, match=next(iter(setting))) as error:
+        load_adapter(tiny(tiny_dir), saved)
+    assert "convert it with PEFT first" in str(error.value) and "no number above 0" in str(error.value), "all at once"
+
+
+def test_unknown_methods_are_refused(tiny_dir, saved):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "VERA"}))
+    with pytest.raises(UserError, match="adapter_config.json: peft_type = 'VERA' is not implemented; there are: LoRA"):
         load_adapter(tiny(tiny_dir), saved)
 
 

@@ -1,6 +1,8 @@
 """DoRA, rsLoRA, PiSSA, patterns, whole modules and LoRA+: against PEFT, both ways, merged and on 4-bit bases."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,6 +18,8 @@ from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.methods import registry
 from litmini.methods.adapters import (
     adapters,
     add_adapters,
@@ -24,13 +28,15 @@ from litmini.methods.adapters import (
     remove_adapters,
     restore_adapters,
 )
-from litmini.methods.base_layer import ModulesToSaveLayer
+from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, dense, module_name
 from litmini.methods.dora import DoRALinear
-from litmini.methods.lora import LoRALinear, PiSSALinear
+from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import NF4Linear
-from litmini.models import llama, mixtral, qwen3_moe
+from litmini.methods.pissa import PiSSALinear
+from litmini.models import llama, mixtral, qwen2, qwen3_moe
 from litmini.training.optimizer import make_optimizer
 
+ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 512
 METHODS = {  # our settings, our class, PEFT's settings
     "lora": ({}, None, {}),
@@ -120,7 +126,8 @@ def test_from_peft_to_us_with_equal_gradients_and_counts(tiny_dir, tmp_path, met
         if isinstance(module, ModulesToSaveLayer):
             pairs = {f"modules_to_save.default.{n}": p.grad for n, p in module.full.named_parameters()}
         else:
-            pairs = {f"{kind}.default.weight": getattr(module, kind).grad for kind in module.saved()[1]}
+            kinds = [key.removesuffix(".weight") for key in module.peft_keys]
+            pairs = {f"{kind}.default.weight": getattr(module, kind).grad for kind in kinds}
         for suffix, gradient in pairs.items():
             expected = gradients[f"base_model.model.{name}.{suffix}"]
             assert_close(gradient, expected)
@@ -239,7 +246,7 @@ def test_small_changes_are_not_rounded_away_in_bf16(cls, bits, mixed):
     assert part.item() == pytest.approx(1, abs=0.1)
 
 
-def test_frozen_dora_computes_its_gain_once(tiny_dir, tmp_path, monkeypatch):
+def test_frozen_dora_computes_its_magnitude_scale_once(tiny_dir, tmp_path, monkeypatch):
     model, _ = ours(tiny_dir, {}, DoRALinear)
     save_adapter(changed(model), tmp_path, base=str(tiny_dir))
     loaded, _ = litmini.load(tiny_dir, tmp_path, dtype="fp32")
@@ -248,14 +255,14 @@ def test_frozen_dora_computes_its_gain_once(tiny_dir, tmp_path, monkeypatch):
     assert torch.equal(loaded(TOKENS), expected)
 
 
-def test_gain_follows_what_is_trained_beside_a_frozen_magnitude():
+def test_magnitude_scale_follows_what_is_trained_beside_a_frozen_magnitude():
     layer, x = trained_dora(nn.Linear(16, 12).requires_grad_(False)), torch.randn(3, 16)
     layer.lora_magnitude_vector.requires_grad_(False)
     layer(x)
     layer.lora_B.data += 1
     assert_close(layer(x), layer.merge()(x))
     layer.requires_grad_(False)(x)
-    assert layer.double().gain().dtype == torch.float64, "computed again for what .to() made of it"
+    assert layer.double().magnitude_scale().dtype == torch.float64, "computed again for what .to() made of it"
 
 
 def test_dropout_waits_for_training(tiny_dir):
@@ -331,6 +338,78 @@ def test_settings_that_do_not_go_with_4_bits(tiny_dir):
                 setattr(model.get_submodule(parent), last, NF4Linear(module))
         with pytest.raises(UserError, match=message):
             add_adapters(model, LoraConfig(rank=4, targets=["q_proj"], **settings))
+
+
+class Gate(AdapterLayer):
+    """A method of a few lines: y = g * base(x), with one trained g for each layer."""
+
+    peft_keys = ("gate",)
+
+    def __init__(self, base, *_):
+        super().__init__()
+        self.base, self.gate = base, nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.base(x) * self.gate
+
+    def merged_weight(self):
+        return dense(self.base) * self.gate
+
+    @classmethod
+    def merged_bias(cls, bias, tensors):
+        return bias * tensors["gate"]
+
+    def peft_tensors(self):
+        return {"gate": self.gate}
+
+    def load_peft(self, tensors):
+        self.gate.data.copy_(tensors["gate"])
+
+    @classmethod
+    def from_peft(cls, base, name, config, tensors):
+        return cls(base)
+
+    @classmethod
+    def peft_config(cls, layers, model):
+        return {"peft_type": "GATE", "target_modules": sorted({module_name(name) for name in layers})}
+
+    @classmethod
+    def reads(cls, config):
+        return config.get("peft_type") == "GATE"
+
+
+@torch.no_grad()
+def test_a_new_method_is_one_class(tokenizer_dir, tmp_path, monkeypatch):
+    """Added, saved, read, merged, exported and served beside others: nothing outside of methods/ knows it."""
+    monkeypatch.setattr(registry, "METHODS", (*registry.METHODS, Gate))
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    model = qwen2.Model(qwen2.PRESETS["tiny"])  # with biases
+    model.init_weights(torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+    save_model(base, qwen2.config_to_hf(model.config), model.named_parameters(), tokenizer_dir)
+    add_adapters(model, LoraConfig(rank=4, targets=["q_proj", "up_proj"]), Gate)
+    expected = changed(model)(TOKENS)
+    save_adapter(model, adapter, base=str(base))
+    loaded, _ = litmini.load(base, adapter, dtype="fp32")
+    assert torch.equal(loaded(TOKENS), expected)
+    merge_adapters(loaded)
+    assert_close(loaded(TOKENS), expected)
+    export(base, tmp_path / "merged", adapter)
+    assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected)
+    multi_lora = MultiLoRA(load_model(base, torch.float32))
+    multi_lora.add("gate", adapter)
+    with multi_lora.use(["gate"] * 2):
+        assert_close(multi_lora.model(TOKENS), expected)
+
+
+@pytest.mark.parametrize("room", ["checkpoints", "generation", "tasks", "training"])
+def test_no_room_asks_which_method_a_layer_is(room):
+    methods = {cls.__name__ for cls in (*registry.METHODS, PiSSALinear)}
+    for file in (ROOT / "litmini" / room).rglob("*.py"):
+        assert not methods & set(re.findall(r"\w+", file.read_text())), file
 
 
 def test_optimizer_and_gradient_memory_is_of_what_is_trained_only(tiny_dir):

@@ -309,7 +309,7 @@ def test_peak_of_loading_is_the_4_bit_size_and_one_shard(tmp_path, tokenizer_dir
 def test_bitsandbytes_costs_nothing_where_it_is_not_used_and_says_nothing_where_it_is():
     code = """
 import sys, torch
-import litmini.methods.nf4, litmini.methods.adapters, litmini.checkpoints.peft, litmini.checkpoints.export
+import litmini.methods.nf4, litmini.methods.registry, litmini.checkpoints.peft, litmini.checkpoints.export
 import litmini.training.optimizer
 assert "bitsandbytes" not in sys.modules
 litmini.methods.nf4.NF4Linear(torch.nn.Linear(64, 64))

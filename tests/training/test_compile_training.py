@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +13,16 @@ from numerics import assert_gradients_close
 from test_scripts import run
 from torch._dynamo.utils import counters
 
+from litmini.compiler import compilable
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.generation.compile import compile_decoding
-from litmini.methods import lora
 from litmini.methods.adapters import add_adapters
+from litmini.methods.lora import LoRALinear
 from litmini.models import gemma2, llama, mixtral, qwen3_moe
-from litmini.ops import attention
 from litmini.tasks import setup
 from litmini.training import compile as training_compile
-from litmini.training.compile import COMPILE_THRESHOLD, compilable, compile_training, is_worth_compiling
+from litmini.training.compile import COMPILE_THRESHOLD, compile_training, is_worth_compiling
 from litmini.training.low_memory import checkpoint_activations
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -125,9 +127,7 @@ def packed(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def fresh(monkeypatch):
-    for module, name in ((attention, "_document_by_document"), (lora, "add_product_")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # it is replaced
+def fresh():
     torch._dynamo.reset()
     counters.clear()
 
@@ -160,6 +160,16 @@ def test_training_equals_what_is_not_compiled_and_compiles_once(family, recomput
     assert counters["stats"]["unique_graphs"] == graphs[-1]
 
 
+def test_importing_attention_and_methods_imports_no_compiler():
+    """torch._dynamo takes a second: only who compiles waits for it."""
+    code = "import sys, litmini.ops.attention, litmini.methods.registry; assert 'torch._dynamo' not in sys.modules"
+    code += "; from litmini.ops import attention; import torch; one = torch.ones(1, 1, 2, 4)"
+    code += "; mask = attention.make_mask(torch.arange(2)[None], torch.ones(1, 2), None, None)"
+    code += "; attention.attend(one, one, one, mask); assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_documents_a_block_is_one_graph(fresh):
     model = llama.Model(llama.PRESETS["tiny"])
     model.init_weights()
@@ -173,14 +183,14 @@ def test_without_documents_a_block_is_one_graph(fresh):
 class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = lora.LoRALinear(torch.nn.Linear(16, 24, bias=False).requires_grad_(False), rank=4, alpha=8)
+        self.linear = LoRALinear(torch.nn.Linear(16, 24, bias=False).requires_grad_(False), rank=4, alpha=8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x.tanh())
 
 
 def test_adapters_are_summed_in_place(fresh):
-    """The compiler's own addmm would copy the change, as large as the output, first."""
+    """The compiler's own addmm would copy the delta, as large as the output, first."""
     model = torch.nn.ModuleList([Block()])
     compile_training(model, torch.float32)
     x = torch.randn(8, 16, requires_grad=True)
