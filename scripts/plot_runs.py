@@ -34,7 +34,7 @@ def main(config: PlotConfig) -> None:
     for name, loss in plot_runs(
         [Path(run) for run in config.runs], Path(config.out_file), config.smooth, config.by
     ).items():
-        print(f"{name}: last held-out loss {loss:.4f}" if loss is not None else f"{name}: no held-out loss")
+        print(f"{name}: last validation loss {loss:.4f}" if loss is not None else f"{name}: no validation loss")
     print(f"drawn: {config.out_file}")
 
 

@@ -27,17 +27,17 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None
-    """Steps between evaluations on held-out data; none: only before and after."""
+    """Steps between evaluations on validation data; none: only before and after."""
     save_every: int | None = None
     """Steps between checkpoints; none: only at the end, or when interrupted."""
     patience: int | None = None
-    """Stop after this many evaluations without a lower held-out loss; none: never."""
+    """Stop after this many evaluations without a lower validation loss; none: never."""
     sample_every: int | None = None
-    """Steps between answers to the first held-out questions (`eval.samples`), kept in samples.jsonl; none: no answers."""
+    """Steps between completions of the first validation prompts (`eval.samples`), kept in samples.jsonl; none: no answers."""
     keep_last: int = 2
     """How many step-* checkpoints to keep."""
     keep_best: bool = False
-    """Save at each evaluation that finds a lower held-out loss, and keep that checkpoint, too."""
+    """Save at each evaluation that finds a lower validation loss, and keep that checkpoint, too."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When loss or gradients are NaN or infinite: stop the run, or leave out this step. The batch is saved either way."""
 
@@ -96,7 +96,7 @@ class EvalConfig:
     """Evaluation by generated answers, before and after training."""
 
     exact_match: bool = False
-    """Answer each held-out conversation greedily and count those equal to its last turn."""
+    """Answer each validation conversation greedily and count those equal to its last turn."""
     max_new_tokens: int = 64
     """Longest answer."""
     samples: int = 2

@@ -102,7 +102,7 @@ def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, w
 def load_data(
     config: DataConfig, tokenizer: Tokenizer, seed: int, to_answer: int | None = None
 ) -> tuple[Examples, Examples | None, list[Example]]:
-    """Tokenised training and held-out examples, and held-out ones as they were read.
+    """Tokenised training and validation examples, and validation ones as they were read.
 
     Args:
         seed: of the choice of `config.val_fraction`.
@@ -114,7 +114,7 @@ def load_data(
     train, val, val_files = _join(train_files, tokenizer, config, "training"), None, train_files
     if config.val_path:
         val_files = [find_files(config.val_path)]
-        val = _join(val_files, tokenizer, config, "held-out")
+        val = _join(val_files, tokenizer, config, "validation")
     elif config.val_fraction:
         order = np.random.default_rng(seed).permutation(len(train))
         count = max(1, round(config.val_fraction * len(train)))

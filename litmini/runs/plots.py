@@ -13,14 +13,14 @@ from litmini.runs.run import read_metrics
 
 
 def plot_runs(directories: list[Path], file: Path, smooth: float, by: str) -> dict[str, float | None]:
-    """Draw the training loss (thin) and held-out loss (dots) of several runs into one picture.
+    """Draw the training loss (thin) and validation loss (dots) of several runs into one picture.
 
     Args:
         smooth: share of the running mean that each training step keeps.
         by: the column on the x axis, "step" or "tokens".
 
     Returns:
-        Run -> its last held-out loss.
+        Run -> its last validation loss.
 
     Raises:
         UserError: a directory holds no run, or the picture's kind is not known.
@@ -46,7 +46,7 @@ def plot_runs(directories: list[Path], file: Path, smooth: float, by: str) -> di
         last[str(directory)] = held_out[-1][1] if held_out else None
         axes.plot(*zip(*held_out or [(0, float("nan"))], strict=True), f"C{number}o-", label=directory.name)
     axes.grid(alpha=0.3)
-    axes.legend(title="held-out; thin: training")
+    axes.legend(title="validation; thin: training")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(file, dpi=120)
@@ -59,7 +59,7 @@ BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 
 
 def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
-    """Draw a run's loss curve, training and held-out, into loss.png."""
+    """Draw a run's loss curve, training and validation, into loss.png."""
     rows = read_metrics(directory / "metrics.csv")
     _figure(lambda axes: _draw_loss(axes, rows, results, directory.name), (7, 4)).savefig(
         directory / "loss.png", dpi=120
@@ -102,7 +102,7 @@ def _draw_loss(axes: Any, rows: list[dict[str, str]], results: dict[str, Any], t
             (last, results["val_loss_after"]),
         ]
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, label="held-out", markersize=4)
+        axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, label="validation", markersize=4)
     _from_zero(axes)
     axes.legend(frameon=False)
 

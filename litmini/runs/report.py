@@ -57,7 +57,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
 def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(title, value, beside it) of what one wants to know first."""
     tiles = []
-    for key, title, form in (("val_loss", "held-out loss", "{:.3f}"), ("exact_match", "exact match", "{:.0%}")):
+    for key, title, form in (("val_loss", "validation loss", "{:.3f}"), ("exact_match", "exact match", "{:.0%}")):
         if f"{key}_after" in results:
             tiles.append((title, form.format(results[f"{key}_after"]), f"was {form.format(results[f'{key}_before'])}"))
     seconds = results["training_seconds"]

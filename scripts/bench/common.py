@@ -106,7 +106,7 @@ def train(
 
 
 def held_out_losses(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, float]:
-    """Mean loss a target of the held-out samples, with weights in fp32, and in bf16, as most people will use them."""
+    """Mean loss a target of the validation samples, with weights in fp32, and in bf16, as most people will use them."""
     import torch
 
     model.eval()

@@ -4,7 +4,7 @@
 
 The corpus of char.yaml comes first (see there). Both train the configuration's GPT-2, the same function of the same size;
 every 20 steps the other one goes on, so that a busy machine slows both, and the median of these turns counts. At the end
-both models predict all held-out text. litmini also writes its run directory.
+both models predict all validation text. litmini also writes its run directory.
 """
 
 import dataclasses

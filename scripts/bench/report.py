@@ -18,7 +18,7 @@ LOSSES = (
     "rounding took a part of the training."
 )
 COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
-COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32 and in bf16"]
+COLUMNS += ["loss, first and last 5 steps", "validation loss, in fp32 and in bf16"]
 
 
 def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def converted(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | None:
-    """Whether its losses, at the start, at the end and on held-out samples, are those of half of the others or more.
+    """Whether its losses, at the start, at the end and on validation samples, are those of half of the others or more.
 
     The others in fp32, if there are any: there, rounding takes nothing from training. Else those of its dtype.
     """

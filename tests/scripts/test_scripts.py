@@ -125,7 +125,7 @@ def test_what_a_run_leaves(place, tiny_dir, kind):
     assert {"exact_match_before", "exact_match_after", "samples_before", "tokens_per_second"} <= results.keys()
     assert results["steps"] == 4 and results["tokens"] > results["target_tokens"] > 0
     log = (place / f"{kind}.log").read_text()
-    assert "held-out loss" in log and "held-out exact match" in log and str(out / "final") in log
+    assert "validation loss" in log and "validation exact match" in log and str(out / "final") in log
 
 
 def test_the_product_of_lora_is_an_adapter(place, tiny_dir):
@@ -307,11 +307,11 @@ def test_finetuning_scripts_differ_only_in_base_method_and_saving():
     scripts = sorted(p.name for p in SCRIPTS.glob("finetune_*.py"))
     assert len(scripts) >= 2
     first = steps(scripts[0])
-    assert list(first) == list(range(1, 10))
+    assert list(first) == list(range(1, 9))
     for other in scripts[1:]:
         theirs = steps(other)
         assert list(theirs) == list(first), other
-        for number in {*first} - {4, 5, 9}:
+        for number in {*first} - {4, 5, 8}:
             assert theirs[number] == first[number], f"step {number} of {other} differs from {scripts[0]}"
 
 

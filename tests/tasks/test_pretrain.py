@@ -495,7 +495,7 @@ def test_z_loss_keeps_a_tied_head_tied():
 def test_runs_in_one_picture(place, whole):
     shown = run("plot_runs.py", place / "whole", place / "whole", "--out_file", place / "both.png")
     last = json.loads((place / "whole/manifest.json").read_text())["results"]["val_loss_after"]
-    assert f"{place / 'whole'}: last held-out loss {last:.4f}" in shown
+    assert f"{place / 'whole'}: last validation loss {last:.4f}" in shown
     assert (place / "both.png").read_bytes().startswith(b"\x89PNG")
     assert "metrics of a run not found" in run("plot_runs.py", place, "--out_file", place / "none.png", status=1)
     assert "Format 'xyz'" in run("plot_runs.py", place / "whole", "--out_file", place / "a.xyz", status=1)
@@ -504,7 +504,7 @@ def test_runs_in_one_picture(place, whole):
 def test_the_benchmark_trains_the_same_model_twice(place):
     words = settings(place, "benchmark", "--train.max_steps", 40, "--train.micro_batch_size", 6, model="gpt2/tiny")
     shown = run("../scripts/bench/pretraining.py", *words)
-    sides = re.findall(r"(litmini|plain) +([\d,]+) parameters, .* held-out loss ([\d.]+)", shown)
+    sides = re.findall(r"(litmini|plain) +([\d,]+) parameters, .* validation loss ([\d.]+)", shown)
     assert [side[0] for side in sides] == ["litmini", "plain"] and sides[0][1] == sides[1][1]
     assert float(sides[0][2]) == pytest.approx(float(sides[1][2]), abs=0.5) and float(sides[0][2]) < 5
 

@@ -133,7 +133,7 @@ def shared(place, one):
 
 
 def test_replicas_and_shares_are_one_process(place, one, shared):
-    """Losses, held-out losses, norms and weights of two processes, whose steps have four micro-batches each."""
+    """Losses, validation losses, norms and weights of two processes, whose steps have four micro-batches each."""
     _, file = train(place, "ddp", *DDP, devices=2)
     assert seen(file) == list(range(STEPS * BATCH))
     assert_runs_agree(one, place / "ddp")

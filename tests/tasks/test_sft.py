@@ -132,7 +132,7 @@ def test_samples_statistics_and_idle_settings_are_printed(run):
     status, out, _ = run("finetune_lora", "run", *words)
     assert status == 0
     assert out.count("prompt     ") == 2 and out.count("\nbefore     ") == 2 and out.count("\nafter      ") == 2
-    assert "held-out: 50 examples" in out and "held-out loss" in out
+    assert "validation: 50 examples" in out and "validation loss" in out
     assert "optim.warmup_steps beyond the 4 steps" in out
     assert "eval.exact_match" in run("finetune_lora", "other", "--eval.exact_match")[1]
 
