@@ -1,4 +1,4 @@
-"""How a command line becomes settings, and how errors reach the user.
+"""Settings from a command line, and errors of commands in words.
 
 Nothing heavy is imported here, so that `--help` answers at once: a script imports torch after parsing.
 """
@@ -19,9 +19,10 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import jsonargparse
 import yaml
 
-from litmini.config import UserError
-from litmini.files import existing_file, is_disk_full, release
-from litmini.processes import alone, first_to_fail, is_first, leave
+from litmini.distributed.processes import alone, first_to_fail, is_first, leave
+from litmini.errors import UserError
+from litmini.files import existing_file
+from litmini.system import is_disk_full, unlock_all
 
 T = TypeVar("T")
 
@@ -54,16 +55,16 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """A hint for an unknown setting: the most similar one, by its whole name or by the last part."""
-    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    leaf = key.rsplit(".", 1)[-1]
-    near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f"did you mean '{near[0]}'?" if near else "see --help for those there are."
+    """Return a hint for an unknown setting: the most similar one, by its whole name or by the last part."""
+    last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
+    last = key.rsplit(".", 1)[-1]
+    near = [last_parts[last]] if last in last_parts else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [last_parts[name] for name in difflib.get_close_matches(last, last_parts, n=1)]
+    return f"did you mean '{near[0]}'?" if near else "see --help for the existing ones."
 
 
 def _describe(kind: Any) -> str:
-    """A field's type in words."""
+    """Return a field's type in words."""
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType):
@@ -117,10 +118,10 @@ def _check_yaml(path: str, parser: _Parser) -> None:
 
 
 def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
-    """The words of a command line as `--name=value`, config files first, so that the rest wins wherever they stand.
+    """Return the words of a command line as `--name=value`, config files first, so that the rest overrides them.
 
     NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true. A positional field written
-    `names...` takes all the words that are left.
+    `names...` takes all remaining words.
     """
     files: list[str] = []
     rest: list[str] = []
@@ -154,11 +155,13 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
     """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
     config = parse(config_class, doc, positional=positional)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
-    # oneDNN keeps the code that it makes for each shape of a product, up to a MiB; of 1,024 of them, if nothing is said
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for other letters
+    # oneDNN caches compiled code of up to a MiB for each shape of a matmul, by default of 1,024 shapes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would tell of every connection that another ends
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # torch would log every connection that another process closes
     try:
         main(config)
     except SystemExit:
@@ -166,19 +169,19 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
     except BaseException as error:
         leave(_report(error) if first_to_fail(error) else 1)
     finally:
-        release()
+        unlock_all()
     leave(0)
 
 
 def _report(error: BaseException) -> int:
-    """Say what the user can mend, and return the exit status. What is no mistake of the user's is raised again."""
+    """Print an error that the user can fix, and return the exit status; raise any other again."""
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return error.status
     if isinstance(error, KeyboardInterrupt):
         print("\ninterrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
-    if isinstance(error, BrokenPipeError):  # whoever read our output has gone, as in `generate.py ... | head -1`
+    if isinstance(error, BrokenPipeError):  # the reader of our output has ended, as in `generate.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif is_disk_full(error):
         print(

@@ -1,8 +1,6 @@
-"""Files that are whole or not there: written aside, flushed to disk and renamed."""
+"""Files and directories that are written atomically: under another name, flushed to disk and renamed."""
 
 import difflib
-import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -14,57 +12,56 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from litmini.config import UserError
+from litmini.errors import UserError
+from litmini.system import being_written, try_lock
 
-SEAL = "sha256.json"
+CHECKSUMS = "sha256.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_held: dict[tuple[int, int], int] = {}  # (device, inode) of a directory -> descriptor that locks it
 
 
 @contextmanager
-def write_aside(
-    directory: Path, later: Callable[[Callable[..., None]], object] | None = None, sealed: bool = False
+def write_atomically(
+    directory: Path, later: Callable[[Callable[..., None]], object] | None = None, checksums: bool = False
 ) -> Iterator[Path]:
     """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
 
     When the block fails, or the process dies, `directory` is as it was before. Should it die between the two renames that
-    replace an old directory, the next `write_aside` or `check_checkpoint_dir` brings that one back.
+    replace an old directory, the next `write_atomically` or `check_checkpoint_dir` brings that one back.
 
     Args:
         later: takes what is left to do after the block (waiting for the disk, renaming), to call it in a thread, say.
             What was written in the block is a copy already: the kernel's, in memory. It may be given what waits for others
             who write there, to call that first.
-        sealed: add the hash of each file, for `check_seal`.
+        checksums: add the sha256 of each file, for `check_checksums`.
 
     Raises:
         UserError: another process is writing this directory.
     """
     restore(directory)
-    aside = _aside(directory)
-    lock = _claim(aside, directory)
+    partial = _partial(directory)
+    unlock = _claim(partial, directory)
 
     def finish(wait: Callable[[], None] | None = None) -> None:
         try:
             if wait:
                 wait()
-            if sealed:
-                files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
-                hashes = {str(file.relative_to(aside)): file_hash(file) for file in files}
-                write_json(aside / SEAL, hashes)
-            for path in [*aside.rglob("*"), aside]:
+            if checksums:
+                files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+                write_json(partial / CHECKSUMS, {str(file.relative_to(partial)): file_hash(file) for file in files})
+            for path in [*partial.rglob("*"), partial]:
                 _flush(path)
-            _take_name(aside, directory)
+            _take_name(partial, directory)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
-            os.close(lock)
+            unlock()
 
     try:
-        yield aside
+        yield partial
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.close(lock)
+        shutil.rmtree(partial, ignore_errors=True)
+        unlock()
         raise
     if later:
         later(finish)
@@ -72,100 +69,64 @@ def write_aside(
         finish()
 
 
-def check_seal(directory: Path) -> None:
-    """Compare the files of a sealed directory with what was written.
+def check_checksums(directory: Path) -> None:
+    """Compare the files of a directory with the checksums written with them.
 
     Raises:
         UserError: some are missing or changed; names them.
     """
-    damaged, sealed = [], dict[str, Any]()
+    damaged, checksums = [], dict[str, Any]()
     try:
-        sealed = read_json(directory / SEAL)
+        checksums = read_json(directory / CHECKSUMS)
     except UserError:
-        damaged.append(SEAL)
-    for name, digest in sealed.items():
+        damaged.append(CHECKSUMS)
+    for name, digest in checksums.items():
         file = directory / name
         if not file.is_file() or file_hash(file) != digest:
             damaged.append(name)
     if damaged:
         others = sorted(str(p) for p in directory.parent.glob("step-*") if p != directory)
-        instead = f"go on from another: --resume {others[-1]}" if others else "there is no other to go on from"
+        instead = f"resume from another: --resume {others[-1]}" if others else "there is no other to resume from"
         raise UserError(f"{directory} is damaged ({', '.join(damaged)} changed since it was written); {instead}.")
 
 
 def discard(directory: Path) -> None:
-    """Delete a directory, first its name: who lists what is there never meets half of it."""
-    aside = _aside(directory)
-    directory.rename(aside)
-    shutil.rmtree(aside)
+    """Delete a directory, first its name, so that nobody finds half of it under that name."""
+    partial = _partial(directory)
+    directory.rename(partial)
+    shutil.rmtree(partial)
 
 
-def hold(directory: Path) -> None:
-    """Lock a directory until `release`, or the end of this process.
-
-    Raises:
-        UserError: another process has.
-    """
-    state = directory.stat()
-    key = (state.st_dev, state.st_ino)
-    if key not in _held:
-        if (descriptor := lock(directory)) is None:
-            raise UserError(f"another process is writing {directory}: wait for it, or stop it, or choose another name.")
-        _held[key] = descriptor
-
-
-def release() -> None:
-    """Let others write what this process holds."""
-    while _held:
-        os.close(_held.popitem()[1])
-
-
-def _take_name(aside: Path, directory: Path) -> None:
+def _take_name(partial: Path, directory: Path) -> None:
     if directory.exists():
         old = _old(directory)
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
-        aside.rename(directory)
+        partial.rename(directory)
         shutil.rmtree(old)
     else:
-        aside.rename(directory)
+        partial.rename(directory)
     _flush(directory.parent)
 
 
-def _claim(aside: Path, directory: Path) -> int:
-    """Make `aside`, empty and locked until the returned descriptor is closed, or this process dies."""
+def _claim(partial: Path, directory: Path) -> Callable[[], None]:
+    """Make `partial`, empty and locked; return what unlocks it."""
     while True:
-        aside.mkdir(parents=True, exist_ok=True)
-        descriptor = lock(aside)
-        if descriptor is None:
-            raise UserError(f"another process is writing {directory}: wait for it, or stop it, or choose another name.")
+        partial.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), aside.stat()):
+            before = partial.stat()
+            if (unlock := try_lock(partial)) is None:
+                raise UserError(being_written(directory))
+            if partial.exists() and os.path.samestat(before, partial.stat()):
                 break
-        os.close(descriptor)  # its owner has just given it its name
-    for left in aside.iterdir():  # of a process that died
+            unlock()  # its owner has just given it its name
+    for left in partial.iterdir():  # of a process that died
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return descriptor
-
-
-def lock(directory: Path) -> int | None:
-    """Lock a directory; None where somebody else has.
-
-    It is free again when the returned descriptor is closed or the process ends, however it does. No file is left behind.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
+    return unlock
 
 
 class Background:
-    """Jobs done one after the other in a thread. What they raise is raised by `wait`."""
+    """A thread that does one job after the other. `wait` raises what they raise."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -182,22 +143,21 @@ class Background:
 
 
 def restore(directory: Path) -> None:
-    """Bring `directory` back if a process died while it replaced it."""
+    """Rename a directory back if a process died while it replaced it."""
     old = _old(directory)
     if not old.is_dir():
         return
     with suppress(FileNotFoundError):
-        descriptor = lock(_aside(directory))
-        if descriptor is None:  # it is alive, and about to
+        if (unlock := try_lock(_partial(directory))) is None:  # that process is alive, and about to
             return
-        os.close(descriptor)
+        unlock()
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.rename(directory)
 
 
-def _aside(directory: Path) -> Path:
+def _partial(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.partial")
 
 
@@ -219,7 +179,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -237,52 +197,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, never meets half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(text, encoding="utf-8")
-    _flush(aside)
-    aside.rename(path)
+    """Write a file atomically: neither a reader nor a crash finds half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    partial.rename(path)
 
 
 def check_no_pointer(file: Path) -> None:
-    """Call this where a file is not what it should be.
+    """Check a file that cannot be read as what it should be.
 
     Raises:
-        UserError: it is the few lines that git keeps in place of a large file.
+        UserError: it is the pointer that git keeps in place of a large file.
     """
     with suppress(OSError), file.open("rb") as opened:
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
                 f"{file} is not here: that file is only git's pointer to it, since the repository was cloned without "
-                f"git-lfs. Type: git -C {file.parent} lfs pull. Or get the model anew: python scripts/download.py ORG/NAME"
+                f"git-lfs. Type: git -C {file.parent} lfs pull. Or download it again: python scripts/download.py ORG/NAME"
             )
 
 
-def check_room(directory: Path, needed: int, spare: int = 0) -> None:
-    """Before anything is written in `directory`, which need not exist yet: is there room for it?
+def existing_file(path: str, what: str) -> Path:
+    """Return `path` if it is a file.
 
     Raises:
-        UserError: fewer than `needed` + `spare` bytes are free.
+        UserError: it is none; names the nearest files beside it.
     """
-    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if needed + spare > free:
-        raise UserError(
-            f"too little disk: {needed / 1e9:.2f} GB are still to come and {free / 1e9:.2f} GB are free in {parent}. "
-            f"Free some space, or choose another --out_dir."
-        )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that a file could not grow: the disk, the quota or the file size limit is reached."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno in full:
-        return True  # safetensors and torch report the same as text
-    return any(f"os error {number})" in str(error) for number in full) or "No space left on device" in str(error)
-
-
-def existing_file(path: str, what: str) -> Path:
-    """`path` if it is a file, else a UserError that names the nearest files beside it."""
     file = Path(path)
     if file.is_file():
         return file
@@ -295,7 +236,7 @@ def existing_file(path: str, what: str) -> Path:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal, computed once a process and state of the file."""
+    """Return the sha256 of a file, in hexadecimal, computed once for each state of the file."""
     status = path.stat()
     return _content_hash(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -306,7 +247,7 @@ def _content_hash(path: Path, *state: int) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while part := file.read(1 << 20):

@@ -6,6 +6,7 @@ the special tokens (BOS) that the tokenizer itself adds.
 
 import json
 import re
+import shutil
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.checkpoint import copy_side_files
-from litmini.config import UserError
+from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
 
 Message = dict[str, Any]
@@ -192,3 +192,24 @@ class Tokenizer:
             template.write_text(self.chat_template, encoding="utf-8")
         stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
         write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})
+
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+
+
+def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
+    """Copy what travels with the weights: tokenizer, chat template, generation settings, licence."""
+    for name in SIDE_FILES:
+        if (source / name).is_file() and (replace or not (target / name).exists()):
+            shutil.copyfile(source / name, target / name)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig
+from litmini.config.generate import ModelConfig
+from litmini.errors import UserError, check
 
 BENCH = Path(__file__).parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -97,7 +97,7 @@ def main(config: BenchmarkConfig) -> None:
 
     from report import chart, make_rows, table
 
-    from litmini.checkpoint import check_checkpoint_dir
+    from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.files import write_json, write_text
 
     check_checkpoint_dir(config.checkpoint_dir)

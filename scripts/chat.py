@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import UserError
-from litmini.generation_config import ModelConfig, SamplingConfig
+from litmini.config.generate import ModelConfig, SamplingConfig
+from litmini.errors import UserError
 
 COMMANDS = "/reset, /save FILE, /quit"
 
@@ -33,9 +33,9 @@ class ChatConfig(SamplingConfig, ModelConfig):
 def main(config: ChatConfig) -> None:
     import contextlib
 
-    from litmini.generation import open_model, stream_reply
-    from litmini.prompts import check_text
-    from litmini.reply import Reply
+    from litmini.generation.generate import open_model, stream_text
+    from litmini.generation.prompts import check_text
+    from litmini.generation.request import Request
 
     with contextlib.suppress(ImportError):  # not everywhere: arrow keys and earlier lines
         import readline  # noqa: F401
@@ -63,9 +63,9 @@ def main(config: ChatConfig) -> None:
                 messages = obey(said, messages, before)
                 continue
             asked = [*messages, {"role": "user", "content": check_text(said)}]
-            reply = Reply(tokenizer.encode_prompt(asked), config, tokenizer.stop_ids, tokenizer)
+            reply = Request(tokenizer.encode_prompt(asked), config, tokenizer.stop_ids, tokenizer)
             with contextlib.suppress(KeyboardInterrupt):
-                for piece in stream_reply(model, reply):
+                for piece in stream_text(model, reply):
                     print(piece, end="", flush=True)
             print(flush=True)
             messages = [*asked, {"role": "assistant", "content": reply.text}]
@@ -75,7 +75,7 @@ def main(config: ChatConfig) -> None:
 
 def start(config: ChatConfig) -> list[dict[str, Any]]:
     """The messages before the first turn."""
-    from litmini.prompts import read_prompts
+    from litmini.generation.prompts import read_prompts
 
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
     if config.history is None:

@@ -1,6 +1,7 @@
 """Compare methods fairly: the same data and steps, each with a sweep of its own over learning rates.
 
-    python config_hub/compare/make_data.py && python scripts/compare_methods.py --config config_hub/compare/compare.yaml
+    python scripts/examples/make_comparison_data.py
+    python scripts/compare_methods.py --config config_hub/compare/compare.yaml
 
 Writes OUT_DIR/comparison.md, .json and .png. Started again, it goes on with the runs that are missing.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import UserError
+from litmini.errors import UserError
 
 METHODS = {  # name: script and its settings
     "lora": ("finetune_lora.py", []),
@@ -90,7 +91,7 @@ def read(out: Path) -> dict[str, Any]:
 def markdown(best: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     """The best learning rate of each method, and all of them."""
     lines = [
-        "| method | best lr | held-out loss | at the other rates | trained parameters | seconds a step | peak MiB |",
+        "| method | best lr | validation loss | at the other rates | trained parameters | seconds a step | peak MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for b in best:
@@ -110,7 +111,7 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats a target token)")
+    axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a target token)")
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = sorted((r["lr"], r["val_loss_after"]) for r in rows if r["method"] == method)
         axes.plot(*zip(*mine, strict=True), "o-", label=method)

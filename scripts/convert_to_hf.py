@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litmini.cli import command
-from litmini.config import UserError
+from litmini.errors import UserError
 
 
 @dataclass
@@ -44,11 +44,11 @@ class ConvertConfig:
 def main(config: ConvertConfig) -> None:
     from pathlib import Path
 
-    from litmini.checkpoint import parse_dtype
-    from litmini.export import export, parse_size
+    from litmini.checkpoints.export import export, parse_size
+    from litmini.checkpoints.hf import parse_dtype
+    from litmini.checkpoints.model_card import export_adapter, model_card, push, resolve
     from litmini.files import write_text
     from litmini.models import use_model_file
-    from litmini.publish import export_adapter, model_card, push, resolve
 
     own = use_model_file(config.model_file)
     result, out_dir = resolve(config.checkpoint, config.adapter), Path(config.out_dir)

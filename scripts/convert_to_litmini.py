@@ -3,8 +3,9 @@
     python scripts/convert_to_litmini.py model.Q4_K_M.gguf --out_dir checkpoints/ORG/NAME
     python scripts/convert_to_litmini.py DIRECTORY --out_dir checkpoints/ORG/NAME --dtype bf16
 
-A directory holds safetensors or pytorch_model*.bin with config.json, Meta's consolidated.*.pth with params.json, or
-litgpt's lit_model.pth. Memory: the interpreter's 0.3 GB and a few times the largest tensor, whatever the model's size.
+A directory holds safetensors or pytorch_model*.bin with config.json, Meta's consolidated.*.pth with params.json, or the
+model.pth of `litgpt convert_from_litgpt` with config.json. Memory: the interpreter's 0.3 GB and a few times the largest
+tensor, whatever the model's size.
 """
 
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ class ConvertConfig:
 
 
 def main(config: ConvertConfig) -> None:
-    from litmini.checkpoint import parse_dtype
-    from litmini.convert import convert
-    from litmini.export import parse_size
+    from litmini.checkpoints.export import parse_size
+    from litmini.checkpoints.hf import parse_dtype
+    from litmini.importers.convert import convert
 
     dtype = parse_dtype(config.dtype) if config.dtype else None
     target = convert(config.source, config.out_dir, dtype, parse_size(config.max_shard_size))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litmini.cli import command
-from litmini.config import UserError
+from litmini.errors import UserError
 
 
 @dataclass
@@ -35,7 +35,7 @@ class DownloadConfig:
 
 
 def main(config: DownloadConfig) -> None:
-    from litmini.download import download, list_checkpoints  # imports torch
+    from litmini.importers.download import download, list_checkpoints  # imports torch
 
     if config.list:
         for directory, family, source, size in list_checkpoints():

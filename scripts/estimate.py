@@ -6,12 +6,15 @@
 --check trains two steps of each given length in a process of its own and compares its measured peak.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from litmini.cli import command
-from litmini.config import OptimConfig, UserError, check
-from litmini.finetune_config import LoraConfig
+from litmini.config.finetune import LoraConfig
+from litmini.config.training import OptimConfig
+from litmini.errors import UserError, check
 
 POSITIVE = ("max_seq_len", "micro_batch_size", "micro_batches", "devices", "num_nodes", "node_gb", "network_gb", "mfu")
 
@@ -59,38 +62,40 @@ class EstimateConfig:
 
 
 def main(config: EstimateConfig) -> None:
-    from litmini import cards, estimate, layouts
+    from litmini.training import gpus
+    from litmini.training.memory import describe
 
     if config.check:
         return compare(config)
     model = build(config)
     memory = estimate_at(config, model, config.max_seq_len)
-    memory = cards.share(memory, model, config.devices, config.strategy, config.num_nodes)
+    memory = gpus.share(memory, model, config.devices, config.strategy, config.num_nodes)
     devices = config.devices * config.num_nodes
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
     rows = f"{config.micro_batch_size} rows of {config.max_seq_len:,} tokens in a micro-batch"
-    print(f"peak memory of each of {devices} devices, {rows}:\n{estimate.describe(memory)}")
-    print(f"fits on: {cards.fitting(memory)}")
+    print(f"peak memory of each of {devices} devices, {rows}:\n{describe(memory)}")
+    print(f"fits on: {gpus.fitting(memory)}")
     print(f"tokens a day at {config.mfu:.0%} MFU of the published bf16 rate:")
-    for name, tokens in cards.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
+    for name, tokens in gpus.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
         print(f"  {devices} x {name:10}{tokens:18,.0f}")
     if devices > 1:
-        sent = layouts.traffic(model, config.strategy, config.devices, config.num_nodes)
-        flops, tokens = cards.token_flops(model, config.max_seq_len), config.micro_batch_size * config.max_seq_len
+        sent = gpus.communication_volume(model, config.strategy, config.devices, config.num_nodes)
+        flops, tokens = gpus.token_flops(model, config.max_seq_len), config.micro_batch_size * config.max_seq_len
         speeds = (config.node_gb * 1e9, config.network_gb * 1e9)
         print(f"communication and compute ({config.strategy}, {config.micro_batches} micro-batches a step):")
-        print(layouts.compare(sent, flops, tokens, config.micro_batches, config.mfu, speeds))
+        print(gpus.compare(sent, flops, tokens, config.micro_batches, config.mfu, speeds))
 
 
 def build(config: EstimateConfig) -> Any:
     """The model with its method, on the meta device."""
-    from litmini.adapters import add_adapters
-    from litmini.checkpoint import empty_model
-    from litmini.estimate import preset
-    from litmini.launch import checkpoint_activations, weight_dtype
-    from litmini.quantize import quantize_linears
+    from litmini.checkpoints.hf import empty_model
+    from litmini.distributed.fabric import weight_dtype
+    from litmini.methods.adapters import add_adapters
+    from litmini.methods.nf4 import quantize_linears
+    from litmini.models import preset
+    from litmini.training.low_memory import checkpoint_activations
 
     model = preset(config.model) or empty_model(existing(config.model))[1]
     model.to(weight_dtype(config.precision))
@@ -106,7 +111,7 @@ def build(config: EstimateConfig) -> Any:
 def existing(directory: str) -> Any:
     from pathlib import Path
 
-    from litmini.estimate import preset_names
+    from litmini.models import preset_names
 
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{directory} is neither a checkpoint directory nor a preset; those are: {preset_names()}")
@@ -114,7 +119,7 @@ def existing(directory: str) -> Any:
 
 
 def estimate_at(config: EstimateConfig, model: Any, length: int, process: int = 0) -> Any:
-    from litmini.estimate import estimate, full_rows
+    from litmini.training.memory import estimate, full_rows
 
     batch = full_rows(config.micro_batch_size, length, model.config.vocab_size)
     return estimate(model, batch, config.optim, config.precision, config.micro_batches > 1, process)
@@ -127,8 +132,6 @@ def compare(config: EstimateConfig) -> None:
     import sys
     import tempfile
     from pathlib import Path
-
-    from litmini.estimate import process_bytes
 
     if config.method == "qlora":
         import bitsandbytes  # noqa: F401
@@ -161,6 +164,24 @@ def compare(config: EstimateConfig) -> None:
             f"| {rows} x {length:,} | {predicted:,.0f} | {measured:,.0f} | {predicted / measured - 1:+.1%} |",
             flush=True,
         )
+
+
+def process_bytes() -> int:
+    """What a process takes that has taken a training step, without its model: measured, in this one."""
+    import torch
+    from lightning_fabric import Fabric
+
+    from litmini.models import llama
+    from litmini.system import resident_bytes
+    from litmini.training.memory import full_rows
+
+    Fabric(accelerator="cpu", devices=1)
+    tiny = llama.Model(llama.PRESETS["tiny"])
+    tiny.init_weights(torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float32):
+        loss, _ = tiny.to(dtype)(**full_rows(1, 32, 512))
+        loss.backward()
+    return resident_bytes()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure a model: the perplexity of a text, exact match on questions, tasks of lm-eval; any of them in one run.
+"""Measure a model: the perplexity of a text, exact match of completions, tasks of lm-eval; any of them in one run.
 
     python scripts/evaluate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
         --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/heldout.jsonl
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig
+from litmini.config.generate import ModelConfig
+from litmini.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class EvaluateConfig(ModelConfig):
     stride: int | None = None
     """Tokens from one window to the next; what both hold is counted once. By default half a window."""
     exact_match: str | None = None
-    """File of questions with the answers that are expected."""
+    """File of prompts with their reference completions."""
     max_new_tokens: int = 64
     """Longest answer in tokens."""
     tasks: list[str] = field(default_factory=list)
@@ -36,7 +36,7 @@ class EvaluateConfig(ModelConfig):
     fewshot: int | None = None
     """Solved examples before each question of a task; by default as many as the task says."""
     limit: int | None = None
-    """Only so many questions of each file or task."""
+    """Only so many examples of each file or task."""
     batch_size: int = 16
     """Questions that are answered together."""
     out: str | None = None
@@ -60,10 +60,10 @@ class EvaluateConfig(ModelConfig):
 def main(config: EvaluateConfig) -> None:
     from pathlib import Path
 
-    from litmini.evaluate import answer_all, exact_match, surprise
+    from litmini.data.formats import read_examples
+    from litmini.evaluation.metrics import exact_match, perplexity, predict
     from litmini.files import existing_file, write_json
-    from litmini.generation import open_model
-    from litmini.records import read_examples
+    from litmini.generation.generate import open_model
 
     text = None
     if config.perplexity is not None:
@@ -76,7 +76,7 @@ def main(config: EvaluateConfig) -> None:
     if text is not None:
         settings: Any = model.config
         window = min(config.window, settings.max_positions)
-        found = surprise(model, tokenizer, text, window, config.stride or max(1, window // 2))
+        found = perplexity(model, tokenizer, text, window, config.stride or max(1, window // 2))
         results["perplexity"] = {
             "file": config.perplexity,
             "perplexity": found.perplexity,
@@ -86,17 +86,17 @@ def main(config: EvaluateConfig) -> None:
         }
     if config.exact_match is not None:
         examples = read_examples(config.exact_match, tokenizer.chat_template is not None)[: config.limit]
-        answers = answer_all(model, tokenizer, examples, config.max_new_tokens, config.batch_size)
-        if not answers:
-            raise UserError(f"{config.exact_match} has no question with an answer.")
+        predictions = predict(model, tokenizer, examples, config.max_new_tokens, config.batch_size)
+        if not predictions:
+            raise UserError(f"{config.exact_match} has no prompt with a completion.")
         results["exact_match"] = {
             "file": config.exact_match,
-            "exact_match": exact_match(answers),
-            "questions": len(answers),
-            "wrong": [vars(a) for a in answers if not a.right][:20],
+            "exact_match": exact_match(predictions),
+            "examples": len(predictions),
+            "wrong": [vars(p) for p in predictions if not p.correct][:20],
         }
     if config.tasks:
-        from litmini.harness import run_tasks
+        from litmini.evaluation.lm_eval_harness import run_tasks
 
         limits = config.limit, config.fewshot, config.batch_size
         results["tasks"] = run_tasks(model, tokenizer, config.tasks, config.include_path, *limits)
@@ -114,8 +114,8 @@ def report(results: dict[str, Any]) -> str:
             f"over {p['tokens']:,} tokens of {p['file']}"
         )
     if e := results.get("exact_match"):
-        lines.append(f"exact match {e['exact_match']:.1%} of {e['questions']} questions of {e['file']}")
-        lines += [f"  expected {w['expected']!r}\n  given    {w['given']!r}" for w in e["wrong"][:3]]
+        lines.append(f"exact match {e['exact_match']:.1%} of {e['examples']} examples of {e['file']}")
+        lines += [f"  reference  {w['reference']!r}\n  prediction {w['prediction']!r}" for w in e["wrong"][:3]]
     for name, metrics in results.get("tasks", {}).items():
         values = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
         lines.append(f"{name}: {', '.join(values)}")

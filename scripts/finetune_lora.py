@@ -6,24 +6,25 @@ The result in OUT_DIR/final is an adapter in PEFT's format.
 """
 
 from pathlib import Path
-from typing import Any
 
 from litmini.cli import command
-from litmini.finetune_config import FinetuneLoraConfig
+from litmini.config.finetune import FinetuneLoraConfig
 
 
 def main(config: FinetuneLoraConfig) -> None:
-    from litmini.adapters import add_adapters, learning_rate_ratios
-    from litmini.checkpoint import load_model
-    from litmini.finetune import finish, prepare_data, preview, run_training
-    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.optim import make_optimizer
-    from litmini.peft_save import save_adapter
-    from litmini.rounding import spread
-    from litmini.runs import Run
+    from litmini.checkpoints.hf import load_model
+    from litmini.checkpoints.peft import save_adapter
+    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.methods.adapters import add_adapters, learning_rate_ratios
+    from litmini.ops.rounding import dither
+    from litmini.runs.directory import RunDirectory
+    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.tasks.sft import prepare_data
+    from litmini.training.loop import fit
+    from litmini.training.objective import LanguageModeling
 
-    # 1. Run directory
-    run = Run(config)
+    # 1. Run directory, checked before anything is loaded
+    directory = RunDirectory(config)
 
     # 2. Fabric
     fabric = make_fabric(config)
@@ -39,25 +40,21 @@ def main(config: FinetuneLoraConfig) -> None:
     ratios = learning_rate_ratios(model, config.lora)
 
     def save_weights(directory: Path | None) -> None:
-        save_adapter(model, directory, config.checkpoint_dir, config.lora.dropout)
+        save_adapter(model, directory, config.checkpoint_dir)
 
     if config.dry_run or config.show_masks:
         return preview(data, config, model)
-    spread(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), product_dtype(config.precision), config.seed)
 
-    # 6. Shard and optimizer
-    wrapped = fabric.setup_module(model)
-    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, ratios))
+    # 6. Setup: shard, make the optimizer, restore what is resumed
+    setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()
 
-    # 7. Resume
-    progress = run.begin(fabric, model, optimizer, data.tokenizer)
+    # 7. Fit
+    measure_start(setup, objective)
+    fit(setup, objective)
 
-    # 8. Fit
-    run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
-
-    # 9. Save and measure
-    final = run.save_final(save_weights)
-    fabric.print(finish(fabric, wrapped, model, data, run, config.checkpoint_dir, adapter_dir=final))
+    # 8. Save and measure
+    fabric.print(finish(setup, objective, adapter_of=config.checkpoint_dir))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig, SamplingConfig
+from litmini.config.generate import ModelConfig, SamplingConfig
+from litmini.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -57,9 +57,9 @@ def main(config: GenerateConfig) -> None:
     import sys
     import time
 
-    from litmini.generation import open_model, stream_reply
-    from litmini.prompts import check_text
-    from litmini.reply import Reply
+    from litmini.generation.generate import open_model, stream_text
+    from litmini.generation.prompts import check_text
+    from litmini.generation.request import Request
     from litmini.tokenizer import Message
 
     if config.out is not None and Path(config.out).exists():
@@ -72,9 +72,9 @@ def main(config: GenerateConfig) -> None:
     prompt: str | list[Message] = check_text(text)
     if config.system is not None:
         prompt = [{"role": "system", "content": check_text(config.system)}, {"role": "user", "content": prompt}]
-    reply = Reply(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
+    reply = Request(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
     started = time.perf_counter()
-    for piece in stream_reply(model, reply, make_draft(config)):
+    for piece in stream_text(model, reply, make_draft(config)):
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print(flush=True)
@@ -88,8 +88,8 @@ def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
     """What guesses ahead, or None."""
     from dataclasses import replace
 
-    from litmini.generation import open_model
-    from litmini.speculative import DraftModel, PromptLookup
+    from litmini.generation.generate import open_model
+    from litmini.generation.speculative import DraftModel, PromptLookup
 
     if config.prompt_lookup is not None:
         return PromptLookup(config.prompt_lookup)
@@ -103,14 +103,14 @@ def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: igno
     """Answer every prompt of a file; what is wrong with a line is written in its place, and named at the end."""
     import json
 
-    from litmini.prompts import answer_lines, read_prompts
+    from litmini.generation.prompts import complete_lines, read_prompts
 
     assert config.prompts is not None and config.out is not None, "checked when the settings were read"
     lines = read_prompts(config.prompts)
     wrong, total = [], 0
     # backslashreplace: half a character, as a JSON escape can hold, is written as that escape again
     with Path(config.out).open("x", encoding="utf-8", errors="backslashreplace") as file:
-        for answer in answer_lines(model, tokenizer, lines, config, config.batch_size, config.system):
+        for answer in complete_lines(model, tokenizer, lines, config, config.batch_size, config.system):
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
             file.flush()
             total += 1

@@ -33,8 +33,8 @@ class MergeConfig:
 
 
 def main(config: MergeConfig) -> None:
-    from litmini.checkpoint import parse_dtype
-    from litmini.export import export, merge_error
+    from litmini.checkpoints.export import export, merge_error
+    from litmini.checkpoints.hf import parse_dtype
     from litmini.files import read_json
     from litmini.models import use_model_file
 

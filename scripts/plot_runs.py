@@ -6,7 +6,7 @@ python scripts/plot_runs.py out/compare-swiglu out/compare-gelu --out_file out/c
 from dataclasses import dataclass
 
 from litmini.cli import command
-from litmini.config import check
+from litmini.errors import check
 
 
 @dataclass
@@ -29,12 +29,12 @@ class PlotConfig:
 def main(config: PlotConfig) -> None:
     from pathlib import Path
 
-    from litmini.plots import plot_runs
+    from litmini.runs.plots import plot_runs
 
     for name, loss in plot_runs(
         [Path(run) for run in config.runs], Path(config.out_file), config.smooth, config.by
     ).items():
-        print(f"{name}: last held-out loss {loss:.4f}" if loss is not None else f"{name}: no held-out loss")
+        print(f"{name}: last validation loss {loss:.4f}" if loss is not None else f"{name}: no validation loss")
     print(f"drawn: {config.out_file}")
 
 

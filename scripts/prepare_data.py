@@ -9,7 +9,7 @@ The same command goes on with a preparation that was interrupted. Memory: some 1
 from dataclasses import dataclass
 
 from litmini.cli import command
-from litmini.config import check
+from litmini.errors import check
 
 
 @dataclass
@@ -49,17 +49,17 @@ class PrepareConfig:
 
 
 def main(config: PrepareConfig) -> None:
-    import os
     import time
     from pathlib import Path
 
-    from litmini.corpus import prepare
-    from litmini.documents import find_sources
-    from litmini.encode import Recipe
+    from litmini.data.pretrain.text import find_sources
+    from litmini.data.pretrain.tokenize import TokenizerSpec
+    from litmini.data.pretrain.write_shards import prepare
+    from litmini.system import cpu_count
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)
-    recipe = Recipe(
+    recipe = TokenizerSpec(
         tokenizer=(tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8"),
         begin=tokenizer.encode(""),
         end=tokenizer.stop_ids[0],
@@ -70,7 +70,7 @@ def main(config: PrepareConfig) -> None:
     )
     sources = find_sources(config.inputs)
     started = time.perf_counter()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_count()
     index = prepare(sources, recipe, target, config.workers or cores, tokenizer.save, config.max_empty)
     for split, content in index["splits"].items():
         tokens = sum(shard["tokens"] for shard in content["shards"])

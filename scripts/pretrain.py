@@ -5,22 +5,21 @@
 The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, AdamW): 16 bytes a parameter, and activations.
 """
 
-from typing import Any
-
 from litmini.cli import command
-from litmini.pretrain_config import PretrainConfig
+from litmini.config.pretrain import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from litmini.finetune import finish, preview, run_training
-    from litmini.launch import load_device, make_fabric, product_dtype, weight_dtype
-    from litmini.optim import make_optimizer
-    from litmini.pretrain import blueprint, prepare_data, use_z_loss
-    from litmini.rounding import spread
-    from litmini.runs import Run
+    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.ops.rounding import dither
+    from litmini.runs.directory import RunDirectory
+    from litmini.tasks.pretrain import blueprint, prepare_data, use_z_loss
+    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.training.loop import fit
+    from litmini.training.objective import LanguageModeling
 
-    # 1. Run directory
-    run = Run(config)
+    # 1. Run directory, checked before anything is loaded
+    directory = RunDirectory(config)
 
     # 2. Fabric
     fabric = make_fabric(config)
@@ -38,21 +37,17 @@ def main(config: PretrainConfig) -> None:
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
     if config.dry_run:
         return preview(data, config, model)
-    spread(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), product_dtype(config.precision), config.seed)
 
-    # 5. Shard and optimizer
-    wrapped = fabric.setup_module(model)
-    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim))
+    # 5. Setup: shard, make the optimizer, restore what is resumed
+    setup, objective = make_setup(directory, fabric, data, model, save_weights), LanguageModeling()
 
-    # 6. Resume
-    progress = run.begin(fabric, model, optimizer, data.tokenizer)
+    # 6. Fit
+    measure_start(setup, objective)
+    fit(setup, objective)
 
-    # 7. Fit
-    run_training(fabric, wrapped, model, optimizer, data, run, progress, save_weights)
-
-    # 8. Save and measure
-    final = run.save_final(save_weights)
-    fabric.print(finish(fabric, wrapped, model, data, run, checkpoint_dir=final))
+    # 7. Save and measure
+    fabric.print(finish(setup, objective))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ environment has LITMINI_API_KEY, clients must send it.
 from dataclasses import dataclass, field
 
 from litmini.cli import command
-from litmini.config import UserError, check
-from litmini.generation_config import ModelConfig
+from litmini.config.generate import ModelConfig
+from litmini.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -66,12 +66,12 @@ def main(config: ServeConfig) -> None:
     try:
         import uvicorn
 
-        from litmini.connections import connection_type
-        from litmini.serving import Limits, Server, make_app
+        from litmini.serving.connections import connection_type
+        from litmini.serving.server import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
-    from litmini.bank import AdapterBank
-    from litmini.generation import open_model
+    from litmini.generation.generate import open_model
+    from litmini.generation.multi_adapter import MultiLoRA
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None
@@ -83,12 +83,12 @@ def main(config: ServeConfig) -> None:
             raise UserError(f"cannot listen at {config.host}:{config.port}: {error}. Give another --port.") from None
         model, tokenizer = open_model(config)
         tokenizers = {Path(config.adapter_dir or config.checkpoint_dir).resolve().name: tokenizer}
-        bank = AdapterBank(model) if config.adapters else None
+        multi_lora = MultiLoRA(model) if config.adapters else None
         for name, directory in config.adapters.items():
             if name in tokenizers:
                 raise UserError(f"adapter {name} has the name of the model itself; give it another.")
-            assert bank is not None
-            bank.add(name, directory)
+            assert multi_lora is not None
+            multi_lora.add(name, directory)
             own = (Path(directory) / "tokenizer.json").is_file() and config.chat_template == "auto"
             tokenizers[name] = Tokenizer(directory) if own else tokenizer
         limits = Limits(
@@ -104,7 +104,7 @@ def main(config: ServeConfig) -> None:
         if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
             print("warning: whoever reaches this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
         settings = uvicorn.Config(
-            make_app(Server(model, tokenizers, limits, key, bank)),
+            make_app(Server(model, tokenizers, limits, key, multi_lora)),
             log_level="warning",
             http=connection_type(config.max_connections, config.idle_seconds),
             timeout_graceful_shutdown=5,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litmini.cli import command
-from litmini.config import check
+from litmini.errors import check
 
 
 @dataclass
@@ -41,8 +41,8 @@ class TrainTokenizerConfig:
 
 
 def main(config: TrainTokenizerConfig) -> None:
-    from litmini.documents import find_sources
-    from litmini.train_tokenizer import texts, train_tokenizer, write_tokenizer
+    from litmini.data.pretrain.text import find_sources
+    from litmini.data.pretrain.train_tokenizer import texts, train_tokenizer, write_tokenizer
 
     stream = texts(find_sources(config.inputs), config.text_key, config.separator, config.max_characters)
     fast = train_tokenizer(stream, config.kind, config.vocab_size, config.special_tokens or [])

@@ -19,7 +19,7 @@ from litmini.cli import command
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from litmini.verify import Check
+    from litmini.evaluation.verify import Check
 
 
 @dataclass
@@ -45,19 +45,19 @@ def main(config: VerifyConfig) -> None:
     import torch
 
     import litmini
-    from litmini.checkpoint import check_checkpoint_dir
-    from litmini.config import UserError
+    from litmini.checkpoints.hf import check_checkpoint_dir
+    from litmini.checkpoints.peft import read_adapter
+    from litmini.errors import UserError
+    from litmini.evaluation.verify import CHECKS, check_bits, sequences
     from litmini.files import write_json
-    from litmini.peft_format import read_adapter
-    from litmini.quantize import NF4Linear, convert
-    from litmini.verify import CHECKS, check_bits, rows
+    from litmini.methods.nf4 import NF4Linear, convert
 
     directory = check_checkpoint_dir(config.checkpoint)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
     bits: Literal[4, 16] = config.bits or (4 if trained == 4 else 16)
     model, tokenizer = litmini.load(directory, config.adapter_dir, "fp32", device, bits)
-    tokens = rows(tokenizer, model, device)
+    tokens = sequences(tokenizer, model, device)
     with torch.no_grad():
         ours = model(tokens)
     results = [check_bits(directory)]
@@ -104,7 +104,7 @@ def against_transformers(
     """
     import torch
 
-    from litmini.verify import Check, compare_logits
+    from litmini.evaluation.verify import Check, compare_logits
 
     library = "peft" if adapter_dir else "transformers"
     names = [f"logits = {library}, {dtype}" for dtype in ("fp32", "bf16")]

@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from litmini.checkpoint import save_model
-from litmini.download import ensure_checkpoint
+from litmini.checkpoints.hf import save_model
+from litmini.importers.download import ensure_checkpoint
 from litmini.models import llama
 
 ROOT = Path(__file__).parent.parent

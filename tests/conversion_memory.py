@@ -20,20 +20,16 @@ import gguf
 import torch
 import transformers as tf
 from gguf_files import train_tokenizer, write_gguf
-from litgpt_files import lit_state
+from meta_files import meta_parts
 from safetensors.torch import save_file
-from test_convert import meta_parts
 from tokenizers import pre_tokenizers
 
-from litmini.export import parse_size
+from litmini.checkpoints.export import parse_size
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
-LAYER_BYTES, LARGEST = (
-    4 * (4 * 1024**2 + 3 * 1024 * 2816),
-    4 * 3 * 1024**2,
-)  # in fp32; q, k and v are one in litgpt's file
+LAYER_BYTES, LARGEST = 4 * (4 * 1024**2 + 3 * 1024 * 2816), 4 * 1024 * 2816  # in fp32
 WAYS = {
-    "litgpt, one file, fp32 -> bf16": ("lit", "bf16", "convert(lit, bf16, torch.bfloat16, shard)"),
+    "litgpt's model.pth, fp32 -> bf16": ("litgpt", "bf16", "convert(litgpt, bf16, torch.bfloat16, shard)"),
     "safetensors, bf16 -> fp32": ("bf16", "fp32", "convert(bf16, fp32, torch.float32, shard)"),
     "adapter merged, fp32 -> bf16": ("fp32", "merged", "export(fp32, merged, adapter, torch.bfloat16, shard)"),
     "pytorch_model.bin shards -> safetensors": ("bin", "of_bin", "convert(bin, of_bin, None, shard)"),
@@ -44,8 +40,8 @@ CHILD = """
 import json, resource, sys, threading, time
 from pathlib import Path
 import torch
-from litmini.convert import convert
-from litmini.export import export
+from litmini.importers.convert import convert
+from litmini.checkpoints.export import export
 
 ways, small, large, shard, limit = json.loads(sys.argv[1])
 
@@ -54,7 +50,7 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 def run(way, place):
-    names = ("lit", "bf16", "fp32", "merged", "adapter", "bin", "of_bin", "meta", "of_meta", "of_gguf")
+    names = ("litgpt", "bf16", "fp32", "merged", "adapter", "bin", "of_bin", "meta", "of_meta", "of_gguf")
     places = {name: Path(place) / name for name in names}
     eval(way, globals() | places | {"gguf": Path(place) / "a.gguf", "shard": shard})
 
@@ -88,13 +84,13 @@ def write_sources(place: Path, n_layers: int) -> None:
     model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=320, **SHAPE, num_hidden_layers=n_layers))
     tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
     write_gguf(place / "a.gguf", model, tokenizer, pre="gpt-2", quantized=gguf.GGMLQuantizationType.Q8_0)
-    for name in ("lit", "bin", "meta"):
+    for name in ("litgpt", "bin", "meta"):
         (place / name).mkdir()
         tokenizer.save(str(place / name / "tokenizer.json"))
         (place / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
         model.config.save_pretrained(place / name)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    torch.save(lit_state(tensors, model.config, False), place / "lit" / "lit_model.pth")
+    torch.save(tensors, place / "litgpt" / "model.pth")
     weight_map = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
         torch.save({name: t for name, t in tensors.items() if weight_map[name] == file}, place / "bin" / file)
@@ -158,7 +154,7 @@ def main() -> None:
     shard, n_layers = parse_size(words.max_shard_size), max(1, round(words.gigabytes * 1e9 / LAYER_BYTES))
     with tempfile.TemporaryDirectory(dir=words.directory) as directory:
         found = measure(Path(directory), n_layers, shard, 2 * shard)
-        copies = [copy_speed(Path(directory) / "large" / "lit" / "lit_model.pth") for _ in range(3)]
+        copies = [copy_speed(Path(directory) / "large" / "litgpt" / "model.pth") for _ in range(3)]
     print(f"| conversion | read, MB | written, MB, in files of {shard // 10**6} | peak, MB | CPU, s | MB/s |")
     print("|---|---|---|---|---|---|")
     for name, row in found.items():

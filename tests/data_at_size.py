@@ -39,15 +39,15 @@ def write_examples(file: Path, count: int) -> None:
 
 def prepare(file: str, checkpoint_dir: str) -> dict[str, float]:
     """What a run does before its first step: tokens, rows of 2,048, and the first batch."""
-    from litmini.data import load_data
-    from litmini.finetune_config import DataConfig
-    from litmini.packing import Rows
+    from litmini.config.finetune import DataConfig
+    from litmini.data.dataset import load_data
+    from litmini.data.packing import PackedDataset
     from litmini.tokenizer import Tokenizer
 
     started, before, used = time.perf_counter(), memory("RssAnon"), cpu_seconds()
     train, _, _ = load_data(DataConfig(file), Tokenizer(checkpoint_dir), 0)
     loaded, used = time.perf_counter(), cpu_seconds() - used
-    rows = Rows(train, 2048, True, 0)
+    rows = PackedDataset(train, 2048, True, 0)
     next(rows.batches(range(4), 4))
     return {
         "tokens": rows.tokens(0),
@@ -74,7 +74,7 @@ def memory(kind: str) -> int:
 
 def baseline(file: str, checkpoint_dir: str) -> list[float]:
     """Tokens a second, and a second of CPU, of the tokenizer's own batch call, on text that is rendered already."""
-    from litmini.records import read_examples
+    from litmini.data.formats import read_examples
     from litmini.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(checkpoint_dir)

@@ -14,22 +14,22 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/models")]
 
 from parity import FamilyTests, batch, reference  # noqa: E402
 
-from litmini import attention  # noqa: E402
-from litmini.checkpoint import load_model  # noqa: E402
+from litmini.checkpoints.hf import load_model  # noqa: E402
 from litmini.models import FAMILIES, family  # noqa: E402
+from litmini.ops import attention  # noqa: E402
 
 BEGIN, END = "<!-- families: python tests/family_table.py --write -->\n", "<!-- families end -->"
-HEAD = "| file | lines | `model_type` | covers | largest difference of logits |\n|---|---|---|---|---|\n"
+HEAD = "| file | `model_type` | covers | largest difference of logits |\n|---|---|---|---|\n"
 
 
 def suites() -> dict[str, type[FamilyTests]]:
     """Module name -> the class that tests it."""
     found = {}
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
+    for file in sorted((ROOT / "tests/models").glob("test_*.py")):
         if "FamilyTests" in file.read_text():
             for value in vars(importlib.import_module(file.stem)).values():
                 if inspect.isclass(value) and issubclass(value, FamilyTests) and value is not FamilyTests:
@@ -40,8 +40,8 @@ def suites() -> dict[str, type[FamilyTests]]:
 def difference(suite: type[FamilyTests]) -> float:
     """The largest difference of fp32 logits over all its cases, absolute; the logits themselves are of order 1 to 10."""
     worst = 0.0
-    attention.EXPLICIT_LENGTH_CAUSAL_FP32 = attention.EXPLICIT_LENGTH  # the products that the reference takes, too
-    for config in (config for name, config in suite.cases.items() if name not in suite.mended):
+    attention.EXPLICIT_LENGTH_CAUSAL_FP32 = attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
+    for config in (config for name, config in suite.cases.items() if name not in suite.fixed):
         torch.manual_seed(0)
         theirs = reference(config)
         with tempfile.TemporaryDirectory() as name:
@@ -59,8 +59,7 @@ def row(module_name: str, shown: str) -> str:
     types = [f"`{model_type}`" for model_type, name in FAMILIES.items() if name == module_name]
     covers = (module.__doc__ or "").splitlines()[0].rstrip(".")
     file = Path(inspect.getsourcefile(module) or "").relative_to(ROOT)
-    lines = len((ROOT / file).read_text().splitlines())
-    return f"| `{file}` | {lines} | {', '.join(types)} | {covers} | {shown} |\n"
+    return f"| `{file}` | {', '.join(types)} | {covers} | {shown} |\n"
 
 
 def table() -> str:
@@ -70,7 +69,7 @@ def table() -> str:
 
 
 def in_readme() -> str:
-    """The table as it stands in the README."""
+    """Return the table of the README."""
     return re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", (ROOT / "README.md").read_text(), re.DOTALL)[1]  # type: ignore[index]
 
 

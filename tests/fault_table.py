@@ -30,7 +30,7 @@ from conftest import make_tiny, make_tokenizer
 from safetensors.torch import load_file, save_file
 from two import Ended, command, run_two
 
-from litmini.files import SEAL
+from litmini.files import CHECKSUMS
 
 SCRIPTS = ("finetune_full", "finetune_lora", "finetune_qlora", "finetune_dora", "finetune_ia3", "pretrain")
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
@@ -58,13 +58,15 @@ class Moment:
 
 def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     """Count calls by phase once the command line is read, and `act` at `moment`; returns the counts, which will grow."""
-    from litmini import cli, finetune, train
-    from litmini.data import load_data
-    from litmini.runs import Run
+    from litmini import cli
+    from litmini.data.dataset import load_data
+    from litmini.runs.run import Run
+    from litmini.tasks import setup
+    from litmini.training import loop
 
-    entries = {load_data: "tokenising", train.fit: "step", train.evaluate: "evaluation", Run.checkpoint: "save"}
-    entries |= {finetune.measure: "evaluation", finetune.log_samples: "evaluation", Run.save_final: "final export"}
-    entries[finetune.finish] = "report"
+    entries = {load_data: "tokenising", loop.fit: "step", loop.evaluate: "evaluation", Run.checkpoint: "save"}
+    entries |= {setup.measure: "evaluation", setup.log_samples: "evaluation", Run.save_final: "final export"}
+    entries[setup.finish] = "report"
     phases = {inspect.unwrap(entry).__code__: phase for entry, phase in entries.items()}
     counts = dict.fromkeys(PHASES, 0)
     local = threading.local()
@@ -103,13 +105,14 @@ def play(
         late: seconds that the clock is put back.
         counted: count calls also where there is no fault.
     """
-    from litmini import meter, report
+    from litmini.runs import plots
+    from litmini.training import flops
 
     os.environ["LITMINI_CACHE"] = cache
     now = time.time
     time.time = lambda: now() - late
-    report._figure = lambda *_: SimpleNamespace(savefig=draw_nothing)
-    meter.peak_flops = lambda *_: (1e12, "assumed")  # charts and this take longer than the rest
+    plots._figure = lambda *_: SimpleNamespace(savefig=draw_nothing)
+    flops.peak_flops = lambda *_: (1e12, "assumed")  # charts and this take longer than the rest
     mine = moment and moment.rank == int(os.environ.get("RANK", 0))
     if mine and moment.what == "gradients":
         break_gradients(moment.at)
@@ -142,9 +145,9 @@ def draw_nothing(file: Any, **_: Any) -> None:
 
 def break_gradients(step: int) -> None:
     """Let the gradients of the `step`-th optimizer step be NaN."""
-    from litmini import train
+    from litmini.training import loop
 
-    take, steps = train._take_step, iter(range(1, 10**6))
+    take, steps = loop._take_step, iter(range(1, 10**6))
 
     def broken(fabric: Any, *rest: Any) -> Any:
         backward = fabric.backward
@@ -154,7 +157,7 @@ def break_gradients(step: int) -> None:
         fabric.backward = backward
         return taken
 
-    train._take_step = broken
+    loop._take_step = broken
 
 
 @dataclass
@@ -272,7 +275,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def go_on(place: Place, row: Row, script: str, words: list[str], whole: Path, late: float = 0) -> None:
-    """Resume the run of `words`, compare it with `whole`, and put what it cost into the table's row."""
+    """Resume the run of `words`, compare it with `full_tensor`, and put what it cost into the table's row."""
     out = Path(words[words.index("--out_dir") + 1])
     done = len(rows(out / "metrics.csv"))
     resumed = place.run(script, [*words, "--resume", "auto"], late=late)
@@ -346,7 +349,7 @@ def corrupted(place: Place, script: str) -> Row:
             {"flip": lambda: file.write_bytes(content), "cut": lambda: file.write_bytes(content[:-3])}.get(  # noqa: B023
                 damage, file.unlink
             )()
-            named = "is damaged" if file.name == SEAL else file.name  # a hash that differs names what it is of
+            named = "is damaged" if file.name == CHECKSUMS else file.name  # a hash that differs names what it is of
             refuse(place, row, script, words, named, "step-000002")
             shutil.rmtree(out)
             shutil.copytree(spare, out)

@@ -37,22 +37,21 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 SHORT = ("all AVX2, two threads", "ATen without vectors")
-SHORT_FILES = (
-    "test_llama",
-    "test_gemma2",
-    "test_qwen3",
-    "test_mixtral",
-    "test_adapters",
-    "test_methods",
-    "test_generation",
-)
-SHORT_FILES += ("test_loss", "test_attention", "test_pointwise")
+SHORT_FILES = [
+    "models/test_llama",
+    "models/test_gemma2",
+    "models/test_qwen3",
+    "models/test_mixtral",
+    "methods/test_lora",
+]
+SHORT_FILES += ["methods/test_methods", "generation/test_generate", "ops/test_cross_entropy", "ops/test_attention"]
+SHORT_FILES += ["ops/test_norms"]
 
 
 def numeric_tests() -> list[str]:
     """The files whose tests compare numbers."""
     return [
-        str(f) for f in sorted(TESTS.glob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())
+        str(f) for f in sorted(TESTS.rglob("test_*.py")) if re.search(r"from (numerics|parity) import", f.read_text())
     ]
 
 

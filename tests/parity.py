@@ -22,9 +22,9 @@ from numerics import Float64, assert_as_accurate, assert_close, assert_gradients
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from litmini.cache import KVCache
-from litmini.checkpoint import disk_tensors, load_model, save_model
+from litmini.checkpoints.hf import disk_tensors, load_model, save_model
 from litmini.models import family
+from litmini.ops.kv_cache import KVCache
 
 VOCAB, T = 97, 61
 SMALL = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,8 +62,8 @@ class FamilyTests:
     """key that the error must name -> config.json that must be refused."""
     counts: ClassVar[dict[str, int]]
     """preset -> published number of parameters, tied ones counted once; every preset but `tiny`."""
-    mended: ClassVar[tuple[str, ...]] = ()
-    """Cases in which transformers itself is wrong and mended by a fixture; left out of the README's table."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Cases in which transformers itself is wrong and fixed by a fixture; left out of the README's table."""
 
     @pytest.fixture
     def directory(self, tmp_path, tokenizer_dir):
@@ -193,9 +193,9 @@ class FamilyTests:
     def test_presets_go_in_and_out_and_have_the_published_size(self):
         assert self.counts.keys() == self.module.PRESETS.keys() - {"tiny"}
         for name, config in self.module.PRESETS.items():
-            there = self.module.config_to_hf(config)
-            assert family(there["model_type"]) is self.module
-            assert self.module.config_from_hf(json.loads(json.dumps(there))) == config, name
+            written = self.module.config_to_hf(config)
+            assert family(written["model_type"]) is self.module
+            assert self.module.config_from_hf(json.loads(json.dumps(written))) == config, name
             with torch.device("meta"):
                 size = sum(p.numel() for p in self.module.Model(config).parameters())
             assert size == self.counts.get(name, size), f"{name}: {size}"

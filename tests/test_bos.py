@@ -10,14 +10,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 import litmini
-from litmini.adapters import add_adapters
-from litmini.checkpoint import disk_tensors, load_model, save_model
-from litmini.data import tokenize
-from litmini.export import export
-from litmini.finetune_config import DataConfig, LoraConfig
+from litmini.checkpoints.export import export
+from litmini.checkpoints.hf import disk_tensors, load_model, save_model
+from litmini.checkpoints.peft import save_adapter
+from litmini.config.finetune import DataConfig, LoraConfig
+from litmini.data.dataset import tokenize
+from litmini.data.formats import Example
+from litmini.methods.adapters import add_adapters
 from litmini.models import FAMILIES, family
-from litmini.peft_save import save_adapter
-from litmini.records import Example
 from litmini.tokenizer import Tokenizer
 
 ASKED = [{"role": "user", "content": "Two large mugs to Oslo, please."}]

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from litmini.config import UserError
-from litmini.data import tokenize
-from litmini.finetune_config import DataConfig
-from litmini.records import Example
+from litmini.config.finetune import DataConfig
+from litmini.data.dataset import tokenize
+from litmini.data.formats import Example
+from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer
 
 END, START, STOP = 0, 1, 2  # <|endoftext|>, <|im_start|>, <|im_end|>

@@ -21,10 +21,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "torch",
     "lightning_fabric",
-    "litmini.finetune",
-    "litmini.adapters",
-    "litmini.pretrain",
-    "litmini.peft_save",
+    "litmini.tasks.setup",
+    "litmini.methods.adapters",
+    "litmini.tasks.pretrain",
+    "litmini.checkpoints.peft",
 ]
 CONTEXT.set_forkserver_preload([*PRELOADED, "bitsandbytes", "jsonargparse", "matplotlib.backends.backend_agg"])
 

@@ -1,13 +1,34 @@
-"""The one registry of families: `model_type` in `config.json` -> the module that implements it."""
+"""The registry of families: `model_type` in `config.json` -> the module that implements it.
+
+Each family file defines `Config`, `PRESETS`, `config_from_hf`, `config_to_hf` and `Model`; and `from_hf` and `to_hf` where
+Hugging Face's tensors are laid out differently. All models are called alike:
+
+    Model.forward(tokens, positions=None, documents=None, cache=None, labels=None)
+
+Args:
+    tokens: (B, T) int64.
+    positions: (B, T) int64, from 0 within each document; by default they continue from the cache. Below 0: padding.
+    documents: (B, T) ints, one id per document; a token sees only tokens of its own document. 0: padding.
+    cache: `litmini.ops.kv_cache.KVCache` with the keys and values of the tokens before these.
+    labels: (B, T) int64, the target after each token; -100 where there is none.
+
+Returns:
+    Logits (B, T, vocab_size); with labels, the loss summed over targets (fp32) and the number of targets.
+"""
+
+from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from litmini.config import UserError
+from litmini.errors import UserError
 from litmini.files import existing_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FAMILIES = {
     "falcon": "litmini.models.falcon",
@@ -31,10 +52,10 @@ FAMILIES = {
 
 
 def family(model_type: str) -> ModuleType:
-    """The module of a family.
+    """Return the module of a family.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is no such family; the message lists all.
     """
     if model_type not in FAMILIES:
         raise ValueError(
@@ -45,12 +66,12 @@ def family(model_type: str) -> ModuleType:
 
 
 def use_model_file(path: str | None) -> ModuleType | None:
-    """Make the family in a user's own file known, for this process; a checkpoint never brings code along.
+    """Register the family in a user's own file, for this process; a checkpoint never brings code along.
 
-    The file has what those in `litmini/models/` have: `Config`, `PRESETS`, `config_from_hf`, `config_to_hf`, `Model`.
+    As those in `litmini/models/`, it defines `Config`, `PRESETS`, `config_from_hf`, `config_to_hf` and `Model`.
 
     Raises:
-        UserError: the file is missing, does not run, lacks one of these, or takes the name of a family that is here.
+        UserError: the file is missing, does not run, lacks one of these, or takes the name of another family.
     """
     if path is None:
         return None
@@ -81,7 +102,7 @@ def use_model_file(path: str | None) -> ModuleType | None:
 
 
 def _last_line(error: BaseException, file: str) -> int | None:
-    """The last line of `file` that an error went through."""
+    """Return the last line of `file` in the traceback of an error."""
     line, trace = None, error.__traceback__
     while trace:
         line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == file else line
@@ -89,13 +110,13 @@ def _last_line(error: BaseException, file: str) -> int | None:
     return line
 
 
-def skeleton(module: ModuleType, config: Any) -> Any:
-    """A family's model with all parameters on the meta device, without any work on their values."""
+def meta_model(module: ModuleType, config: Any) -> Any:
+    """Return a family's model with all parameters on the meta device, without any work on their values."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     class NoInit(TorchFunctionMode):
-        """On the meta device torch's initialisers do nothing either, but import the compiler for it: a second."""
+        """Skips torch's initialisers: on the meta device they do nothing, but import the compiler, which takes a second."""
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -105,3 +126,19 @@ def skeleton(module: ModuleType, config: Any) -> Any:
 
     with torch.device("meta"), NoInit():
         return module.Model(config)
+
+
+def preset(name: str) -> nn.Module | None:
+    """Return the model of a preset on the meta device; None if no family has a preset of this name."""
+    import torch
+
+    for module in map(family, FAMILIES):
+        if name in module.PRESETS:
+            with torch.device("meta"):
+                return module.Model(module.PRESETS[name])
+    return None
+
+
+def preset_names() -> str:
+    """Return the names of all presets but those for tests, sorted and joined by commas."""
+    return ", ".join(sorted({name for model_type in FAMILIES for name in family(model_type).PRESETS if "/" in name}))

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
+from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if self.n_norms not in (1, 2):
             raise ValueError(f"n_norms {self.n_norms} is neither 1 nor 2")
 
@@ -51,8 +53,7 @@ class Config:
         return self.dim // self.n_heads
 
 
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 2, 256, 256, n_norms=2),  # for tests
     "tiiuae/falcon-7b": Config(65024, 4544, 32, 71, 1, 18176, 2048),
     "tiiuae/falcon-7b-instruct": Config(65024, 4544, 32, 71, 1, 18176, 2048),
@@ -60,89 +61,74 @@ PRESETS = {
     "tiiuae/falcon-40b": Config(65024, 8192, 60, 128, 8, 32768, 2048, n_norms=2),  # GQA, a norm for the MLP
     "tiiuae/falcon-40b-instruct": Config(65024, 8192, 60, 128, 8, 32768, 2048, n_norms=2),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_kv_heads", None),  # none: n_heads
+    "ffn_dim": ("ffn_hidden_size", None),  # none: 4 * dim
+    "max_positions": ("max_position_embeddings", 2048),
+    "n_norms": ("num_ln_in_parallel_attn", None),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "tied": ("tie_word_embeddings", True),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "activation": "gelu",
+    "alibi": False,
+    "bias": False,
+    "parallel_attn": True,
+    "rope_type": "default",
+    "partial_rotary_factor": 1.0,
+    "attention_dropout": False,
+    "hidden_dropout": False,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    grouped = hf.get("new_decoder_architecture", False)
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope, grouped = read_rope(hf), hf.get("new_decoder_architecture", False)
     n_norms = hf.get("num_ln_in_parallel_attn") or (2 if grouped else 1)
-    implemented = {
-        "activation": hf.get("activation", "gelu") == "gelu",
-        "alibi": not hf.get("alibi"),
-        "bias": not hf.get("bias"),
-        "parallel_attn": hf.get("parallel_attn", True),
-        "multi_query": grouped or hf.get("multi_query", True),
-        "num_ln_in_parallel_attn": n_norms == 1 or (grouped and n_norms == 2),
-        "rope_type": kind == "default",
-        "partial_rotary_factor": partial == 1.0,
-        "attention_dropout": not hf.get("attention_dropout"),
-        "hidden_dropout": not hf.get("hidden_dropout"),
-        "quantization_config": hf.get("quantization_config") is None,
+    checks = {
+        "multi_query": bool(grouped or hf.get("multi_query", True)),
+        "num_ln_in_parallel_attn": n_norms == 1 or bool(grouped and n_norms == 2),
     }
-    found = {**hf, "rope_type": kind, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in falcon.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=(hf.get("num_kv_heads") or hf["num_attention_heads"]) if grouped else 1,  # 7B's is not read
-        ffn_dim=hf.get("ffn_hidden_size") or 4 * hf["hidden_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
-        n_norms=n_norms,
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tied=hf.get("tie_word_embeddings", True),
-    )
+    refuse("falcon.py", hf, rope, IMPLEMENTED, **checks)
+    fields = read_fields(HF, hf) | {"n_norms": n_norms, "rope_theta": rope["rope_theta"]}
+    fields["ffn_dim"] = fields["ffn_dim"] or 4 * fields["dim"]
+    if not grouped:
+        fields["n_kv_heads"] = 1  # 7B's num_kv_heads is not read
+    return Config(**fields)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["FalconForCausalLM"],
         "model_type": "falcon",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_kv_heads": config.n_kv_heads,
-        "ffn_hidden_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
         "new_decoder_architecture": config.n_kv_heads > 1 or config.n_norms == 2,
-        "num_ln_in_parallel_attn": config.n_norms,
         "multi_query": True,  # it and parallel_attn are 7B's way to say what the new decoder always is
         "parallel_attn": True,
         "activation": "gelu",
         "alibi": False,
         "bias": False,
-        "layer_norm_epsilon": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied,
+        **write_rope(config.rope_theta),
     }
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -234,20 +220,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, None)
         x = self.transformer["word_embeddings"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import geglu, rms_norm
+from litmini.models.hf_config import Table, layer_types, read_fields, read_rope, refuse, write_fields
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import geglu, rms_norm
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -44,96 +46,67 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if self.window < 1:
             raise ValueError(f"window {self.window} is below 1")
         if min(self.attn_softcap, self.logit_softcap) <= 0:
             raise ValueError(f"attn_softcap {self.attn_softcap} or logit_softcap {self.logit_softcap} is not above 0")
 
 
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 2, 16, 128, 256, window=16, query_scalar=16),  # for tests
     "google/gemma-2-2b": Config(256_000, 2304, 26, 8, 4, 256, 9216, 8192),
     "google/gemma-2-9b": Config(256_000, 3584, 42, 16, 8, 256, 14336, 8192),
     "google/gemma-2-27b": Config(256_000, 4608, 46, 32, 16, 128, 36864, 8192, query_scalar=144),  # 4608 / 32 heads
 }
-# fmt: on
 
-
-def layer_types(n_layers: int) -> list[str]:
-    """What each layer sees, in the words of `config.json`."""
-    return ["full_attention" if i % 2 else "sliding_attention" for i in range(n_layers)]
+HF: Table = {  # field of Config: (key of config.json, value if it is missing[, conversion])
+    "vocab_size": ("vocab_size", 256_000),
+    "dim": ("hidden_size", 2304),
+    "n_layers": ("num_hidden_layers", 26),
+    "n_heads": ("num_attention_heads", 8),
+    "n_kv_heads": ("num_key_value_heads", 4),
+    "head_dim": ("head_dim", 256),
+    "ffn_dim": ("intermediate_size", 9216),
+    "max_positions": ("max_position_embeddings", 8192),
+    "window": ("sliding_window", 4096),
+    "query_scalar": ("query_pre_attn_scalar", 256),
+    "attn_softcap": ("attn_logit_softcapping", 50.0, float),
+    "logit_softcap": ("final_logit_softcapping", 30.0, float),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", True),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too, True for what is neither
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rope_type": "default",
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "attention_dropout": False,
+    "use_bidirectional_attention": False,
+    "attn_logit_softcapping": True,
+    "final_logit_softcapping": True,
+    "sliding_window": True,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    n_layers = hf.get("num_hidden_layers", 26)
-    implemented = {
-        "hidden_activation": hf.get("hidden_activation", "gelu_pytorch_tanh") == "gelu_pytorch_tanh",
-        "rope_type": kind == "default",
-        "partial_rotary_factor": partial == 1.0,
-        "attention_bias": not hf.get("attention_bias"),
-        "attention_dropout": not hf.get("attention_dropout"),
-        "use_bidirectional_attention": not hf.get("use_bidirectional_attention"),
-        "attn_logit_softcapping": hf.get("attn_logit_softcapping", 50.0) is not None,
-        "final_logit_softcapping": hf.get("final_logit_softcapping", 30.0) is not None,
-        "sliding_window": hf.get("sliding_window", 4096) is not None,
-        "layer_types": hf.get("layer_types") in (None, layer_types(n_layers)),
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    found = {**hf, "rope_type": kind, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in gemma2.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf.get("vocab_size", 256_000),
-        dim=hf.get("hidden_size", 2304),
-        n_layers=n_layers,
-        n_heads=hf.get("num_attention_heads", 8),
-        n_kv_heads=hf.get("num_key_value_heads", 4),
-        head_dim=hf.get("head_dim", 256),
-        ffn_dim=hf.get("intermediate_size", 9216),
-        max_positions=hf.get("max_position_embeddings", 8192),
-        window=hf.get("sliding_window", 4096),
-        query_scalar=hf.get("query_pre_attn_scalar", 256),
-        attn_softcap=float(hf.get("attn_logit_softcapping", 50.0)),
-        logit_softcap=float(hf.get("final_logit_softcapping", 30.0)),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", True),
-    )
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope, fields = read_rope(hf), read_fields(HF, hf)
+    types = layer_types(fields["n_layers"], full_every=2)
+    refuse("gemma2.py", hf, rope, IMPLEMENTED, layer_types=hf.get("layer_types") in (None, types))
+    return Config(**fields, rope_theta=rope["rope_theta"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config.query_scalar,
-        "attn_logit_softcapping": config.attn_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-        "sliding_window": config.window,
-        "layer_types": layer_types(config.n_layers),
-        "rms_norm_eps": config.norm_eps,
+        "layer_types": layer_types(config.n_layers, full_every=2),
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied,
         "attention_bias": False,
     }
 
@@ -149,16 +122,16 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -245,20 +218,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         local = make_mask(positions, documents, cache, self.config.window)
         full = make_mask(positions, documents, cache, window=None)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)

@@ -18,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import geglu, rms_norm
+from litmini.models.hf_config import (
+    LAYER_TYPES,
+    Table,
+    layer_types,
+    read_fields,
+    read_rope,
+    refuse,
+    write_fields,
+    write_rope,
+)
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import geglu, rms_norm
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -46,15 +57,14 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if min(self.window, self.global_every) < 1:
             raise ValueError(f"window {self.window} or global_every {self.global_every} is below 1")
         if self.rope_factor <= 0:
             raise ValueError(f"rope_factor {self.rope_factor} is not above 0")
 
 
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions, window
     "tiny": Config(512, 64, 3, 4, 2, 16, 128, 256, 16, 3, 16, rope_factor=8.0),  # for tests
     "google/gemma-3-270m": Config(262_144, 640, 18, 4, 1, 256, 2048, 32768, 512),
     "google/gemma-3-1b-pt": Config(262_144, 1152, 26, 4, 1, 256, 6912, 32768, 512),
@@ -63,97 +73,64 @@ PRESETS = {
         262_144, 5376, 62, 32, 16, 128, 21504, 131072, 1024, query_scalar=168, rope_factor=8.0
     ),
 }
-# fmt: on
 
-
-def layer_types(n_layers: int, global_every: int) -> list[str]:
-    """What each layer sees, in the words of `config.json`."""
-    return ["sliding_attention" if (i + 1) % global_every else "full_attention" for i in range(n_layers)]
+HF: Table = {  # field of Config: (key of config.json, value if it is missing)
+    "vocab_size": ("vocab_size", 262_208),
+    "dim": ("hidden_size", 2304),
+    "n_layers": ("num_hidden_layers", 26),
+    "n_heads": ("num_attention_heads", 8),
+    "n_kv_heads": ("num_key_value_heads", 4),
+    "head_dim": ("head_dim", 256),
+    "ffn_dim": ("intermediate_size", 9216),
+    "max_positions": ("max_position_embeddings", 131_072),
+    "window": ("sliding_window", 4096),
+    "global_every": ("sliding_window_pattern", 6),  # of transformers 4; layer_types says the same
+    "query_scalar": ("query_pre_attn_scalar", 256),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", True),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too, True for what is neither
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rope_type": ("default", "linear"),
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "attention_dropout": False,
+    "use_bidirectional_attention": False,  # EmbeddingGemma
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window": True,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_local_base_freq`, `rope_scaling`,
-    `sliding_window_pattern`) or 5 (`rope_parameters` by layer type, `layer_types`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    ropes = hf.get("rope_parameters") or {}
-    local = ropes.get("sliding_attention") or {}
-    rope = {**(ropes.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
-    kind = rope.get("type", rope.get("rope_type", "default"))
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    n_layers, types = hf.get("num_hidden_layers", 26), hf.get("layer_types") or []
-    every = hf.get("sliding_window_pattern", 6)
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    fields, types = read_fields(HF, hf), hf.get("layer_types") or []
     if "full_attention" in types:
-        every = types.index("full_attention") + 1
-    implemented = {
-        "hidden_activation": hf.get("hidden_activation", "gelu_pytorch_tanh") == "gelu_pytorch_tanh",
-        "rope_type": kind in ("default", "linear"),
-        "rope_parameters": ropes.keys() <= {"full_attention", "sliding_attention"},
-        "sliding_attention": local.get("rope_type", "default") == "default",
-        "partial_rotary_factor": partial == 1.0,
-        "attention_bias": not hf.get("attention_bias"),
-        "attention_dropout": not hf.get("attention_dropout"),
-        "use_bidirectional_attention": not hf.get("use_bidirectional_attention"),  # EmbeddingGemma
-        "attn_logit_softcapping": hf.get("attn_logit_softcapping") is None,
-        "final_logit_softcapping": hf.get("final_logit_softcapping") is None,
-        "sliding_window": hf.get("sliding_window", 4096) is not None,
-        "layer_types": types in ([], layer_types(n_layers, every)),
-        "quantization_config": hf.get("quantization_config") is None,
+        fields["global_every"] = types.index("full_attention") + 1
+    rope = read_rope(hf, theta=1_000_000.0)
+    by_type = hf.get("rope_parameters") or {}
+    local_hf = {"rope_theta": hf.get("rope_local_base_freq"), "rope_parameters": by_type}  # rope_scaling is not theirs
+    local = read_rope(local_hf, layer_type="sliding_attention")
+    checks = {
+        "rope_parameters": by_type.keys() <= LAYER_TYPES and local["rope_type"] == "default",
+        "layer_types": types in ([], layer_types(fields["n_layers"], fields["global_every"])),
     }
-    found = {**hf, "rope_type": kind, "sliding_attention": local, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in gemma3.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf.get("vocab_size", 262_208),
-        dim=hf.get("hidden_size", 2304),
-        n_layers=n_layers,
-        n_heads=hf.get("num_attention_heads", 8),
-        n_kv_heads=hf.get("num_key_value_heads", 4),
-        head_dim=hf.get("head_dim", 256),
-        ffn_dim=hf.get("intermediate_size", 9216),
-        max_positions=hf.get("max_position_embeddings", 131_072),
-        window=hf.get("sliding_window", 4096),
-        global_every=every,
-        query_scalar=hf.get("query_pre_attn_scalar", 256),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 1_000_000.0)),
-        rope_factor=float(rope["factor"]) if kind == "linear" else 1.0,
-        rope_local_theta=float(local.get("rope_theta", hf.get("rope_local_base_freq") or 10_000.0)),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", True),
-    )
+    refuse("gemma3.py", hf, rope, IMPLEMENTED, **checks)
+    fields["rope_factor"] = float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
+    return Config(**fields, rope_theta=rope["rope_theta"], rope_local_theta=local["rope_theta"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
-    scaled = config.rope_factor != 1.0
-    scaling = {"rope_type": "linear", "factor": config.rope_factor} if scaled else {"rope_type": "default"}
+    """Return the config.json of a model, for transformers 4 and 5."""
+    scaling = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1.0 else None
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config.query_scalar,
-        "sliding_window": config.window,
-        "sliding_window_pattern": config.global_every,
         "layer_types": layer_types(config.n_layers, config.global_every),
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_local_base_freq": config.rope_local_theta,
-        "rope_scaling": scaling if scaled else None,
-        "rope_parameters": {
-            "full_attention": {**scaling, "rope_theta": config.rope_theta},
-            "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_theta},
-        },
-        "tie_word_embeddings": config.tied,
+        **write_rope(config.rope_theta, scaling, local_theta=config.rope_local_theta),
+        "rope_local_base_freq": config.rope_local_theta,  # of transformers 4
         "attention_bias": False,
     }
 
@@ -169,16 +146,16 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     frequencies = 1.0 / theta**exponents / factor  # (head_dim / 2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -266,20 +243,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype)  # in bf16, sqrt(640) = 25.298 becomes 25.25
         c = self.config

@@ -1,7 +1,7 @@
 """GPT-2, 124M to 1.5B, and models of its shape such as nanoGPT's.
 
 Features: learned positions added to the embedding, LayerNorm with bias before attention and MLP, q, k and v from one
-fused linear, all heads with keys of their own, GELU (tanh form), biases in every linear, head tied to the embedding.
+fused linear, no grouped-query attention, GELU (tanh form), biases in every linear, head tied to the embedding.
 
 Differs from llama.py in: positions (a table of `max_positions` rows, not rotary), norm, the fused linear, the MLP without
 gate, biases, smaller initial weights where a block ends. Hugging Face keeps these linears as "Conv1D", (in, out):
@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
+from litmini.models.hf_config import Table, read_fields, refuse, write_fields
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Config:
 
 
 PUBLISHED: dict[str, Any] = {"embd_dropout": 0.1, "attn_dropout": 0.1, "resid_dropout": 0.1}
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 256, 256),  # for tests
     "openai-community/gpt2": Config(50257, 768, 12, 12, 3072, 1024, **PUBLISHED),
     "openai-community/gpt2-medium": Config(50257, 1024, 24, 16, 4096, 1024, **PUBLISHED),  # wider, twice as deep
@@ -60,57 +62,44 @@ PRESETS = {
     "openai-community/gpt2-xl": Config(50257, 1600, 48, 25, 6400, 1024, **PUBLISHED),
 }
 
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing); the same in transformers 4 and 5
+    "vocab_size": "vocab_size",
+    "dim": ("n_embd", 768),
+    "n_layers": ("n_layer", 12),
+    "n_heads": ("n_head", 12),
+    "ffn_dim": ("n_inner", None),  # none: 4 * dim
+    "max_positions": ("n_positions", 1024),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "embd_dropout": ("embd_pdrop", 0.1),
+    "attn_dropout": ("attn_pdrop", 0.1),
+    "resid_dropout": ("resid_pdrop", 0.1),
+    "tied": ("tie_word_embeddings", True),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`; its names for sizes are GPT-2's own, the same in transformers 4 and 5.
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    implemented = {
-        "activation_function": hf.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": hf.get("scale_attn_weights", True),
-        "scale_attn_by_inverse_layer_idx": not hf.get("scale_attn_by_inverse_layer_idx"),
-        "reorder_and_upcast_attn": not hf.get("reorder_and_upcast_attn"),
-        "add_cross_attention": not hf.get("add_cross_attention"),
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    if lacking := [f"{key} = {hf.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in gpt2.py: {', '.join(lacking)}")
-    dim = hf.get("n_embd", 768)
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=dim,
-        n_layers=hf.get("n_layer", 12),
-        n_heads=hf.get("n_head", 12),
-        ffn_dim=hf.get("n_inner") or 4 * dim,
-        max_positions=hf.get("n_positions", 1024),
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tied=hf.get("tie_word_embeddings", True),
-        embd_dropout=hf.get("embd_pdrop", 0.1),
-        attn_dropout=hf.get("attn_pdrop", 0.1),
-        resid_dropout=hf.get("resid_pdrop", 0.1),
-    )
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    refuse("gpt2.py", hf, {}, IMPLEMENTED)
+    fields = read_fields(HF, hf)
+    fields["ffn_dim"] = fields["ffn_dim"] or 4 * fields["dim"]
+    return Config(**fields)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_embd": config.dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "n_inner": config.ffn_dim,
-        "n_positions": config.max_positions,
+        **write_fields(HF, config),
         "n_ctx": config.max_positions,  # the older name
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": config.norm_eps,
-        "embd_pdrop": config.embd_dropout,
-        "attn_pdrop": config.attn_dropout,
-        "resid_pdrop": config.resid_dropout,
-        "tie_word_embeddings": config.tied,
     }
 
 
@@ -191,23 +180,11 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            stop = start + tokens.shape[1]
-            if stop > self.config.max_positions:  # else a GPU would stop in the middle of a kernel
-                raise ValueError(f"{stop} tokens, but there are learned positions for {self.config.max_positions}")
-            positions = torch.arange(start, stop, device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        stop = tokens.shape[1] + (0 if cache is None else cache.length)
+        if positions is None and stop > self.config.max_positions:  # else a GPU would stop in the middle of a kernel
+            raise ValueError(f"{stop} tokens, but there are learned positions for {self.config.max_positions}")
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, window=None)
         # (B, T, dim); padding has no row in the table: any will do, no real token sees it
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions.clamp(min=0))

@@ -2,7 +2,7 @@
 
 Features: attention and MLP side by side, each with a LayerNorm of its own, both added to the same residual (RedPajama:
 one after the other), rotary embedding on the first `rotary_pct` of each head (half-split layout), q, k and v from one
-fused linear with each head's three side by side, all heads with keys of their own, GELU, biases everywhere but in the
+fused linear with each head's three side by side, no grouped-query attention, GELU, biases everywhere but in the
 head, which has weights of its own.
 
 Differs from llama.py in: the parallel block, LayerNorm for RMSNorm, part of a head rotated, the fused linear, biases,
@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
+from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Config:
     ffn_dim: int
     max_positions: int = 2048
     rope_theta: float = 10_000.0
-    rotary_pct: float = 0.25  # the share of each head that is rotated
+    rotary_pct: float = 0.25  # the fraction of each head that is rotated
     norm_eps: float = 1e-5
     parallel: bool = True  # attention and MLP read the same residual
 
@@ -41,7 +43,7 @@ class Config:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ValueError(
-                f"rotary_pct {self.rotary_pct} of head_dim {self.head_dim} is {self.rotary_dim}: rotary turns pairs"
+                f"rotary_pct {self.rotary_pct} of head_dim {self.head_dim} is {self.rotary_dim}: rotary rotates pairs"
             )
 
     @property
@@ -61,8 +63,7 @@ class Config:
         return False
 
 
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, ffn_dim, max_positions = 2048
     "tiny": Config(512, 64, 2, 4, 256, 256),  # for tests
     "EleutherAI/pythia-14m": Config(50304, 128, 6, 4, 512),
     "EleutherAI/pythia-31m": Config(50304, 256, 6, 8, 1024),  # wider
@@ -76,83 +77,65 @@ PRESETS = {
     "EleutherAI/pythia-12b": Config(50688, 5120, 36, 40, 20480),
     "togethercomputer/RedPajama-INCITE-Base-3B-v1": Config(50432, 2560, 32, 32, 10240, rotary_pct=1.0, parallel=False),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 2048),
+    "norm_eps": ("layer_norm_eps", 1e-5),
+    "parallel": ("use_parallel_residual", True),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "hidden_act": "gelu",
+    "rope_type": "default",
+    "attention_bias": True,
+    "attention_dropout": False,
+    "hidden_dropout": False,
+    "tie_word_embeddings": False,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rotary_emb_base`, `rotary_pct`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "gelu") == "gelu",
-        "rope_type": kind == "default",
-        "attention_bias": hf.get("attention_bias", True),
-        "attention_dropout": not hf.get("attention_dropout"),
-        "hidden_dropout": not hf.get("hidden_dropout"),
-        "tie_word_embeddings": not hf.get("tie_word_embeddings"),
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    found = {**hf, "rope_type": kind}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in gpt_neox.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        ffn_dim=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta", hf.get("rotary_emb_base") or 10_000.0)),
-        rotary_pct=rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25)),
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
-        parallel=hf.get("use_parallel_residual", True),
-    )
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    names_of_4 = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
+    rope = read_rope(hf | names_of_4, partial=0.25)
+    refuse("gpt_neox.py", hf, rope, IMPLEMENTED)
+    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
+    rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_pct}
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
         "hidden_act": "gelu",
-        "layer_norm_eps": config.norm_eps,
-        "use_parallel_residual": config.parallel,
         "attention_bias": True,
-        "rotary_emb_base": config.rope_theta,
+        "rotary_emb_base": config.rope_theta,  # transformers 4's names
         "rotary_pct": config.rotary_pct,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rope_theta,
-            "partial_rotary_factor": config.rotary_pct,
-        },
+        "rope_parameters": {"rope_type": "default", **rope},
         "tie_word_embeddings": False,
     }
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions.device) / config.rotary_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (rotary_dim / 2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, rotary_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, rotary_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, rotary_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + rotary_dim / 2]) by its angle; the rest of x (B, heads, T, head_dim) stays."""
-    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    x1, x2 = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)
+    """Rotate each pair (x[i], x[i + rotary_dim / 2]) by its angle; return the rest of x (B, heads, T, head_dim) unchanged."""
+    rotated, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    x1, x2 = rotated.chunk(2, dim=-1)
+    return torch.cat((rotated * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
@@ -231,20 +214,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, window=None)
         x = self.gpt_neox["embed_in"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)

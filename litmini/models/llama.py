@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import rms_norm_llama, swiglu
+from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import rms_norm_llama, swiglu
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,14 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is below 1")
 
 
 _LLAMA31 = RopeScaling("llama3", factor=8.0)
 _LLAMA32 = RopeScaling("llama3", factor=32.0)
-
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions, rope_theta, scaling
     "tiny": Config(512, 64, 2, 4, 2, 16, 128, 256),  # for tests
     "HuggingFaceTB/SmolLM2-135M": Config(49152, 576, 30, 9, 3, 64, 1536, 8192, 100_000.0, tied=True),
     "HuggingFaceTB/SmolLM2-360M": Config(49152, 960, 32, 15, 5, 64, 2560, 8192, 100_000.0, tied=True),  # wider
@@ -80,95 +80,59 @@ PRESETS = {
     "mistralai/Mistral-7B-v0.1": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, window=4096, model_type="mistral"),
     "mistralai/Mistral-7B-v0.3": Config(32768, 4096, 32, 32, 8, 128, 14336, 32768, 1e6, model_type="mistral"),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "model_type": "model_type",
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_key_value_heads", None),  # none: n_heads
+    "head_dim": ("head_dim", None),  # none: dim // n_heads
+    "ffn_dim": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 2048),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", False),
+}
+BIASES: Table = {"attn_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)}  # Mistral has none
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "hidden_act": "silu",
+    "rope_type": ("default", "linear", "llama3"),
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": (None, 0, 1),
+    "attention_dropout": False,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope, mistral, types = read_rope(hf), hf["model_type"] == "mistral", hf.get("layer_types") or []
+    checks = {"sliding_window": mistral or hf.get("sliding_window") is None, "layer_types": len(set(types)) <= 1}
+    refuse("llama.py", hf, rope, IMPLEMENTED, **checks)
     scaling = None
-    if kind == "llama3":
-        scaling = RopeScaling(
-            kind,
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    elif kind == "linear":
-        scaling = RopeScaling(kind, float(rope["factor"]))
-    mistral = hf["model_type"] == "mistral"
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "silu") == "silu",
-        "rope_type": kind in ("default", "linear", "llama3"),
-        "partial_rotary_factor": partial == 1.0,
-        "pretraining_tp": (hf.get("pretraining_tp") or 1) == 1,
-        "attention_dropout": not hf.get("attention_dropout"),
-        "quantization_config": hf.get("quantization_config") is None,
-        "sliding_window": mistral or hf.get("sliding_window") is None,
-        "layer_types": len(set(hf.get("layer_types") or [None])) == 1,
-    }
-    found = {**hf, "rope_type": kind, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in llama.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn_dim=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
-        rope_scaling=scaling,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", False),
-        attn_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        window=hf.get("sliding_window", 4096) if mistral else None,
-        model_type=hf["model_type"],
-    )
+    if rope["rope_type"] == "llama3":
+        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        scaling = RopeScaling("llama3", factor, low, high, int(rope["original_max_position_embeddings"]))
+    elif rope["rope_type"] == "linear":
+        scaling = RopeScaling("linear", float(rope["factor"]))
+    window = hf.get("sliding_window", 4096) if mistral else None
+    return Config(**read_fields(HF | BIASES, hf), rope_theta=rope["rope_theta"], rope_scaling=scaling, window=window)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
-    s = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": s.kind if s else "default", "rope_theta": config.rope_theta}
-    if s:
-        rope["factor"] = s.factor
-    if s and s.kind == "llama3":
-        rope["low_freq_factor"], rope["high_freq_factor"] = s.low_freq_factor, s.high_freq_factor
-        rope["original_max_position_embeddings"] = s.original_positions
-    mistral = config.model_type == "mistral"
+    """Return the config.json of a model, for transformers 4 and 5."""
+    mistral, scaling = config.model_type == "mistral", None
+    if s := config.rope_scaling:
+        scaling = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind == "llama3":
+            scaling |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+            scaling |= {"original_max_position_embeddings": s.original_positions}
     return {
         "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
+        **write_rope(config.rope_theta, scaling),
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if s else None,
-        "rope_parameters": rope,
-        "tie_word_embeddings": config.tied,
-        **(
-            {"sliding_window": config.window}
-            if mistral
-            else {"attention_bias": config.attn_bias, "mlp_bias": config.mlp_bias}
-        ),
+        **({"sliding_window": config.window} if mistral else write_fields(BIASES, config)),
     }
 
 
@@ -183,7 +147,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
     s = config.rope_scaling
@@ -193,13 +157,13 @@ def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tenso
         turns = s.original_positions * frequencies / (2 * math.pi)
         blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         frequencies = frequencies * (blend + (1 - blend) / s.factor)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -284,20 +248,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, self.config.window)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)

@@ -5,13 +5,12 @@ attention, no biases, and a router that sends each token to the two experts of h
 are added, weighted by these two probabilities scaled to a sum of 1. In training, a balance loss keeps all experts in use.
 
 Differs from llama.py in Router, Experts and what belongs to them: `Block` also returns its router's logits, from which
-`Model` computes the balance loss, and `from_hf` / `to_hf` stack the experts of a layer, which files hold one by one, and
-split them again. Adapters go over experts where they are named; the router is left alone.
+`Model` computes the balance loss, and `from_hf` / `to_hf` group the experts of a layer, which files hold one by one, and
+split them again. Adapters cover experts where these are named, never the router.
 
 Papers: Mixtral of Experts (arXiv 2401.04088), Switch Transformers (2101.03961) for the balance loss.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import rms_norm_llama, swiglu
+from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.experts import Groups, balance_loss, group_experts, split_experts
+from litmini.ops.norms import rms_norm_llama, swiglu
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if not 1 <= self.n_active <= self.n_experts:
             raise ValueError(f"n_active {self.n_active} is outside 1..n_experts {self.n_experts}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is below 1")
 
 
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 2, 16, 64, 256, n_experts=4),  # for tests
     "mistralai/Mixtral-8x7B-v0.1": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, balance_coef=0.02),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, balance_coef=0.02),
@@ -62,69 +64,46 @@ PRESETS = {
     "mistralai/Mixtral-8x22B-Instruct-v0.1": Config(32768, 6144, 56, 48, 8, 128, 16384, 65536),  # more tokens
 }
 
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_key_value_heads", 8),  # null: n_heads
+    "head_dim": ("head_dim", None),  # none: dim // n_heads
+    "ffn_dim": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 131072),
+    "n_experts": ("num_local_experts", 8),
+    "n_active": ("num_experts_per_tok", 2),
+    "balance_coef": ("router_aux_loss_coef", 0.001),
+    "norm_eps": ("rms_norm_eps", 1e-5),
+    "tied": ("tie_word_embeddings", False),
+    "window": ("sliding_window", None),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "hidden_act": "silu",
+    "rope_type": "default",
+    "partial_rotary_factor": 1.0,
+    "attention_dropout": False,
+    "router_jitter_noise": False,
+}
+
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "silu") == "silu",
-        "rope_type": kind == "default",
-        "partial_rotary_factor": partial == 1.0,
-        "attention_dropout": not hf.get("attention_dropout"),
-        "router_jitter_noise": not hf.get("router_jitter_noise"),
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    found = {**hf, "rope_type": kind, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in mixtral.py: {', '.join(lacking)}")
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads", 8) or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn_dim=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 131072),
-        n_experts=hf.get("num_local_experts", 8),
-        n_active=hf.get("num_experts_per_tok", 2),
-        balance_coef=hf.get("router_aux_loss_coef", 0.001),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 1_000_000.0)),
-        norm_eps=hf.get("rms_norm_eps", 1e-5),
-        tied=hf.get("tie_word_embeddings", False),
-        window=hf.get("sliding_window"),
-    )
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope = read_rope(hf, theta=1_000_000.0)
+    refuse("mixtral.py", hf, rope, IMPLEMENTED)
+    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
-        "num_local_experts": config.n_experts,
-        "num_experts_per_tok": config.n_active,
-        "router_aux_loss_coef": config.balance_coef,
+        **write_fields(HF, config),
+        **write_rope(config.rope_theta),
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied,
-        "sliding_window": config.window,
     }
 
 
@@ -139,16 +118,16 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -176,7 +155,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts each token goes to. A linear by its weight, but kept from adapters and 4-bit, as in transformers 5."""
+    """Chooses the experts of each token. No `nn.Linear`: adapters and 4-bit leave it alone, as in transformers 5."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -184,26 +163,26 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From x (N, dim): logits (N, n_experts), and weights (N, n_active), in fp32, of the chosen experts."""
+        """Return for x (N, dim) the logits (N, n_experts), and weights (N, n_active), in fp32, of the chosen experts."""
         logits = F.linear(x, self.weight)
         weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(self.n_active)
         return logits, weights / weights.sum(-1, keepdim=True), chosen
 
 
 class GroupedLinear(nn.Module):
-    """One linear for each expert. The rows of x stand side by side by expert; those of expert i end before ends[i]."""
+    """One linear for each expert. The rows of x are sorted by expert; those of expert i end before offsets[i]."""
 
     def __init__(self, n_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)  # (rows, out_features)
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=offsets)  # (rows, out_features)
 
 
 class Experts(nn.Module):
-    """SwiGLU MLPs side by side. Tokens are sorted by expert, so that each expert multiplies its own ones at once."""
+    """SwiGLU MLPs, grouped. Tokens are sorted by expert, so that each expert computes all of its own in one matmul."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -212,14 +191,14 @@ class Experts(nn.Module):
         self.down_proj = GroupedLinear(config.n_experts, config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x is (N, dim); weights and chosen are (N, n_active)."""
+        """Return (N, dim) for x (N, dim), and weights and chosen experts (N, n_active) each."""
         n_active = chosen.shape[1]
-        experts, order = chosen.flatten().sort(stable=True)  # (N * n_active,): each expert's tokens stand side by side
+        experts, order = chosen.flatten().sort(stable=True)  # (N * n_active,): sorted by expert
         ids = torch.arange(self.n_experts, device=x.device)
-        ends = torch.searchsorted(experts, ids, right=True, out_int32=True)  # (n_experts,); no tokens, no work
+        offsets = torch.searchsorted(experts, ids, right=True, out_int32=True)  # (n_experts,); no tokens, no work
         rows = x.index_select(0, order // n_active)  # (N * n_active, dim)
-        gate, up = self.gate_up_proj(rows, ends).chunk(2, dim=-1)  # (N * n_active, ffn_dim) each
-        y = self.down_proj(swiglu(gate, up), ends)  # (N * n_active, dim)
+        gate, up = self.gate_up_proj(rows, offsets).chunk(2, dim=-1)  # (N * n_active, ffn_dim) each
+        y = self.down_proj(swiglu(gate, up), offsets)  # (N * n_active, dim)
         y = y.index_select(0, order.argsort()).unflatten(0, (-1, n_active))  # (N, n_active, dim), tokens in order again
         return (y * weights[..., None]).sum(1).to(x.dtype)
 
@@ -231,31 +210,11 @@ class SparseMoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, dim), and the router's logits (B * T, n_experts)."""
+        """Return (B, T, dim), and the router's logits (B * T, n_experts)."""
         rows = x.flatten(0, 1)  # (B * T, dim)
         logits, weights, chosen = self.gate(rows)
-        y = self.experts(rows.to(logits.dtype), weights, chosen)  # grouped_mm does not know autocast; the logits do
+        y = self.experts(rows.to(logits.dtype), weights, chosen)  # grouped_mm ignores autocast, the router does not
         return y.view_as(x), logits
-
-
-def balance_loss(routing: list[Tensor], n_active: int, real: Tensor) -> Tensor:
-    """n_experts * the sum over experts of (their share of all tokens) * (their mean probability), over all layers at once.
-
-    It is n_active when all experts get equally much, and more the less even they are; only probabilities have gradients.
-
-    Args:
-        routing: each layer's logits (B * T, n_experts).
-        real: (B, T) bool, False for padding, which does not count.
-    """
-    counts = real.flatten()[:, None].float()  # (B * T, 1)
-    tokens = torch.zeros(routing[0].shape[1], device=real.device)  # (n_experts,)
-    probability = torch.zeros_like(tokens)
-    for logits in routing:
-        p = logits.softmax(-1, dtype=torch.float32)  # (B * T, n_experts)
-        tokens = tokens + (torch.zeros_like(p).scatter(1, p.topk(n_active).indices, 1.0) * counts).sum(0)
-        probability = probability + (p * counts).sum(0)
-    rows = (len(routing) * counts.sum()).clamp(min=1)
-    return len(tokens) * (tokens / rows * (probability / rows)).sum()
 
 
 class Block(nn.Module):
@@ -304,23 +263,12 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
 
         In training mode the loss is cross entropy + targets * balance_coef * balance loss of this batch, as transformers
-        computes it with `output_router_logits`; in evaluation mode it is cross entropy alone.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document. 0: padding, not balanced.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
+        computes it with `output_router_logits`; in evaluation mode it is cross entropy alone. Padding is not balanced.
         """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, self.config.window)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, self.config, x.dtype)
@@ -332,56 +280,25 @@ class Model(nn.Module):
         if labels is None:
             return self.lm_head(x)  # (B, T, vocab_size)
         loss, n_targets = linear_cross_entropy(x, self.lm_head, labels)
-        if self.training and self.config.balance_coef > 0:
+        if self.training and self.config.balance_coef > 0 and loss.dim() == 0:  # other heads return no summed loss
             real = positions >= 0 if documents is None else documents > 0
             loss = loss + n_targets * self.config.balance_coef * balance_loss(routing, self.config.n_active, real)
         return loss, n_targets
 
 
-EXPERT = re.compile(r"(.+\.block_sparse_moe\.experts)\.(\d+)\.(w[123])\.weight")  # w1 is gate, w3 up, w2 down
+def expert_groups(config: Config) -> Groups:
+    """Return the linears of an expert, as files name them, that each grouped linear consists of, and their shapes."""
+    return {
+        "gate_up_proj": (("w1", "w3"), (config.ffn_dim, config.dim)),
+        "down_proj": (("w2",), (config.dim, config.ffn_dim)),
+    }
 
 
 def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Stack experts, which come one by one in any order; only those of incomplete stacks are held.
-
-    What does not fit, or is not complete, is passed on under a name that is in no model: `load_model` lists it.
-    """
-    shapes = {
-        "w1": (config.ffn_dim, config.dim),
-        "w2": (config.dim, config.ffn_dim),
-        "w3": (config.ffn_dim, config.dim),
-    }
-    waiting: dict[str, dict[tuple[int, str], Tensor | None]] = {}  # stack -> {(expert, kind): its weight, once seen}
-    for name, tensor in tensors:
-        found = EXPERT.fullmatch(name)
-        if not found or int(found[2]) >= config.n_experts or tensor.shape != shapes[found[3]]:
-            yield name, tensor
-            continue
-        kinds = ("w2",) if found[3] == "w2" else ("w1", "w3")
-        stack = f"{found[1]}.{'down_proj' if found[3] == 'w2' else 'gate_up_proj'}.weight"
-        parts = waiting.setdefault(stack, {(i, kind): None for i in range(config.n_experts) for kind in kinds})
-        parts[int(found[2]), found[3]] = tensor
-        there = [part for part in parts.values() if part is not None]
-        if len(there) == len(parts):
-            del waiting[stack]
-            parts.clear()
-            tensor = torch.cat(there).unflatten(0, (config.n_experts, -1))  # (n_experts, 2 * ffn_dim or dim, ...)
-            there.clear()
-            yield stack, tensor
-    for stack, parts in waiting.items():
-        lacking = [f"{i}.{kind}" for (i, kind), part in parts.items() if part is None]
-        yield f"{stack} without {', '.join(lacking[:5])}", torch.empty(0)
+    """Yield Hugging Face's tensors as the model has them, with grouped experts."""
+    return group_experts(tensors, "block_sparse_moe.experts", expert_groups(config), config.n_experts)
 
 
 def to_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Split the stacks of experts again; the parts are views."""
-    for name, tensor in tensors:
-        head, *last = name.rsplit(".", 2)
-        if last == ["gate_up_proj", "weight"]:
-            for i, expert in enumerate(tensor):
-                yield f"{head}.{i}.w1.weight", expert[: config.ffn_dim]
-                yield f"{head}.{i}.w3.weight", expert[config.ffn_dim :]
-        elif last == ["down_proj", "weight"]:
-            yield from ((f"{head}.{i}.w2.weight", expert) for i, expert in enumerate(tensor))
-        else:
-            yield name, tensor
+    """Yield the model's tensors as Hugging Face's files have them, experts one by one."""
+    return split_experts(tensors, expert_groups(config))

@@ -7,7 +7,7 @@ tied to the embedding. Module names and shapes are Hugging Face's, so checkpoint
 Differs from llama.py in ALiBi for rotary, LayerNorm for RMSNorm, fused Wqkv for three linears, no grouped attention, and
 an MLP without gate, four times as wide as the model.
 
-StoryWriter sets alibi_bias_max to 16: MosaicML's code, vLLM and this file heed it; transformers 5.23 computes with 8.
+StoryWriter sets alibi_bias_max to 16: MosaicML's code, vLLM and this file respect it; transformers 5.23 computes with 8.
 
 Papers: MPT-7B (databricks.com/blog/mpt-7b), ALiBi (arXiv 2108.12409).
 """
@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
+from litmini.models.hf_config import Table, read_fields, refuse, write_fields
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class Config:
         return self.dim // self.n_heads
 
 
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, max_positions
     "tiny": Config(512, 64, 2, 4, 256),  # for tests
     "mosaicml/mpt-7b": Config(50432, 4096, 32, 32, 2048),
     "mosaicml/mpt-7b-instruct": Config(50432, 4096, 32, 32, 2048),
@@ -62,73 +63,70 @@ PRESETS = {
     "mosaicml/mpt-30b-instruct": Config(50432, 7168, 48, 64, 8192),
     "mosaicml/mpt-30b-chat": Config(50432, 7168, 48, 64, 8192),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "d_model",
+    "n_layers": "n_layers",
+    "n_heads": "n_heads",
+    "max_positions": ("max_seq_len", 2048),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "tied": ("tie_word_embeddings", True),
+}
+ATTENTION: Table = {  # the same, in its entry `attn_config`
+    "alibi_max": ("alibi_bias_max", 8),
+    "clip_qkv": ("clip_qkv", None),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "attn_config.attn_type": "multihead_attention",
+    "attn_config.alibi": True,  # with it, MosaicML's code ignores learned_pos_emb
+    "attn_config.rope": False,
+    "attn_config.qk_ln": False,
+    "attn_config.qk_gn": False,
+    "attn_config.prefix_lm": False,
+    "attn_config.softmax_scale": None,
+    "attn_config.attn_uses_sequence_id": False,
+    "attn_config.sliding_window_size": -1,
+    "attn_config.attn_pdrop": False,
+    "resid_pdrop": False,
+    "emb_pdrop": False,
+    "expansion_ratio": 4,
+    "norm_type": ("layernorm", "low_precision_layernorm"),
+    "no_bias": True,
+    "logit_scale": None,
+    "embedding_fraction": 1.0,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers or of MosaicML's own code.
+    """Return the `Config` of a config.json, of transformers or of MosaicML's own code.
 
     Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
+        ValueError: it asks for something that this file does not implement.
     """
     attn = hf.get("attn_config") or {}
-    found = {**hf, **{f"attn_config.{key}": value for key, value in attn.items()}}
-    implemented = {
-        "attn_config.attn_type": attn.get("attn_type", "multihead_attention") == "multihead_attention",
-        "attn_config.alibi": attn.get("alibi", True),  # with it, MosaicML's code ignores learned_pos_emb
-        "attn_config.rope": not attn.get("rope"),
-        "attn_config.qk_ln": not attn.get("qk_ln"),
-        "attn_config.qk_gn": not attn.get("qk_gn"),
-        "attn_config.prefix_lm": not attn.get("prefix_lm"),
-        "attn_config.softmax_scale": attn.get("softmax_scale") is None,
-        "attn_config.attn_uses_sequence_id": not attn.get("attn_uses_sequence_id"),
-        "attn_config.sliding_window_size": attn.get("sliding_window_size", -1) == -1,
-        "attn_config.attn_pdrop": not attn.get("attn_pdrop"),
-        "resid_pdrop": not hf.get("resid_pdrop"),
-        "emb_pdrop": not hf.get("emb_pdrop"),
-        "expansion_ratio": hf.get("expansion_ratio", 4) == 4,
-        "ffn_config": (hf.get("ffn_config") or {}).get("ffn_type", "mptmlp") == "mptmlp",
-        "norm_type": hf.get("norm_type", "layernorm") in ("layernorm", "low_precision_layernorm"),
-        "no_bias": hf.get("no_bias", True),
-        "logit_scale": hf.get("logit_scale") is None,
-        "embedding_fraction": hf.get("embedding_fraction", 1.0) == 1.0,
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in mpt.py: {', '.join(lacking)}")
-    clip = attn.get("clip_qkv")
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["d_model"],
-        n_layers=hf["n_layers"],
-        n_heads=hf["n_heads"],
-        max_positions=hf.get("max_seq_len", 2048),
-        alibi_max=attn.get("alibi_bias_max", 8),
-        clip_qkv=float(clip) if clip else None,  # 0 is none, too
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tied=hf.get("tie_word_embeddings", True),
-    )
+    found = hf | {f"attn_config.{key}": value for key, value in attn.items()}
+    mlp = (hf.get("ffn_config") or {}).get("ffn_type", "mptmlp") == "mptmlp"
+    refuse("mpt.py", found, {}, IMPLEMENTED, ffn_config=mlp)
+    fields = read_fields(HF, hf) | read_fields(ATTENTION, attn)
+    fields["clip_qkv"] = float(fields["clip_qkv"]) if fields["clip_qkv"] else None  # 0 is none, too
+    return Config(**fields)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["MptForCausalLM"],
         "model_type": "mpt",
-        "vocab_size": config.vocab_size,
-        "d_model": config.dim,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
+        **write_fields(HF, config),
         "expansion_ratio": 4,
-        "max_seq_len": config.max_positions,
         "attn_config": {
             "attn_type": "multihead_attention",
             "attn_impl": "torch",
             "attn_pdrop": 0,
             "attn_uses_sequence_id": False,
             "alibi": True,
-            "alibi_bias_max": config.alibi_max,
-            "clip_qkv": config.clip_qkv,
+            **write_fields(ATTENTION, config),
             "prefix_lm": False,
             "qk_ln": False,
             "softmax_scale": None,
@@ -136,8 +134,6 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "learned_pos_emb": False,
         "no_bias": True,
         "norm_type": "low_precision_layernorm",
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tied,
     }
 
 
@@ -225,20 +221,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, None)
         x = self.transformer["wte"](tokens)  # (B, T, dim)
         slopes = alibi_slopes(self.config, x.device)

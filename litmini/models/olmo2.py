@@ -6,7 +6,7 @@ layout), grouped-query attention in the 32B, SwiGLU, no biases, head never tied.
 four layers, and YaRN in the fourth.
 
 Differs from llama.py in the place of the norms, in the norms of q and k, which see all heads at once (those of qwen3.py
-see one), and in precision: norms multiply and rotary turns in fp32, then round.
+see one head), and in precision: norms multiply and rotary embedding rotates in fp32, then they round.
 
 Papers: OLMo 2 (arXiv 2501.00656), Olmo 3 (2512.13961), YaRN (2309.00071).
 """
@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import rms_norm, swiglu
+from litmini.models.hf_config import (
+    Table,
+    Yarn,
+    layer_types,
+    read_fields,
+    read_rope,
+    read_yarn,
+    refuse,
+    write_fields,
+    write_rope,
+)
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import rms_norm, swiglu
+from litmini.ops.positions import advance
 
 FULL_EVERY = 4  # Olmo 3: three layers with a window, then one that sees everything
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """How rotary frequencies are stretched beyond the length of pretraining: slow ones by `factor`, fast ones kept."""
-
-    factor: float
-    original_positions: int
-    attention_factor: float  # on cos and sin, so attention scores are larger by its square
-    beta_fast: float = 32.0  # turns within the original length: kept from here on
-    beta_slow: float = 1.0  # stretched up to here
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if (self.model_type == "olmo3") != (self.window is not None):
             raise ValueError(f"model_type {self.model_type} with window {self.window}: olmo3 has one, olmo2 has none")
         if self.window is not None and self.window < 1:
@@ -65,110 +66,69 @@ class Config:
 
 
 _OLMO3 = Yarn(8.0, 8192, 1.2079441541679836)
-
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 2, 16, 128, 256),  # for tests
     "allenai/OLMo-2-0425-1B": Config(100352, 2048, 16, 16, 16, 128, 8192, 4096),
     "allenai/OLMo-2-1124-7B": Config(100352, 4096, 32, 32, 32, 128, 11008, 4096),
     "allenai/OLMo-2-1124-13B": Config(100352, 5120, 40, 40, 40, 128, 13824, 4096),
     "allenai/OLMo-2-0325-32B": Config(100352, 5120, 64, 40, 8, 128, 27648, 4096),  # GQA; deeper, larger MLP
     "allenai/Olmo-3-1025-7B": Config(  # shapes of OLMo 2; windows, longer context, a vocabulary without padding
-        100278, 4096, 32, 32, 32, 128, 11008, 65536, window=4096, yarn=_OLMO3, model_type="olmo3"),
+        100278, 4096, 32, 32, 32, 128, 11008, 65536, window=4096, yarn=_OLMO3, model_type="olmo3"
+    ),
     "allenai/Olmo-3-1125-32B": Config(
-        100278, 5120, 64, 40, 8, 128, 27648, 65536, window=4096, yarn=_OLMO3, model_type="olmo3"),
+        100278, 5120, 64, 40, 8, 128, 27648, 65536, window=4096, yarn=_OLMO3, model_type="olmo3"
+    ),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "model_type": "model_type",
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_key_value_heads", None),  # none: n_heads
+    "head_dim": ("head_dim", None),  # none: dim // n_heads
+    "ffn_dim": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 2048),
+    "norm_eps": ("rms_norm_eps", 1e-5),
+    "tied": ("tie_word_embeddings", False),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "attention_dropout": False,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    olmo3, n_layers = hf["model_type"] == "olmo3", hf["num_hidden_layers"]
-    kinds = ["full_attention" if (i + 1) % FULL_EVERY == 0 else "sliding_attention" for i in range(n_layers)]
-    nested = hf.get("rope_parameters") or {}  # of transformers 5: by kind of layer in Olmo 3
-    local, full = (nested.get(kind) or {} for kind in ("sliding_attention", "full_attention"))
-    rope = {**(full if local or full else nested), **(hf.get("rope_scaling") or {})}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta") or (500_000.0 if olmo3 else 10_000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    max_positions = hf.get("max_position_embeddings", 2048)
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    fields, olmo3 = read_fields(HF, hf), hf["model_type"] == "olmo3"
+    rope = read_rope(hf, theta=500_000.0 if olmo3 else 10_000.0)
+    local_hf = {"rope_parameters": hf.get("rope_parameters")}  # rope_theta and rope_scaling are of the full layers
+    local = read_rope(local_hf, rope["rope_theta"], layer_type="sliding_attention")
     window = hf.get("sliding_window", 4096 if olmo3 else None)
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "silu") == "silu",
-        "rope_type": kind in (("default", "yarn") if olmo3 else ("default",)),
-        "mscale": not rope.get("mscale"),
-        "truncate": rope.get("truncate", True),
-        "partial_rotary_factor": partial == 1.0,
-        "rope_parameters": (  # of all layers at once, YaRN has been read in two ways
-            local.get("rope_type", "default") == nested.get("rope_type", "default") == "default"
-            and local.get("rope_theta", theta) == theta
-        ),
+    types = [None, layer_types(fields["n_layers"], FULL_EVERY)] if olmo3 else [None]
+    checks = {
+        "rope_type": rope["rope_type"] == "default" or (olmo3 and rope["rope_type"] == "yarn"),
+        # YaRN of all layers at once has been read in two ways
+        "rope_parameters": local["rope_type"] == "default" and local["rope_theta"] == rope["rope_theta"],
         "sliding_window": (window is not None) == olmo3,
-        "layer_types": hf.get("layer_types") is None or (olmo3 and hf["layer_types"] == kinds),
-        "attention_bias": not hf.get("attention_bias"),
-        "attention_dropout": not hf.get("attention_dropout"),
-        "quantization_config": hf.get("quantization_config") is None,
+        "layer_types": hf.get("layer_types") in types,
     }
-    found = {**hf, **rope, "rope_type": kind, "partial_rotary_factor": partial, "sliding_window": window}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in olmo2.py: {', '.join(lacking)}")
-    yarn = None
-    if kind == "yarn":
-        factor, original = float(rope["factor"]), rope.get("original_max_position_embeddings") or max_positions
-        yarn = Yarn(
-            factor=factor,
-            original_positions=int(original),
-            attention_factor=float(rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0),
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-        )
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=n_layers,
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn_dim=hf["intermediate_size"],
-        max_positions=max_positions,
-        rope_theta=theta,
-        norm_eps=hf.get("rms_norm_eps", 1e-5),
-        tied=hf.get("tie_word_embeddings", False),
-        window=window,
-        yarn=yarn,
-        model_type=hf["model_type"],
-    )
+    refuse("olmo2.py", hf | {"sliding_window": window}, rope, IMPLEMENTED, **checks)
+    yarn = read_yarn(rope, fields["max_positions"])
+    return Config(**fields, rope_theta=rope["rope_theta"], window=window, yarn=yarn)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if y := config.yarn:
-        rope = {"rope_type": "yarn", "factor": y.factor, "original_max_position_embeddings": y.original_positions}
-        rope |= {"attention_factor": y.attention_factor, "beta_fast": y.beta_fast, "beta_slow": y.beta_slow}
-    olmo3, theta = config.model_type == "olmo3", {"rope_theta": config.rope_theta}
-    by_kind = {"full_attention": {**rope, **theta}, "sliding_attention": {"rope_type": "default", **theta}}
+    """Return the config.json of a model, for transformers 4 and 5."""
+    olmo3 = config.model_type == "olmo3"
     return {
         "architectures": ["Olmo3ForCausalLM" if olmo3 else "Olmo2ForCausalLM"],
-        "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
+        **write_rope(config.rope_theta, config.yarn, local_theta=config.rope_theta if olmo3 else None),
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.yarn else None,
-        "rope_parameters": by_kind if olmo3 else by_kind["full_attention"],
-        "tie_word_embeddings": config.tied,
         "attention_bias": False,
         "pad_token_id": None,  # transformers' defaults, 1 and 50279, would be any tokens here
         "eos_token_id": None,
@@ -187,7 +147,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, yarn: Yarn | None) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
     attention_factor = 1.0
@@ -202,13 +162,13 @@ def rotary(positions: Tensor, config: Config, yarn: Yarn | None) -> tuple[Tensor
         stretched = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # 0: kept, 1: all of it
         frequencies = frequencies * (1 - stretched) + frequencies / y.factor * stretched
         attention_factor = y.attention_factor
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle, in fp32; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle, in fp32; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
@@ -293,20 +253,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         full = local = rotary(positions, self.config, self.config.yarn), make_mask(positions, documents, cache, None)
         if (window := self.config.window) is not None:
             local = rotary(positions, self.config, None), make_mask(positions, documents, cache, window)

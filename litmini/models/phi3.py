@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import rms_norm_llama, swiglu
+from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import rms_norm_llama, swiglu
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
 class LongRope:
-    """How rotary frequencies are stretched beyond the length of pretraining: pair i of the head turns slower by ..."""
+    """How rotary frequencies are stretched beyond the length of pretraining: that of pair i of the head is divided by ..."""
 
     short_factors: tuple[float, ...]  # ... this in texts of up to original_positions tokens
     long_factors: tuple[float, ...]  # ... this in longer ones
@@ -42,7 +44,7 @@ class Config:
     ffn_dim: int
     max_positions: int
     rope_theta: float = 10_000.0
-    rotary_share: float = 1.0  # of each head, its first part turns
+    rotary_share: float = 1.0  # the fraction of each head, its first part, that is rotated
     long_rope: LongRope | None = None
     norm_eps: float = 1e-5
     tied: bool = False
@@ -52,7 +54,7 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.rotary_dim % 2:
-            raise ValueError(f"{self.rotary_dim} of head_dim {self.head_dim} turn, which is odd: pairs turn")
+            raise ValueError(f"{self.rotary_dim} of head_dim {self.head_dim} is odd: rotary rotates pairs")
         if s := self.long_rope:
             for factors in (s.short_factors, s.long_factors):
                 if len(factors) != self.rotary_dim // 2:
@@ -62,7 +64,7 @@ class Config:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of the head_dim values turn."""
+        """How many of the head_dim values are rotated."""
         return int(self.head_dim * self.rotary_share)
 
 
@@ -73,93 +75,79 @@ _PHI4_MINI = LongRope((1.0,) * 48, (
     7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283,
     20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7,
     32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77), 4096)
-PRESETS = {
+# fmt: on
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions, rope_theta
     "tiny": Config(512, 64, 2, 4, 2, 16, 128, 256),  # for tests
     "microsoft/Phi-3-mini-4k-instruct": Config(32064, 3072, 32, 32, 32, 96, 8192, 4096, window=2047),
     "microsoft/Phi-3-medium-4k-instruct": Config(32064, 5120, 40, 40, 10, 128, 17920, 4096, window=2047),  # GQA
     "microsoft/phi-4": Config(100352, 5120, 40, 40, 10, 128, 17920, 16384, 250_000.0),  # larger vocabulary, no window
     "microsoft/Phi-4-mini-instruct": Config(  # Phi-3-mini with GQA, partial rotary, LongRoPE, a large vocabulary
-        200064, 3072, 32, 24, 8, 128, 8192, 131072, 10_000.0, 0.75, _PHI4_MINI, tied=True, window=262144),
+        200064, 3072, 32, 24, 8, 128, 8192, 131072, 10_000.0, 0.75, _PHI4_MINI, tied=True, window=262144
+    ),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_key_value_heads", None),  # none: n_heads
+    "head_dim": ("head_dim", None),  # none: dim // n_heads
+    "ffn_dim": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 4096),
+    "norm_eps": ("rms_norm_eps", 1e-5),
+    "tied": ("tie_word_embeddings", False),
+    "window": ("sliding_window", None),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "hidden_act": "silu",
+    "rope_type": ("default", "longrope"),
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "attention_dropout": False,
+    "embd_pdrop": False,
+    "resid_pdrop": False,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = "longrope" if kind in ("su", "yarn") else kind  # what it was called at first
-    max_positions = hf.get("max_position_embeddings", 4096)
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope = read_rope(hf)
+    if rope["rope_type"] in ("su", "yarn"):
+        rope["rope_type"] = "longrope"  # what it was called at first
     original = hf.get("original_max_position_embeddings") or 4096
-    no_biases = {key: not hf.get(key) for key in ("attention_bias", "mlp_bias", "lm_head_bias")}
-    no_dropout = {key: not hf.get(key) for key in ("attention_dropout", "embd_pdrop", "resid_pdrop")}
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "silu") == "silu",
-        "rope_type": kind in ("default", "longrope"),
-        "factor": rope.get("factor") in (None, max_positions / original),
+    checks = {
         "attention_factor": rope.get("attention_factor") is None,
+        "factor": rope.get("factor") in (None, hf.get("max_position_embeddings", 4096) / original),
         "original_max_position_embeddings": rope.get("original_max_position_embeddings") in (None, original),
-        **no_biases,
-        **no_dropout,
-        "quantization_config": hf.get("quantization_config") is None,
     }
-    found = {**hf, **rope, "rope_type": kind}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in phi3.py: {', '.join(lacking)}")
-    long_rope = None
-    if kind == "longrope":
+    refuse("phi3.py", hf, rope, IMPLEMENTED, **checks)
+    long_rope, share = None, float(rope["partial_rotary_factor"])
+    if rope["rope_type"] == "longrope":
         short, long = (tuple(float(f) for f in rope[key]) for key in ("short_factor", "long_factor"))
         long_rope = LongRope(short, long, original)
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn_dim=hf["intermediate_size"],
-        max_positions=max_positions,
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
-        rotary_share=float(rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0),
-        long_rope=long_rope,
-        norm_eps=hf.get("rms_norm_eps", 1e-5),
-        tied=hf.get("tie_word_embeddings", False),
-        window=hf.get("sliding_window"),
-    )
+    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_share=share, long_rope=long_rope)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
-    scaling: dict[str, Any] | None = None
-    original = config.max_positions
-    if s := config.long_rope:  # transformers 4 wants these three keys and no other
-        scaling = {"type": "longrope", "short_factor": list(s.short_factors), "long_factor": list(s.long_factors)}
-        original = s.original_positions
+    """Return the config.json of a model, for transformers 4 and 5."""
     rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_share}
-    longrope = {**(scaling or {}), "rope_type": "longrope", "original_max_position_embeddings": original}
+    original, scaling, parameters = config.max_positions, None, {**rope, "rope_type": "default"}
+    if s := config.long_rope:
+        original = s.original_positions
+        # transformers 4 wants these three keys and no other
+        scaling = {"type": "longrope", "short_factor": list(s.short_factors), "long_factor": list(s.long_factors)}
+        parameters |= {**scaling, "rope_type": "longrope", "original_max_position_embeddings": original}
     return {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
         "original_max_position_embeddings": original,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
         **rope,
         "rope_scaling": scaling,
-        "rope_parameters": {**rope, **(longrope if scaling else {"rope_type": "default"})},
-        "tie_word_embeddings": config.tied,
-        "sliding_window": config.window,
+        "rope_parameters": parameters,
         "attention_bias": False,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # transformers' defaults would be any tokens
     }
@@ -176,9 +164,9 @@ class RMSNorm(nn.Module):
 
 
 def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Tensor:
-    """(B, T) or (B, 1): the length of the text that each token stands in, which decides between LongRoPE's factors.
+    """Return the length of the text that each token is in, (B, T) or (B, 1), which decides between LongRoPE's factors.
 
-    With a cache it is the length that there is room for: keys once turned stay in use until the text is complete.
+    With a cache it is the cache's capacity: keys, once rotated, stay in use until the text is complete.
     """
     if cache is not None:
         return torch.full_like(positions[:, :1], cache.capacity)
@@ -187,12 +175,12 @@ def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     index = starts.flatten().cumsum(0) - 1  # (B * T,) of the document in the batch
-    last = torch.full_like(index, -1).scatter_reduce(0, index, positions.flatten(), "amax")  # one place per document
+    last = torch.full_like(index, -1).scatter_reduce(0, index, positions.flatten(), "amax")  # one entry per document
     return last[index].view_as(positions) + 1
 
 
 def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T).
+    """Return cos and sin, (B, 1, T, rotary_dim) each, computed in fp32 from integer positions (B, T).
 
     Args:
         lengths: what `text_lengths` gives, (B, T) or (B, 1).
@@ -206,13 +194,15 @@ def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtyp
         wavelengths = torch.where(is_long, long, short)  # (B, 1, T or 1, rotary_dim / 2)
         stretch = max(config.max_positions / s.original_positions, 1.0)
         attention_factor = math.sqrt(1 + math.log(stretch) / math.log(s.original_positions))
-    angles = positions[:, None, :, None].float() * (1.0 / wavelengths)  # (B, 1, T, rotary_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * (
+        1.0 / wavelengths
+    )  # (B, 1, T, rotary_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, rotary_dim)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + rotary_dim / 2]) by its angle, leave the rest; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + rotary_dim / 2]) by its angle, leave the rest; x is (B, heads, T, head_dim)."""
     x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x * cos + torch.cat((-x2, x1), dim=-1) * sin, rest), dim=-1)
@@ -296,20 +286,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         mask = make_mask(positions, documents, cache, self.config.window)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         rope = rotary(positions, text_lengths(positions, documents, cache), self.config, x.dtype)

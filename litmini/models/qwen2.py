@@ -16,20 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.attention import Mask, attend, make_mask
-from litmini.loss import linear_cross_entropy
-from litmini.pointwise import rms_norm_llama, swiglu
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """How rotary frequencies are stretched beyond the length of pretraining: slow ones by `factor`, fast ones kept."""
-
-    factor: float
-    original_positions: int
-    attention_factor: float  # on cos and sin, so attention scores are larger by its square
-    beta_fast: float = 32.0  # turns within the original length: kept from here on
-    beta_slow: float = 1.0  # stretched up to here
+from litmini.models.hf_config import Table, Yarn, read_fields, read_rope, read_yarn, refuse, write_fields, write_rope
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.norms import rms_norm_llama, swiglu
+from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,12 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is below 1")
 
 
-# fmt: off
-PRESETS = {
+PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, max_positions
     "tiny": Config(512, 64, 2, 4, 2, 16, 128, 256),  # for tests
     "Qwen/Qwen2-0.5B": Config(151936, 896, 24, 14, 2, 64, 4864, 131072, tied=True),
     "Qwen/Qwen2-1.5B": Config(151936, 1536, 28, 12, 2, 128, 8960, 131072, tied=True),
@@ -72,88 +62,48 @@ PRESETS = {
     "Qwen/Qwen2.5-32B-Instruct": Config(152064, 5120, 64, 40, 8, 128, 27648, 32768),  # deeper, larger MLP
     "Qwen/Qwen2.5-72B-Instruct": Config(152064, 8192, 80, 64, 8, 128, 29568, 32768),
 }
-# fmt: on
+
+HF: Table = {  # field of Config: key of config.json, or (key, value if it is missing)
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": ("num_key_value_heads", 32),  # null: n_heads
+    "head_dim": ("head_dim", None),  # none: dim // n_heads
+    "ffn_dim": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 32768),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", False),
+}
+IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
+    "hidden_act": "silu",
+    "rope_type": ("default", "yarn"),
+    "partial_rotary_factor": 1.0,
+    "dual_chunk_attention_config": None,  # Qwen2.5-1M
+    "attention_dropout": False,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
-    """Read `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Raises:
-        ValueError: it asks for something that this file does not implement; the message names key and value.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    max_positions = hf.get("max_position_embeddings", 32768)
-    n_layers = hf["num_hidden_layers"]
+    """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
+    rope, n_layers = read_rope(hf), hf["num_hidden_layers"]
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     first = hf.get("max_window_layers", 28) if window is not None else 0
     types = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(n_layers)]
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    implemented = {
-        "hidden_act": hf.get("hidden_act", "silu") == "silu",
-        "rope_type": kind in ("default", "yarn"),
-        "mscale": not rope.get("mscale"),
-        "truncate": rope.get("truncate", True),
-        "partial_rotary_factor": partial == 1.0,
-        "layer_types": (hf.get("layer_types") or types) == types,
-        "dual_chunk_attention_config": hf.get("dual_chunk_attention_config") is None,  # Qwen2.5-1M
-        "attention_dropout": not hf.get("attention_dropout"),
-        "quantization_config": hf.get("quantization_config") is None,
-    }
-    found = {**hf, **rope, "rope_type": kind, "partial_rotary_factor": partial}
-    if lacking := [f"{key} = {found.get(key)!r}" for key, ok in implemented.items() if not ok]:
-        raise ValueError(f"not implemented in qwen2.py: {', '.join(lacking)}")
-    yarn = None
-    if kind == "yarn":
-        factor, original = float(rope["factor"]), rope.get("original_max_position_embeddings") or max_positions
-        yarn = Yarn(
-            factor=factor,
-            original_positions=int(original),
-            attention_factor=float(rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0),
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-        )
-    return Config(
-        vocab_size=hf["vocab_size"],
-        dim=hf["hidden_size"],
-        n_layers=n_layers,
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads", 32) or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn_dim=hf["intermediate_size"],
-        max_positions=max_positions,
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta") or 10_000.0)),
-        yarn=yarn,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", False),
-        window=window,
-        first_window_layer=first,
-    )
+    refuse("qwen2.py", hf, rope, IMPLEMENTED, layer_types=(hf.get("layer_types") or types) == types)
+    fields = read_fields(HF, hf) | {"window": window, "first_window_layer": first}
+    yarn = read_yarn(rope, fields["max_positions"])
+    return Config(**fields, rope_theta=rope["rope_theta"], yarn=yarn)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` of a model, readable by transformers 4 and 5."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if y := config.yarn:
-        rope = {"rope_type": "yarn", "factor": y.factor, "original_max_position_embeddings": y.original_positions}
-        rope |= {"attention_factor": y.attention_factor, "beta_fast": y.beta_fast, "beta_slow": y.beta_slow}
+    """Return the config.json of a model, for transformers 4 and 5."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(HF, config),
+        **write_rope(config.rope_theta, config.yarn),
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.yarn else None,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied,
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
         "max_window_layers": config.n_layers if config.window is None else config.first_window_layer,
@@ -171,7 +121,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
+    """Return cos and sin, (B, 1, T, head_dim) each, computed in fp32 from integer positions (B, T)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (head_dim / 2,)
     attention_factor = 1.0
@@ -186,13 +136,13 @@ def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tenso
         stretched = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)  # 0: kept, 1: all of it
         frequencies = frequencies * (1 - stretched) + frequencies / y.factor * stretched
         attention_factor = y.attention_factor
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); autocast lets it be
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim / 2); fp32 under autocast, too
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, head_dim)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; x is (B, heads, T, head_dim)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -277,20 +227,8 @@ class Model(nn.Module):
         cache: Any = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets.
-
-        Args:
-            tokens: (B, T) int64.
-            positions: (B, T) int64, 0.. within each document; by default they go on from the cache. Below 0: padding.
-            documents: (B, T) ints; tokens see only tokens of their own document.
-            cache: `litmini.cache.KVCache`, to go on from what was seen before.
-            labels: (B, T) int64, the target after each token; -100 where there is none.
-        """
-        if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            cache.advance(positions)
+        """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
+        positions = advance(tokens, positions, cache)
         full = local = make_mask(positions, documents, cache, None)
         if self.config.window is not None:
             local = make_mask(positions, documents, cache, self.config.window)

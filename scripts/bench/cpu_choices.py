@@ -19,8 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from work import hardware, versions  # noqa: E402
 
-from litmini import attention  # noqa: E402
-from litmini import loss as cross_entropy  # noqa: E402
+from litmini.ops import attention, cross_entropy, packed_layout  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN_DIM, VOCAB = 9, 3, 64, 576, 1536, 49_152
 TOKENS = 2048
@@ -99,7 +98,7 @@ def rounded_lengths() -> None:
         times = {"as they are": 0.0, "rounded": 0.0}
         for length in lengths:
             for name in times:
-                n = attention._round_up(length) if name == "rounded" else length
+                n = packed_layout._round_up(length) if name == "rounded" else length
                 q, k = torch.randn(KV_HEADS, 3 * n, HEAD_DIM).to(dtype), torch.randn(KV_HEADS, HEAD_DIM, n).to(dtype)
                 started = time.perf_counter()
                 torch.bmm(q, k)
@@ -120,7 +119,7 @@ def matrix_vector() -> None:
 
         found = medians({"oneDNN": lambda: run(True), "torch": lambda: run(False)}, 9)
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-        show(f"20 matrix-vector products, bfloat16, {rows} x {columns}", found, "torch")
+        show(f"20 matrix-vector products, bfloat16, {rows} x {columns}", found, "oneDNN")
 
 
 if __name__ == "__main__":

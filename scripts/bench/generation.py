@@ -13,9 +13,9 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     """Tokens a second of prefill and greedy decoding, alone and in a batch, and what memory bandwidth would allow."""
     import torch
 
-    from litmini.generation import finish_all, open_model
-    from litmini.generation_config import SamplingConfig
-    from litmini.reply import Reply
+    from litmini.config.generate import SamplingConfig
+    from litmini.generation.generate import finish_all, open_model
+    from litmini.generation.request import Request
 
     model, _ = open_model(config)
     settings: Any = model.config
@@ -26,7 +26,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
 
     def ours(count: int, rows: int) -> None:
         sampling = SamplingConfig(max_new_tokens=count, ignore_eos=True)
-        finish_all(model, [Reply(prompt, sampling, []) for prompt in prompts[:rows]])
+        finish_all(model, [Request(prompt, sampling, []) for prompt in prompts[:rows]])
 
     engines: dict[str, Callable[[int, int], None]] = {"litmini": ours}
     if "transformers" in config.tools and (theirs := reference(config, prompts)) is not None:

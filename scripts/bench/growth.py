@@ -28,9 +28,9 @@ def measure_growth(config: Any, place: Path) -> list[dict[str, Any]]:
 
 def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
     """From a file to batches, nothing cached: tokenising, packing, and every batch of an epoch."""
-    from litmini.data import load_data
-    from litmini.finetune_config import DataConfig
-    from litmini.packing import Rows
+    from litmini.config.finetune import DataConfig
+    from litmini.data.dataset import load_data
+    from litmini.data.packing import PackedDataset
     from litmini.tokenizer import Tokenizer
 
     found = []
@@ -41,7 +41,7 @@ def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
         started = time.perf_counter()
         settings = DataConfig(path=str(file), train_on="all", max_seq_len=config.max_seq_len)
         examples, _, _ = load_data(settings, Tokenizer(config.checkpoint_dir), SEED)
-        rows = Rows(examples, config.max_seq_len, True, SEED)
+        rows = PackedDataset(examples, config.max_seq_len, True, SEED)
         tokens = sum(int((batch["documents"] > 0).sum()) for batch in rows.batches(range(len(rows)), 4))
         seconds = time.perf_counter() - started
         found.append((f"data path, {count:,} samples", 1e6 * seconds / tokens, "us a token"))
@@ -78,10 +78,11 @@ def activations(dtype: str) -> list[tuple[str, float, str]]:
     """
     import torch
 
-    from litmini.adapters import add_adapters
-    from litmini.config import OptimConfig, UserError
-    from litmini.estimate import estimate
+    from litmini.config.training import OptimConfig
+    from litmini.errors import UserError
+    from litmini.methods.adapters import add_adapters
     from litmini.models import FAMILIES, family
+    from litmini.training.memory import estimate
 
     kind, precision = (torch.bfloat16, "bf16-true") if dtype == "bf16" else (torch.float32, "32-true")
 

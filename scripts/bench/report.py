@@ -18,7 +18,7 @@ LOSSES = (
     "rounding took a part of the training."
 )
 COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
-COLUMNS += ["loss, first and last 5 steps", "held-out loss, in fp32 and in bf16"]
+COLUMNS += ["loss, first and last 5 steps", "validation loss, in fp32 and in bf16"]
 
 
 def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
     spent = median(sum(result["seconds"][warmup:]) for result in results)
     held_out = {
         name: [result[name] for result in results if result.get(name) is not None]
-        for name in ("held_out_loss", "held_out_loss_bf16")
+        for name in ("validation_loss", "held_out_loss_bf16")
     }
     return {
         "real_tokens_per_second": targets / spent,
@@ -83,7 +83,7 @@ def converted(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | None:
-    """Whether its losses, at the start, at the end and on held-out samples, are those of half of the others or more.
+    """Whether its losses, at the start, at the end and on validation samples, are those of half of the others or more.
 
     The others in fp32, if there are any: there, rounding takes nothing from training. Else those of its dtype.
     """
@@ -92,7 +92,7 @@ def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool |
     exact = [other for other in others if other["dtype"] == "fp32" and other is not row]
     tool = row["tool"].split(",")[0]  # its variants prove nothing
     others = exact or [o for o in others if o["dtype"] == row["dtype"] and o["tool"].split(",")[0] != tool]
-    for name in ("loss_start", "loss_end", "held_out_loss"):
+    for name in ("loss_start", "loss_end", "validation_loss"):
         theirs = [other[name] for other in others if other[name] is not None]
         near = [loss for loss in theirs if row[name] is None or abs(row[name] - loss) <= SAME]
         if 2 * len(near) < len(theirs):
@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if done := _figure(row, "seconds_to_first_step_done", ".1f"):
             start += f" ({done})"  # with what is compiled in that step
         losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
-        held_out = [_figure(row, name, ".3f") for name in ("held_out_loss", "held_out_loss_bf16")]
+        held_out = [_figure(row, name, ".3f") for name in ("validation_loss", "held_out_loss_bf16")]
         whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
         cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
         cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]

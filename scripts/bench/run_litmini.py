@@ -65,7 +65,7 @@ def held_out_losses(job: Job) -> dict[str, float]:
     final = Path(job["out_dir"]) / "final"
     base, adapter = (final, None) if job["method"] == "full" else (job["model"], final)
     found = {}
-    for name, dtype in (("held_out_loss", "fp32"), ("held_out_loss_bf16", "bf16")):
+    for name, dtype in (("validation_loss", "fp32"), ("held_out_loss_bf16", "bf16")):
         model, _ = litmini.load(base, adapter, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
         device = next(model.parameters()).device
         total = targets = 0.0

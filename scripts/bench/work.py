@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from litmini.adapters import add_adapters
-from litmini.checkpoint import empty_model
-from litmini.data import load_data
-from litmini.finetune_config import DataConfig, LoraConfig
-from litmini.lora import DoRALinear
-from litmini.meter import Meter
-from litmini.packing import Rows
+from litmini.checkpoints.hf import empty_model
+from litmini.config.finetune import DataConfig, LoraConfig
+from litmini.data.dataset import load_data
+from litmini.data.packing import PackedDataset
+from litmini.methods.adapters import add_adapters
+from litmini.methods.dora import DoRALinear
 from litmini.tokenizer import Tokenizer
+from litmini.training.flops import Throughput
 
 SEED = 1337
 HELD_OUT = 16  # samples that every result is scored on, in fp32
@@ -38,7 +38,7 @@ class Work:
     held_out: list[list[int]]
     """Samples of no step, if the data suffice."""
     flops: list[float]
-    """That each step needs, by `litmini.meter`: padding and recomputation do not count."""
+    """That each step needs, by `litmini.training.flops`: padding and recomputation do not count."""
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))
@@ -68,11 +68,11 @@ def plan_work(
     """The first `steps` optimizer steps that litmini takes with `rows` packed rows of `max_seq_len` tokens in each."""
     config = DataConfig(path=str(data), train_on="all", max_seq_len=max_seq_len)
     examples, _, _ = load_data(config, Tokenizer(checkpoint_dir), SEED)
-    packed = Rows(examples, max_seq_len, True, SEED)
+    packed = PackedDataset(examples, max_seq_len, True, SEED)
     _, model = empty_model(Path(checkpoint_dir))
     if method != "full":
         add_adapters(model, LORA, DoRALinear if method == "dora" else None)
-    meter = Meter(model, torch.device("cpu"), dtype)
+    meter = Throughput(model, torch.device("cpu"), dtype)
     chosen, flops = [], []
     for step in range(steps):
         members = [packed.row(number) for number in range(step * rows, (step + 1) * rows)]

@@ -1,0 +1,1 @@
+"""Hugging Face directories and PEFT adapters: read, written, merged and published."""

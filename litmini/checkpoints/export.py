@@ -1,0 +1,175 @@
+"""Checkpoints out: an adapter merged, another dtype, other shards; always as a Hugging Face directory."""
+
+import gc
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from litmini.checkpoints.hf import (
+    check_checkpoint_dir,
+    check_fit,
+    disk_tensors,
+    empty_model,
+    model_tensors,
+    parameter_names,
+    save_model,
+)
+from litmini.checkpoints.load import load
+from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
+from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
+from litmini.errors import UserError
+from litmini.files import read_json, write_atomically
+from litmini.methods.base_layer import dense
+from litmini.methods.nf4 import NF4Linear, quantizable
+from litmini.ops.rounding import stochastic_round
+from litmini.tokenizer import Tokenizer
+
+PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
+
+
+def export(
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    adapter_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    base: Literal["trained", "original"] = "trained",
+) -> Path:
+    """Write `checkpoint_dir` to `out_dir`, tensor by tensor, with the adapter of `adapter_dir` added to its weights.
+
+    The change is added in fp32 and rounded once. An adapted head that was tied to the embedding gets weights of its own.
+
+    Args:
+        base: what an adapter that was trained on a 4-bit base is added to: the dequantised weights, or the original ones.
+        dtype: of the result; None keeps each tensor's own.
+        max_shard_bytes: size of a weight file.
+
+    Raises:
+        UserError: `out_dir` exists, or the checkpoint or adapter is incomplete, damaged or does not fit.
+    """
+    source, target = check_checkpoint_dir(checkpoint_dir), Path(out_dir)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
+    give_memory_back()
+    module, model = empty_model(source)  # refuses what is not implemented
+    empty = list(read_empty(shards(source)))
+    check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
+    raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}  # since v5: `dtype`
+    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
+    tokenizer = Tokenizer(source)
+    if adapter_dir is not None:
+        adapter = read_adapter(adapter_dir)
+        check_adapter(model, adapter)  # refuses one of another base
+        tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
+        if any(_changed(adapter, name) for name in tied):
+            raw["tie_word_embeddings"] = False
+        quantized = set(quantizable(model)) if adapter.quantize.bits == 4 and base == "trained" else set()
+
+        def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+            inside = model_tensors(module, model.config, stream)
+            return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
+
+        empty, tensors = list(with_adapter(empty)), with_adapter(tensors)
+        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+            tokenizer = Tokenizer(adapter_dir)
+    if dtype is not None:
+        empty = [(name, like.to(dtype)) for name, like in empty]
+    with write_atomically(target) as aside:
+        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
+        tokenizer.save(aside)
+    return target
+
+
+def _changed(adapter: Adapter, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return owner in adapter.full or (owner in adapter.layers and last == "weight")
+
+
+def _merged(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    adapter: Adapter,
+    quantized: set[str],
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `model`, which is empty, with the adapter's changes added to those that it covers.
+
+    Of a tied parameter each name is written, if any of them is changed. Sums are in fp32, and rounded once.
+
+    Args:
+        quantized: linears whose weight is taken as it is in 4 bits: that is what the adapter was trained on.
+        dtype: in which tensors will be saved; None: in their own.
+    """
+    names = parameter_names(model)
+    for name, tensor in tensors:
+        same = names.get(name, [name])
+        for own in same if any(_changed(adapter, n) for n in same) else [name]:
+            owner, _, last = own.rpartition(".")
+            if tensor.is_meta:
+                yield own, tensor  # a change changes neither shape nor the dtype to save
+            elif owner in adapter.full:
+                yield own, adapter.full[owner][last]
+            elif last == "weight" and (owner in adapter.layers or owner in quantized):
+                merged = _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized)
+                if owner not in quantized:  # what is rounded already loses small changes: see docs/training.md
+                    chance = torch.Generator().manual_seed(zlib.crc32(own.encode()))
+                    merged = stochastic_round(merged, dtype or tensor.dtype, chance)
+                yield own, merged
+            elif last == "bias":
+                yield own, adapter.merged_bias(owner, tensor)
+            else:
+                yield own, tensor
+
+
+def _merge(base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantized: bool) -> Tensor:
+    """Weight and change, added in fp32."""
+    empty = base.weight
+    base.weight = nn.Parameter(weight.to(adapter.dtype) if quantized else weight.float(), requires_grad=False)
+    layer: Any = NF4Linear(base, adapter.quantize.double) if quantized else base
+    adapted = name in adapter.layers
+    merged = adapter.load(name, adapter.layer(name, layer)).merged_weight() if adapted else dense(layer)
+    base.weight = empty
+    return merged.detach()
+
+
+@torch.no_grad()
+def merge_error(
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path,
+    merged_dir: str | Path,
+    dtype: str,
+) -> tuple[float, float]:
+    """(largest difference of log-probabilities between merged and unmerged, share of positions with the same best token).
+
+    Unmerged is the adapter over the base that it was trained on, in 4 bits if it was.
+    Measured on a few prompts, both in `dtype`; one model in memory at a time.
+    """
+    bits = read_adapter(adapter_dir).quantize.bits
+    outputs = []
+    for directory, adapter in ((checkpoint_dir, adapter_dir), (merged_dir, None)):
+        model, tokenizer = load(directory, adapter, dtype=dtype, bits=bits if adapter else 16)
+        rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float().log_softmax(-1) for prompt in PROMPTS]
+        outputs.append(torch.cat(rows))  # (tokens of all prompts, vocab)
+        del model
+        gc.collect()
+    unmerged, merged = outputs
+    same = (unmerged.argmax(-1) == merged.argmax(-1)).float().mean()
+    return float((unmerged - merged).abs().max()), float(same)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB (powers of ten).
+
+    Raises:
+        UserError: it is no such size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * 10 ** {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}[found[2].upper()]) if found else 0
+    if size < 1:
+        raise UserError(f"size {text!r}; expected a number with KB, MB or GB, such as 5GB")
+    return size

@@ -1,0 +1,262 @@
+"""Checkpoints on disk: Hugging Face directories in and out, always written aside, checked and renamed.
+
+A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tokenizer files, chat template and
+`generation_config.json`. Weights are read from safetensors only; nothing in a checkpoint is ever run.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map, write_stream
+from litmini.distributed.fsdp import full_tensor
+from litmini.errors import UserError
+from litmini.files import read_json, restore, write_json
+from litmini.models import FAMILIES, family, meta_model
+from litmini.system import check_disk_space
+from litmini.tokenizer import copy_side_files
+
+
+def check_checkpoint_dir(directory: str | Path) -> Path:
+    """`directory` as a path if it holds a complete checkpoint.
+
+    Raises:
+        UserError: it does not; says what is missing, which checkpoints are there, and the command to type next.
+    """
+    path = Path(directory)
+    restore(path)
+    if not path.is_dir():
+        problem = f"checkpoint directory not found: {path}"
+    else:
+        missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(weight_map(index).values()))
+            missing += [name for name in shards if not (path / name).is_file()]
+        elif not (path / "model.safetensors").is_file():
+            missing.append("model.safetensors")
+        if not missing:
+            return path
+        problem = f"checkpoint directory {path} is incomplete: it lacks {', '.join(missing)}"
+    here = sorted(str(p.parent) for p in Path("checkpoints").glob("*/*/config.json"))
+    there = "Checkpoints here: " + ", ".join(here) if here else "There are no checkpoints in checkpoints/ yet"
+    name = "/".join(path.parts[-2:])
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} is an adapter, no checkpoint: give it as --adapter_dir, with its base as --checkpoint_dir."
+        )
+    get = f". To get it: python scripts/download.py {name}" if path.parts[:-2] == ("checkpoints",) else ""
+    raise UserError(f"{problem}. {there}{get}")
+
+
+def read_config(directory: Path) -> tuple[ModuleType, Any]:
+    """The family module and the `Config` of a checkpoint."""
+    file = directory / "config.json"
+    raw = read_json(file)
+    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key)]:
+        text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
+        works = f"; a text-only checkpoint of model_type '{text}' would work" if text in FAMILIES else ""
+        raise UserError(
+            f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
+            f"There are: {', '.join(sorted(FAMILIES))}."
+        )
+    try:
+        module = family(raw.get("model_type", ""))
+        return module, module.config_from_hf(raw)
+    except KeyError as error:
+        raise UserError(f"{file} lacks the key {error}.") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file}: {error}.") from None
+
+
+def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
+    """The family module and the model of a checkpoint, with all parameters on the meta device."""
+    module, config = read_config(directory)
+    try:
+        return module, meta_model(module, config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
+
+
+def parameter_names(model: nn.Module) -> dict[str, list[str]]:
+    """The first name of each parameter -> all its names: a tied one has several."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[first[parameter]].append(name)
+    return names
+
+
+def check_fit(path: Path, model: nn.Module, found: Mapping[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:
+    """Compare the tensors found in a checkpoint, name -> shape, with the parameters of `model` as `empty_model` makes it.
+
+    Raises:
+        UserError: they differ; lists everything missing, unexpected and misshapen, and further `problems`.
+    """
+    names = parameter_names(model)
+    copies = {copy for same in names.values() for copy in same[1:]}  # tied: the first one counts
+    problems = list(problems)
+    for name, shape in found.items():
+        if name in names:
+            if shape != (expected := tuple(model.get_parameter(name).shape)):
+                problems.append(f"{name} has shape {shape}, config.json implies {expected}")
+        elif name not in copies and not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
+            problems.append(f"unexpected {name} {shape}")
+    problems += [f"missing {name}" for name in names if name not in found]
+    if problems:
+        listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
+        raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
+
+
+def model_tensors(
+    module: ModuleType, config: Any, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterable[tuple[str, Tensor]]:
+    """Tensors of a checkpoint's files under the names and in the shapes of the family's model."""
+    return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
+
+
+def disk_tensors(
+    module: ModuleType, config: Any, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterable[tuple[str, Tensor]]:
+    """The way back: a model's tensors as Hugging Face's files hold them."""
+    return module.to_hf(tensors, config) if hasattr(module, "to_hf") else tensors
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    swap: Callable[[str, nn.Module], nn.Module] | None = None,
+) -> nn.Module:
+    """The model of a checkpoint directory, in evaluation mode, every parameter in `dtype` on `device`.
+
+    On the meta device it has no values, and the weights are not read.
+    Strict: all missing, unexpected and misshapen tensors are reported in one error.
+
+    Args:
+        swap: (full name, module whose `weight` was just read) -> what takes its place, such as a 4-bit layer.
+    """
+    path = check_checkpoint_dir(directory)
+    module, model = empty_model(path)
+    names, shapes = parameter_names(model), {name: p.shape for name, p in model.named_parameters()}
+    if torch.device(device).type == "meta":
+        for owner, _, last in [name.rpartition(".") for same in names.values() for name in same]:
+            if swap is not None and last == "weight":
+                _put(model, owner, swap(owner, model.get_submodule(owner).to(dtype)))
+        return model.to(dtype).eval()
+    problems: list[str] = []
+    found: dict[str, tuple[int, ...]] = {}
+    # quantised as they come, tensors are copies, freed at once: the mapped file would count as memory until it is closed
+    stream = model_tensors(module, model.config, read_tensors(shards(path), copied=swap is not None))
+    for name, tensor in tqdm(stream, desc="loading", total=len(names), unit="tensor", disable=None, leave=False):
+        if name in found:
+            problems.append(f"{name} is there twice")
+        found[name] = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        elif name in names and tensor.shape == shapes[name]:
+            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
+            for same in names[name]:
+                owner, _, last = same.rpartition(".")
+                setattr(model.get_submodule(owner), last, parameter)
+                if swap is not None and last == "weight":
+                    _put(model, owner, swap(owner, model.get_submodule(owner)))
+    check_fit(path, empty_model(path)[1], found, problems)
+    return model.eval()
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    above, _, own = name.rpartition(".")
+    setattr(model.get_submodule(above), own, module)
+
+
+def save_model(
+    directory: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    side_files: Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    empty: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write a Hugging Face directory (into `directory`, which exists): weights in shards, one tensor in memory at a time.
+
+    Args:
+        config: what `config.json` shall hold; `dtype` is added from the tensors.
+        tensors: (name, tensor) in any order.
+        side_files: a directory whose tokenizer, template and generation files are copied.
+        max_shard_bytes: a tensor larger than this gets a shard of its own.
+        empty: the same names and shapes in the same order, in the dtypes to save, on the meta device, say; None: `tensors`
+            are in memory anyway.
+
+    Raises:
+        UserError: the disk has too little room, or a name occurs twice.
+    """
+    if empty is None:
+        empty = tensors = list(tensors)
+    parts: list[list[tuple[str, Tensor]]] = [[]]
+    sizes, dtypes = [0], Counter[str]()
+    for name, like in empty:
+        size = like.numel() * like.element_size()
+        if parts[-1] and sizes[-1] + size > max_shard_bytes:
+            parts, sizes = [*parts, []], [*sizes, 0]
+        parts[-1].append((name, like))
+        sizes[-1] += size
+        dtypes[str(like.dtype).removeprefix("torch.")] += size
+    if twice := [name for name, count in Counter(name for part in parts for name, _ in part).items() if count > 1]:
+        raise UserError(f"{twice[0]} is there twice: the files to be read are not of one checkpoint.")
+    check_disk_space(directory, sum(sizes))
+    total = sum(map(len, parts))
+    stream = iter(tqdm(tensors, desc="saving", total=total, unit="tensor", disable=None, leave=False))
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for file, part in zip(files if len(parts) > 1 else ["model.safetensors"], parts, strict=True):
+        write_stream(directory / file, part, stream)
+    assert next(stream, None) is None, "more tensors came than were announced"
+    if len(parts) > 1:
+        locations = {name: file for file, part in zip(files, parts, strict=True) for name, _ in part}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(locations.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+    write_json(directory / "config.json", {**config, "dtype": dtypes.most_common(1)[0][0]})
+    if side_files is not None:
+        copy_side_files(side_files, directory)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of "bf16" or "fp32".
+
+    Raises:
+        UserError: it is neither.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise UserError(f"dtype {name!r}; expected bf16 or fp32")
+    return dtypes[name]
+
+
+def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> None:
+    """Write the weights of a trained `model` into `directory`, each in the dtype that it was trained in.
+
+    Weights trained in fp32 stay so, whatever the checkpoint `base` that they came from has: rounded to bf16, small updates
+    would be lost, and another model than the one that was measured would be saved. A tied weight is written once. Everything
+    in the base's config.json stays, known here or not. A sharded model is gathered parameter by parameter: ranks that have
+    no `directory` hand over their shares.
+    """
+    if directory is None:
+        for parameter in model.parameters():
+            full_tensor(parameter)
+        return
+    source = Path(base)
+    module, fresh = empty_model(source)
+    parameters = list(model.named_parameters())
+    shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
+    empty = disk_tensors(module, model.config, shapes)
+    tensors = disk_tensors(module, model.config, ((name, full_tensor(p.detach())) for name, p in parameters))
+    raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
+    if parameter_names(model).keys() > parameter_names(fresh).keys():  # a merge untied the head
+        raw["tie_word_embeddings"] = False
+    save_model(directory, raw, tensors, side_files=source, empty=empty)

@@ -1,0 +1,60 @@
+"""Load a checkpoint directory, in 16 bits or 4, with an adapter or without."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from litmini.checkpoints.hf import check_checkpoint_dir, empty_model, load_model, parse_dtype
+from litmini.checkpoints.peft import load_adapter, read_adapter
+from litmini.config.finetune import QuantizeConfig
+from litmini.methods.nf4 import NF4Linear, convert, quantizable
+from litmini.tokenizer import Tokenizer
+
+
+def load_quantized(
+    directory: str | Path, config: QuantizeConfig, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """`load_model`, each linear quantised from `dtype` as soon as its weight is read: never all of them in 16 bits."""
+    if config.bits == 16:
+        return load_model(directory, dtype, device)
+    names = quantizable(empty_model(check_checkpoint_dir(directory))[1])
+    return load_model(directory, dtype, device, swap=lambda n, m: NF4Linear(m, config.double) if n in names else m)
+
+
+def load(
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path | None = None,
+    dtype: str = "bf16",
+    device: str = "cpu",
+    bits: Literal[4, 16] = 16,
+) -> tuple[nn.Module, Tokenizer]:
+    """The model of a checkpoint directory, with an adapter if given, and its tokenizer.
+
+    Args:
+        dtype: "bf16" or "fp32".
+        bits: 4 puts the linears of the base into NF4 while they are loaded, as for QLoRA.
+
+    Raises:
+        litmini.errors.UserError: a directory is missing, incomplete or damaged, or the adapter is of another base.
+    """
+    wanted = stored = parse_dtype(dtype)
+    config = QuantizeConfig(bits)
+    if adapter_dir is not None:
+        adapter = read_adapter(adapter_dir)
+        if adapter.quantize.bits == bits == 4:
+            config, stored = adapter.quantize, adapter.dtype  # the 4-bit weights that it was trained on
+        elif adapter.quantize.bits == 4:
+            print(f"note: {adapter_dir} was trained over a 4-bit base; --bits 4 gives it that.", file=sys.stderr)
+    model = load_quantized(checkpoint_dir, config, stored, device)
+    if stored != wanted:
+        convert(model, wanted)
+    if adapter_dir is not None:
+        load_adapter(model, adapter_dir)
+        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+            return model, Tokenizer(adapter_dir)
+    return model, Tokenizer(checkpoint_dir)

@@ -1,0 +1,127 @@
+"""Results out: what a path of a run means, the model card that its manifest makes, and the hub on request."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from litmini.checkpoints.hf import check_checkpoint_dir
+from litmini.checkpoints.peft import read_adapter
+from litmini.errors import UserError
+from litmini.files import read_json, write_atomically, write_json
+from litmini.tokenizer import Tokenizer
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Result(NamedTuple):
+    """What is to be written: a checkpoint, perhaps with an adapter, and the run that made it."""
+
+    checkpoint: Path
+    adapter: Path | None
+    run: Path | None
+
+
+def resolve(path: str | Path, adapter: str | Path | None = None) -> Result:
+    """What `path` means: a checkpoint, a run's directory (its final/, else its last step-*), or an adapter over its base.
+
+    Raises:
+        UserError: it is none of these, or the adapter's base is not here.
+    """
+    found = Path(path)
+    if (found / "config.yaml").is_file() and not (found / "config.json").is_file():
+        steps = sorted((p for p in found.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+        products = [p for p in (found / "final", *reversed(steps)) if p.is_dir()]
+        if not products:
+            raise UserError(f"the run in {found} has neither final/ nor step-*: nothing was saved yet.")
+        found = products[0]
+    run = next((d.parent for d in (Path(adapter or found), found) if (d.parent / "manifest.json").is_file()), None)
+    if adapter is None and (found / "adapter_config.json").is_file():
+        base = Path(str(read_json(found / "adapter_config.json").get("base_model_name_or_path")))
+        if not base.is_dir():
+            raise UserError(
+                f"{found} is an adapter, and its base {base} is not here: give the base as the checkpoint, and "
+                f"--adapter {found}."
+            )
+        return Result(base, found, run)
+    return Result(found, Path(adapter) if adapter else None, run)
+
+
+def export_adapter(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path) -> Path:
+    """Write an adapter alone, as PEFT loads it, with its tokenizer and the base's name on the hub if that is known.
+
+    Raises:
+        UserError: `out_dir` exists, or the adapter is damaged.
+    """
+    if out_dir.exists():
+        raise UserError(f"{out_dir} exists already; choose another --out_dir or remove it.")
+    read_adapter(adapter_dir)
+    settings = read_json(adapter_dir / "adapter_config.json")
+    with write_atomically(out_dir) as aside:
+        shutil.copyfile(adapter_dir / ADAPTER_FILES[1], aside / ADAPTER_FILES[1])
+        write_json(aside / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base_name(checkpoint_dir)})
+        tokenized = adapter_dir if (adapter_dir / "tokenizer.json").is_file() else checkpoint_dir
+        Tokenizer(tokenized).save(aside)
+    return out_dir
+
+
+def base_name(checkpoint_dir: Path) -> str:
+    """Where a checkpoint came from: its name on the hub, else its path."""
+    file = checkpoint_dir / "source.json"
+    source = str(read_json(file).get("source", "")) if file.is_file() else ""
+    on_hub = source.count("/") == 1 and not source.startswith((".", "/", "pypi:"))
+    return source if on_hub else str(checkpoint_dir)
+
+
+def model_card(result: Result, name: str, adapter_kept: bool) -> str:
+    """README.md of a result: what it is, how it came about and what was measured, from the run's manifest."""
+    manifest: dict[str, Any] = read_json(result.run / "manifest.json") if result.run else {}
+    base = base_name(Path(manifest.get("base", {}).get("checkpoint_dir") or result.checkpoint))
+    front = [f"library_name: {'peft' if adapter_kept else 'transformers'}", "pipeline_tag: text-generation"]
+    front += [f"base_model: {base}"] if base.count("/") == 1 and not Path(base).exists() else []
+    lines = ["---", *front, "tags:", "- litmini", "---", "", f"# {name}", ""]
+    kind = "An adapter (PEFT's format) for" if adapter_kept else "A checkpoint made from"
+    lines += [
+        f"{kind} `{base}`" + (", with its adapter merged in." if result.adapter and not adapter_kept else "."),
+        "",
+    ]
+    if not manifest:
+        return "\n".join(lines)
+    lines += ["## Training", "", f"    {' '.join(manifest.get('command', []))}", ""]
+    lines += ["| data | sha256 |", "|---|---|"]
+    lines += [f"| `{Path(file).name}` | `{facts['sha256']}` |" for file, facts in manifest.get("data", {}).items()]
+    lines += ["", f"Seed {manifest.get('seed')}. The chat template is the one of the training.", ""]
+    if results := manifest.get("results", {}):
+        lines += ["## Measured", "", "| what | value |", "|---|---|"]
+        lines += [
+            f"| {key} | {_number(value)} |" for key, value in results.items() if not isinstance(value, (list, dict))
+        ]
+        lines += [""]
+    versions = ", ".join(f"{key} {value}" for key, value in manifest.get("versions", {}).items())
+    lines += [f"litmini {manifest.get('litmini')}; {versions}; {json.dumps(manifest.get('hardware', {}))}", ""]
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def push(directory: Path, repo: str, private: bool) -> str:
+    """Upload a directory to the hub, as one commit, and return its address. The token is the client's own affair.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    from litmini.hub_errors import hub_reason
+
+    if not (directory / ADAPTER_FILES[0]).is_file():
+        check_checkpoint_dir(directory)
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"{directory.name}, by litmini")
+    except Exception as error:  # the hub's client and its transports raise many kinds
+        raise UserError(f"{directory} is written, but not on the hub: {hub_reason(error, repo)}") from error
+    return str(done.commit_url)

@@ -1,0 +1,234 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+What stands in these files of a method, its layers write and read (`methods/base_layer.py`); here is what all have in common.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litmini.checkpoints.safetensors_io import read_tensors, write_tensors
+from litmini.config.finetune import QuantizeConfig
+from litmini.errors import UserError
+from litmini.files import read_json, write_json
+from litmini.methods.adapters import adapters
+from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears
+from litmini.methods.nf4 import NF4Linear
+from litmini.methods.registry import method_of
+
+PREFIX = "base_model.model."  # of every name in PEFT's files
+BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained
+MOST_SHOWN = 10  # problems in one message
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it was read; not yet over any base."""
+
+    directory: Path
+    config: dict[str, Any]
+    """adapter_config.json."""
+    method: type[AdapterLayer]
+    layers: dict[str, dict[str, Tensor]]
+    """Full name of a linear -> the tensors of the method's layer over it, fp32, with its `peft_keys`."""
+    full: dict[str, dict[str, Tensor]]
+    """Full name of a module that was trained in full -> its parameters, fp32."""
+    quantize: QuantizeConfig
+    """Of the base that it was trained on."""
+    dtype: torch.dtype
+    """That the base was quantised from."""
+
+    def layer(self, name: str, base: Any) -> AdapterLayer:
+        """Return the adapter layer, frozen, over `base`, the module `name` of a model. Its values are not loaded."""
+        kind = ModulesToSaveLayer if name in self.full else self.method
+        return kind.from_peft(base, name, self.config, self._tensors(name)).requires_grad_(False)
+
+    def load(self, name: str, layer: AdapterLayer) -> AdapterLayer:
+        """Give `layer` its values, and return it."""
+        layer.load_peft(self._tensors(name))
+        return layer
+
+    def problems(self, name: str, layer: AdapterLayer) -> list[str]:
+        """Return how the tensors of the module `name` differ from those of `layer`: both shapes, a line each."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors(name).items()}
+        expected = {key: tuple(tensor.shape) for key, tensor in layer.peft_tensors().items()}
+        return [
+            f"{name}.{key.removesuffix('.weight')}: adapter has {shapes.get(key)}, the model wants {expected.get(key)}"
+            for key in shapes | expected
+            if shapes.get(key) != expected.get(key)
+        ]
+
+    def merged_bias(self, name: str, bias: Tensor) -> Tensor:
+        """Return the bias (out,) of the module `name` after the merge."""
+        return self.method.merged_bias(bias, self.layers[name]) if name in self.layers else bias
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return self.full[name] if name in self.full else self.layers[name]
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read an adapter directory.
+
+    Raises:
+        UserError: it is missing, damaged, does nothing, or uses something of PEFT's that is not implemented.
+    """
+    path = Path(directory)
+    config_file, tensor_file = path / "adapter_config.json", path / "adapter_model.safetensors"
+    if not config_file.is_file():
+        raise UserError(
+            f"{path} is no adapter directory: it has no adapter_config.json. A run's adapter is in out/NAME/final."
+        )
+    config = read_json(config_file)
+    try:
+        method = method_of(config)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from None
+    if problems := method.unsupported(config):
+        raise UserError(f"{config_file}: {'; '.join(problems)}.")
+    layers, full, unexpected = _by_module(
+        read_tensors([tensor_file]), method.peft_keys, tuple(config.get("modules_to_save") or ())
+    )
+    unexpected += [
+        f"{name} ({' or '.join(key.removesuffix('.weight') for key in method.peft_keys)} is missing)"
+        for name, tensors in layers.items()
+        if tensors.keys() != set(method.peft_keys)
+    ]
+    if unexpected or not layers:
+        raise UserError(f"{tensor_file} has unexpected tensors: {', '.join(unexpected[:MOST_SHOWN]) or 'none at all'}")
+    if reason := method.ineffective(list(layers.values())):
+        raise UserError(f"the adapter in {path} does nothing: {reason}. Was it saved before training?")
+    return Adapter(path, config, method, layers, full, *_read_base(path / BASE_FILE))
+
+
+def _by_module(
+    tensors: Iterable[tuple[str, Tensor]], peft_keys: tuple[str, ...], modules_to_save: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], list[str]]:
+    """Return the tensors of a file in fp32: of adapter layers, of modules in full, and the keys that are neither."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    full: dict[str, dict[str, Tensor]] = {}
+    unexpected = []
+    kinds = {key.removesuffix(".weight"): key for key in peft_keys}
+    for key, tensor in tensors:
+        if key.endswith(".base_layer.weight"):
+            continue  # PEFT adds the frozen base of an adapted head
+        name, dot, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        if key.startswith(PREFIX) and dot and kind in kinds:
+            layers.setdefault(name, {})[kinds[kind]] = tensor.float()
+        elif key.startswith(PREFIX) and owner.endswith(modules_to_save):  # PEFT means every module whose name ends so
+            full.setdefault(owner, {})[parameter] = tensor.float()
+        else:
+            unexpected.append(key)
+    return layers, full, unexpected
+
+
+def _read_base(file: Path) -> tuple[QuantizeConfig, torch.dtype]:
+    """Return how the base was quantised, and from which dtype."""
+    if not file.is_file():
+        return QuantizeConfig(), torch.bfloat16
+    note = read_json(file)
+    try:
+        return QuantizeConfig(note["bits"], note["double"]), getattr(torch, note["dtype"])
+    except (KeyError, AttributeError, TypeError):
+        raise UserError(f"{file} is damaged: expected bits, double and dtype, found {note}.") from None
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
+    """Put the adapter of `directory` over the layers of `model`, frozen.
+
+    Raises:
+        UserError: it was made for another base; all names and both shapes are listed.
+    """
+    adapter = read_adapter(directory)
+    layers = check_adapter(model, adapter)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, adapter.load(name, layer).train(model.training))
+    return adapter
+
+
+def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
+    """Return an adapter layer for each module of `model` that `adapter` covers, by full name. Values are not loaded.
+
+    What has another name in PEFT's file gets the model's in `adapter.layers`.
+
+    Raises:
+        UserError: it was made for another base; all names and both shapes are listed.
+    """
+    for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
+        adapter.layers[own] = adapter.layers.pop(name)
+    bases = linears(model)
+    targets = _targets(list(bases), adapter.config)
+    bases |= grouped_experts(model)
+    modules = dict(model.named_modules())
+    layers: dict[str, AdapterLayer] = {}
+    problems = []
+    for name in [*adapter.layers, *adapter.full]:
+        base = bases.get(name) if name in adapter.layers else modules.get(name)
+        if base is None:
+            problems.append(f"{name}: the model has no such {'linear' if name in adapter.layers else 'module'}")
+            continue
+        layers[name] = adapter.layer(name, base)
+        problems += adapter.problems(name, layers[name])
+    in_full = tuple(f"{name}." for name in adapter.full)
+    problems += [
+        f"{name}: the adapter has no tensors for it, and its target_modules name it"
+        for name in targets
+        if name not in layers and not name.startswith(in_full)
+    ]
+    if problems:
+        more = [f"... and {len(problems) - MOST_SHOWN} more"] * (len(problems) > MOST_SHOWN)
+        raise UserError(
+            f"the adapter in {adapter.directory} was made for another base:\n  "
+            + "\n  ".join(problems[:MOST_SHOWN] + more)
+        )
+    return layers
+
+
+def _targets(linears: list[str], config: dict[str, Any]) -> list[str]:
+    """Return the linears that `target_modules` means, where it is a list of names and no other setting excludes some."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return []
+    return [name for name in linears if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def save_adapter(
+    model: nn.Module, directory: Path | None, base: str, *, quantize: QuantizeConfig | None = None
+) -> None:
+    """Write the adapters of `model` in PEFT's format into `directory`, which exists.
+
+    Ranks that have no `directory` take part with their shards of a sharded model.
+
+    Args:
+        base: the checkpoint directory, or hub id, that they belong to.
+        quantize: of the base while they were trained.
+    """
+    by_method: dict[type[AdapterLayer], dict[str, AdapterLayer]] = {}
+    for name, layer in adapters(model).items():
+        by_method.setdefault(type(layer), {})[name] = layer
+    assert len(by_method.keys() - {ModulesToSaveLayer}) == 1, f"one method in a model, found {list(by_method)}"
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    for method, layers in by_method.items():
+        names = method.names_in_peft(layers)
+        for name, layer in layers.items():
+            tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
+        config |= method.peft_config(layers, model)
+    if directory is None:
+        return
+    write_tensors(directory / "adapter_model.safetensors", tensors)
+    write_json(directory / "adapter_config.json", config)
+    if quantize is not None and quantize.bits == 4:
+        packed = next(m for m in model.modules() if isinstance(m, NF4Linear))
+        dtype = str(packed.dtype).removeprefix("torch.")
+        write_json(directory / BASE_FILE, {"type": "nf4", "dtype": dtype, **asdict(quantize)})

@@ -1,0 +1,39 @@
+"""What torch.compile needs, for training and for generation: a C++ compiler on a CPU, and matmuls that it knows."""
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from litmini.distributed.fsdp import blocks
+from litmini.errors import UserError
+
+
+def check_compiler(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse `--compile` where it cannot work.
+
+    Args:
+        dtype: of the matmuls.
+
+    Raises:
+        UserError: there is no C++ compiler, or it is a model that cannot be compiled.
+    """
+    if next(model.parameters()).device.type == "cpu" and not has_cxx():
+        raise UserError(f"--compile needs a C++ compiler, and {_cxx()} is not there; install g++, or set CXX.")
+    if not compilable(model, dtype):
+        raise UserError("--compile: torch.compile knows the matmuls of grouped experts in bf16, but not in fp32.")
+
+
+def compilable(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether torch.compile knows all of the model's matmuls, in `dtype`: grouped ones have no fp32 in torch 2.13."""
+    return dtype != torch.float32 or all(p.ndim < 3 for block in blocks(model) for p in block.parameters())
+
+
+def has_cxx() -> bool:
+    """Whether the C++ compiler that torch.compile calls exists."""
+    return shutil.which(_cxx()) is not None
+
+
+def _cxx() -> str:
+    return os.environ.get("CXX", "g++")

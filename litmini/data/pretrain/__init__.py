@@ -1,0 +1,1 @@
+"""From raw text to token shards on disk, and from shards to sequences."""

@@ -1,0 +1,236 @@
+"""Raw text -> documents, streamed: files, folders, globs and URLs of .txt, .jsonl and .parquet, compressed or not.
+
+Nothing is held whole in memory: a long document comes in pieces, cut at line ends.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from litmini.errors import UserError
+from litmini.files import existing_file
+
+KINDS = (".txt", ".jsonl", ".parquet")
+PIECE = 1 << 20
+"""Characters of a document that are tokenised at once."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of text."""
+
+    name: str
+    """A path, or a URL that fsspec opens."""
+    size: int
+    """Bytes."""
+    stamp: str
+    """Changes when the file does: its time of modification, or a checksum, where the file system knows one."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of one."""
+
+    text: str
+    first: bool
+    """It begins a document."""
+    last: bool
+    """It ends one."""
+
+
+def find_sources(inputs: list[str]) -> list[Source]:
+    """Every text file of some files, folders (searched to the bottom), globs and URLs, each once, folders in order.
+
+    Args:
+        inputs: paths, or URLs of any file system that fsspec has (`hf://datasets/org/name`, `s3://...`).
+
+    Raises:
+        UserError: something is not there, holds no text, or is of a kind that is not read.
+    """
+    sources: dict[str, Source] = {}
+    for name in inputs:
+        found = _remote(name) if "://" in name else _local(name)
+        if not found:
+            raise UserError(f"{name} holds no {', '.join(KINDS)} file (.gz and .zst are read, too).")
+        sources.update({source.name: source for source in found})
+    return list(sources.values())
+
+
+def _local(name: str) -> list[Source]:
+    if has_magic(name) and not Path(name).exists():
+        paths = [Path(p) for p in sorted(glob(name, recursive=True))]
+        paths = [p for p in paths if p.is_file() and _kind(p.name)]
+    elif Path(name).is_dir():
+        paths = [p for p in sorted(Path(name).rglob("*")) if p.is_file() and _kind(p.name) and p.name[0] != "."]
+    else:
+        paths = [existing_file(name, "text")]
+        if not _kind(name):
+            raise UserError(f"{name}: expected {', '.join(KINDS)}, as it is or with .gz or .zst after it.")
+    return [Source(str(p), p.stat().st_size, str(p.stat().st_mtime_ns)) for p in paths]
+
+
+def _remote(name: str) -> list[Source]:
+    try:
+        system, path = fsspec.core.url_to_fs(name)
+        paths = sorted(system.glob(path) if has_magic(path) else system.find(path))
+        infos = [(system.unstrip_protocol(p), system.info(p)) for p in paths if _kind(p)]
+    except Exception as error:  # each file system raises its own
+        raise UserError(f"{name} cannot be listed: {type(error).__name__}: {error}") from None
+    stamps = [
+        next((str(i[k]) for k in ("blob_id", "ETag", "etag", "mtime", "created") if i.get(k)), "") for _, i in infos
+    ]
+    return [Source(url, info["size"] or 0, stamp) for (url, info), stamp in zip(infos, stamps, strict=True)]
+
+
+def _kind(name: str) -> str | None:
+    """`.txt`, `.jsonl` or `.parquet`, whatever it is compressed with."""
+    return next((k for k in KINDS for c in ("", ".gz", ".zst") if name.lower().endswith(k + c)), None)
+
+
+def read_pieces(source: Source, text_key: str = "text", separator: str | None = None) -> Iterator[Piece]:
+    """The documents of a file, in pieces of about `PIECE` characters.
+
+    Args:
+        text_key: where JSONL records and Parquet rows have their text.
+        separator: what stands between the documents of a .txt file; None: a file is one document.
+
+    Raises:
+        UserError: a file is damaged, not UTF-8, or a record has no such text; names file and line.
+    """
+    with _opened(source) as raw:
+        kind = _kind(source.name)
+        if kind == ".txt":
+            yield from _text(source.name, raw, separator)
+            return
+        texts = _parquet(source.name, raw, text_key) if kind == ".parquet" else _jsonl(source.name, raw, text_key)
+        for text in texts:
+            if len(text) <= PIECE:
+                yield Piece(text, True, True)
+                continue
+            start = 0
+            while start < len(text):
+                stop = _cut(text, start, start + PIECE)
+                yield Piece(text[start:stop], start == 0, stop == len(text))
+                start = stop
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Any]:
+    """The bytes of a file, decompressed; whatever goes wrong while they are read names the file."""
+    try:
+        with fsspec.open(source.name, "rb") if "://" in source.name else open(source.name, "rb") as raw:
+            if source.name.lower().endswith(".gz"):
+                with gzip.open(raw) as plain:
+                    yield plain
+            elif source.name.lower().endswith(".zst"):
+                with _pyarrow().CompressedInputStream(raw, "zstd") as plain:
+                    yield io.BufferedReader(plain)  # it has no lines of its own
+            else:
+                yield raw
+    except UserError:
+        raise
+    except Exception as error:  # each remote file system raises its own
+        if "://" not in source.name and not isinstance(error, (OSError, EOFError, zlib.error)):
+            raise
+        raise UserError(f"{source.name} cannot be read: {error}") from None
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError('Parquet and zstd files need pyarrow: pip install "litmini[parquet]"') from None
+    return pyarrow
+
+
+def _cut(text: str, start: int, stop: int) -> int:
+    """Where to end a piece: after the last line, or else the last word, before `stop`; the end of the text if near."""
+    if stop >= len(text):
+        return len(text)
+    for mark in ("\n", " "):
+        if (at := text.rfind(mark, start, stop)) > start:
+            return at + 1 if mark == "\n" else at
+    return stop
+
+
+def _text(name: str, raw: Any, separator: str | None) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    buffer, first, line = "", True, 1
+    while data := raw.read(PIECE):
+        buffer += _decode(decoder, data, name, line)
+        line += data.count(b"\n")
+        if separator:
+            *whole, buffer = buffer.split(separator)
+            for text in whole:
+                yield Piece(text, first, True)
+                first = True
+        while len(buffer) > PIECE:  # half a separator may stand at the end: it is not cut
+            stop = _cut(buffer, 0, PIECE - len(separator or ""))
+            yield Piece(buffer[:stop], first, False)
+            buffer, first = buffer[stop:], False
+    _decode(decoder, b"", name, line)
+    if not (separator and first and not buffer.strip()):  # a separator may also stand after the last document
+        yield Piece(buffer, first, True)
+
+
+def _decode(decoder: codecs.IncrementalDecoder, data: bytes, name: str, line: int) -> str:
+    try:
+        return decoder.decode(data, final=not data)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{name}:{line} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
+
+
+def _jsonl(name: str, raw: Iterable[bytes], key: str) -> Iterator[str]:
+    for number, line in enumerate(raw, 1):
+        where = f"{name}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield _field(json.loads(text), key, where)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not valid JSON: {error}") from None
+
+
+def _parquet(name: str, raw: Any, key: str) -> Iterator[str]:
+    pyarrow = _pyarrow()
+    try:
+        file = pyarrow.parquet.ParquetFile(raw)
+        if key not in file.schema_arrow.names:
+            raise UserError(
+                f"{name} has no column '{key}'; there are {', '.join(file.schema_arrow.names)}: --text_key."
+            )
+        number = 0
+        for batch in file.iter_batches(batch_size=1000, columns=[key]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield _field({key: text}, key, f"{name}:row {number}")
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{name} is not valid Parquet: {error}") from None
+
+
+def _field(record: Any, key: str, where: str) -> str:
+    if not isinstance(record, dict) or key not in record:
+        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: no '{key}', found {keys}; name the field that holds the text with --text_key.")
+    text = record[key]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: '{key}' is {type(text).__name__}, expected text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: '{key}' holds half a character (a lone \\ud800 to \\udfff escape).") from None
+    return text

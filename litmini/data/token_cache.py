@@ -1,0 +1,228 @@
+"""Tokens of data files, kept on disk: made by all cores once, then mapped into memory by every run and every process.
+
+An entry is named by the hash of all that decides its content: the file, the tokenizer and its template, the settings, and
+the code that makes tokens of them. So it is never out of date, and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from litmini.config.finetune import DataConfig
+from litmini.data.encode import ENTRY, Part, encode_examples
+from litmini.data.formats import Example, bad_records, parse_chunk
+from litmini.data.readers import Chunk, read_chunks
+from litmini.errors import UserError
+from litmini.files import content_hash, existing_file, read_json, write_json
+from litmini.system import cpu_count, locked
+from litmini.tokenizer import Tokenizer
+
+FORMAT = 1  # to be raised with each change of what tokens come of a record, or of how they are stored
+MANY = 4 << 20  # bytes of data from which on several processes pay
+ABANDONED = 86_400  # seconds after which what a killed process left half done is removed
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The tokens of one data file; the arrays are mapped from disk."""
+
+    inputs: np.ndarray
+    """(tokens,) int32."""
+    labels: np.ndarray
+    """(tokens,) int32."""
+    table: np.ndarray
+    """(examples,) of `encode.ENTRY`."""
+    sha256: str
+    """Of the data file."""
+    records: int
+    dropped: int
+    truncated_dropped: int
+    first_dropped: str
+    """The place in the file of the first example that has no trained token."""
+
+
+def cache_directory() -> Path:
+    """$LITMINI_CACHE, or ~/.cache/litmini."""
+    return Path(os.environ.get("LITMINI_CACHE") or "~/.cache/litmini").expanduser()
+
+
+def tokenize_file(
+    path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None = None
+) -> TokenFile:
+    """The tokens of a data file, from the cache or made now.
+
+    Args:
+        what: for the progress bar.
+        workers: processes; None: one for each core, or just this one where there is little to do.
+
+    Raises:
+        UserError: the file cannot be read, or has records of which no tokens can be made; nothing is kept then.
+    """
+    sha256 = content_hash(existing_file(path, "data file"))
+    directory = cache_directory() / _key(sha256, Path(path).suffix.lower(), tokenizer, config)
+    found = _open(directory, sha256)
+    if found is None:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(directory.parent)
+            aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        except OSError as error:
+            raise UserError(
+                f"the token cache {directory.parent} cannot be written: {error.strerror}. Name another place with the "
+                f"environment variable LITMINI_CACHE."
+            ) from None
+        try:
+            _write(aside, path, tokenizer, config, what, workers)
+            with locked(directory.parent):
+                found = _open(directory, sha256)  # another process may have been faster: its entry is the same
+                if found is None:
+                    shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+                    aside.rename(directory)
+                    found = _open(directory, sha256)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        assert found is not None, f"{directory} is there, but cannot be read"
+    return found
+
+
+def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> str:
+    parts = {
+        "data": sha256 + suffix,
+        "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),
+        "settings": [tokenizer.settings, tokenizer.stop_ids, tokenizer.chat_template],
+        "config": [config.train_on, config.max_seq_len],
+        "format": FORMAT,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _open(directory: Path, sha256: str) -> TokenFile | None:
+    """An entry, or None where there is none, or one that a crash of the machine has damaged."""
+    try:
+        counts = read_json(directory / "counts.json")
+        table = np.load(directory / "table.npy")
+        tokens = int(table["size"].sum())
+        arrays: list[np.ndarray] = []
+        for name in ("inputs", "labels"):
+            file = directory / f"{name}.i32"
+            if file.stat().st_size != 4 * tokens:
+                return None
+            arrays.append(np.memmap(file, np.int32, "r") if tokens else np.zeros(0, np.int32))
+        fits = table.dtype == ENTRY and len(table) + counts["dropped"] == counts["records"]
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return TokenFile(arrays[0], arrays[1], table, sha256, **counts) if fits else None
+
+
+def _write(
+    directory: Path, path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None
+) -> None:
+    """Tokenise a file into `directory`. Memory does not grow with the file, but for its table, 33 bytes an example."""
+    tables: list[np.ndarray] = []
+    dropped: list[str] = []
+    problems: list[str] = []
+    total = tokens = truncated_dropped = 0
+    if workers is None:
+        workers = cpu_count() if Path(path).stat().st_size > MANY else 1
+    with (
+        (directory / "inputs.i32").open("wb") as inputs,
+        (directory / "labels.i32").open("wb") as labels,
+        (directory / "table.npy").open("wb") as table,
+        tqdm(desc=f"tokenising {what}", unit="ex", unit_scale=True, disable=None) as bar,
+    ):
+        for part in _parts(path, tokenizer, config, workers):
+            part.table["start"] += tokens
+            part.table["number"] += total
+            tables.append(part.table)
+            inputs.write(part.inputs.tobytes())
+            labels.write(part.labels.tobytes())
+            dropped += part.dropped
+            truncated_dropped += part.truncated_dropped
+            problems += part.problems
+            total, tokens = total + part.records, tokens + len(part.inputs)
+            bar.update(part.records)
+        if problems:
+            raise bad_records(problems)
+        np.save(table, np.concatenate(tables))
+        for file in (inputs, labels, table):
+            file.flush()
+            os.fsync(file.fileno())
+    first = dropped[0].removeprefix(f"{path}:") if dropped else ""
+    counts = {"records": total, "dropped": len(dropped), "truncated_dropped": truncated_dropped, "first_dropped": first}
+    write_json(directory / "counts.json", counts)
+
+
+def _parts(path: str, tokenizer: Tokenizer, config: DataConfig, workers: int) -> Iterator[Part]:
+    """The file's records as tokens, in order."""
+    chunks = read_chunks(path)
+    first = next(chunks)
+    found: list[Any] = [[], []]
+    form = parse_chunk(first, None, tokenizer.chat_template is not None, *found)
+    work = partial(_work, form=form, tokenizer=tokenizer, config=config)
+    yield work(first)
+    if workers == 1:
+        yield from map(work, chunks)
+        return
+    context = multiprocessing.get_context("fork")  # nothing here has run on threads that a fork would lose
+    with ProcessPoolExecutor(workers, context, _start_worker, (work, os.getpid())) as pool:
+        waiting: deque[Future[Part]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_work_in_worker, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _work(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config: DataConfig) -> Part:
+    examples: list[Example] = []
+    problems: list[str] = []
+    parse_chunk(chunk, form, tokenizer.chat_template is not None, examples, problems)
+    part = encode_examples(examples, tokenizer, config)
+    part.problems = problems + part.problems
+    return part
+
+
+_in_worker: Callable[[Chunk], Part]
+
+
+def _start_worker(work: Callable[[Chunk], Part], parent: int) -> None:
+    global _in_worker
+    _in_worker = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _work_in_worker(chunk: Chunk) -> Part:
+    return _in_worker(chunk)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    for left in cache.glob(".*"):
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)

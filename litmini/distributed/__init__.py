@@ -1,0 +1,1 @@
+"""Several devices: Fabric, FSDP2, and processes that end together."""

@@ -1,0 +1,109 @@
+"""Several processes of one run: only the first one prints, one of them says why the run fails, and all end together.
+
+torchrun and Fabric end all ranks, too, but by SIGKILL before the first one can say which process failed, and Fabric's
+processes outlive the one that started them. Nothing heavy is imported here: `litmini.cli` asks on every error.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import time
+import warnings
+from datetime import timedelta
+from subprocess import Popen
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+POLL_SECONDS = 0.5
+_started: list[Popen[bytes]] = []  # by Fabric in this process, on this machine
+_failures: Any = None  # a store that counts, for all processes, those that failed
+
+
+def join(fabric: Fabric) -> None:
+    """Watch the other processes, and print only in the first one. To be called after `fabric.launch`."""
+    global _failures
+    if fabric.world_size == 1:
+        return
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _failures = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+    launcher: Any = fabric.strategy.launcher
+    if launcher:
+        _started.extend(launcher.procs)
+        launcher.procs.clear()  # or Fabric would kill this process before it could say why
+    if _started or fabric.local_rank > 0:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="watch").start()
+    if fabric.global_rank > 0:
+        warnings.simplefilter("ignore")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end)
+        sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)  # for errors, but no progress bars
+
+
+class _NoTerminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return False
+
+
+def _watch(parent: int) -> None:
+    """End this process when one that it started fails or, where it started none, when its parent is gone."""
+    problem = ""
+    while not problem:
+        time.sleep(POLL_SECONDS)
+        for number, process in enumerate(_started, 1):
+            if code := process.poll():
+                problem = f"process {number} " + (f"was killed by signal {-code}" if code < 0 else f"ended with {code}")
+        if not _started and os.getppid() != parent:
+            problem = "the first process was killed"
+    if not _started or first_to_fail():
+        print(f"error: {problem}. Continue with --resume auto.", file=sys.stderr)
+    leave(1)
+
+
+def is_first() -> bool:
+    """Return whether this is the first process, as far as is known before `join`."""
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))
+    return rank == "0"
+
+
+def first_to_fail(error: BaseException | None = None) -> bool:
+    """Return whether this process is to report its error: the only one, or the first of several that fail."""
+    first = is_first()
+    if _failures is None:  # before `join`: all processes likely have the same error
+        time.sleep(0 if first else 5)
+        return True
+    if not first:
+        time.sleep(1)
+    elif isinstance(error, RuntimeError):  # perhaps a lost connection to a process whose end `_watch` reports
+        time.sleep(3 * POLL_SECONDS)
+    try:
+        return _failures.add("litmini/failures", 1) == 1
+    except RuntimeError:  # the first process, which has the store, has ended with its error
+        return False
+
+
+def alone() -> bool:
+    return _failures is None
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; after an error at once with those that it started, as cleaning up would wait for the others."""
+    if status and not alone():
+        for process in _started:
+            process.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if not alone():
+        import torch.distributed
+
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        for process in _started:
+            process.wait()
+    sys.exit(status)

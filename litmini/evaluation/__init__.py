@@ -1,0 +1,1 @@
+"""Perplexity, exact match, lm-eval tasks, and the checks of verify.py."""

@@ -1,0 +1,1 @@
+"""From prompts to text: batches, sampling, speculative decoding, several adapters at once."""

@@ -1,0 +1,140 @@
+"""Requests that are decoded together, one token each a step; they join and leave between steps."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litmini.distributed.fsdp import is_sharded
+from litmini.errors import UserError
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
+from litmini.generation.speculative import Draft
+from litmini.ops.cross_entropy import IGNORE
+from litmini.ops.kv_cache import CHUNK, KVCache
+
+
+class Batch:
+    """Requests in progress over one cache.
+
+    Args:
+        model: in evaluation mode.
+        draft: proposes tokens for speculative decoding of a single greedy request.
+        chunk: most tokens of a prompt in one forward.
+        multi_lora: the adapters that requests name.
+    """
+
+    def __init__(
+        self, model: nn.Module, draft: Draft | None = None, chunk: int = CHUNK, multi_lora: MultiLoRA | None = None
+    ) -> None:
+        config: Any = model.config
+        self.model, self.config, self.draft, self.chunk, self.multi_lora = model, config, draft, chunk, multi_lora
+        self.requests: list[Request] = []
+        self.cache: KVCache | None = None
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        # inference_mode saves a tenth of each operation; weights that FSDP gathers in it could not be trained afterwards
+        self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode
+
+    def add(self, requests: list[Request]) -> None:
+        """Add requests: their prompts are read together, in one forward for each chunk of tokens.
+
+        Raises:
+            UserError: a prompt is empty, or fills the model's context.
+        """
+        for request in requests:
+            check_prompt(request.prompt, self.config.max_positions)
+        if self.draft is not None:
+            _check_draft([*self.requests, *requests])
+        for request in requests:
+            request.max_new_tokens = min(request.max_new_tokens, self.config.max_positions - len(request.prompt))
+            request.generator = torch.Generator(self.device)
+            seed = request.sampling.seed
+            request.generator.seed() if seed is None else request.generator.manual_seed(seed)
+        capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        cache = KVCache(self.config, len(requests), capacity, self.dtype, self.device, self.chunk)
+        longest = max(len(r.prompt) for r in requests)
+        tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests], device=self.device)
+        lengths = torch.tensor([[len(r.prompt)] for r in requests], device=self.device)  # (B, 1)
+        positions = torch.arange(longest, device=self.device) - (longest - lengths)  # (B, T), below 0: padding
+        rows = [(cache, i, len(r.prompt) - 1) for i, r in enumerate(requests)]
+        with self._without_gradients():
+            with self._adapters(requests):
+                prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
+            self._gather(self._rows() + rows, [*self.requests, *requests])
+        if self.draft is not None:
+            self.draft.begin(capacity)
+
+    def step(self) -> None:
+        """Add the next token to every request (with a draft: one or more); those that end leave the batch."""
+        with self._without_gradients():
+            if self.draft is not None:
+                self._step_drafted(self.draft, self.requests[0])
+            else:
+                tokens = torch.tensor([r.tokens[-1:] for r in self.requests], device=self.device)  # (B, 1)
+                positions = torch.tensor([[len(r.tokens) - 1] for r in self.requests], device=self.device)
+                with self._adapters(self.requests):
+                    logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
+                for request, row in zip(self.requests, logits, strict=True):
+                    request.choose(row)
+        self.drop()
+
+    def _step_drafted(self, draft: Draft, request: Request) -> None:
+        """Verify the drafted tokens in one forward; accept those that greedy decoding would choose."""
+        drafted = draft.propose(request.tokens, request.remaining_tokens - 1)
+        start = len(request.tokens) - 1
+        tokens = torch.tensor([[request.tokens[-1], *drafted]], device=self.device)  # (1, T)
+        positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
+        with self._adapters([request]):
+            logits = self.model(tokens, positions, cache=self.cache)[0].float()  # (T, vocab)
+        for row, proposed in zip(logits, [*drafted, None], strict=True):
+            if request.choose(row) != proposed or request.finish:
+                break  # rejected positions are overwritten in the cache
+
+    def drop(self) -> None:
+        """Remove requests that have ended."""
+        going = [(row, r) for row, r in zip(self._rows(), self.requests, strict=True) if r.finish is None]
+        if len(going) < len(self.requests):
+            with self._without_gradients():
+                self._gather([row for row, _ in going], [r for _, r in going])
+
+    def _adapters(self, requests: list[Request]) -> contextlib.AbstractContextManager[None]:
+        """Apply to each row the adapter that its request names."""
+        return (
+            contextlib.nullcontext() if self.multi_lora is None else self.multi_lora.use([r.adapter for r in requests])
+        )
+
+    def _rows(self) -> list[tuple[KVCache, int, int]]:
+        return [(self.cache, i, len(r.tokens) - 1) for i, r in enumerate(self.requests)] if self.cache else []
+
+    def _gather(self, rows: list[tuple[KVCache, int, int]], requests: list[Request]) -> None:
+        capacity = max((len(r.prompt) + r.max_new_tokens for r in requests), default=0)
+        if rows and all(cache is rows[0][0] for cache, _, _ in rows) and len(rows) == rows[0][0].batch:
+            self.cache = rows[0][0]  # nothing to rearrange
+        else:
+            self.cache = KVCache.gather(self.config, rows, capacity) if rows else None
+        self.requests = requests
+
+
+def check_prompt(prompt: list[int], context: int) -> None:
+    """Raise a `UserError` for a prompt that is empty, or fills a context of so many tokens."""
+    if not prompt:
+        raise UserError("the prompt is empty.")
+    if len(prompt) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model's context {context}: no token remains for a completion."
+        )
+
+
+def _check_draft(requests: list[Request]) -> None:
+    first = requests[0].sampling
+    if len(requests) > 1 or first.temperature or first.repetition_penalty != 1.0:
+        raise UserError("a draft is for one prompt at a time, with temperature 0 and without repetition penalty.")
+
+
+def prefill(model: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
+    """Read tokens (B, T) at positions (B, T) into the cache, in parts. No label is a target, so no logits are computed."""
+    for part, where in zip(tokens.split(cache.chunk, 1), positions.split(cache.chunk, 1), strict=True):
+        if part.numel():
+            model(part, where, cache=cache, labels=torch.full_like(part, IGNORE))

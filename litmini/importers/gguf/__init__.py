@@ -1,0 +1,1 @@
+"""GGUF files: read, dequantized, and written as a Hugging Face directory."""

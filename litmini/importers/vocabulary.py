@@ -1,0 +1,183 @@
+"""Tokenizers from bare vocabularies: those of GGUF files, of SentencePiece models and of Meta's Llama 3.
+
+The `tokenizers` package converts neither of the last two, and `tiktoken` only reads the two columns of a file of Llama 3.
+"""
+
+import base64
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from litmini.errors import UserError
+from litmini.files import check_no_pointer, read_json, write_json
+
+NORMAL, UNKNOWN, SPECIAL, ADDED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types, as SentencePiece numbers them
+SPACE = "\u2581"
+
+
+def byte_words(digits: str) -> Any:
+    """Return the pre-tokenizer of Llama 3 and Qwen 2, which differ in how many `digits` make a word, for byte-level BPE."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r""
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
+
+
+def sentencepiece_like(
+    tokens: list[str], types: list[int], unknown: int, space_prefix: bool
+) -> tuple[Tokenizer, list[str]]:
+    """Return a BPE over characters with byte fallback, as in Llama 1 and 2 and in Gemma.
+
+    Its merges are not stored anywhere: each token is what joining two others gives, and earlier tokens are joined first.
+    Scores say the same, but converters overwrite those of added tokens, so the order decides.
+
+    Args:
+        space_prefix: whether a space is put before a text (Llama), or not (Gemma).
+
+    Returns:
+        the tokenizer, and the tokens with spaces as it writes them.
+    """
+    tokens = [t.replace(" ", SPACE) if kind == ADDED else t for t, kind in zip(tokens, types, strict=True)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ValueError(f"of {len(tokens)} tokens only {len(vocab)} differ")
+    merges = _merges(vocab, [t for t, kind in zip(tokens, types, strict=True) if kind in (NORMAL, ADDED)])
+    bpe = models.BPE(vocab, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=BYTE in types)
+    tokenizer = Tokenizer(bpe)
+    replace = normalizers.Replace(" ", SPACE)
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if space_prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
+        back.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = replace
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(back)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind != ADDED, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (UNKNOWN, SPECIAL, ADDED)
+        ]
+    )
+    return tokenizer, tokens
+
+
+def _merges(ranks: dict[Any, int], joined: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return the pairs that BPE joins into each of `joined`, in their order; of one token, pairs of lower ranks first."""
+    merges = []
+    for token in joined:
+        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+        merges += sorted((p for p in halves if p[0] in ranks and p[1] in ranks), key=lambda p: [ranks[h] for h in p])
+    return merges
+
+
+def add_ends(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = None) -> None:
+    """Make `tokenizer` put these tokens before and after every text."""
+    before, after = [bos] if bos else [], [eos] if eos else []
+    if before or after:
+        single = [*before, "$A", *after]
+        pair = [*single, *(f"{piece}:1" for piece in (*before, "$B", *after))]
+        added = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(before + after)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=added)
+
+
+def read_sentencepiece(file: Path) -> Tokenizer:
+    """Return the tokenizer of a SentencePiece model, as in Llama 1 and 2, Mistral 7B and Gemma (the `convert` extra).
+
+    Raises:
+        UserError: it is damaged, or no BPE; or a package is not installed.
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    except ImportError:
+        raise UserError(f'reading {file} needs sentencepiece and protobuf: pip install -e ".[convert]"') from None
+    model: Any = ModelProto()
+    try:
+        model.ParseFromString(file.read_bytes())
+        tokens, types = [piece.piece for piece in model.pieces], [piece.type for piece in model.pieces]
+        if model.trainer_spec.model_type != model.trainer_spec.BPE or UNKNOWN not in types:
+            raise UserError(f"{file} is a SentencePiece model, but no BPE, the only supported kind.")
+        return sentencepiece_like(tokens, types, types.index(UNKNOWN), model.normalizer_spec.add_dummy_prefix)[0]
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{file} is no SentencePiece model, or damaged ({error}).") from None
+
+
+def read_tiktoken(file: Path) -> Tokenizer:
+    """Return the tokenizer of Meta's Llama 3 files: a line with base64 and rank for each token, and 256 special ones.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        lines = (line.split() for line in file.read_bytes().splitlines() if line)
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        check_no_pointer(file)
+        raise UserError(f"{file} is no tokenizer of Llama 3, or damaged ({error}).") from None
+    letters = _byte_letters()
+    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = [(spell[a], spell[b]) for a, b in _merges(ranks, sorted(ranks, key=ranks.__getitem__))]
+    tokenizer = Tokenizer(models.BPE({spell[t]: rank for t, rank in ranks.items()}, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_words(r"\p{N}{1,3}"), decoders.ByteLevel()
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
+    names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))]
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False) for name in names])
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """Return the letter of each byte in byte-level BPE: itself if it is visible, else the next one after 255."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
+
+
+def ensure_tokenizer(source: Path, target: Path) -> None:
+    """Write tokenizer.json into `target`: the one of `source`, or one made from its tokenizer.model.
+
+    Raises:
+        UserError: there is neither.
+    """
+    here = [source, source.parent]  # Meta's Llama 2 keeps it above the directories of its sizes
+    file = next((d / n for d in here for n in ("tokenizer.json", "tokenizer.model") if (d / n).is_file()), None)
+    if file is None:
+        raise UserError(f"{source} has neither tokenizer.json nor tokenizer.model; put one of them there.")
+    for beside in (source / "tokenizer_config.json", source / "generation_config.json"):
+        if beside.is_file():
+            read_json(beside)  # refuses what is damaged
+    if file.name == "tokenizer.json":
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception
+            check_no_pointer(file)
+            raise UserError(f"{file} is damaged: {error}") from None
+        shutil.copyfile(file, target / file.name)
+        return
+    if file.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer that begins with a piece
+        tokenizer, bos, ends = read_sentencepiece(file), "<s>", ["</s>"]
+    else:
+        tokenizer, bos = read_tiktoken(file), "<|begin_of_text|>"
+        ends = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    if tokenizer.token_to_id(bos) is None:  # Gemma
+        bos, ends = "<bos>", ["<eos>", "<end_of_turn>"]
+    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    if (extra := source / "added_tokens.json").is_file():
+        added = sorted(read_json(extra).items(), key=lambda item: int(item[1]))
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, _ in added])
+    add_ends(tokenizer, bos if settings.get("add_bos_token", True) else None)
+    tokenizer.save(str(target / "tokenizer.json"))
+    if not settings:
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": ends[0]}
+        write_json(target / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
+    if not (source / "generation_config.json").is_file():
+        stops = [i for i in map(tokenizer.token_to_id, ends) if i is not None]
+        ids = {"bos_token_id": tokenizer.token_to_id(bos), "eos_token_id": stops if len(stops) > 1 else stops[0]}
+        write_json(target / "generation_config.json", ids)

@@ -1,0 +1,131 @@
+"""Heads for objectives other than language modelling. Each takes the place of a model's output head, whatever the family.
+
+With labels, `Model.forward` returns what its head makes of the last hidden states: (outputs, number of labelled positions).
+The heads here return more than the summed loss of language modelling, and like it, never hold whole logits. What a
+mixture-of-experts model adds to that loss in training, its load-balancing loss, is left out with these heads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from litmini.errors import UserError
+from litmini.methods.base_layer import AdapterLayer
+from litmini.ops.cross_entropy import CHUNK, IGNORE, OutputHead
+
+
+class LogProbHead(OutputHead):
+    """Log-probabilities of the labels, per token.
+
+    Logits are computed `chunk` rows at a time, and again in the backward pass; gradients are right for any upstream gradient.
+    """
+
+    def __init__(self, head: nn.Module, chunk: int = CHUNK) -> None:
+        """
+        Args:
+            head: gives logits (..., vocab): a linear, an adapted one, or one that is trained beside adapters.
+            chunk: rows of logits in memory at once.
+        """
+        super().__init__()
+        self.head, self.chunk = head, chunk
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits, as without labels."""
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+    def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Return (B, T) fp32 log-probabilities, 0 where there is no label, and the number of labels (int64, 0-d)."""
+        targets = labels != IGNORE
+        index = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
+        rows, wanted = hidden.flatten(0, 1)[index], labels.flatten()[index]  # (n, dim), (n,)
+        parts = [
+            checkpoint(self._log_probs, part, want, softcap, use_reentrant=False)
+            for part, want in zip(rows.split(self.chunk), wanted.split(self.chunk), strict=True)
+        ]
+        zeros = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+        return zeros.index_copy(0, index, torch.cat(parts)).view_as(labels), targets.sum()
+
+    def _log_probs(self, rows: Tensor, wanted: Tensor, softcap: float | None) -> Tensor:
+        logits = self.head(rows).float()  # (c, vocab)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)  # (c,)
+
+
+class ScoreHead(OutputHead):
+    """n outputs at each labelled position, from a linear that the model holds as `score`, as in Hugging Face's checkpoints.
+
+    Which position is labelled (the last token, say) is the caller's choice; what the label is does not matter here.
+    """
+
+    def __init__(self, score: nn.Linear) -> None:
+        super().__init__()
+        self._score = [score]  # in a list: it is the model's module, not this one's
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the outputs of every position, (B, T, n_outputs) in fp32."""
+        (score,) = self._score
+        return score(hidden.to(score.weight.dtype)).float()  # type: ignore[no-any-return]
+
+    def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Return (n, n_outputs) fp32, the labelled positions row by row, and their number (int64, 0-d)."""
+        index = (labels != IGNORE).flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
+        return self(hidden.flatten(0, 1)[index]), torch.tensor(len(index), device=hidden.device)
+
+
+def head_name(model: nn.Module) -> str:
+    """Return the name of a model's output head: the one linear, adapted or not, that hangs on the model itself.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    kinds = (nn.Linear, AdapterLayer, OutputHead)
+    names = [name for name, module in model.named_children() if isinstance(module, kinds)]
+    if len(names) != 1:
+        raise UserError(
+            f"expected one output head on the model itself, found {len(names)}: {', '.join(names) or 'none'}."
+        )
+    return names[0]
+
+
+def use_log_probs(model: nn.Module, chunk: int = CHUNK) -> LogProbHead:
+    """Let `model(..., labels=labels)` return per-token log-probabilities; see `LogProbHead.outputs`."""
+    name = head_name(model)
+    head = LogProbHead(getattr(model, name), chunk)
+    setattr(model, name, head)
+    return head
+
+
+@contextmanager
+def original_head(model: nn.Module) -> Iterator[None]:
+    """Give a model with a `LogProbHead` its own head back for as long as this lasts: to save it, or to generate."""
+    name = head_name(model)
+    head = getattr(model, name)
+    if not isinstance(head, LogProbHead):
+        yield
+        return
+    setattr(model, name, head.head)
+    try:
+        yield
+    finally:
+        setattr(model, name, head)
+
+
+def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | None = None) -> nn.Linear:
+    """Replace the language model head by one with `n_outputs` outputs at labelled positions, and return its linear.
+
+    Its weight, `score.weight` in files, is in fp32 and trained; it starts normal with std 0.02. The old head is dropped; an
+    embedding that it was tied to stays.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    score = nn.Linear(config.dim, n_outputs, bias=False, device=device, dtype=torch.float32)
+    if device.type != "meta":
+        nn.init.normal_(score.weight, std=0.02, generator=generator)
+    setattr(model, head_name(model), ScoreHead(score))
+    model.score = score
+    return score

@@ -1,0 +1,19 @@
+"""Positions of the tokens of one forward pass."""
+
+import torch
+from torch import Tensor
+
+from litmini.ops.kv_cache import KVCache
+
+
+def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+    """Return the positions (B, T) int64 of tokens (B, T), and make room for them in the cache.
+
+    Without positions, each row continues where the cache ends, or starts at 0.
+    """
+    if positions is None:
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if cache is not None:
+        cache.advance(positions)
+    return positions

@@ -1,0 +1,1 @@
+"""A run's directory: its state, manifest, metrics, plots and report."""

@@ -1,0 +1,116 @@
+"""Where a run is written, checked before anything is loaded: a new directory, or a checkpoint to resume from."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litmini.config.training import RunConfig
+from litmini.errors import UserError
+from litmini.files import content_hash, read_json, restore
+from litmini.runs.loggers import check_loggers
+from litmini.runs.manifest import check_same
+
+PROCESSES = ("devices", "num_nodes", "strategy")
+REPORT = "report.html"  # the last thing that a run writes: without it, its result is yet to be measured
+MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
+    r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
+    r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
+)
+
+
+class RunDirectory:
+    """The directory of one run, `out/<name>/`; nothing is written yet.
+
+    Attributes:
+        restart_from: the checkpoint to resume from; None: the run begins with its first step.
+        before: the manifest of the run that is resumed.
+        other_processes: settings of devices and strategy that differ from then.
+
+    Raises:
+        UserError: it holds a run already and `config.resume` does not say to resume it, or says so where there is nothing
+            to resume, or the settings differ in what the run means.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        check_loggers(config.loggers)
+        self.directory = Path(config.out_dir)
+        self.config = config
+        self.before: dict[str, Any] = {}
+        self.other_processes: list[str] = []
+        self.restart_from = self._find_restart(self.checkpoints())
+        if self.restart_from:
+            self._check_same_meaning(self.restart_from.parent)
+
+    def _find_restart(self, steps: list[Path]) -> Path | None:
+        config = self.config
+        holds_run = (self.directory / "config.yaml").exists() or bool(steps)
+        if config.resume is False:
+            if holds_run and not (config.dry_run or config.show_masks):
+                raise UserError(
+                    f"{self.directory} holds a run already. Resume it: --resume auto. Or start another: "
+                    f"--out_dir {self._free_name()}"
+                )
+            return None
+        if (self.directory / "final").exists() and ((self.directory / REPORT).exists() or not steps):
+            raise UserError(
+                f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
+                f"Start another: --out_dir {self._free_name()}"
+            )
+        if config.resume in (True, "auto"):
+            return steps[-1] if steps else None
+        chosen = Path(str(config.resume))
+        if not (chosen / "training_state.json").is_file():
+            existing = ", ".join(str(p) for p in steps) or "none"
+            raise UserError(f"{chosen} is no training checkpoint; those of {self.directory}: {existing}")
+        if holds_run and chosen.resolve().parent != self.directory.resolve():
+            raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
+        return chosen
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of this run, the oldest first."""
+        for old in self.directory.glob(".step-*.old"):  # a process died while it replaced one
+            restore(self.directory / old.name[1:].removesuffix(".old"))
+        return sorted((p for p in self.directory.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+    def _free_name(self) -> Path:
+        return next(
+            p for n in range(2, 10**6) if not (p := self.directory.with_name(f"{self.directory.name}-{n}")).exists()
+        )
+
+    def _check_same_meaning(self, run: Path) -> None:
+        """Refuse to resume with other settings or data than those that the run in `run` began with."""
+        try:
+            before, now = flat(yaml.safe_load((run / "config.yaml").read_text())), flat(plain(self.config))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
+        self.before = read_json(run / "manifest.json")
+        files = [
+            name for name in self.before.get("data", {}) if Path(name).is_file()
+        ]  # others are data sets of the hub
+        hashes = {name: {"sha256": content_hash(Path(name))} for name in files}
+        check_same(self.before, {"data": hashes}, self.restart_from)
+        self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
+        changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
+        if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
+            raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary of what YAML can hold."""
+    return {
+        k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
+        for k, v in vars(config).items()
+    }
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found = {}
+    for key, value in settings.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return found

@@ -1,0 +1,106 @@
+"""What a run is made of, written beside it and beside each of its checkpoints: versions, code, base, template, data, seed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from litmini.config.training import RunConfig
+from litmini.errors import UserError
+from litmini.files import read_json
+from litmini.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+PACKAGES = ("torch", "lightning-fabric", "safetensors", "tokenizers", "jinja2", "numpy")
+SAMPLES, SAMPLE = 256, 1 << 18  # pieces of a weight file that are hashed, and their bytes: all of it up to 64 MiB
+
+
+def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that is known of a run before its data is."""
+    source = Path(config.base) / "source.json"
+    return {
+        "litmini": version("litmini"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git": git_state(Path.cwd()),
+        "hardware": {
+            "device": str(fabric.device),
+            "processes": fabric.world_size,
+            "machine": platform.machine(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "base": {
+            "checkpoint_dir": config.base,
+            "source": read_json(source) if source.is_file() else None,
+            "weights_sha256": weights_hash(Path(config.base)),
+        },
+        "chat_template_sha256": text_hash(tokenizer.chat_template),
+        "seed": config.seed,
+    }
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], checkpoint: Path | None) -> None:
+    """Refuse to go on from `checkpoint` where template, base weights or data are others than when the run began.
+
+    Args:
+        before, now: manifests; what only one of them says is not compared.
+    """
+    what = {"the chat template": ("chat_template_sha256",), "the base model's weights": ("base", "weights_sha256")}
+    what |= {name: ("data", name, "sha256") for name in before.get("data", {})}
+    for name, keys in what.items():
+        then, today = _value(before, keys), _value(now, keys)
+        if keys[0] in now and then is not MISSING and today is not MISSING and then != today:
+            was = "were" if name.endswith("s") and keys[0] == "base" else "was"
+            raise UserError(f"cannot resume {checkpoint}: {name} {was} changed since the run began.")
+
+
+MISSING = object()
+
+
+def _value(manifest: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        manifest = manifest.get(key, MISSING) if isinstance(manifest, dict) else MISSING
+    return manifest
+
+
+def text_hash(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_hash(directory: Path) -> str:
+    """One sha256 of a checkpoint's weight files: names, sizes, headers, and content, of large files `SAMPLES` pieces.
+
+    Sampled, so that a run starts at once: another training of the same model differs everywhere.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for i in range(SAMPLES):  # the first piece begins with the header, the last one ends the file
+                opened.seek(i * max(0, size - SAMPLE) // (SAMPLES - 1) if size > SAMPLES * SAMPLE else i * SAMPLE)
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def git_state(directory: Path) -> dict[str, Any] | None:
+    """Commit, and whether files differ from it; None where `directory` is in no repository, or there is no git."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

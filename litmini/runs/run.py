@@ -1,0 +1,230 @@
+"""A run as it is recorded: configuration, metrics, checkpoints and manifest; and what is restored on resuming."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import nn
+
+from litmini.distributed.fsdp import is_sharded
+from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
+from litmini.runs.directory import RunDirectory, flat, plain
+from litmini.runs.loggers import make_loggers
+from litmini.runs.manifest import check_same, describe_run
+from litmini.runs.nonfinite import save_nonfinite_step
+from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
+from litmini.system import lock
+from litmini.tokenizer import Tokenizer
+from litmini.training.objective import Batch
+from litmini.training.setup import Progress, Recorder
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
+SAMPLES = "samples.jsonl"
+SAME_BITS = (
+    "device",
+    "machine",
+    "instruction_set",
+    "threads",
+)  # of the hardware: with others, rounding differs
+
+
+class Run(Recorder):
+    """The record of one run in its directory: begun when it is made, with the state of the checkpoint it resumes from.
+
+    Attributes:
+        progress: of the run; restored, or new.
+        results: what was measured, for the manifest.
+
+    Raises:
+        UserError: the checkpoint does not fit, or chat template, base weights or data are others than when the run began.
+    """
+
+    def __init__(
+        self,
+        place: RunDirectory,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        save_weights: Callable[[Path | None], None],
+        hashes: dict[str, str],
+        statistics: dict[str, Any],
+    ) -> None:
+        """
+        Args:
+            save_weights: writes the product into a directory: on rank 0; the others are given None, and help to gather.
+            hashes: sha256 of each data file, by name.
+            statistics: of the data, for the manifest.
+        """
+        self.place, self.config, self.directory = place, place.config, place.directory
+        self.fabric, self.model, self.optimizer, self.tokenizer = fabric, model, optimizer, tokenizer
+        self.save_weights = save_weights
+        self.results: dict[str, Any] = place.before.get("results", {})
+        self.loggers: list[Any] = []
+        self.saving = Background()  # checkpoints go to disk while training continues
+        data = {name: {"sha256": sha256} for name, sha256 in hashes.items()}
+        self.facts = {**describe_run(self.config, fabric, tokenizer), "data": data, **statistics}
+        self.progress = self._restore() if place.restart_from else Progress()
+        if self.config.resume and not place.restart_from:
+            fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
+        if fabric.is_global_zero:
+            self._begin()
+
+    def _restore(self) -> Progress:
+        """Load the state to resume from."""
+        checkpoint = self.place.restart_from
+        assert checkpoint is not None
+        check_same(self.place.before, self.facts, checkpoint)
+        check_checksums(checkpoint)
+        progress = load_state(checkpoint, self.model, self.optimizer)
+        self.fabric.print(f"resuming from {checkpoint}, after step {progress.step}")
+        then, now = self.place.before.get("hardware", {}), self.facts.get("hardware", {})
+        others = [f"{k}: {then[k]} -> {now[k]}" for k in SAME_BITS if k in then and then[k] != now[k]]
+        if others := self.place.other_processes + others:
+            self.fabric.print(
+                f"note: {', '.join(others)}. Each step has the same sequences, but sums are rounded in another order, and "
+                f"other processes draw other dropout masks: the results are no longer the same to the bit."
+            )
+        return progress
+
+    def _begin(self) -> None:
+        """Make the directory, and write what is known before the first step."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock(self.directory)
+        settings = {**plain(self.config), "resume": False}
+        for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        self._keep_metrics(self.progress.step)
+        self.loggers = make_loggers(self.config.loggers, self.directory, self.progress.step)
+        for logger in self.loggers:
+            logger.log_hyperparams(flat(settings))
+
+    def _keep_metrics(self, step: int) -> None:
+        """Drop the rows and samples of steps that a killed run did after its last checkpoint; they are done again."""
+        file = self.directory / "metrics.csv"
+        rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(file, text.getvalue())
+        if samples := [row for row in read_samples(self.directory) if row["step"] <= step]:
+            write_text(self.directory / SAMPLES, "".join(json.dumps(row) + "\n" for row in samples))
+        else:
+            (self.directory / SAMPLES).unlink(missing_ok=True)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append a row to metrics.csv, and give it to the loggers."""
+        if self.fabric.is_global_zero:
+            with (self.directory / "metrics.csv").open("a", newline="") as opened:
+                csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
+            for logger in self.loggers:
+                logger.log_metrics({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+
+    def log_samples(self, step: int, answers: list[dict[str, str]]) -> None:
+        """Append what the model said after `step` to samples.jsonl."""
+        if self.fabric.is_global_zero:
+            with (self.directory / SAMPLES).open("a", encoding="utf-8") as opened:
+                opened.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
+
+    def checkpoint(self, progress: Progress) -> Path:
+        """Write `step-NNNNNN/`: the weights for use and the state to resume from. Older ones than `keep_last` go.
+
+        It is complete once `wait` returns; what fails on its way to the disk is raised there, or here next time.
+        """
+        directory = self.directory / f"step-{progress.step:06d}"
+        self.saving.wait()
+        wait = None
+        with self._aside(directory, later=lambda finish: self.saving(finish, wait), checksums=True) as aside:
+            if is_sharded(self.model):
+                place = Path(self.fabric.broadcast(str(aside))) / SHARES
+                wait = save_shares(place, self.model, self.optimizer)
+            if aside:
+                save_state(aside, progress, self.model, self.optimizer)
+                write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})
+            elif wait:
+                self.saving(wait)
+        if self.fabric.is_global_zero:
+            for logger in self.loggers:
+                logger.save()
+            best = self.directory / f"step-{progress.best_step:06d}" if self.config.train.keep_best else directory
+            self.saving(self._drop_old, {directory, best})
+        self.fabric.barrier()
+        return directory
+
+    def _drop_old(self, kept: set[Path]) -> None:
+        for old in self.place.checkpoints()[: -self.config.train.keep_last]:
+            if old not in kept:  # the one just written may be older, where a run went back
+                discard(old)
+
+    def wait(self) -> None:
+        """Wait until the checkpoints are on disk."""
+        self.saving.wait()
+
+    def save_nonfinite_step(
+        self, step: int, micro_batches: list[Batch], losses: list[float], locations: Callable[[], list[list[str]]]
+    ) -> str:
+        """Write `bad-step-NNNNNN.json`; see `litmini.runs.nonfinite`."""
+        return save_nonfinite_step(self.fabric, self.directory, step, micro_batches, losses, self.tokenizer, locations)
+
+    def save_final(self) -> Path:
+        """Write `final/`, the product of the run. Every rank calls it."""
+        directory = self.directory / "final"
+        with self._aside(directory) as aside:
+            if aside:
+                write_json(aside / "manifest.json", {**self.facts, "results": self.results})
+        self.fabric.barrier()
+        return directory
+
+    @contextmanager
+    def _aside(self, directory: Path, **how: Any) -> Iterator[Path | None]:
+        """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
+        with write_atomically(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
+            self.save_weights(aside)
+            if aside:
+                self.tokenizer.save(aside)
+            yield aside
+
+    def write_manifest(self, **results: Any) -> None:
+        """Write `manifest.json`: what was run, on what, and what was measured."""
+        self.results.update(results)
+        if self.fabric.is_global_zero:
+            write_json(self.directory / "manifest.json", {**self.facts, "results": self.results})
+            for logger in self.loggers:
+                logger.save()
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """What the model said during a run: step, prompt, reference and prediction."""
+    file = directory / SAMPLES
+    return today_keys([json.loads(line) for line in _whole_lines(file)]) if file.is_file() else []
+
+
+def today_keys(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rename the keys of samples that a version before wrote."""
+    old = {"question": "prompt", "expected": "reference", "given": "prediction"}
+    return [{old.get(key, key): value for key, value in sample.items()} for sample in samples]
+
+
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(_whole_lines(file)))
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that grows by lines, but for one that a process left unfinished as it died."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        return [line for line in opened if line.endswith("\n")]

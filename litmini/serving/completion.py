@@ -1,0 +1,115 @@
+"""One HTTP request in progress: its jobs in the engine, and the response or the events of a stream made of them."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from litmini.generation.request import Request
+from litmini.serving.engine import Job
+from litmini.serving.openai_protocol import CompletionSettings, choice, usage
+
+if TYPE_CHECKING:
+    from starlette.requests import Request as HTTPRequest
+
+    from litmini.serving.server import Server
+
+
+class Refused(Exception):
+    """A request that gets an error."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+def error_body(message: str, kind: str) -> dict[str, Any]:
+    """Return an error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+class Completion:
+    """One HTTP request in progress: a job for each of its choices."""
+
+    def __init__(self, server: "Server", settings: CompletionSettings, name: str, prompts: list[list[int]]) -> None:
+        self.server, self.settings, self.prompts = server, settings, prompts
+        self.tokenizer = server.tokenizers[name]
+        self.moved = moved = asyncio.Event()  # the jobs know it, not this object: no cycle keeps requests in memory
+        loop = asyncio.get_running_loop()
+        self.jobs: list[Job] = []
+        for number, prompt in enumerate(p for p in prompts for _ in range(settings.n)):
+            remaining = min(settings.sampling.max_new_tokens, server.context - len(prompt))
+            seed = None if settings.sampling.seed is None else (settings.sampling.seed + number) % 2**63
+            sampling = replace(settings.sampling, max_new_tokens=remaining, seed=seed)
+            adapter = None if name == server.base else name
+            request = Request(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
+            self.jobs.append(Job(request, lambda: loop.call_soon_threadsafe(moved.set)))
+        kind = "chat.completion" if settings.chat else "text_completion"
+        self.head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if settings.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": kind + ".chunk" * (settings.chat and settings.stream),
+            "created": int(time.time()),
+            "model": name,
+        }
+
+    def leave(self) -> None:
+        """Free the slots of the request."""
+        for job in self.jobs:
+            self.server.engine.cancel(job)
+
+    def check(self) -> None:
+        if error := next((job.error for job in self.jobs if job.error is not None), None):
+            raise Refused(500, f"{type(error).__name__}: {error}"[:300], "server_error")
+
+    async def whole(self, request: "HTTPRequest") -> dict[str, Any]:
+        """Return the response when it is complete; nothing if the client leaves before."""
+        try:
+            while not all(job.done for job in self.jobs):
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.moved.wait(), 0.5)
+                self.moved.clear()
+                if await request.is_disconnected():
+                    return {}
+            self.check()
+        finally:
+            self.leave()
+        requests = [job.request for job in self.jobs]
+        choices = [
+            choice(self.settings, i, r.text, r.finish, r.logprobs, self.tokenizer) for i, r in enumerate(requests)
+        ]
+        return {**self.head, "choices": choices, "usage": usage(self.prompts, requests)}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events. When the client hangs up, this is closed and `leave` frees its slots."""
+        sent, ended = [0] * len(self.jobs), [False] * len(self.jobs)
+        try:
+            while not all(ended):
+                await self.moved.wait()
+                self.moved.clear()
+                self.check()
+                for i, job in enumerate(self.jobs):
+                    done, piece = job.done, job.request.take()
+                    if ended[i] or not (done or piece):
+                        continue
+                    logprobs = job.request.logprobs[sent[i] :]
+                    sent[i], ended[i] = sent[i] + len(logprobs), done
+                    part = choice(
+                        self.settings, i, piece, job.request.finish if done else None, logprobs, self.tokenizer
+                    )
+                    yield _event({**self.head, "choices": [part]})
+            if self.settings.usage:
+                requests = [job.request for job in self.jobs]
+                yield _event({**self.head, "choices": [], "usage": usage(self.prompts, requests)})
+        except Refused as error:  # the status line has gone out already
+            yield _event(error_body(str(error), error.kind))
+        finally:
+            self.leave()
+        yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"

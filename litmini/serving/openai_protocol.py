@@ -1,0 +1,179 @@
+"""OpenAI's request and response bodies."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from litmini.config.generate import SamplingConfig
+from litmini.errors import UserError
+from litmini.generation.prompts import check_messages, check_text, describe
+from litmini.generation.request import Request
+from litmini.generation.sampling import Logprobs
+from litmini.tokenizer import Message, Tokenizer
+
+NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "response_format": {"type": "text"},
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "modalities": ["text"],
+}
+"""Not implemented: accepted with these values, which change nothing, and refused with others."""
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+KNOWN = {
+    *("model", "messages", "prompt", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs", "top_logprobs", "ignore_eos"),
+}
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """The checked body of a request."""
+
+    model: str
+    prompts: list[str | list[Message] | list[int]]
+    sampling: SamplingConfig
+    n: int
+    stream: bool
+    usage: bool
+    """Whether a stream ends with the number of tokens."""
+    chat: bool
+
+
+def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
+    """Check a request body and return its settings.
+
+    Args:
+        limit: largest max_tokens, and the default.
+
+    Raises:
+        UserError: a setting is unknown, not implemented or out of range; names it.
+    """
+    if not isinstance(body, dict):
+        raise UserError("the body is not a JSON object.")
+    body = {key: value for key, value in body.items() if value is not None}
+    if unknown := sorted(set(body) - KNOWN - IGNORED - set(NEUTRAL)):
+        raise UserError(f"unknown settings: {', '.join(unknown)}; supported: {', '.join(sorted(KNOWN))}.")
+    if unsupported := [f"{key} = {body[key]!r}"[:80] for key in NEUTRAL if key in body and body[key] != NEUTRAL[key]]:
+        raise UserError(f"not implemented: {', '.join(unsupported)}.")
+    kinds: dict[type, tuple[str, ...]] = {
+        int: ("n", "max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"),
+        float: ("temperature", "top_p", "min_p", "repetition_penalty"),
+        bool: ("stream", "ignore_eos"),
+        str: ("model",),
+        dict: ("stream_options",),
+    }
+    for kind, keys in kinds.items():
+        for key in keys:
+            value = body.get(key)
+            fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+            if key in body and (not fits or (isinstance(value, bool) and kind is not bool)):
+                raise UserError(f"{key} is {value!r:.60}, expected {kind.__name__}.")
+    n = body.get("n", 1)
+    if not 1 <= n <= 16:
+        raise UserError(f"n is {n}, expected 1 to 16.")
+    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", limit if chat else min(16, limit)))
+    if max_tokens > limit:
+        raise UserError(f"max_tokens is {max_tokens}, this server gives at most {limit}.")
+    stop = body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not (isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) for s in stop)):
+        raise UserError("stop is no text or list of at most 16 texts.")
+    options = {key: body[key] for key in ("top_k", "min_p", "repetition_penalty", "seed", "ignore_eos") if key in body}
+    if "seed" in options:
+        options["seed"] %= 2**63  # OpenAI's seeds may be negative
+    top_p = body.get("top_p", 1.0)
+    sampling = SamplingConfig(
+        max_new_tokens=max_tokens,
+        temperature=body.get("temperature", 1.0),
+        top_p=None if top_p == 1 else top_p,
+        stop=stop,
+        logprobs=_logprobs(body, chat),
+        **options,
+    )
+    usage = bool(body.get("stream_options", {}).get("include_usage"))
+    prompts = [check_messages(body.get("messages"))] if chat else _prompts(body.get("prompt"))
+    return CompletionSettings(body.get("model", ""), prompts, sampling, n, body.get("stream", False), usage, chat)
+
+
+def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
+    wanted = body.get("logprobs", False if chat else None)
+    if (chat and not isinstance(wanted, bool)) or (not chat and wanted is not None and type(wanted) is not int):
+        raise UserError(f"logprobs is {wanted!r:.60}, expected {'bool' if chat else 'int'}.")
+    if chat:
+        return body.get("top_logprobs", 0) if wanted else None
+    return wanted
+
+
+def _prompts(value: Any) -> list[Any]:
+    """Check texts or lists of token ids, one or several of either."""
+    if isinstance(value, str):
+        return [check_text(value)]
+    if isinstance(value, list) and value and all(type(i) is int for i in value):
+        return [value]
+    if isinstance(value, list) and 0 < len(value) <= 64:
+        if all(isinstance(text, str) for text in value):
+            return [check_text(text) for text in value]
+        if all(isinstance(ids, list) and ids and all(type(i) is int for i in ids) for ids in value):
+            return value
+    raise UserError("prompt is no text, list of token ids, or list of at most 64 of those.")
+
+
+def encode(settings: CompletionSettings, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of each prompt: messages by the template, text as it is.
+
+    Raises:
+        UserError: the template fails, or a token id is none of this tokenizer's.
+    """
+    encoded = []
+    for prompt in settings.prompts:
+        if settings.chat:
+            encoded.append(tokenizer.encode_prompt(prompt))  # type: ignore[arg-type]
+        elif isinstance(prompt, str):
+            encoded.append(tokenizer.encode(prompt))
+        else:
+            size = tokenizer.fast.get_vocab_size()
+            if any(not 0 <= token < size for token in prompt):  # type: ignore[operator]
+                raise UserError(f"prompt has token ids outside 0..{size - 1}.")
+            encoded.append(prompt)  # type: ignore[arg-type]
+    return encoded
+
+
+def choice(
+    settings: CompletionSettings,
+    index: int,
+    piece: str,
+    finish: str | None,
+    logprobs: list[Logprobs],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """Return one choice of a response, or of a chunk of a stream: text, finish reason, and log-probabilities of its tokens."""
+    named: dict[str, Any] | None = None
+    if settings.sampling.logprobs is not None:
+        tokens = [describe(token, tokenizer) for token in logprobs]
+        named = {"content": tokens} if settings.chat else _old_logprobs(tokens)
+    common = {"index": index, "logprobs": named, "finish_reason": finish}
+    if not settings.chat:
+        return {**common, "text": piece}
+    return {**common, "delta" if settings.stream else "message": {"role": "assistant", "content": piece}}
+
+
+def _old_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return log-probabilities as the completions endpoint has them."""
+    return {
+        "tokens": [t["token"] for t in tokens],
+        "token_logprobs": [t["logprob"] for t in tokens],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in t["top_logprobs"]} for t in tokens],
+        "text_offset": [],
+    }
+
+
+def usage(prompts: list[list[int]], requests: list[Request]) -> dict[str, int]:
+    """Count the tokens of prompts and completions."""
+    read, written = sum(map(len, prompts)), sum(len(request.ids) for request in requests)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

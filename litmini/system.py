@@ -1,0 +1,138 @@
+"""Operating systems: locks between processes, cores, memory and disk, with a fallback where one lacks what Linux has."""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from litmini.errors import UserError
+
+_unlock: dict[tuple[int, int], Callable[[], None]] = {}  # (device, inode) of a directory locked by `lock` -> its unlock
+
+
+def try_lock(directory: Path, wait: bool = False) -> Callable[[], None] | None:
+    """Lock an existing directory against other processes and other calls; None if it is locked already.
+
+    The lock ends when the returned function is called or the process ends, however it does.
+
+    Args:
+        wait: until it is unlocked.
+    """
+    if fcntl is None:
+        from filelock import FileLock, Timeout
+
+        beside = FileLock(directory.with_name(f".{directory.name}.lock"), thread_local=False)
+        try:
+            beside.acquire(blocking=wait)
+        except Timeout:
+            return None
+        return beside.release
+    descriptor = os.open(directory, os.O_RDONLY)  # filelock would leave a file behind; a lock of the directory does not
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return partial(os.close, descriptor)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Wait until no other process or thread has locked `directory`; lock it meanwhile."""
+    unlock = try_lock(directory, wait=True)
+    assert unlock is not None, f"{directory}: waited for its lock in vain"
+    try:
+        yield
+    finally:
+        unlock()
+
+
+def lock(directory: Path) -> None:
+    """Lock a directory until `unlock_all`, or the end of this process.
+
+    Raises:
+        UserError: another process has locked it.
+    """
+    state = directory.stat()
+    key = (state.st_dev, state.st_ino)
+    if key not in _unlock:
+        if (unlock := try_lock(directory)) is None:
+            raise UserError(being_written(directory))
+        _unlock[key] = unlock
+
+
+def unlock_all() -> None:
+    """Unlock what `lock` has locked in this process."""
+    while _unlock:
+        _unlock.popitem()[1]()
+
+
+def being_written(directory: Path) -> str:
+    return f"another process is writing {directory}: wait for it, or stop it, or choose another name."
+
+
+def cpu_count() -> int:
+    """Return the cores that this process may use; all of them where the system does not say, as on macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resident_bytes() -> int:
+    """Return the bytes of this process in memory; where there is no /proc, the most so far."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the most bytes of this process in memory so far; 0 where the system does not say, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def physical_bytes() -> int:
+    """Return the bytes of memory of this machine; 2^63 - 1 where the system does not say, as on Windows."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return sys.maxsize
+
+
+def check_disk_space(directory: Path, needed: int, spare: int = 0) -> None:
+    """Check before anything is written in `directory`, which need not exist yet, that the disk holds it.
+
+    Raises:
+        UserError: fewer than `needed` + `spare` bytes are free.
+    """
+    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed + spare > free:
+        raise UserError(
+            f"too little disk: {needed / 1e9:.2f} GB are still to come and {free / 1e9:.2f} GB are free in {parent}. "
+            f"Free some space, or choose another --out_dir."
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether `error` says that a file could not grow: the disk, the quota or the file size limit is reached."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in full:
+        return True  # safetensors and torch report the same as text
+    return any(f"os error {number})" in str(error) for number in full) or "No space left on device" in str(error)

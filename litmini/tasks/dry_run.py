@@ -1,0 +1,86 @@
+"""What `--dry_run` says of memory and time: fake tensors for the one, a timed micro-step for the other."""
+
+import math
+import time
+
+import torch
+from torch import nn
+
+from litmini.config.training import RunConfig
+from litmini.errors import UserError
+from litmini.system import physical_bytes, resident_bytes
+from litmini.tasks.setup import Data
+from litmini.training.gpus import fitting, share
+from litmini.training.memory import Batch, Memory, describe, estimate, nbytes
+
+
+def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
+    """Peak memory by part, whether it fits here, and how long the run takes; no parameter is changed.
+
+    Args:
+        model: with its method, its weights on the CPU.
+    """
+    world, micro = config.devices * config.num_nodes, config.train.micro_batch_size
+    accumulate = config.train.global_batch_size > micro * world
+    batch = data.train.longest_batch(micro) or next(data.train.batches(range(micro), micro))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    process = max(0, resident_bytes() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
+    try:
+        memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
+    except UserError as error:
+        return str(error)
+    memory = share(memory, model, config.devices, config.strategy, config.num_nodes)
+    there = _memory_of(device)
+    rows_text = f"{micro} rows of {batch['tokens'].shape[1]:,} tokens"
+    lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {rows_text}:", describe(memory)]
+    lines.append(f"  {'this device has':30}{there / 2**20:12,.0f} MiB")
+    lines.append(f"on a GPU it fits on: {fitting(memory)}")
+    if memory.total > there:
+        return "\n".join([*lines, f"warning: it does not fit here. {_smaller(config, memory)}"])
+    seconds = time_micro_step(model.to(device), batch, config.precision)
+    per_step = math.ceil(config.train.global_batch_size / (micro * world))
+    steps = math.ceil(data.total_sequences / config.train.global_batch_size)
+    evaluations = 2 + (steps - 1) // (config.train.eval_every or steps) if data.val else 0
+    forwards = evaluations * math.ceil(len(data.val or ()) / (micro * world))
+    whole = seconds * (steps * per_step + forwards / 3)  # a forward pass is a third of a micro-step
+    lines.append(
+        f"time: {_span(seconds)} a micro-step here, {_span(whole)} for {steps:,} steps; answers are not counted"
+    )
+    return "\n".join(lines)
+
+
+def time_micro_step(model: nn.Module, batch: Batch, precision: str) -> float:
+    """Seconds of one forward and backward pass, after one that warms up."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    model.train()
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.autocast(device.type, mixed, enabled=mixed is not None):
+            loss, _ = model(**batch)
+        loss.backward()
+        float(loss.detach())  # CPU-GPU sync point
+        model.zero_grad()
+    return time.perf_counter() - started
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return physical_bytes()
+
+
+def _smaller(config: RunConfig, memory: Memory) -> str:
+    """What to type to need less, for the largest part."""
+    if memory.activations + memory.loss + memory.temporary > memory.total / 2:
+        smaller = [f"--train.micro_batch_size {max(1, config.train.micro_batch_size // 2)}"]
+        smaller += [] if config.train.checkpoint_activations else ["--train.checkpoint_activations true"]
+        return f"Try {' or '.join(smaller)}."
+    return "Weights and optimizer are most of it: try finetune_lora.py or finetune_qlora.py, or --optim.name adamw8bit."
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -1,0 +1,72 @@
+"""Supervised finetuning: which data it trains on, and for how many steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litmini.checkpoints.hf import read_config
+from litmini.config.finetune import FinetuneConfig
+from litmini.data.dataset import describe, load_data
+from litmini.data.packing import PackedDataset
+from litmini.errors import UserError
+from litmini.importers.download import ensure_checkpoint
+from litmini.models import use_model_file
+from litmini.tasks.setup import (
+    Data,
+    ineffective_memory,
+    ineffective_optim,
+    warn,
+)
+from litmini.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
+    """Get the checkpoint if it is missing, tokenise the data, and plan the run."""
+    use_model_file(config.model_file)
+    with fabric.rank_zero_first():
+        ensure_checkpoint(config.checkpoint_dir, config.download_from)
+    tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template)
+    _, base = read_config(Path(config.checkpoint_dir))
+    if config.data.max_seq_len > base.max_positions:
+        raise UserError(
+            f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
+            f"use --data.max_seq_len {base.max_positions} or less."
+        )
+    to_answer = None if config.eval.exact_match else config.eval.samples
+    failed: UserError | None = None
+    with fabric.rank_zero_first(local=True):  # the others find its tokens on disk
+        try:
+            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_answer)
+        except UserError as error:  # which all of them meet; leaving this block now would leave them waiting
+            failed = error
+    if failed:
+        raise failed
+    rows = PackedDataset(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
+    batch = config.train.global_batch_size
+    total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
+    steps = math.ceil(total_rows / batch)
+    ineffective = {
+        "train.patience": config.train.patience is not None and not (val and config.train.eval_every),
+        "train.sample_every": config.train.sample_every is not None and not (val_examples and config.eval.samples),
+        "train.eval_every": config.train.eval_every is not None and not val,
+        "eval.exact_match": config.eval.exact_match and not val_examples,
+    }
+    warn(fabric, ineffective | ineffective_optim(config.optim, steps) | ineffective_memory(config, fabric.device))
+    fabric.print(describe("training", train))
+    if val:
+        fabric.print(describe("validation", val))
+    filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
+    full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
+    fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
+    validation = (
+        PackedDataset(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
+    )
+    statistics = {"statistics": train.statistics, "validation_statistics": val.statistics if val else None}
+    hashes = {**train.files, **(val.files if val else {})}
+    micro = config.train.micro_batch_size
+    return Data(tokenizer, rows, validation, val_examples, total_rows, batch, micro, statistics, hashes)

@@ -1,0 +1,124 @@
+"""How well a run uses its hardware: MFU, with flops counted from shapes and a peak that is published or measured; memory.
+
+    MFU = flops a second that the model needs / peak flops a second of the device
+
+The flops of a step are sums over its tokens, in which recomputed activations do not count:
+
+    each matrix        2 x numbers in it forward, 2 for the gradient of its input, 2 for its own where it is trained
+    the head           the same, for tokens with a target only: other rows of logits are never computed
+    experts            the same, for those that a token goes to
+    attention          4 x layers x heads x head_dim x keys that a token sees (its own document's), forward; twice that back
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from litmini.system import peak_resident_bytes
+
+Batch = dict[str, torch.Tensor]
+PUBLISHED = {  # dense bf16 tensor flops a second, by the makers' data sheets; a name is looked for in the device's
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class Throughput:
+    """Measures optimizer steps.
+
+    Args:
+        model: with its adapters.
+        dtype: of its products.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        config: Any = model.config
+        self.per_token = self.per_target = 0.0
+        for part in model.children():
+            sizes = [entry for module in part.modules() for entry in matrices(module, config)]
+            flops = sum(size * (6 if is_trained else 4) for size, is_trained in sizes)
+            if any(type(module).__name__ == "Block" for module in part.modules()):
+                self.per_token += flops
+            else:  # the head
+                self.per_target += flops
+        self.per_key = 12.0 * config.n_layers * config.n_heads * config.head_dim
+        self.peak, self.source = peak_flops(device, dtype)
+        self.done = self.seconds = 0.0
+
+    @property
+    def mfu(self) -> float:
+        """Of all steps measured so far."""
+        return self.done / max(self.seconds, 1e-9) / self.peak
+
+    def flops(self, batches: list[Batch]) -> float:
+        """What a forward and backward pass over micro-batches needs."""
+        total = 0.0
+        for batch in batches:
+            tokens = batch["tokens"]
+            inside = batch["documents"] > 0 if "documents" in batch else torch.ones_like(tokens, dtype=torch.bool)
+            positions = batch.get("positions", torch.arange(tokens.shape[1]).expand_as(tokens))
+            keys = int((positions[inside] + 1).sum())
+            targets = int((batch["labels"] >= 0).sum())
+            total += int(inside.sum()) * self.per_token + targets * self.per_target + keys * self.per_key
+        return total
+
+    def __call__(self, batches: list[Batch], seconds: float) -> dict[str, float]:
+        """The metrics of a step in which this process ran `batches`."""
+        flops = self.flops(batches)
+        self.done, self.seconds = self.done + flops, self.seconds + seconds
+        return {"mfu": flops / seconds / self.peak, "memory_mib": peak_memory_mib(self.device)}
+
+
+def matrices(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
+    """(numbers that a token is multiplied with, whether they are trained) of each matrix that is the module's own."""
+    if isinstance(module, nn.Embedding):  # a lookup
+        return []
+    if "in_features" in vars(module):  # whatever form its weight is stored in
+        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        copies = config.n_active if any(p.dim() == 3 for p in own) else 1
+        size = int(module.in_features) * int(module.out_features) * copies  # type: ignore[arg-type]
+        return [(size, any(p.requires_grad for p in own))]
+    found = []
+    for parameter in module.parameters(recurse=False):
+        if parameter.dim() == 2:
+            found.append((float(parameter.numel()), parameter.requires_grad))
+        elif parameter.dim() == 3:  # experts
+            found.append((parameter.numel() * config.n_active / config.n_experts, parameter.requires_grad))
+    return found
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Flops a second that a device can do, and where that number is from."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PUBLISHED.items():
+            if known in name:
+                return peak, f"published for {known}"
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    best, end = 0.0, time.perf_counter() + 0.3
+    while not best or time.perf_counter() < end:
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best, f"measured, a product of {n} x {n} in {str(dtype).removeprefix('torch.')}"
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return peak_resident_bytes() / 2**20

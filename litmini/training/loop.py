@@ -1,0 +1,255 @@
+"""The training loop: the only one. What is learned is an objective; what it runs on is a `Setup`.
+
+The loss of an optimizer step is the sum over the objective's units, divided by their number: over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from litmini.config.training import TrainConfig
+from litmini.distributed.fsdp import full_tensor, is_dtensor
+from litmini.errors import UserError
+from litmini.training.objective import Batch, Objective, count_tokens
+from litmini.training.optimizer import learning_rate
+from litmini.training.setup import Progress, Setup
+from litmini.training.signals import Interrupted, caught
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
+
+
+def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Progress:
+    """Train from `setup.progress` to the last step, or until the validation loss stops falling (`train.patience`).
+
+    Args:
+        stop_after: return after this step; schedule and data are those of the whole run. None: the last one.
+
+    Raises:
+        UserError: loss or gradients are not finite; skipping, `MOST_SKIPPED` times in a row.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    fabric, progress, total_steps = setup.fabric, setup.progress, setup.data.total_steps
+    last = total_steps if stop_after is None else stop_after
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler and progress.loss_scale:
+        scaler.load_state_dict(progress.loss_scale)
+    setup.model.train()
+    hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
+    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
+    try:
+        with caught() as received, bar:
+            while progress.step < last:
+                metrics, stop = _step(setup, objective, scaler, len(received))
+                _report(setup, objective, bar, metrics)
+                stop = bool(stop or (received and fabric.world_size == 1))
+                if stop or _is_due(progress, setup.train):
+                    progress.loss_scale = scaler.state_dict() if scaler else None
+                    saved = setup.recorder.checkpoint(progress)
+                if stop:
+                    raise Interrupted(
+                        received, f"stopped after step {progress.step}; saved {saved}. Resume it with --resume auto"
+                    )
+                if "val_loss" in metrics and _is_enough(fabric, progress, setup.train):
+                    break
+    finally:
+        setup.recorder.wait()
+    return progress
+
+
+def _step(setup: Setup, objective: Objective, scaler: Any, signals: int) -> tuple[dict[str, float], bool]:
+    """Take one optimizer step and count it; returns its metrics, and whether any rank received a signal."""
+    fabric, progress, data = setup.fabric, setup.progress, setup.data
+    started, step = time.perf_counter(), progress.step
+    rank, world = fabric.global_rank, fabric.world_size
+    _seed(fabric.device, hash((setup.seed, step, rank)) % 2**63)  # ints hash the same in every process
+    micro_batches = data.batches(step, rank, world)
+    counts = sum(map(objective.count, micro_batches)), sum(map(count_tokens, micro_batches))
+    units, tokens, stop = _total(fabric, *counts, signals)
+    rate = learning_rate(step, data.total_steps, setup.optim)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
+    losses, loss, norm = _take_step(setup, objective, micro_batches, units, scaler)
+    if _not_taken(loss, norm, scaler, progress):
+        where = setup.recorder.save_nonfinite_step(
+            step + 1, micro_batches, losses, lambda: data.locations(step, rank, world)
+        )
+        where = f" Its batch is in {where}." if where else ""
+        _stop_or_skip(fabric, f"step {step + 1}: loss {loss}, gradient norm {norm}", where, setup.train, progress)
+    seconds = max(1e-9, time.perf_counter() - started)
+    progress.advance(tokens, units, seconds)
+    metrics = {"step": step + 1, "tokens": progress.tokens, "loss": loss, "lr": rate, "grad_norm": norm}
+    metrics |= {"tokens_per_second": tokens / seconds}
+    metrics |= setup.throughput(micro_batches, seconds) if setup.throughput else {}
+    return metrics, bool(stop)
+
+
+def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, float]) -> None:
+    """Validate, log, show and sample, where this step is due for it. A validation loss is added to `metrics`."""
+    progress, train = setup.progress, setup.train
+    last = progress.step == setup.data.total_steps
+    if train.eval_every and progress.step % train.eval_every == 0 and not last:
+        loss = validate(setup, objective)
+        if loss is not None:
+            metrics["val_loss"] = loss
+            progress.remember(loss)
+    if "val_loss" in metrics or progress.step % train.log_every == 0 or last:
+        setup.recorder.log(metrics)
+    _show(setup.fabric, bar, metrics, progress)
+    sampled = setup.sample and train.sample_every and progress.step % train.sample_every == 0
+    if sampled:
+        setup.sample(progress)  # type: ignore[misc]
+    if sampled or "val_loss" in metrics:
+        setup.model.train()
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed`, which takes a tenth of a millisecond to write down who called it, for GPUs to come."""
+    torch.default_generator.manual_seed(seed) if device.type == "cpu" else torch.manual_seed(seed)
+
+
+def _total(fabric: Fabric, *counts: int) -> list[int]:
+    """Sums over all ranks; of signals, too, so that all stop after the same step."""
+    if fabric.world_size == 1:
+        return list(counts)
+    total: Any = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum")
+    return total.tolist()
+
+
+def _is_due(progress: Progress, config: TrainConfig) -> bool:
+    """Whether to save after this step."""
+    is_best = config.keep_best and progress.best_step == progress.step
+    return is_best or bool(config.save_every and progress.step % config.save_every == 0)
+
+
+def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
+    """Whether the last `config.patience` evaluations found no lower validation loss."""
+    assert config.eval_every
+    enough = bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
+    if enough:
+        fabric.print(
+            f"stopped early after step {progress.step}: the validation loss has not been below "
+            f"{progress.best_val_loss:.4f}, of step {progress.best_step}, for {config.patience} evaluations"
+        )
+    return enough
+
+
+def _show(fabric: Fabric, bar: tqdm, metrics: dict[str, float], progress: Progress) -> None:
+    """Move the bar or, in log files, print a line for each twentieth of the run."""
+    bar.set_postfix_str(_in_words(metrics), refresh=False)
+    bar.update()
+    if bar.disable and progress.step % max(1, bar.total // 20) == 0:
+        left = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
+        fabric.print(f"step {progress.step} of {bar.total}: {_in_words(metrics)}, {left} left")
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    """A line for people."""
+    words = f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
+    words += f"{metrics['tokens_per_second']:,.0f} tok/s"
+    if "mfu" in metrics:
+        words += f", MFU {metrics['mfu']:.0%}, {metrics['memory_mib']:,.0f} MiB"
+    return words
+
+
+def _take_step(
+    setup: Setup, objective: Objective, micro_batches: list[Batch], units: int, scaler: Any
+) -> tuple[list[float], float, float]:
+    """One optimizer step, not taken where loss or gradients are not finite.
+
+    Args:
+        units: of all micro-batches on all ranks.
+        scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
+
+    Returns:
+        The summed losses of this rank's micro-batches, the loss a unit and the gradient norm before clipping, both over
+        all ranks.
+    """
+    fabric, model, optimizer = setup.fabric, setup.model, setup.optimizer
+    losses = []
+    sharded = is_dtensor(next(model.parameters()))  # gradients are, too, after each micro-batch
+    for i, batch in enumerate(micro_batches):
+        more = i + 1 < len(micro_batches)
+        with fabric.no_backward_sync(model, enabled=more and not sharded):
+            if sharded:  # Fabric has just switched it on
+                model.module.set_requires_all_reduce(not more)  # replicas of the shards (hsdp) are added up once a step
+            loss = objective.loss(model, fabric.to_device(batch))
+            fabric.backward(loss * (fabric.world_size / max(1, units)))  # ranks are averaged: undo it
+        losses.append(loss.detach())
+    if getattr(optimizer, "in_backward", False):  # the steps were taken there
+        clipped: Any = torch.tensor(optimizer.take_norm())
+    else:
+        clip = setup.optim.max_grad_norm or math.inf
+        clipped = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+    loss_sum: Any = sum(losses)
+    total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
+    numbers = torch.stack([total, full_tensor(clipped).to(total), *losses])
+    total, norm, *each = numbers.tolist()  # the step's CPU-GPU sync point
+    mean = total / max(1, units)
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    if not finite:
+        optimizer.zero_grad()
+    if scaler or finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return each, mean, norm
+
+
+def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> bool:
+    """Whether a step was left out for a reason that the user should know; counts those in a row."""
+    taken = math.isfinite(loss) and math.isfinite(norm)
+    progress.skipped += not taken
+    progress.skipped_in_row = 0 if taken else progress.skipped_in_row + 1
+    scaling = scaler and math.isfinite(loss) and progress.skipped_in_row < MOST_SKIPPED  # it finds its scale that way
+    return not (taken or scaling)
+
+
+def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, progress: Progress) -> None:
+    """Say that a step was not taken, as a warning or as the error that ends the run."""
+    what += f": not finite, so the step was not taken.{where}"
+    if config.on_nonfinite == "stop":
+        raise UserError(
+            f"{what} Look at that data, or try a lower --optim.lr; --train.on_nonfinite skip leaves such steps out."
+        )
+    if progress.skipped_in_row >= MOST_SKIPPED:
+        raise UserError(f"{what} So were the {MOST_SKIPPED - 1} before it: the weights are likely to be damaged.")
+    fabric.print(f"warning: {what}")
+
+
+def validate(setup: Setup, objective: Objective) -> float | None:
+    """The mean validation loss a unit; None where there is no validation set."""
+    batches = setup.data.validation_batches(setup.fabric.global_rank, setup.fabric.world_size)
+    return None if batches is None else evaluate(setup.fabric, setup.model, objective, batches)
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch]) -> float:
+    """Mean loss a unit over all `batches` of all ranks: it does not depend on batch size or number of ranks."""
+    model.eval()
+    losses, units = [], 0
+    for batch in batches:
+        losses.append(objective.loss(model, fabric.to_device(batch)))
+        units += objective.count(batch)
+    loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # CPU-GPU sync point
+    mine = torch.tensor([loss_sum, units], dtype=torch.float64, device=fabric.device)
+    total: Any = fabric.all_reduce(mine, reduce_op="sum")
+    loss_sum, units = total.tolist()
+    return loss_sum / max(1.0, units)
+
+
+def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
+    """Run the largest micro-batch forward and backward: whatever runs out of memory does so now, not after hours.
+
+    Leaves no trace: the gradients are dropped.
+    """
+    setup.model.train()
+    setup.fabric.backward(objective.loss(setup.model, setup.fabric.to_device(batch)))
+    setup.optimizer.zero_grad()

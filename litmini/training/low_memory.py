@@ -1,0 +1,128 @@
+"""Optimizer steps that need less memory: one parameter at a time, in the backward pass, with averages kept elsewhere, or on
+bf16 weights that lose nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from litmini.distributed.fsdp import blocks, is_dtensor
+from litmini.errors import UserError
+from litmini.ops.rounding import stochastic_round
+
+
+class PerParameter(torch.optim.Optimizer):
+    """Any optimizer, parameter by parameter: what the step of one needs is there for that one only.
+
+    Args:
+        groups: as for any optimizer.
+        make: groups -> the optimizer that does the work.
+        rounding: bf16 parameters take their step in fp32, with averages in fp32, and are rounded stochastically: the same
+            way on every rank and after resuming, as a function of the parameter's number and its steps.
+        in_backward: each step is taken as soon as its gradient is there, which is then dropped. Such a gradient is whole
+            only without accumulation, clipping and other ranks. One that is not finite is not used.
+        offload: the averages are in CPU memory between steps.
+
+    Raises:
+        UserError: the parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        rounding: bool = False,
+        in_backward: bool = False,
+        offload: bool = False,
+    ) -> None:
+        super().__init__(groups, {})
+        if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --strategy fsdp.")
+        self.in_backward, self.offload = in_backward, offload
+        self.squares: list[Tensor] = []  # of the gradient norms of a step in the backward pass
+        self._parts: dict[Tensor, tuple[int, torch.optim.Optimizer, Tensor, dict[str, Any]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                exact = rounding and parameter.dtype is torch.bfloat16
+                work = nn.Parameter(torch.empty(0, device=parameter.device)) if exact else parameter
+                inner = make([{**group, "params": [work]}])
+                self._parts[parameter] = (len(self._parts), inner, work, group)
+                if in_backward:
+                    parameter.register_post_accumulate_grad_hook(self._update)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take the step of every parameter that has a gradient; with `in_backward` all were taken already."""
+        for parameter in self._parts:
+            if parameter.grad is not None:
+                self._update(parameter)
+
+    def take_norm(self) -> float:
+        """With `in_backward`: the norm of the gradients since the last call."""
+        total = float(torch.stack(self.squares).sum().sqrt()) if self.squares else 0.0
+        self.squares.clear()
+        return total
+
+    @torch.no_grad()
+    def _update(self, parameter: Tensor) -> None:
+        number, inner, work, group = self._parts[parameter]
+        gradient = parameter.grad
+        assert gradient is not None
+        if self.in_backward:
+            parameter.grad = None
+            self.squares.append(gradient.float().square().sum())
+            if not self.squares[-1].isfinite():  # CPU-GPU sync point
+                return
+        inner.param_groups[0].update(
+            {k: v for k, v in group.items() if k != "params"}
+        )  # the learning rate of this step
+        inner.state[work] = {k: _to(v, gradient.device) for k, v in self.state[parameter].items()}
+        if work is not parameter:
+            work.data, gradient = parameter.float(), gradient.float()
+        work.grad = gradient
+        inner.step()
+        state = inner.state.pop(work)
+        if work is not parameter:
+            generator = torch.Generator(parameter.device).manual_seed(hash((number, int(state["step"]))) % 2**63)
+            parameter.copy_(stochastic_round(work.data, torch.bfloat16, generator))
+            work.data, work.grad = work.data.new_empty(0), None
+        elif self.in_backward:
+            work.grad = None
+        self.state[parameter] = {k: _to(v, torch.device("cpu")) for k, v in state.items()} if self.offload else state
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let every `Block` of a model keep only its input for the backward pass and compute the rest again.
+
+    Dropout draws the same mask again: the random state is preserved.
+    """
+    for module in blocks(model):
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def offload_activations(model: nn.Module) -> None:
+    """Let what every `Block` of a model keeps for the backward pass wait in CPU memory. Its weights stay where they are."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        stays = tensor.untyped_storage().data_ptr() in weights
+        return tensor.device, tensor if stays else tensor.detach().to("cpu", copy=True)
+
+    def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        return packed[1].to(packed[0])
+
+    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(*args, **kwargs)
+
+    for module in blocks(model):
+        module.forward = functools.partial(run, module.forward)  # type: ignore[method-assign]

@@ -1,0 +1,237 @@
+"""How much memory a training step will take, by part, before it is taken; and how long a run will be.
+
+Nothing is guessed about a model: its forward and backward run on fake tensors, which have shapes and no values, while
+every storage that comes and goes is counted. Index tensors (tokens, documents, labels) stay real, as code looks at them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from litmini.config.training import OptimConfig
+from litmini.errors import UserError
+from litmini.training.optimizer import block_matrices
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step, by part."""
+
+    frozen: int
+    """Weights that are not trained."""
+    trained: int
+    """Adapters, or all weights."""
+    optimizer: int
+    """Its averages."""
+    gradients: int
+    """Of what is trained, as far as they are there at the peak."""
+    activations: int
+    """Kept by the forward pass for the backward pass."""
+    loss: int
+    """Logits and what is made of them; also the head's gradient while it is summed up."""
+    temporary: int
+    """In use by the operation that runs at the peak."""
+    process: int = 0
+    """Python, torch, the data: what is there before the model."""
+    allocator: int = 0
+    """What a CPU's malloc has between the pieces: three tenths of what comes and goes, by experience."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def estimate(
+    model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool = False, process: int = 0
+) -> Memory:
+    """The memory of the training steps of `model`, which may be on the meta device.
+
+    Args:
+        batch: a micro-batch as training has it, on the CPU.
+        precision: as in `FinetuneConfig`.
+        accumulate: gradients of one micro-batch are there while the next one runs.
+        process: bytes that the process takes without the model; 0 on a GPU.
+
+    Raises:
+        UserError: the model decides by values which tensors it makes (experts, say), so this cannot know them.
+    """
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    matrices = block_matrices(model) if config.name == "muon" else set()
+    frozen = {id(p): p for p in [*model.parameters(), *model.buffers()] if not p.requires_grad}.values()
+    peak = _peak(model, batch, precision, accumulate, config.in_backward)
+    return Memory(
+        frozen=sum(map(nbytes, frozen)),
+        trained=sum(map(nbytes, trained)),
+        optimizer=sum(optimizer_bytes(p, config, p in matrices) for p in trained),
+        process=process,
+        allocator=3 * (sum(peak.values()) - peak["gradients"]) // 10 if process else 0,
+        **peak,
+    )
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig, by_muon: bool = False) -> int:
+    """What the optimizer keeps for a parameter. Muon, which has one average, does the matrices inside of blocks."""
+    if config.name == "sgd" or config.offload:
+        return 0
+    if config.stochastic_rounding:
+        return 8 * parameter.numel()
+    if "8bit" in config.name and parameter.numel() >= 4096:
+        return 2 * parameter.numel() + 8 * (parameter.numel() // 256 + 1)  # and a scale for each block of 256
+    return (1 if by_muon else 2) * (4 * parameter.numel() if "8bit" in config.name else nbytes(parameter))
+
+
+def _peak(
+    model: nn.Module, batch: Batch, precision: str, accumulate: bool = False, in_backward: bool = False
+) -> dict[str, int]:
+    """What is alive at the peak of a micro-step, by part."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    with _faked(model, mode) as fakes:
+        ledger = _Ledger(model.config.vocab_size, fakes)  # type: ignore[union-attr,arg-type]
+        if in_backward:
+            for fake in fakes:
+                fake.register_post_accumulate_grad_hook(
+                    lambda p: setattr(p, "grad", None)
+                ) if fake.requires_grad else None
+        try:
+            for _ in range(2 if accumulate else 1):
+                with _KnownShapes(mode), ledger, torch.autocast("cpu", mixed, enabled=mixed is not None):
+                    loss, _ = model(**batch)
+                    ledger.end_of_forward()
+                    loss.backward()
+                del loss
+        except RuntimeError as error:  # torch's DataDependentOutputException is one, too
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the memory of this model cannot be known in advance: {what}") from error
+        gradients = {fake.grad.untyped_storage()._cdata for fake in fakes if fake.grad is not None}
+        return ledger.parts(gradients)
+
+
+@contextmanager
+def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[list[torch.Tensor]]:
+    """Fake tensors in the place of all parameters and buffers, tied ones tied, in training mode; yields them."""
+    held = [(owner, dict(owner)) for m in model.modules() for owner in (m._parameters, m._buffers)]
+    training, fakes = model.training, dict[int, torch.Tensor]()
+    for owner, tensors in held:
+        for name, real in tensors.items():
+            if real is not None and id(real) not in fakes:
+                with mode:
+                    fake = torch.empty(real.shape, dtype=real.dtype)
+                if isinstance(real, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=real.requires_grad)
+                fakes[id(real)] = fake
+            if real is not None:
+                owner[name] = fakes[id(real)]  # type: ignore[assignment]
+    try:
+        model.train()
+        yield list(fakes.values())
+    finally:
+        model.train(training)
+        for owner, tensors in held:
+            owner.update(tensors)  # type: ignore[arg-type]
+
+
+class _Ledger(TorchDispatchMode):
+    """Every storage that an operation made: when, how large, and when it went.
+
+    Args:
+        vocab: what has a dimension of this size belongs to the loss.
+        there: tensors that are there before; views of them are nothing new.
+    """
+
+    def __init__(self, vocab: int, there: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._vocab = vocab
+        self._there = {tensor.untyped_storage()._cdata for tensor in there}
+        self._alive: dict[int, int] = {}  # address of a storage -> its entry
+        self._entries: list[tuple[int, int, bool]] = []  # (bytes, address, of the vocabulary's size)
+        self._events: list[tuple[int, int]] = []  # (entry, +1 made or -1 gone)
+        self._forward_end = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._alive and address not in self._there:
+            entry = len(self._entries)
+            self._alive[address] = entry
+            self._entries.append((storage.nbytes(), address, self._vocab in tensor.shape))
+            self._events.append((entry, 1))
+            weakref.finalize(storage, self._gone, address, entry)
+
+    def _gone(self, address: int, entry: int) -> None:
+        self._alive.pop(address, None)
+        self._events.append((entry, -1))
+
+    def end_of_forward(self) -> None:
+        """The last forward pass ends here."""
+        self._forward_end = len(self._entries)
+
+    def parts(self, gradients: set[int]) -> dict[str, int]:
+        """Bytes at the peak: gradients (which have these addresses), loss, activations and temporaries."""
+        kinds = []
+        for entry, (_, address, vocab) in enumerate(self._entries):
+            if self._alive.get(address) == entry and address in gradients:
+                kinds.append("gradients")
+            else:
+                kinds.append("loss" if vocab else "activations" if entry < self._forward_end else "temporary")
+        now = dict.fromkeys(("gradients", "loss", "activations", "temporary"), 0)
+        peak = dict(now)
+        for entry, sign in self._events:
+            now[kinds[entry]] += sign * self._entries[entry][0]
+            if sum(now.values()) > sum(peak.values()):
+                peak = dict(now)
+        return peak
+
+
+class _KnownShapes(TorchFunctionMode):
+    """Lets fake tensors be indexed by a real mask, and large buffers be fake."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            if isinstance(args[1], torch.Tensor) and args[1].dtype is torch.bool:
+                return func(args[0], args[1].nonzero(as_tuple=True))
+        elif func is torch.zeros and kwargs.get("dtype") in (torch.float32, torch.bfloat16, torch.float16):
+            with self._mode:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def full_rows(count: int, length: int, vocab: int) -> Batch:
+    """A micro-batch of rows that one document fills, every token a target: what needs most memory."""
+    tokens = torch.arange(count * length).view(count, length) % vocab
+    positions = torch.arange(length).expand(count, length).contiguous()
+    return {"tokens": tokens, "positions": positions, "documents": torch.ones_like(tokens), "labels": tokens}
+
+
+def describe(memory: Memory) -> str:
+    """A line for each part, in MiB."""
+    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, torch, data)"}
+    parts = {names.get(part, part): size for part, size in vars(memory).items()} | {"peak": memory.total}
+    return "\n".join(f"  {name:30}{size / 2**20:12,.0f} MiB" for name, size in parts.items())

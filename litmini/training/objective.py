@@ -1,0 +1,53 @@
+"""What a run learns: an objective turns a micro-batch into a summed loss and says how many units it is the sum of.
+
+The loop divides by the units of the whole optimizer step over all ranks. So no objective depends on the size of a micro-batch
+or the number of ranks, as long as `loss` is a sum: a mean of means, or a term of the micro-batch as a whole, would.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from litmini.ops.cross_entropy import IGNORE
+
+Batch = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    def count(self, batch: Batch) -> int:
+        """Return the units of a micro-batch (target tokens, pairs, sequences), from tensors on the host."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the loss summed over these units, fp32, 0-d; an exact zero with a graph where there are none.
+
+        Args:
+            model: as Fabric wrapped it; in training or evaluation mode.
+            batch: on the model's device.
+        """
+        ...
+
+
+class LanguageModeling:
+    """Cross entropy of the next token, summed over the target tokens.
+
+    In training, mixture-of-experts models add their load-balancing loss to it, weighted by the number of targets. That loss
+    belongs to this objective: with a head that returns anything but a summed loss, their files leave it out.
+    """
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of target tokens."""
+        return int((batch["labels"] != IGNORE).sum())
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the summed cross entropy; the model's head computes it in chunks."""
+        loss, _ = model(**batch)
+        return loss  # type: ignore[no-any-return]
+
+
+def count_tokens(batch: Batch) -> int:
+    """Return the tokens of a micro-batch that are no padding; where it names no documents, there is none."""
+    return int((batch["documents"] > 0).sum()) if "documents" in batch else torch.numel(batch["tokens"])

@@ -1,0 +1,128 @@
+"""Optimizers by name, their parameter groups, and the learning rate as a pure function of the step."""
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from litmini.config.training import OptimConfig
+from litmini.distributed.fsdp import is_dtensor
+from litmini.errors import UserError
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `total_steps`.
+
+    Linear warm-up, above zero from the first step, to `config.lr`; then down to `config.min_lr`, or constant, or
+    constant and down in the last `config.decay_fraction` of all steps ("wsd": warm-up, stable, decay).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    falling = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        "wsd": min(1.0, (total_steps - step) / (config.decay_fraction * total_steps)),
+    }[config.schedule]
+    return config.min_lr + (config.lr - config.min_lr) * falling
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for `matrices`, AdamW for all other parameters, as one optimizer with one learning rate.
+
+    Muon's updates are scaled to the size that AdamW's have (Muon is Scalable for LLM Training, arXiv 2502.16982), so the
+    learning rate and weight decay of AdamW do for both.
+
+    Args:
+        groups: of parameters, as AdamW takes them.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], matrices: set[nn.Parameter], config: OptimConfig) -> None:
+        sides: list[list[dict[str, Any]]] = [[], []]
+        for group in groups:
+            for inside in (False, True):
+                if params := [p for p in group["params"] if (p in matrices) == inside]:
+                    sides[inside].append({**group, "params": params})
+        self.parts: list[torch.optim.Optimizer] = []
+        if sides[True]:
+            self.parts.append(torch.optim.Muon(sides[True], config.lr, adjust_lr_fn="match_rms_adamw"))
+        if sides[False]:
+            self.parts.append(torch.optim.AdamW(sides[False], config.lr, config.betas, fused=True))
+        super().__init__(groups, {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for part in self.parts:
+            part.state = self.state  # one place for all of it, which is saved by parameter
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def block_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The matrices that are neither an embedding nor a head, which hangs on the model itself."""
+    outside = {
+        parameter
+        for owner, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or "." not in owner
+    }
+    return {p for p in model.parameters() if p.dim() == 2} - outside
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, ratios: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer of the trainable parameters: matrices (embeddings included) decay, vectors do not.
+
+    Args:
+        ratios: parameter name -> its learning rate relative to the schedule's; 1 where it is not named. Each group's is
+            in its `lr_ratio`.
+
+    Raises:
+        UserError: nothing is trainable, or the optimizer needs a GPU, or does not go with sharded parameters.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (parameter.dim() >= 2, (ratios or {}).get(name, 1.0))
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise UserError("nothing is trainable in this model.")
+    named = [
+        {"params": params, "weight_decay": config.weight_decay * decays, "lr": config.lr * ratio, "lr_ratio": ratio}
+        for (decays, ratio), params in sorted(groups.items(), reverse=True, key=lambda item: item[0])
+    ]
+    lean = config.stochastic_rounding or config.in_backward or config.offload
+    if config.name == "muon":
+        if lean:
+            raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --optim.name muon.")
+        return MuonAdamW(named, block_matrices(model), config)
+    if lean:
+        from litmini.training.low_memory import PerParameter
+
+        if config.stochastic_rounding and config.name != "adamw":
+            raise UserError(f"optim.stochastic_rounding goes with --optim.name adamw, found {config.name}.")
+        make = functools.partial(_make, config)
+        return PerParameter(named, make, config.stochastic_rounding, config.in_backward, config.offload)
+    return _make(config, named)
+
+
+def _make(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    if config.name == "paged_adamw8bit" and not torch.cuda.is_available():
+        raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
+    if any(is_dtensor(parameter) for group in groups for parameter in group["params"]):
+        raise UserError(f"optim.name {config.name} does not go with --strategy fsdp; use --optim.name adamw, or ddp.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return (AdamW8bit if config.name == "adamw8bit" else PagedAdamW8bit)(groups, lr=config.lr, betas=config.betas)

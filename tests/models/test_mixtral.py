@@ -1,0 +1,313 @@
+"""Mixtral against transformers."""
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close, assert_gradients_close, assert_rounds_alike
+from parity import SMALL, FamilyTests, T, batch, reference
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralSparseMoeBlock
+
+from litmini.checkpoints.hf import load_model
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters, linears
+from litmini.models import mixtral
+from litmini.training.low_memory import checkpoint_activations
+
+MOE = {**SMALL, "intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 2}
+
+
+class TestMixtral(FamilyTests):
+    module: ClassVar[ModuleType] = mixtral
+    cases: ClassVar[dict[str, Any]] = {
+        "gqa": MixtralConfig(**MOE, router_aux_loss_coef=0.5),
+        "mha-tied-16-experts": MixtralConfig(
+            **{**MOE, "num_local_experts": 16, "num_key_value_heads": 4}, tie_word_embeddings=True
+        ),
+        "mqa-window-top3": MixtralConfig(
+            **{**MOE, "num_key_value_heads": 1}, sliding_window=9, num_experts_per_tok=3, head_dim=24, rms_norm_eps=1e-3
+        ),
+        "all-experts-theta": MixtralConfig(  # in bf16 no rounding sends a token elsewhere
+            **MOE, num_experts_per_tok=4, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
+        ),
+    }
+    refused: ClassVar[dict[str, dict[str, Any]]] = {
+        "hidden_act = 'gelu'": MixtralConfig(**MOE, hidden_act="gelu").to_dict(),
+        "router_jitter_noise = 0.1": MixtralConfig(**MOE, router_jitter_noise=0.1).to_dict(),
+        "attention_dropout = 0.2": MixtralConfig(**MOE, attention_dropout=0.2).to_dict(),
+        "rope_type = 'linear'": {**MixtralConfig(**MOE).to_dict(), "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "partial_rotary_factor = 0.5": {**MixtralConfig(**MOE).to_dict(), "partial_rotary_factor": 0.5},
+        "quantization_config = {'quant_method': 'awq'}": {
+            **MixtralConfig(**MOE).to_dict(),
+            "quantization_config": {"quant_method": "awq"},
+        },
+    }
+    counts: ClassVar[dict[str, int]] = {
+        "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+        "mistral-community/Mixtral-8x22B-v0.1": 140_620_634_112,
+        "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    }
+
+    def their_gradients(self, theirs) -> dict[str, torch.Tensor]:
+        """transformers 5 groups experts in memory, too."""
+        gradients = {}
+        for name, gradient in super().their_gradients(theirs).items():
+            name, experts, kind = name.replace(".mlp.", ".block_sparse_moe.").partition(".experts.")
+            if kind == "gate_up_proj":
+                for i, (gate, up) in enumerate(zip(*gradient.chunk(2, 1), strict=True)):
+                    gradients[f"{name}.experts.{i}.w1.weight"] = gate
+                    gradients[f"{name}.experts.{i}.w3.weight"] = up
+            elif kind == "down_proj":
+                gradients |= {f"{name}.experts.{i}.w2.weight": down for i, down in enumerate(gradient)}
+            else:
+                gradients[name + experts + kind] = gradient
+        return gradients
+
+    def test_positions_far_away_in_bf16(self, case, directory):
+        """With every expert active: else a rounding may send a token elsewhere, and the two are far apart."""
+
+        def use_all(module, _):
+            if isinstance(module, self.module.Router):
+                module.n_active = len(module.weight)
+
+        with torch.nn.modules.module.register_module_forward_pre_hook(use_all):
+            super().test_positions_far_away_in_bf16(case, directory)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_training_loss_and_gradients_with_the_balance_loss(self, case, padded, directory):
+        config = type(self.cases[case])(**{**self.cases[case].to_dict(), "router_aux_loss_coef": 0.7})
+        theirs = reference(config)
+        model, (tokens, labels) = load_model(directory(theirs), torch.float32).train(), batch(3)
+        real = torch.arange(T).expand(3, T) < torch.tensor([T, 40, 7] if padded else [T] * 3)[:, None]
+        labels = labels.masked_fill(~real, -100)
+        output = theirs.train()(
+            tokens, attention_mask=real.long() if padded else None, output_router_logits=True, use_cache=False
+        )
+        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        loss = cross_entropy + 0.7 * output.aux_loss
+        loss.backward()
+        loss_sum, n_targets = model(tokens, documents=real.long() if padded else None, labels=labels)
+        assert_close(loss_sum / n_targets, loss)
+        (loss_sum / n_targets).backward()
+        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
+        with torch.no_grad():  # evaluation is cross entropy alone
+            alone, _ = model.eval()(tokens, documents=real.long() if padded else None, labels=labels)
+        assert_close(alone / n_targets, cross_entropy.detach())
+        assert (loss - cross_entropy).detach() > 0.5  # the balance loss is at least near to n_active
+
+    def test_activation_checkpointing_gives_the_same_gradients(self, case, directory):
+        model, (tokens, labels) = load_model(directory(reference(self.cases[case])), torch.float32).train(), batch()
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            model(tokens, labels=labels)[0].backward()
+            gradients.append([p.grad for p in model.parameters()])
+            checkpoint_activations(model)
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+    def test_autocast_computes_experts_in_bf16(self, case, directory):
+        theirs = reference(self.cases[case])
+        model, (tokens, labels) = load_model(directory(theirs), torch.float32).train(), batch(4)
+        with torch.no_grad():
+            exact = theirs(tokens, use_cache=False).logits
+            rounded = theirs.bfloat16()(tokens, use_cache=False).logits.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens)
+            loss, _ = model(tokens, labels=labels)
+        assert 0 < (logits - exact).square().mean().sqrt() <= 1.5 * (rounded - exact).square().mean().sqrt()
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+    def test_a_gap_in_the_files_is_named(self, case, directory, monkeypatch):
+        model = load_model(directory(reference(self.cases[case])), torch.float32)
+        complete = dict(self.module.to_hf(model.named_parameters(), model.config))
+        up = next(name for name in complete if ".experts.3." in name and complete[name].shape[0] != model.config.dim)
+        grouped = up.partition(".3.")[0] + ".gate_up_proj.weight"
+        for broken in ({n: t for n, t in complete.items() if n != up}, {**complete, up: complete[up][1:]}):
+            monkeypatch.setattr(
+                "litmini.checkpoints.hf.read_tensors", lambda *_, broken=broken, **__: iter(broken.items())
+            )
+            with pytest.raises(UserError) as error:
+                load_model(directory(reference(self.cases[case])), torch.float32)
+            assert f"missing {grouped}\n" in f"{error.value}\n"
+            assert f"unexpected {grouped} without 3.{up.split('.')[-2]} " in str(error.value)
+            assert (f"unexpected {up} " in str(error.value)) == (up in broken)
+
+    def test_experts_are_stacked_from_files_in_any_order(self, case, directory):
+        model = load_model(directory(reference(self.cases[case])), torch.float32)
+        expected = dict(model.named_parameters())
+        files = list(self.module.to_hf(expected.items(), model.config))
+        for device in ("cpu", "meta"):
+            order = torch.randperm(len(files)).tolist()
+            stream = ((files[i][0], files[i][1].to(device)) for i in order)
+            found = dict(self.module.from_hf(stream, model.config))
+            assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
+            assert device == "meta" or all(torch.equal(found[name], expected[name]) for name in expected)
+            back = {n: t.shape for n, t in self.module.to_hf(found.items(), model.config)}
+            assert back == {n: t.shape for n, t in files}
+
+    def test_loading_holds_the_experts_of_one_layer(self, case, directory):
+        model = load_model(directory(reference(self.cases[case])), torch.float32)
+        live = most = 0
+        files = sorted(self.module.to_hf(model.named_parameters(), model.config))  # the order in a file
+        per_layer = 3 * model.config.n_experts
+
+        def stream():
+            nonlocal live, most
+            for name, tensor in files:
+                live += ".experts." in name
+                most = max(most, live)
+                yield name, tensor
+
+        for name, tensor in self.module.from_hf(stream(), model.config):
+            live -= len(tensor) * (2 if name.endswith("gate_up_proj.weight") else ".experts." in name)
+        assert live == 0 and most <= per_layer
+
+
+def test_experts_without_tokens_do_no_work():
+    model = mixtral.Model(replace(mixtral.PRESETS["tiny"], n_layers=1))
+    model.init_weights(torch.Generator().manual_seed(0))
+    moe = model.model["layers"][0].block_sparse_moe
+    x = torch.randn(1, 3, 64, requires_grad=True)
+    with torch.no_grad():
+        moe.gate.weight[2:] = moe.gate.weight[:1] - 100 * x.detach().sum(1)  # no expert but 0 and 1
+        logits = F.linear(x[0], moe.gate.weight)
+        moe.gate.weight[2:] *= torch.where((logits[:, 2:] > logits[:, :1]).any(), -1, 1)
+        if F.linear(x[0], moe.gate.weight).topk(2).indices.max() > 1:
+            pytest.fail("the router must leave experts 2 and 3 alone")
+        for weight in moe.experts.parameters():
+            weight[2:] = torch.nan  # it would show
+    y, _ = moe(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    for weight in moe.experts.parameters():
+        assert (weight.grad[2:] == 0).all() and (weight.grad[:2] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_router_and_experts_round_where_those_of_transformers_do(dtype):
+    theirs = MixtralSparseMoeBlock(MixtralConfig(**MOE, experts_implementation="grouped_mm")).to(dtype)
+    config = mixtral.config_from_hf(MixtralConfig(**MOE).to_dict())
+    moe, x = mixtral.SparseMoE(config).to(dtype), torch.randn(2, 9, 64, dtype=dtype)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    grouped = ("experts.gate_up_proj", "experts.down_proj")
+    moe.load_state_dict({f"{n}.weight" if n in grouped else n: t for n, t in theirs.state_dict().items()})
+    _, weights, chosen = theirs.gate(x)
+    logits, our_weights, our_chosen = moe.gate(x.flatten(0, 1))
+    assert logits.dtype == dtype and torch.equal(our_chosen, chosen)
+    assert_rounds_alike(our_weights, weights)
+    assert_rounds_alike(moe(x)[0], theirs(x))
+    norm, their_norm = mixtral.RMSNorm(64, 1e-3).to(dtype), MixtralRMSNorm(64, 1e-3).to(dtype)
+    for one in (norm, their_norm):
+        one.weight.data = torch.linspace(0.5, 1.5, 64).to(dtype)
+    assert torch.equal(norm(x), their_norm(x))
+
+
+def test_a_batch_without_targets_or_tokens_is_an_exact_zero():
+    model = mixtral.Model(mixtral.PRESETS["tiny"]).train()
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    for documents in (torch.zeros_like(tokens), torch.ones_like(tokens)):
+        loss, count = model(tokens, documents=documents, labels=torch.full_like(tokens, -100))
+        loss.backward()
+        assert loss == 0 and count == 0
+        assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_even_routing_has_the_least_balance_loss():
+    real = torch.ones(1, 8, dtype=torch.bool)
+    even = torch.eye(4).repeat(2, 1) + torch.eye(4).roll(1, 1).repeat(2, 1)
+    assert_close(mixtral.balance_loss([even, even], 2, real), torch.tensor(2.0))
+    assert mixtral.balance_loss([torch.tensor([[9.0, 8, 0, 0]]).repeat(8, 1)], 2, real) > 3.9  # two experts do it all
+
+
+def test_lora_leaves_router_and_experts_alone():
+    model = mixtral.Model(mixtral.PRESETS["tiny"]).train()
+    model.init_weights(torch.Generator().manual_seed(0))
+    names = add_adapters(model, LoraConfig(rank=2, targets=["all-linear"]))
+    assert len(names) == 8 and all(name.rpartition(".")[0].endswith("self_attn") for name in names)
+    assert not any("moe" in name for name in linears(model))
+    tokens = torch.randint(0, 512, (2, 9))
+    model(tokens, labels=tokens)[0].backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {f"{name}.lora_{x}" for name in names for x in "AB"}
+
+
+def test_windows_bite():
+    config = replace(mixtral.PRESETS["tiny"], n_layers=1)
+    full, windowed = mixtral.Model(config), mixtral.Model(replace(config, window=9))
+    full.init_weights(torch.Generator().manual_seed(0))
+    windowed.load_state_dict(full.state_dict())
+    tokens = torch.randint(0, 512, (1, 12))
+    same = (full(tokens) - windowed(tokens)).abs().amax(-1)[0] < 1e-6  # each has the kernel that is fastest for it
+    assert same[:9].all() and not same[9:].any()
+
+
+def test_missing_keys_have_the_values_of_transformers():
+    minimal = {"vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
+    minimal |= {"intermediate_size": 8}
+    theirs = MixtralConfig(**minimal).to_dict()
+    assert mixtral.config_from_hf({**minimal, "model_type": "mixtral"}) == mixtral.config_from_hf(theirs)
+
+
+def test_the_published_config_of_8x7b():
+    """config.json of mistralai/Mixtral-8x7B-v0.1, as transformers 4 wrote it."""
+    published = {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    }
+    config = mixtral.config_from_hf(published)
+    assert config == mixtral.PRESETS["mistralai/Mixtral-8x7B-v0.1"]
+    assert config == mixtral.config_from_hf(MixtralConfig(**published).to_dict())  # as transformers 5 writes it
+    assert config == mixtral.config_from_hf(MixtralConfig(**mixtral.config_to_hf(config)).to_dict())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"n_active": 5}, r"n_active 5 is outside 1..n_experts 4"),
+        ({"window": 0}, "window 0 is below 1"),
+    ],
+)
+def test_impossible_values_raise(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(mixtral.PRESETS["tiny"], **change)
+
+
+def test_forward_on_the_meta_device():
+    with torch.device("meta"):
+        model = mixtral.Model(mixtral.PRESETS["mistralai/Mixtral-8x7B-v0.1"]).bfloat16()
+        logits = model(torch.zeros(2, 5000, dtype=torch.int64))
+    assert logits.shape == (2, 5000, 32_000) and logits.dtype == torch.bfloat16

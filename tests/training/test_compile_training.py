@@ -1,0 +1,201 @@
+"""--compile in training: the same losses and gradients, from one compilation that all blocks share."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from numerics import assert_gradients_close
+from test_scripts import run
+from torch._dynamo.utils import counters
+
+from litmini.compiler import compilable
+from litmini.config.finetune import LoraConfig
+from litmini.errors import UserError
+from litmini.generation.compile import compile_decoding
+from litmini.methods.adapters import add_adapters
+from litmini.methods.lora import LoRALinear
+from litmini.models import gemma2, llama, mixtral, qwen3_moe
+from litmini.tasks import setup
+from litmini.training import compile as training_compile
+from litmini.training.compile import COMPILE_THRESHOLD, compile_training, is_worth_compiling
+from litmini.training.low_memory import checkpoint_activations
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def test_compile_refuses(tiny_dir, tmp_path, monkeypatch):
+    base = ["generate.py", "--checkpoint_dir", tiny_dir, "--prompt=Hi", "--compile"]
+    assert "not for --bits 4" in run(*base, "--bits=4", status=1)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler is not there" in run(*base, status=1)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "Hi", "completion": "Ho"}) + "\n")
+    train = [
+        "finetune_lora.py",
+        *base[1:3],
+        "--data.path",
+        data,
+        "--out_dir",
+        tmp_path / "out",
+        "--data.max_seq_len=64",
+    ]
+    assert "no-such-compiler is not there" in run(*train, "--compile=true", status=1)
+    assert "not with --adapters" in run("serve.py", *base[1:3], "--compile", "--adapters={a: b}", status=2)
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3_moe])
+def test_stacked_experts_compile_in_bf16_alone(family):
+    """torch.compile would fail in the first step: it knows no grouped products of fp32."""
+    model = family.Model(family.PRESETS["tiny"])
+    assert compilable(model, torch.bfloat16) and not compilable(model, torch.float32)
+    for compile_ in (compile_decoding, lambda model: compile_training(model, torch.float32)):
+        with pytest.raises(UserError, match="experts in bf16, but not in fp32"):
+            compile_(model)
+    assert compilable(llama.Model(llama.PRESETS["tiny"]), torch.float32)
+
+
+def test_auto_compiles_long_runs_where_it_can(monkeypatch):
+    cpu = torch.device("cpu")
+    assert not is_worth_compiling(0.9 * COMPILE_THRESHOLD["cpu"], cpu)
+    assert is_worth_compiling(COMPILE_THRESHOLD["cpu"], cpu)
+    assert not is_worth_compiling(1e30, torch.device("mps"))  # nobody has measured it there
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not is_worth_compiling(1e30, cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(training_compile.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    assert is_worth_compiling(COMPILE_THRESHOLD["cuda"], torch.device("cuda"))
+    assert not is_worth_compiling(0.9 * COMPILE_THRESHOLD["cuda"], torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not is_worth_compiling(1e30, torch.device("cuda"))  # torch.compile would refuse it
+
+
+def test_auto_counts_the_rows_that_there_are():
+    """Not those of a whole batch, where the data are fewer, nor those of other epochs."""
+    rows = SimpleNamespace(batches=lambda rows, micro, rank, world: [row + 1 for row in rows][rank::world])
+    assert setup.planned_flops(sum, setup.Data(None, rows, None, [], 3, 64, 4), 1) == 1 + 2 + 3
+    data = setup.Data(None, rows, None, [], 9, 2, 1)
+    assert setup.planned_flops(sum, data, 1) == (1 + 2) * 9 / 2
+    assert setup.planned_flops(sum, data, 2) == 1 * 9 / 2
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "on"), [(llama, "float32", True), (mixtral, "float32", False), (mixtral, "bfloat16", True)]
+)
+def test_auto_leaves_what_cannot_be_compiled(family, dtype, on, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "planned_flops", lambda *_: 1e30)
+    fabric = SimpleNamespace(world_size=1, device=torch.device("cpu"), broadcast=bool, print=print)
+    model = family.Model(family.PRESETS["tiny"])
+    assert setup._worth_compiling(fabric, model, getattr(torch, dtype), None, None) is on
+    assert f"compile auto: {'on' if on else 'off'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("worth", [1e6, 1e30])
+def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_path, monkeypatch):
+    """And decides the same when it goes on."""
+    data, out, made = tmp_path / "data.jsonl", tmp_path / "out", []
+    data.write_text("".join(json.dumps({"prompt": "Hi", "completion": f"Ho {i}"}) + "\n" for i in range(8)))
+    monkeypatch.setattr(setup, "compile_training", lambda model, dtype: made.append(model))
+    monkeypatch.setitem(COMPILE_THRESHOLD, "cpu", worth)
+    words = ["--checkpoint_dir", tiny_dir, "--data.path", data, "--out_dir", out, "--data.max_seq_len=64"]
+    words += ["--compile=auto", "--train.epochs=4", "--train.save_every=1", "--eval.samples=0"]
+    said = [run("finetune_lora.py", *words)]
+    shutil.rmtree(out / "final")
+    shutil.rmtree(max(out.glob("step-*")))
+    (out / "report.html").unlink()
+    said.append(run("finetune_lora.py", *words, "--resume=auto"))
+    on = worth < 1e30
+    assert len(made) == 2 * on
+    lines = {line for text in said for line in text.splitlines() if line.startswith("compile auto")}
+    assert len(lines) == 1 and f"compile auto: {'on' if on else 'off'}, for " in lines.pop()
+
+
+def packed(seed: int) -> dict[str, torch.Tensor]:
+    """Two rows of documents of other lengths with each seed."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 512, (2, 48), generator=g)
+    starts = torch.rand(2, 48, generator=g) < 0.1
+    starts[:, 0] = True
+    documents = starts.cumsum(1)
+    at = torch.arange(48).expand(2, -1)
+    positions = at - torch.where(starts, at, 0).cummax(1).values
+    return {"tokens": tokens, "positions": positions, "documents": documents, "labels": tokens.roll(-1, 1)}
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(("family", "recompute", "backend"), [(llama, True, "aot_eager"), (gemma2, False, "eager")])
+def test_training_equals_what_is_not_compiled_and_compiles_once(family, recompute, backend, fresh):
+    torch.manual_seed(0)
+    plain = family.Model(family.PRESETS["tiny"])
+    plain.init_weights()
+    add_adapters(plain, LoraConfig(rank=4))
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    compiled = copy.deepcopy(plain)
+    compile_training(compiled, torch.float32, backend)
+    if recompute:
+        checkpoint_activations(compiled)
+    graphs = []
+    for seed in range(4):
+        found = []
+        for model in (plain, compiled):
+            loss, _ = model.train()(**packed(seed))
+            loss.backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad} | {"loss": loss})
+            model.zero_grad()
+        assert_gradients_close(found[1], found[0])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1] <= 8, graphs  # some parts around the loop over documents, shared by all blocks
+    compiled.eval()(packed(9)["tokens"][:, :7])
+    assert counters["stats"]["unique_graphs"] == graphs[-1]
+
+
+def test_importing_attention_and_methods_imports_no_compiler():
+    """torch._dynamo takes a second: only who compiles waits for it."""
+    code = "import sys, litmini.ops.attention, litmini.methods.registry; assert 'torch._dynamo' not in sys.modules"
+    code += "; from litmini.ops import attention; import torch; one = torch.ones(1, 1, 2, 4)"
+    code += "; mask = attention.make_mask(torch.arange(2)[None], torch.ones(1, 2), None, None)"
+    code += "; attention.attend(one, one, one, mask); assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_documents_a_block_is_one_graph(fresh):
+    model = llama.Model(llama.PRESETS["tiny"])
+    model.init_weights()
+    compile_training(model, torch.float32, "aot_eager")
+    for length in (20, 33, 47):
+        tokens = torch.randint(0, 512, (2, length))
+        model.train()(tokens, labels=tokens)[0].backward()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2, counters
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = LoRALinear(torch.nn.Linear(16, 24, bias=False).requires_grad_(False), rank=4, alpha=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.tanh())
+
+
+def test_adapters_are_summed_in_place(fresh):
+    """The compiler's own addmm would copy the delta, as large as the output, first."""
+    model = torch.nn.ModuleList([Block()])
+    compile_training(model, torch.float32)
+    x = torch.randn(8, 16, requires_grad=True)
+    model[0].train()(x).sum().backward()
+    with torch.profiler.profile() as seen:
+        model[0](x).sum().backward()
+    names = [event.name for event in seen.events()]
+    assert names.count("aten::addmm_") == 2 and "aten::addmm" not in names  # forward and backward
