@@ -19,7 +19,7 @@ def main(config: FinetuneDoraConfig) -> None:
     from litmini.methods.dora import DoRALinear
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.tasks.setup import finish, make_setup, measure_start
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -44,6 +44,8 @@ def main(config: FinetuneDoraConfig) -> None:
         save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
 
     if config.dry_run or config.show_masks:
+        from litmini.tasks.dry_run import preview
+
         return preview(data, config, model)
     dither(model.parameters(), product_dtype(config.precision), config.seed)
 

@@ -16,7 +16,7 @@ def main(config: FinetuneFullConfig) -> None:
     from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.tasks.setup import finish, make_setup, measure_start
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -45,6 +45,8 @@ def main(config: FinetuneFullConfig) -> None:
         save_trained(model, directory, base=config.checkpoint_dir)
 
     if config.dry_run or config.show_masks:
+        from litmini.tasks.dry_run import preview
+
         return preview(data, config, model)
     dither(model.parameters(), product_dtype(config.precision), config.seed)
 

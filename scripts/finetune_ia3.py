@@ -17,7 +17,7 @@ def main(config: FinetuneIa3Config) -> None:
     from litmini.distributed.fabric import load_device, make_fabric, weight_dtype
     from litmini.methods.ia3 import add_ia3
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.tasks.setup import finish, make_setup, measure_start
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -42,6 +42,8 @@ def main(config: FinetuneIa3Config) -> None:
         save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
 
     if config.dry_run or config.show_masks:
+        from litmini.tasks.dry_run import preview
+
         return preview(data, config, model)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed

@@ -18,7 +18,7 @@ def main(config: FinetuneLoraConfig) -> None:
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.tasks.setup import finish, make_setup, measure_start
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -43,6 +43,8 @@ def main(config: FinetuneLoraConfig) -> None:
         save_adapter(model, directory, config.checkpoint_dir)
 
     if config.dry_run or config.show_masks:
+        from litmini.tasks.dry_run import preview
+
         return preview(data, config, model)
     dither(model.parameters(), product_dtype(config.precision), config.seed)
 

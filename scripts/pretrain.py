@@ -14,7 +14,7 @@ def main(config: PretrainConfig) -> None:
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.pretrain import blueprint, prepare_data, use_z_loss
-    from litmini.tasks.setup import finish, make_setup, measure_start, preview
+    from litmini.tasks.setup import finish, make_setup, measure_start
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
 
@@ -36,6 +36,8 @@ def main(config: PretrainConfig) -> None:
     if config.precision == "bf16-true":
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
     if config.dry_run:
+        from litmini.tasks.dry_run import preview
+
         return preview(data, config, model)
     dither(model.parameters(), product_dtype(config.precision), config.seed)
 

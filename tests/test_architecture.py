@@ -130,6 +130,36 @@ def test_every_module_imports_with_base_dependencies_only():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+COUNT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+for name in [name for name in sys.modules if name.split(".")[0] == "litmini"]:
+    print("MODULE", name, len(open(sys.modules[name].__file__).readlines()))
+"""
+
+
+def test_a_lora_run_imports_what_it_needs(tiny_dir, tmp_path):
+    """On a checkpoint that exists: no importer, hub, GGUF, pretraining, serving, generation or other family."""
+    words = ["--checkpoint_dir", tiny_dir, "--out_dir", tmp_path / "run", "--eval.samples", 0, "--train.max_steps", 1]
+    words += ["--data.path", ROOT / "config_hub/quickstart/train.jsonl", "--data.max_seq_len", 128]
+    command = [sys.executable, "-c", COUNT, ROOT / "scripts/finetune_lora.py", *words]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {name: int(lines) for name, lines in re.findall(r"^MODULE (\S+) (\d+)$", done.stdout, re.MULTILINE)}
+    assert {room(name) for name in found if "." in name}.isdisjoint(
+        {"importers", "serving", "generation", "evaluation"}
+    )
+    assert not [name for name in found if "hub" in name or name.startswith("litmini.data.pretrain")]
+    families = {name for name in found if name.startswith("litmini.models.")} - {"litmini.models.hf_config"}
+    assert families == {"litmini.models.llama"}
+    with_code = {name: lines for name, lines in found.items() if lines > 3}  # packages are a docstring
+    assert len(with_code) <= 48 and sum(with_code.values()) <= 7_450, (len(with_code), sum(with_code.values()))
+
+
 def test_no_pickle_and_no_remote_code():
     """Requirement 26."""
     for file in [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))]:

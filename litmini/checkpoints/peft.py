@@ -18,7 +18,6 @@ from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears
 from litmini.methods.nf4 import NF4Linear
-from litmini.methods.registry import method_of
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained
@@ -84,6 +83,8 @@ def read_adapter(directory: str | Path) -> Adapter:
         )
     config = read_json(config_file)
     try:
+        from litmini.methods.registry import method_of  # a run that writes adapters needs no other method
+
         method = method_of(config)
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from None

@@ -12,7 +12,6 @@ import numpy as np
 from litmini.config.finetune import DataConfig
 from litmini.data.encode import encode_examples
 from litmini.data.formats import Example, bad_records, find_locations, pick_examples
-from litmini.data.hub_datasets import find_files
 from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
@@ -99,6 +98,15 @@ def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, w
         )
 
 
+def _find_files(path: str) -> dict[str, str]:
+    """The files of a data set: the name by which a run knows each -> where it is on this machine."""
+    if not path.startswith("hub:"):
+        return {path: path}
+    from litmini.data.hub_datasets import find_files
+
+    return find_files(path)
+
+
 def load_data(
     config: DataConfig, tokenizer: Tokenizer, seed: int, to_answer: int | None = None
 ) -> tuple[Examples, Examples | None, list[Example]]:
@@ -110,10 +118,10 @@ def load_data(
     """
     if config.val_path and config.val_fraction:
         raise UserError("data.val_path and data.val_fraction are both given, expected one of them.")
-    train_files = [find_files(path) for path in config.paths]
+    train_files = [_find_files(path) for path in config.paths]
     train, val, val_files = _join(train_files, tokenizer, config, "training"), None, train_files
     if config.val_path:
-        val_files = [find_files(config.val_path)]
+        val_files = [_find_files(config.val_path)]
         val = _join(val_files, tokenizer, config, "validation")
     elif config.val_fraction:
         order = np.random.default_rng(seed).permutation(len(train))

@@ -15,9 +15,6 @@ from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears, module_name
 from litmini.methods.lora import LoRALinear, matches, pattern_value
 from litmini.methods.nf4 import NF4Linear
-from litmini.methods.pissa import PiSSALinear
-
-LORA_INIT = {"zero": LoRALinear, "pissa": PiSSALinear}
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -44,13 +41,22 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
     ranks, alphas = _ranks_and_alphas(names, existing, config)
     in_full = _modules_to_save(model, names, config.modules_to_save)
     model.requires_grad_(False)
-    make = layer or LORA_INIT[config.init]
+    make = layer or _lora(config.init)
     for name in names:
         made = make(existing[name], ranks[name], alphas[name], config.dropout, config.rank_stabilized)
         model.set_submodule(name, made.train(existing[name].training))
     for name in in_full:
         model.set_submodule(name, ModulesToSaveLayer(model.get_submodule(name)))
     return names
+
+
+def _lora(init: str) -> type[LoRALinear]:
+    """Return LoRA's layer that starts as `lora.init` says."""
+    if init == "pissa":
+        from litmini.methods.pissa import PiSSALinear
+
+        return PiSSALinear
+    return LoRALinear
 
 
 def _targets(existing: dict[str, Any], inner: set[str], targets: list[str]) -> list[str]:

@@ -5,15 +5,20 @@ after it, and less than a window before it. Documents packed into one row are at
 documents costs 30 small squares, not one large one.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litmini.ops.kv_cache import KVCache, Slots
 from litmini.ops.packed_layout import Documents, _Repack, _Unpack, _unpack
+
+if TYPE_CHECKING:
+    from litmini.ops.kv_cache import KVCache, Slots
 
 # On a CPU, up to here two products and a softmax beat the fused kernel (forward + backward)
 EXPLICIT_LENGTH = 512
@@ -30,7 +35,7 @@ class Mask:
     """(B, S) int64 positions."""
     allowed: Tensor | None = None
     """(B, 1, T, S) bool: query t may see key s."""
-    documents: "Documents | None" = None
+    documents: Documents | None = None
     """Documents packed into rows; then `allowed` is not used."""
     window: int | None = None
     """How many keys a query sees, itself included; None: all."""

@@ -1,9 +1,14 @@
 """Positions of the tokens of one forward pass."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from litmini.ops.kv_cache import KVCache
+if TYPE_CHECKING:
+    from litmini.ops.kv_cache import KVCache
 
 
 def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:

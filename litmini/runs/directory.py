@@ -12,7 +12,6 @@ import yaml
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
 from litmini.files import content_hash, read_json, restore
-from litmini.runs.loggers import check_loggers
 from litmini.runs.manifest import check_same
 
 PROCESSES = ("devices", "num_nodes", "strategy")
@@ -37,7 +36,10 @@ class RunDirectory:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        check_loggers(config.loggers)
+        if config.loggers:
+            from litmini.runs.loggers import check_loggers
+
+            check_loggers(config.loggers)
         self.directory = Path(config.out_dir)
         self.config = config
         self.before: dict[str, Any] = {}

@@ -19,9 +19,7 @@ from torch import nn
 from litmini.distributed.fsdp import is_sharded
 from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
 from litmini.runs.directory import RunDirectory, flat, plain
-from litmini.runs.loggers import make_loggers
 from litmini.runs.manifest import check_same, describe_run
-from litmini.runs.nonfinite import save_nonfinite_step
 from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
 from litmini.system import lock
 from litmini.tokenizer import Tokenizer
@@ -109,7 +107,10 @@ class Run(Recorder):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         self._keep_metrics(self.progress.step)
-        self.loggers = make_loggers(self.config.loggers, self.directory, self.progress.step)
+        if self.config.loggers:
+            from litmini.runs.loggers import make_loggers
+
+            self.loggers = make_loggers(self.config.loggers, self.directory, self.progress.step)
         for logger in self.loggers:
             logger.log_hyperparams(flat(settings))
 
@@ -179,6 +180,8 @@ class Run(Recorder):
         self, step: int, micro_batches: list[Batch], losses: list[float], locations: Callable[[], list[list[str]]]
     ) -> str:
         """Write `bad-step-NNNNNN.json`; see `litmini.runs.nonfinite`."""
+        from litmini.runs.nonfinite import save_nonfinite_step
+
         return save_nonfinite_step(self.fabric, self.directory, step, micro_batches, losses, self.tokenizer, locations)
 
     def save_final(self) -> Path:

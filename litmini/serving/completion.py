@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from litmini.generation.request import Request
-from litmini.serving.engine import Job
+from litmini.serving.engine import Engine, Job
 from litmini.serving.openai_protocol import CompletionSettings, choice, usage
+from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HTTPRequest
-
-    from litmini.serving.server import Server
 
 
 class Refused(Exception):
@@ -35,17 +34,31 @@ def error_body(message: str, kind: str) -> dict[str, Any]:
 class Completion:
     """One HTTP request in progress: a job for each of its choices."""
 
-    def __init__(self, server: "Server", settings: CompletionSettings, name: str, prompts: list[list[int]]) -> None:
-        self.server, self.settings, self.prompts = server, settings, prompts
-        self.tokenizer = server.tokenizers[name]
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        settings: CompletionSettings,
+        name: str,
+        adapter: str | None,
+        prompts: list[list[int]],
+        context: int,
+    ) -> None:
+        """
+        Args:
+            name: of the model, as the client called it.
+            adapter: its name in the engine; None: the base.
+            prompts: token ids.
+            context: most tokens of a prompt and its completion.
+        """
+        self.engine, self.tokenizer, self.settings, self.prompts = engine, tokenizer, settings, prompts
         self.moved = moved = asyncio.Event()  # the jobs know it, not this object: no cycle keeps requests in memory
         loop = asyncio.get_running_loop()
         self.jobs: list[Job] = []
         for number, prompt in enumerate(p for p in prompts for _ in range(settings.n)):
-            remaining = min(settings.sampling.max_new_tokens, server.context - len(prompt))
+            remaining = min(settings.sampling.max_new_tokens, context - len(prompt))
             seed = None if settings.sampling.seed is None else (settings.sampling.seed + number) % 2**63
             sampling = replace(settings.sampling, max_new_tokens=remaining, seed=seed)
-            adapter = None if name == server.base else name
             request = Request(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
             self.jobs.append(Job(request, lambda: loop.call_soon_threadsafe(moved.set)))
         kind = "chat.completion" if settings.chat else "text_completion"
@@ -59,7 +72,7 @@ class Completion:
     def leave(self) -> None:
         """Free the slots of the request."""
         for job in self.jobs:
-            self.server.engine.cancel(job)
+            self.engine.cancel(job)
 
     def check(self) -> None:
         if error := next((job.error for job in self.jobs if job.error is not None), None):

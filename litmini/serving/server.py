@@ -134,7 +134,9 @@ class Server:
         body = await self.read_body(request)
         loop = asyncio.get_running_loop()
         settings, name, prompts = await loop.run_in_executor(self.preparing, self.prepare, body, chat)
-        completion = Completion(self, settings, name, prompts)
+        adapter = None if name == self.base else name
+        tokenizer = self.tokenizers[name]
+        completion = Completion(self.engine, tokenizer, settings, name, adapter, prompts, self.context)
         try:
             self.engine.submit(completion.jobs)
         except Busy:

@@ -7,11 +7,29 @@ import torch
 from torch import nn
 
 from litmini.config.training import RunConfig
+from litmini.data.dataset import show_masks
+from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.system import physical_bytes, resident_bytes
-from litmini.tasks.setup import Data
+from litmini.tasks.setup import Data, count_parameters
 from litmini.training.gpus import fitting, share
+from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Batch, Memory, describe, estimate, nbytes
+
+
+def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
+    """Print what `--dry_run` asks for: parameters, memory and time; and, with `--show_masks`, examples token by token."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    if config.show_masks and isinstance(data.train, PackedDataset):
+        print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
+    trained, total = count_parameters(model)
+    print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
+    if config.dry_run:
+        if config.train.checkpoint_activations:
+            checkpoint_activations(model)
+        print(dry_run(model, config, data))
+    print("Nothing was trained or written.")
 
 
 def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:

@@ -14,20 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from litmini.compiler import compilable
 from litmini.config.training import OptimConfig, RunConfig
-from litmini.data.dataset import Example, show_masks
+from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
-from litmini.evaluation.metrics import exact_match, predict
 from litmini.runs.directory import RunDirectory
-from litmini.runs.plots import plot_metrics
-from litmini.runs.report import write_report
 from litmini.runs.run import Run, today_keys
 from litmini.tokenizer import Tokenizer
-from litmini.training.compile import compile_training, is_worth_compiling
 from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
-from litmini.training.low_memory import checkpoint_activations, offload_activations
 from litmini.training.objective import Batch, Objective
 from litmini.training.optimizer import make_optimizer
 from litmini.training.setup import Progress, Setup
@@ -144,11 +138,16 @@ def make_setup(
     fabric.print(f"MFU is of {throughput.peak / 1e12:,.2f} Tflop/s, {throughput.source}")
     worth = config.compile == "auto" and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
+        from litmini.training.compile import compile_training
+
         compile_training(model, dtype)
-    if config.train.checkpoint_activations:
-        checkpoint_activations(model)
-    if config.train.offload_activations:
-        offload_activations(model)
+    if config.train.checkpoint_activations or config.train.offload_activations:
+        from litmini.training.low_memory import checkpoint_activations, offload_activations
+
+        if config.train.checkpoint_activations:
+            checkpoint_activations(model)
+        if config.train.offload_activations:
+            offload_activations(model)
     setup = TrainingSetup(
         fabric, wrapped, optimizer, data, config.train, config.optim, config.seed, run.progress, run, throughput
     )
@@ -189,6 +188,9 @@ def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = 
     run.results["peak_memory_mib"] = peak_memory_mib(setup.fabric.device)
     measure(setup, objective, "after")
     if setup.fabric.is_global_zero:
+        from litmini.runs.plots import plot_metrics
+        from litmini.runs.report import write_report
+
         plot_metrics(run.directory, run.results)
         write_report(run.directory, setup.data.train.lengths(), setup.data.train.length)
     adapter = ["--adapter_dir", str(final)] if adapter_of else []
@@ -223,6 +225,8 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     if (loss := validate(setup, objective)) is not None:
         results[f"val_loss_{when}"] = loss
     if asked := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
+        from litmini.evaluation.metrics import exact_match, predict
+
         answers = predict(setup.module, data.tokenizer, asked, config.max_new_tokens)
         results[f"samples_{when}"] = [vars(a) for a in answers[: config.samples]]
         if config.exact_match:
@@ -232,28 +236,13 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
     """Completions of the first validation prompts into samples.jsonl. Every rank takes part, as a sharded model needs them."""
+    from litmini.evaluation.metrics import predict
+
     config = setup.recorder.config.eval
     answers = predict(
         setup.module, setup.data.tokenizer, setup.data.val_examples[: config.samples], config.max_new_tokens
     )
     setup.recorder.log_samples(progress.step, [vars(answer) for answer in answers])
-
-
-def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
-    """What `--dry_run` prints: parameters, memory and time; and, with `--show_masks`, examples token by token."""
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    if config.show_masks and (examples := getattr(data.train, "examples", None)) is not None:
-        print(show_masks(examples, data.tokenizer, config.show_masks))
-    trained, total = count_parameters(model)
-    print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
-    if config.dry_run:
-        from litmini.tasks.dry_run import dry_run  # its fake tensors take a second to import
-
-        if config.train.checkpoint_activations:
-            checkpoint_activations(model)
-        print(dry_run(model, config, data))
-    print("Nothing was trained or written.")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -265,6 +254,9 @@ def _worth_compiling(
     fabric: Fabric, model: nn.Module, dtype: torch.dtype, flops: Callable[[list[Batch]], float], data: Data
 ) -> bool:
     """By all steps of the run, so that it decides the same when it is resumed."""
+    from litmini.compiler import compilable
+    from litmini.training.compile import is_worth_compiling
+
     planned = planned_flops(flops, data, fabric.world_size)
     worth = fabric.broadcast(compilable(model, dtype) and is_worth_compiling(planned, fabric.device))
     fabric.print(f"compile auto: {'on' if worth else 'off'}, for {planned:.1e} FLOPs in each process")

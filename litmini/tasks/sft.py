@@ -11,7 +11,6 @@ from litmini.config.finetune import FinetuneConfig
 from litmini.data.dataset import describe, load_data
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
-from litmini.importers.download import ensure_checkpoint
 from litmini.models import use_model_file
 from litmini.tasks.setup import (
     Data,
@@ -29,7 +28,10 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     """Get the checkpoint if it is missing, tokenise the data, and plan the run."""
     use_model_file(config.model_file)
     with fabric.rank_zero_first():
-        ensure_checkpoint(config.checkpoint_dir, config.download_from)
+        if not Path(config.checkpoint_dir).is_dir():
+            from litmini.importers.download import ensure_checkpoint
+
+            ensure_checkpoint(config.checkpoint_dir, config.download_from)
     tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template)
     _, base = read_config(Path(config.checkpoint_dir))
     if config.data.max_seq_len > base.max_positions:
