@@ -1,5 +1,6 @@
 """Generation for one prompt or several, as text, token ids or a stream."""
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -46,7 +47,19 @@ def finish_all(model: nn.Module, requests: list[Request]) -> None:
     batch = Batch(model)
     batch.add(requests)
     while batch.requests:
-        batch.step()
+        with _native_gemv(batch):
+            batch.step()
+
+
+def _native_gemv(batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """For one token in bf16 on a CPU: torch's own matrix-vector product, twice as fast as oneDNN's.
+
+    The switch is the process's. So it is for callers that decode in one thread; the server, with threads, does without.
+    """
+    one = len(batch.requests) == 1 and batch.draft is None and batch.device.type == "cpu"
+    if not one or batch.dtype != torch.bfloat16:
+        return contextlib.nullcontext()
+    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def stream(
@@ -66,7 +79,8 @@ def stream_text(model: nn.Module, request: Request, draft: Draft | None = None) 
     batch = Batch(model, draft)
     batch.add([request])
     while batch.requests:
-        batch.step()
+        with _native_gemv(batch):
+            batch.step()
         if piece := request.take():
             yield piece
 

@@ -451,11 +451,16 @@ def test_a_draft_is_for_plain_greedy_decoding(options):
 
 
 def test_decoding_leaves_global_switches_alone():
-    """Other threads of a server multiply at the same time."""
-    model, switches = random_model("llama").bfloat16(), set()
-    model.register_forward_pre_hook(lambda *_: switches.add(torch.backends.mkldnn.enabled))
+    """A batch, which the server drives in a thread of its own, never sets them; commands, in one thread, set them back."""
+    model, switches, before = random_model("llama").bfloat16(), [], torch.backends.mkldnn.enabled
+    model.register_forward_pre_hook(lambda *_: switches.append(torch.backends.mkldnn.enabled))
+    batch = Batch(model)
+    batch.add([Request(PROMPTS[0], SamplingConfig(max_new_tokens=3), [])])
+    while batch.requests:
+        batch.step()
+    assert set(switches) == {before}
     generate_batch(model, PROMPTS[:1], 3, [])
-    assert switches == {torch.backends.mkldnn.enabled}
+    assert switches[-3:] == [False] * 3 and torch.backends.mkldnn.enabled == before
 
 
 @pytest.mark.parametrize("name", CONFIGS)
