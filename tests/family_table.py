@@ -1,7 +1,9 @@
-"""The README's table of families, from the registry, the files and a measurement against transformers.
+"""The tables of families: the README's, from the registry and the files, and the benchmark page's, measured.
 
-python tests/family_table.py            # print it
-python tests/family_table.py --write    # and put it into README.md
+python tests/family_table.py --write      # put file and models covered into README.md
+python tests/family_table.py --measure    # measure parity with transformers, into docs/benchmarks.md; some minutes
+
+Without an option it prints the README's table.
 """
 
 import importlib
@@ -22,12 +24,17 @@ from litmini.checkpoints.hf import load_model  # noqa: E402
 from litmini.models import FAMILIES, family  # noqa: E402
 from litmini.ops import attention  # noqa: E402
 
-BEGIN, END = "<!-- families: python tests/family_table.py --write -->\n", "<!-- families end -->"
-HEAD = "| file | `model_type` | covers | largest difference of logits |\n|---|---|---|---|\n"
+COVERED, MEASURED = ROOT / "README.md", ROOT / "docs/benchmarks.md"
+BEGIN, END = "<!-- families: python tests/family_table.py --{} -->\n", "<!-- families end -->"
+OPTIONS = {COVERED: "write", MEASURED: "measure"}
+HEADS = {
+    COVERED: "| file | covers |\n|---|---|\n",
+    MEASURED: "| file | `model_type` | largest difference of logits |\n|---|---|---|\n",
+}
 
 
 def suites() -> dict[str, type[FamilyTests]]:
-    """Module name -> the class that tests it."""
+    """Return module name -> the class that tests it."""
     found = {}
     for file in sorted((ROOT / "tests/models").glob("test_*.py")):
         if "FamilyTests" in file.read_text():
@@ -38,7 +45,7 @@ def suites() -> dict[str, type[FamilyTests]]:
 
 
 def difference(suite: type[FamilyTests]) -> float:
-    """The largest difference of fp32 logits over all its cases, absolute; the logits themselves are of order 1 to 10."""
+    """Return the largest difference of fp32 logits over all its cases; the logits themselves are of order 1 to 10."""
     worst = 0.0
     attention.EXPLICIT_LENGTH_CAUSAL_FP32 = attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
     for config in (config for name, config in suite.cases.items() if name not in suite.fixed):
@@ -54,28 +61,48 @@ def difference(suite: type[FamilyTests]) -> float:
     return worst
 
 
-def row(module_name: str, shown: str) -> str:
-    module = importlib.import_module(module_name)
-    types = [f"`{model_type}`" for model_type, name in FAMILIES.items() if name == module_name]
-    covers = (module.__doc__ or "").splitlines()[0].rstrip(".")
-    file = Path(inspect.getsourcefile(module) or "").relative_to(ROOT)
-    return f"| `{file}` | {', '.join(types)} | {covers} | {shown} |\n"
+def names() -> list[str]:
+    """Return the module of each family, sorted."""
+    return sorted({family(model_type).__name__ for model_type in FAMILIES})
 
 
-def table() -> str:
-    classes = suites()
-    names = sorted({family(model_type).__name__ for model_type in FAMILIES})
-    return HEAD + "".join(row(name, f"{difference(classes[name]):.1e}") for name in names)
+def file_of(module_name: str) -> str:
+    return f"`litmini/models/{module_name.rpartition('.')[2]}.py`"
 
 
-def in_readme() -> str:
-    """Return the table of the README."""
-    return re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", (ROOT / "README.md").read_text(), re.DOTALL)[1]  # type: ignore[index]
+def covered_table() -> str:
+    """Return the README's table: the first line of each file's docstring says what it covers."""
+    lines = [(importlib.import_module(name).__doc__ or "").splitlines()[0].rstrip(".") for name in names()]
+    rows = [f"| {file_of(name)} | {line} |\n" for name, line in zip(names(), lines, strict=True)]
+    return HEADS[COVERED] + "".join(rows)
+
+
+def measured_table(differences: list[str]) -> str:
+    """Return the benchmark page's table of these figures, one for each of `names()`."""
+    rows = []
+    for name, shown in zip(names(), differences, strict=True):
+        types = ", ".join(f"`{model_type}`" for model_type, module in FAMILIES.items() if module == name)
+        rows.append(f"| {file_of(name)} | {types} | {shown} |\n")
+    return HEADS[MEASURED] + "".join(rows)
+
+
+def in_page(page: Path) -> str:
+    """Return the table that stands in a page."""
+    begin = re.escape(BEGIN.format(OPTIONS[page]))
+    return re.search(f"{begin}(.*){re.escape(END)}", page.read_text(), re.DOTALL)[1]  # type: ignore[index]
+
+
+def put(page: Path, table: str) -> None:
+    begin = BEGIN.format(OPTIONS[page])
+    page.write_text(page.read_text().replace(begin + in_page(page) + END, begin + table + END))
 
 
 if __name__ == "__main__":
-    made = table()
+    made = covered_table()
+    if "--measure" in sys.argv:
+        classes = suites()
+        made = measured_table([f"{difference(classes[name]):.1e}" for name in names()])
+        put(MEASURED, made)
+    elif "--write" in sys.argv:
+        put(COVERED, made)
     print(made)
-    if "--write" in sys.argv:
-        readme = ROOT / "README.md"
-        readme.write_text(readme.read_text().replace(BEGIN + in_readme() + END, BEGIN + made + END))

@@ -63,7 +63,7 @@ class FamilyTests:
     counts: ClassVar[dict[str, int]]
     """preset -> published number of parameters, tied ones counted once; every preset but `tiny`."""
     fixed: ClassVar[tuple[str, ...]] = ()
-    """Cases in which transformers itself is wrong and fixed by a fixture; left out of the README's table."""
+    """Cases in which transformers itself is wrong and fixed by a fixture; left out of the measured table."""
 
     @pytest.fixture
     def directory(self, tmp_path, tokenizer_dir):

@@ -72,7 +72,7 @@ def reference(**changes) -> LlamaForCausalLM | MistralForCausalLM:
 
 
 class LlamaCases(FamilyTests):
-    """For the README's table; the tests are those of this file, which came first and go further."""
+    """For family_table.py; the tests are those of this file, which came first and go further."""
 
     module = llama
     cases: ClassVar = {name: hf_config(**changes) for name, changes in CASES.items()}
