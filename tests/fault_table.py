@@ -38,8 +38,8 @@ STEPS, SAVE_EVERY = 6, 2
 MOODY = ("tokens_per_second", "mfu", "memory_mib")
 EXPECTED: dict[str, tuple[tuple[int, ...], str]] = {  # how a run ends, and what it says once where that is not 0
     "kill": ((-signal.SIGKILL,), ""),
-    "SIGTERM": ((128 + signal.SIGTERM,), "Go on with --resume auto"),
-    "Ctrl-C": ((128 + signal.SIGINT,), "Go on with --resume auto"),
+    "SIGTERM": ((128 + signal.SIGTERM,), "Resume it with --resume auto"),
+    "Ctrl-C": ((128 + signal.SIGINT,), "Resume it with --resume auto"),
     "full disk": ((0, 1), "error: the disk is full"),
     "new data": ((0,), ""),
 }
@@ -149,11 +149,12 @@ def break_gradients(step: int) -> None:
 
     take, steps = loop._take_step, iter(range(1, 10**6))
 
-    def broken(fabric: Any, *rest: Any) -> Any:
+    def broken(setup: Any, *rest: Any) -> Any:
+        fabric = setup.fabric
         backward = fabric.backward
         if next(steps) == step:
             fabric.backward = lambda loss: backward(loss * float("nan"))
-        taken = take(fabric, *rest)
+        taken = take(setup, *rest)
         fabric.backward = backward
         return taken
 
@@ -284,7 +285,7 @@ def go_on(place: Place, row: Row, script: str, words: list[str], whole: Path, la
     if "is finished" not in said and any(end.status for end in resumed):
         row.lost.append(f"{out.name} does not go on: {said[-500:]}")
         return
-    from_step = re.search(r"going on from .*, after step (\d+)", said)
+    from_step = re.search(r"resuming from .*, after step (\d+)", said)
     row.again = max(row.again, done - int(from_step[1]) if from_step else 0 if "is finished" in said else done)
     row.lost += [f"{out.name}: {name}" for name in differences(out, whole)]
 
@@ -360,7 +361,7 @@ def corrupted(place: Place, script: str) -> Row:
 
 
 def changed_data(place: Place, script: str) -> Row:
-    """The training and held-out files changed between two parts of a run: refused until they are as they were."""
+    """The training and validation files changed between two parts of a run: refused until they are as they were."""
     row = Row("data file changed while stopped", script)
     words, _ = stopped(place, script)
     for file in (place.data, place.directory / "held_out.jsonl"):

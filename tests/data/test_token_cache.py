@@ -214,7 +214,7 @@ def test_a_kill_leaves_no_process_and_no_entry(tokenizer_dir: Path, tmp_path: Pa
 
 
 def test_several_data_sets_are_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Each keeps its own form; the held-out share is of all; every file is in the manifest by hash."""
+    """Each keeps its own form; the validation share is of all; every file is in the manifest by hash."""
     a, b = write(tmp_path / "a.jsonl", 30), str(tmp_path / "b.jsonl")
     Path(b).write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(10)))
     train, val, held_out = load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0)

@@ -122,7 +122,7 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     assert len(shares) == 2 and max(sizes) < 1.3 * min(sizes)
     whole_run, rows = product(tmp_path / "two"), metrics(tmp_path / "two")
     forget(tmp_path / "two")
-    assert "going on from" in (said := run_both(script, *two, "--resume", "auto")) and "note:" not in said
+    assert "resuming from" in (said := run_both(script, *two, "--resume", "auto")) and "note:" not in said
     assert metrics(tmp_path / "two") == rows
     assert all(torch.equal(tensor, whole_run[name]) for name, tensor in product(tmp_path / "two").items())
     forget(tmp_path / "two")  # shares, read by one process that is not sharded
@@ -130,7 +130,7 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     assert_runs_agree(tmp_path / "one", tmp_path / "two")
     forget(tmp_path / "one")  # and the other way round
     said = run_both(script, *one, "--resume", "auto", *map(str, FSDP))
-    assert "note: devices: 1 -> 2, strategy: auto -> fsdp. Each step has the same rows" in said
+    assert "note: devices: 1 -> 2, strategy: auto -> fsdp. Each step has the same sequences" in said
     assert_runs_agree(tmp_path / "two", tmp_path / "one")
 
 

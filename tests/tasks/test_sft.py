@@ -328,7 +328,7 @@ def test_the_report_is_one_file_that_says_it_all(logged):
     html = (directory / "report.html").read_text()
     page = Page(html)
     assert page.links == [] and "url(http" not in html and "@import" not in html and "script" not in page.tags
-    assert page.tags.count("svg") == 5 and "held-out" in page.text and "gradient norm" in page.text
+    assert page.tags.count("svg") == 5 and "validation" in page.text and "gradient norm" in page.text
     manifest = json.loads((directory / "manifest.json").read_text())
     before, after = (manifest["results"][f"samples_{when}"] for when in ("before", "after"))
     for sample in (*before, *after):
