@@ -47,7 +47,7 @@ def suites() -> dict[str, type[FamilyTests]]:
 def difference(suite: type[FamilyTests]) -> float:
     """Return the largest difference of fp32 logits over all its cases; the logits themselves are of order 1 to 10."""
     worst = 0.0
-    attention.EXPLICIT_LENGTH_CAUSAL_FP32 = attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
+    attention.EXPLICIT_LENGTH_FP32 = attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
     for config in (config for name, config in suite.cases.items() if name not in suite.fixed):
         torch.manual_seed(0)
         theirs = reference(config)

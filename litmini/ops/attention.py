@@ -20,9 +20,10 @@ from litmini.ops.packed_layout import Documents, _Repack, _Unpack, _unpack
 if TYPE_CHECKING:
     from litmini.ops.kv_cache import KVCache, Slots
 
-# On a CPU, up to here two products and a softmax beat the fused kernel (forward + backward)
+# On a CPU, up to this length two matmuls and a softmax are faster than the fused kernel, forward and backward: measured with
+# AMX and without (`python scripts/bench/cpu_choices.py`). In fp32, where no instruction set has matmuls of its own, never.
 EXPLICIT_LENGTH = 512
-EXPLICIT_LENGTH_CAUSAL_FP32 = 0  # there they do not
+EXPLICIT_LENGTH_FP32 = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _kernel(
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
     plain = softcap is None and bias is None
-    longest = EXPLICIT_LENGTH_CAUSAL_FP32 if allowed is None and q.dtype == torch.float32 else EXPLICIT_LENGTH
+    longest = EXPLICIT_LENGTH_FP32 if q.dtype == torch.float32 else EXPLICIT_LENGTH
     if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > longest):
         causal = False
         if allowed is None and T > 1:  # a branch: compiled, T is a symbol, and so would `T > 1` be
