@@ -30,6 +30,7 @@ from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
+from litmini.methods.heads import use_log_probs, use_scores
 from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
@@ -274,6 +275,10 @@ def build(name: str, device: str) -> nn.Module:
                 nn.init.normal_(module.lora_B)
     if "recomputed" in options:
         checkpoint_activations(model)
+    if "log_probs" in options:
+        use_log_probs(model, chunk=5)
+    if "scores" in options:
+        use_scores(model, 3, torch.Generator().manual_seed(0))
     return model
 
 
@@ -286,7 +291,7 @@ def gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torc
         model.eval(), [Request(prompt, SamplingConfig(max_new_tokens=2), []) for prompt in ([1, 2, 3], [4])]
     )  # gathers and frees the weights, and leaves nothing behind
     model.train()
-    losses = [model(tokens[row, None], labels=labels[row, None])[0] for row in rows]
+    losses = [model(tokens[row, None], labels=labels[row, None])[0].sum() for row in rows]
     (sum(losses) * 2 / len(rows) / int((labels != IGNORE).sum())).backward()
     there = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return sum(losses).detach(), {name: full_tensor(gradient) for name, gradient in there.items()}
@@ -295,6 +300,7 @@ def gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torc
 def test_sharded_gradients_equal_plain_ones_in_every_family():
     """Tied and untied, experts in one tensor, vectors, adapters; each process holds half the bytes (requirement 24)."""
     names = [*sorted(FAMILIES), "llama lora", "qwen2 lora recomputed", "llama recomputed", *METHODS]
+    names += ["llama log_probs", "gemma2 log_probs", "llama lora log_probs", "llama scores"]
     for held in values(run_two(gradients_sharded_and_not, names)):
         assert held.keys() == set(names)
         for name, (mine, every) in held.items():
