@@ -92,8 +92,8 @@ def main() -> int:
     print("| setting | outcome | largest share of a tolerance | test |\n|---|---|---|---|", flush=True)
     any_failed = False
     with tempfile.TemporaryDirectory() as directory:
-        for name in options.settings or (SHORT if options.short else SETTINGS):
-            failed, outcome, used = run(SETTINGS[name], files, Path(directory) / f"{name}.jsonl")
+        for number, name in enumerate(options.settings or (SHORT if options.short else SETTINGS)):
+            failed, outcome, used = run(SETTINGS[name], files, Path(directory) / f"{number}.jsonl")
             closest = max(used, key=lambda test: used[test], default="none")
             print(f"| {name} | {outcome} | {used[closest]:.2f} | {closest.removeprefix('tests/')} |", flush=True)
             print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr, flush=True)
