@@ -6,16 +6,11 @@ JSONL, JSON, CSV or Parquet.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from litmini.data.readers import (
-    Chunk,
-    _decode,
-    read_chunks,
-)
+from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
 from litmini.errors import UserError
 from litmini.tokenizer import Message
 
@@ -105,10 +100,8 @@ def parse_chunk(
     Args:
         form: of the records before; None: take that of the first.
     """
-    records = chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()
-    for where, raw in zip(chunk.locations, records, strict=True):
+    for where, record in chunk.records():
         try:
-            record = _parse(_decode(raw, where)) if isinstance(raw, bytes) else raw
             found = _forms(record)
             form = form or found[0]
             if form not in found:
@@ -123,14 +116,6 @@ def bad_records(problems: list[str]) -> UserError:
     """One error for all problems; the first ten are listed."""
     more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
     return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
-
-
-def _parse(text: str) -> Any:
-    """JSON, or the ValueError which says why it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter: absurdly deep lists
-        return ValueError(f"not valid JSON: {error}")
 
 
 def _forms(record: Any) -> list[str]:
@@ -148,13 +133,13 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
     """Bring a record of any form to an `Example`; ValueError says what is wrong with it."""
     if form in ("messages", "ShareGPT"):
         return Example(where, messages=_messages(record[FORMS[form][0]]))
-    fields = [_text(record[key], key) for key in FORMS[form]]
+    fields = [check_text(record[key], key) for key in FORMS[form]]
     if form == "text":
         return Example(where, text=fields[0])
     question, answer = fields
     chat = plain = question
     if form == "Alpaca":
-        extra = _text(record.get("input") or "", "input")
+        extra = check_text(record.get("input") or "", "input")
         chat = f"{question}\n\n{extra}" if extra else question
         context = ", paired with an input that provides further context" if extra else ""
         plain = ALPACA.format(context, question, f"### Input:\n{extra}\n\n" if extra else "")
@@ -166,7 +151,7 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
 
 def _messages(turns: Any) -> list[Message]:
     if isinstance(turns, str):  # a CSV cell
-        turns = _parse(turns)
+        turns = parse_json(turns)
         if isinstance(turns, ValueError):
             raise turns
     if not isinstance(turns, list) or not turns:
@@ -179,18 +164,8 @@ def _messages(turns: Any) -> list[Message]:
         role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-        content = _text(turn.get("content", turn.get("value")), f"content of a {role} turn")
+        content = check_text(turn.get("content", turn.get("value")), f"content of a {role} turn")
         # Parquet gives every turn every key; None stands for one that is not there
         rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
         messages.append({"role": role, "content": content, **rest})
     return messages
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half a character (a lone \\ud800 to \\udfff escape)") from None
-    return value

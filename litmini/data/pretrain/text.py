@@ -6,9 +6,8 @@ Nothing is held whole in memory: a long document comes in pieces, cut at line en
 import codecs
 import gzip
 import io
-import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -17,6 +16,7 @@ from typing import Any
 
 import fsspec
 
+from litmini.data.readers import check_text, import_pyarrow, read_lines, read_parquet
 from litmini.errors import UserError
 from litmini.files import existing_file
 
@@ -112,8 +112,10 @@ def read_pieces(source: Source, text_key: str = "text", separator: str | None = 
         if kind == ".txt":
             yield from _text(source.name, raw, separator)
             return
-        texts = _parquet(source.name, raw, text_key) if kind == ".parquet" else _jsonl(source.name, raw, text_key)
-        for text in texts:
+        is_parquet = kind == ".parquet"
+        chunks = read_parquet(source.name, raw, text_key) if is_parquet else read_lines(source.name, raw)
+        for where, record in (pair for chunk in chunks for pair in chunk.records()):
+            text = _field(record, text_key, where)
             if len(text) <= PIECE:
                 yield Piece(text, True, True)
                 continue
@@ -133,7 +135,7 @@ def _opened(source: Source) -> Iterator[Any]:
                 with gzip.open(raw) as plain:
                     yield plain
             elif source.name.lower().endswith(".zst"):
-                with _pyarrow().CompressedInputStream(raw, "zstd") as plain:
+                with import_pyarrow().CompressedInputStream(raw, "zstd") as plain:
                     yield io.BufferedReader(plain)  # it has no lines of its own
             else:
                 yield raw
@@ -143,15 +145,6 @@ def _opened(source: Source) -> Iterator[Any]:
         if "://" not in source.name and not isinstance(error, (OSError, EOFError, zlib.error)):
             raise
         raise UserError(f"{source.name} cannot be read: {error}") from None
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError('Parquet and zstd files need pyarrow: pip install "litmini[parquet]"') from None
-    return pyarrow
 
 
 def _cut(text: str, start: int, stop: int) -> int:
@@ -192,45 +185,13 @@ def _decode(decoder: codecs.IncrementalDecoder, data: bytes, name: str, line: in
         raise UserError(f"{name}:{line} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
 
 
-def _jsonl(name: str, raw: Iterable[bytes], key: str) -> Iterator[str]:
-    for number, line in enumerate(raw, 1):
-        where = f"{name}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield _field(json.loads(text), key, where)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-
-
-def _parquet(name: str, raw: Any, key: str) -> Iterator[str]:
-    pyarrow = _pyarrow()
-    try:
-        file = pyarrow.parquet.ParquetFile(raw)
-        if key not in file.schema_arrow.names:
-            raise UserError(
-                f"{name} has no column '{key}'; there are {', '.join(file.schema_arrow.names)}: --text_key."
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=1000, columns=[key]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield _field({key: text}, key, f"{name}:row {number}")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name} is not valid Parquet: {error}") from None
-
-
 def _field(record: Any, key: str, where: str) -> str:
+    if isinstance(record, ValueError):
+        raise UserError(f"{where}: {record}")
     if not isinstance(record, dict) or key not in record:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: no '{key}', found {keys}; name the field that holds the text with --text_key.")
-    text = record[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: '{key}' is {type(text).__name__}, expected text.")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: '{key}' holds half a character (a lone \\ud800 to \\udfff escape).") from None
-    return text
+        return check_text(record[key], f"'{key}'")
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from None
