@@ -59,7 +59,7 @@ def main(config: PrepareConfig) -> None:
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)
-    recipe = TokenizerSpec(
+    spec = TokenizerSpec(
         tokenizer=(tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8"),
         begin=tokenizer.encode(""),
         end=tokenizer.stop_ids[0],
@@ -71,7 +71,7 @@ def main(config: PrepareConfig) -> None:
     sources = find_sources(config.inputs)
     started = time.perf_counter()
     cores = cpu_count()
-    index = prepare(sources, recipe, target, config.workers or cores, tokenizer.save, config.max_empty)
+    index = prepare(sources, spec, target, config.workers or cores, tokenizer.save, config.max_empty)
     for split, content in index["splits"].items():
         tokens = sum(shard["tokens"] for shard in content["shards"])
         print(f"{split}: {content['documents']:,} documents, {tokens:,} tokens in {len(content['shards'])} shards")

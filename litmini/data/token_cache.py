@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -174,52 +168,25 @@ def _parts(path: str, tokenizer: Tokenizer, config: DataConfig, workers: int) ->
     """The file's records as tokens, in order."""
     chunks = read_chunks(path)
     first = next(chunks)
-    found: list[Any] = [[], []]
-    form = parse_chunk(first, None, tokenizer.chat_template is not None, *found)
-    work = partial(_work, form=form, tokenizer=tokenizer, config=config)
-    yield work(first)
+    form = parse_chunk(first, None, tokenizer.chat_template is not None, [], [])
+    tokenize_chunk = partial(_tokenize_chunk, form=form, tokenizer=tokenizer, config=config)
+    yield tokenize_chunk(first)
     if workers == 1:
-        yield from map(work, chunks)
-        return
-    context = multiprocessing.get_context("fork")  # nothing here has run on threads that a fork would lose
-    with ProcessPoolExecutor(workers, context, _start_worker, (work, os.getpid())) as pool:
-        waiting: deque[Future[Part]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_work_in_worker, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from map(tokenize_chunk, chunks)
+    else:
+        from litmini.data.workers import map_in_order
+
+        # No thread that a fork would lose has run so far; spawned processes would import torch
+        yield from map_in_order(lambda: tokenize_chunk, chunks, workers, "fork")
 
 
-def _work(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config: DataConfig) -> Part:
+def _tokenize_chunk(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config: DataConfig) -> Part:
     examples: list[Example] = []
     problems: list[str] = []
     parse_chunk(chunk, form, tokenizer.chat_template is not None, examples, problems)
     part = encode_examples(examples, tokenizer, config)
     part.problems = problems + part.problems
     return part
-
-
-_in_worker: Callable[[Chunk], Part]
-
-
-def _start_worker(work: Callable[[Chunk], Part], parent: int) -> None:
-    global _in_worker
-    _in_worker = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _work_in_worker(chunk: Chunk) -> Part:
-    return _in_worker(chunk)
 
 
 def _remove_abandoned(cache: Path) -> None:

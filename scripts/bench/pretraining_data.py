@@ -56,8 +56,8 @@ def preparation(config: MeasureConfig, place: Path) -> None:
             tokens += sum(map(len, fast.encode_batch_fast(many[at : at + 1000], add_special_tokens=False)))
         seconds["bare"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        recipe = TokenizerSpec(content, [], 0, val_fraction=0.005)
-        prepare(find_sources([str(file)]), recipe, place / f"out-{turn}", cores, lambda path: None)
+        spec = TokenizerSpec(content, [], 0, val_fraction=0.005)
+        prepare(find_sources([str(file)]), spec, place / f"out-{turn}", cores, lambda path: None)
         seconds["prepare_data"].append(time.perf_counter() - started)
     for name, times in seconds.items():
         print(f"{name:13} {tokens / min(times):,.0f} tokens/s (best of {len(times)}), on {cores} cores")

@@ -40,9 +40,9 @@ def place(tmp_path_factory, tokenizer_dir):
     lines = (ROOT / "config_hub/quickstart/train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["messages"][0]["content"] for line in lines[:60]]
     (place / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    recipe = TokenizerSpec((tokenizer_dir / "tokenizer.json").read_text(), [], 2, val_fraction=0.3, shard_tokens=500)
+    spec = TokenizerSpec((tokenizer_dir / "tokenizer.json").read_text(), [], 2, val_fraction=0.3, shard_tokens=500)
     sources = find_sources([str(place / "a.jsonl")])
-    prepare(sources, recipe, place / "corpus", 1, Tokenizer(tokenizer_dir).save, say=lambda text: None)
+    prepare(sources, spec, place / "corpus", 1, Tokenizer(tokenizer_dir).save, say=lambda text: None)
     return place
 
 

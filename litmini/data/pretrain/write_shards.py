@@ -115,7 +115,7 @@ class Counts:
 
 def prepare(
     sources: list[Source],
-    recipe: TokenizerSpec,
+    spec: TokenizerSpec,
     directory: Path,
     workers: int,
     save_tokenizer: Callable[[Path], None],
@@ -132,7 +132,7 @@ def prepare(
     Raises:
         UserError: the text is no good, or `directory` holds something else.
     """
-    made_from = {"recipe": recipe.described(), "sources": [dataclasses.asdict(s) for s in sources]}
+    made_from = {"recipe": spec.described(), "sources": [dataclasses.asdict(s) for s in sources]}
     if (directory / "index.json").exists():
         index = read_json(directory / "index.json")
         if index.get("made_from") == made_from:
@@ -141,8 +141,8 @@ def prepare(
         raise UserError(f"{directory} holds another corpus. Choose another --out_dir, or delete it.")
     directory.mkdir(parents=True, exist_ok=True)
     lock(directory)
-    item_bytes = array(Encoder(recipe).code).itemsize
-    splits = [Shards(directory, split, item_bytes, recipe.shard_tokens) for split in SPLITS]
+    item_bytes = array(Encoder(spec).code).itemsize
+    splits = [Shards(directory, split, item_bytes, spec.shard_tokens) for split in SPLITS]
     counts = _resume(directory, made_from, splits, say)
 
     def commit(counts: Counts) -> None:
@@ -153,9 +153,9 @@ def prepare(
 
     commit(counts)
     committed = time.monotonic()
-    batches = _batches(sources, recipe, dataclasses.replace(counts))
+    batches = _batches(sources, spec, dataclasses.replace(counts))
     with tqdm(desc="preparing", unit="tok", unit_scale=True, disable=None) as bar:
-        for (documents, done), encoded in encode_all(batches, recipe, workers):
+        for (documents, done), encoded in encode_all(batches, spec, workers):
             for shards, tokens, more in zip(splits, encoded, documents, strict=True):
                 shards.write(tokens)
                 shards.documents += more
@@ -171,10 +171,10 @@ def prepare(
     index = {
         "format": FORMAT,
         "dtype": {2: "uint16", 4: "uint32"}[item_bytes],
-        "vocab_size": recipe.vocab_size,
-        "tokenizer_sha256": tokenizer_hash(recipe.tokenizer),
-        "begin": recipe.begin,
-        "end": recipe.end,
+        "vocab_size": spec.vocab_size,
+        "tokenizer_sha256": tokenizer_hash(spec.tokenizer),
+        "begin": spec.begin,
+        "end": spec.end,
         "statistics": {k: v for k, v in vars(counts).items() if k in ("documents", "empty", "characters")},
         "splits": {s.split: {"documents": s.documents, "shards": s.done} for s in splits},
         "made_from": made_from,
@@ -224,13 +224,13 @@ def _check(counts: Counts, splits: list[Shards], max_empty: float, directory: Pa
 Batch = tuple[list[tuple[Piece, bool]], tuple[list[int], Counts]]
 
 
-def _batches(sources: list[Source], recipe: TokenizerSpec, counts: Counts) -> Iterator[Batch]:
+def _batches(sources: list[Source], spec: TokenizerSpec, counts: Counts) -> Iterator[Batch]:
     """What follows after `counts`, in parts of about `BATCH` characters: pieces, documents of each split, counts then."""
     pieces: list[tuple[Piece, bool]] = []
     documents, size = [0, 0], 0
     skip = counts.piece
     for source in sources[counts.source :]:
-        for number, piece in enumerate(read_pieces(source, recipe.text_key, recipe.separator), 1):
+        for number, piece in enumerate(read_pieces(source, spec.text_key, spec.separator), 1):
             if number <= skip:
                 continue
             counts.piece = number
@@ -240,7 +240,7 @@ def _batches(sources: list[Source], recipe: TokenizerSpec, counts: Counts) -> It
                 counts.first_empty = counts.first_empty or f"document {counts.documents}, in {source.name}"
                 continue
             if piece.first:
-                counts.held_out = _held_out(piece.text, recipe.val_fraction)
+                counts.held_out = _held_out(piece.text, spec.val_fraction)
                 documents[counts.held_out] += 1
             pieces.append((piece, counts.held_out))
             counts.characters += len(piece.text)
