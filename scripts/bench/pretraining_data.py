@@ -123,7 +123,7 @@ def opening(place: Path) -> None:
         times = []
         for _ in range(5):
             started = time.perf_counter()
-            TokenWindows([Corpus(directory)], "train", 2048, seed=0).place(0)
+            TokenWindows([Corpus(directory)], "train", 2048, seed=0).locate(0)
             times.append(time.perf_counter() - started)
         print(f"{10**exponent:16,} {len(corpus.splits['train']):6,} {min(times) * 1e3:12.2f}")
 
