@@ -1,6 +1,6 @@
 """Raw text -> documents, streamed: files, folders, globs and URLs of .txt, .jsonl and .parquet, compressed or not.
 
-Nothing is held whole in memory: a long document comes in pieces, cut at line ends.
+Memory does not grow with a file or a document: a long one is read in pieces, which end with a line.
 """
 
 import codecs
@@ -34,7 +34,7 @@ class Source:
     size: int
     """Bytes."""
     stamp: str
-    """Changes when the file does: its time of modification, or a checksum, where the file system knows one."""
+    """Changes when the file does: its modification time, or a checksum where the file system has one."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Piece:
 
 
 def find_sources(inputs: list[str]) -> list[Source]:
-    """Every text file of some files, folders (searched to the bottom), globs and URLs, each once, folders in order.
+    """Return the text files of files, folders (with their folders), globs and URLs, each once, folders sorted.
 
     Args:
-        inputs: paths, or URLs of any file system that fsspec has (`hf://datasets/org/name`, `s3://...`).
+        inputs: paths, or URLs of any file system of fsspec (`hf://datasets/org/name`, `s3://...`).
 
     Raises:
-        UserError: something is not there, holds no text, or is of a kind that is not read.
+        UserError: one is missing, holds no text, or is of a kind that is not read.
     """
     sources: dict[str, Source] = {}
     for name in inputs:
-        found = _remote(name) if "://" in name else _local(name)
-        if not found:
+        files = _remote(name) if "://" in name else _local(name)
+        if not files:
             raise UserError(f"{name} holds no {', '.join(KINDS)} file (.gz and .zst are read, too).")
-        sources.update({source.name: source for source in found})
+        sources.update({source.name: source for source in files})
     return list(sources.values())
 
 
@@ -93,19 +93,19 @@ def _remote(name: str) -> list[Source]:
 
 
 def _kind(name: str) -> str | None:
-    """`.txt`, `.jsonl` or `.parquet`, whatever it is compressed with."""
+    """Return `.txt`, `.jsonl` or `.parquet`, compressed or not; None for another kind."""
     return next((k for k in KINDS for c in ("", ".gz", ".zst") if name.lower().endswith(k + c)), None)
 
 
 def read_pieces(source: Source, text_key: str = "text", separator: str | None = None) -> Iterator[Piece]:
-    """The documents of a file, in pieces of about `PIECE` characters.
+    """Yield the documents of a file, in pieces of about `PIECE` characters.
 
     Args:
-        text_key: where JSONL records and Parquet rows have their text.
-        separator: what stands between the documents of a .txt file; None: a file is one document.
+        text_key: the field of JSONL records, or column of Parquet files, that holds the text.
+        separator: the string between the documents of a .txt file; None: a file is one document.
 
     Raises:
-        UserError: a file is damaged, not UTF-8, or a record has no such text; names file and line.
+        UserError: the file is damaged or not UTF-8, or a record has no text; names file and line.
     """
     with _opened(source) as raw:
         kind = _kind(source.name)
@@ -121,14 +121,14 @@ def read_pieces(source: Source, text_key: str = "text", separator: str | None = 
                 continue
             start = 0
             while start < len(text):
-                stop = _cut(text, start, start + PIECE)
+                stop = _find_end(text, start, start + PIECE)
                 yield Piece(text[start:stop], start == 0, stop == len(text))
                 start = stop
 
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Any]:
-    """The bytes of a file, decompressed; whatever goes wrong while they are read names the file."""
+    """Open a file for reading its bytes, decompressed; errors of reading name the file."""
     try:
         with fsspec.open(source.name, "rb") if "://" in source.name else open(source.name, "rb") as raw:
             if source.name.lower().endswith(".gz"):
@@ -136,7 +136,7 @@ def _opened(source: Source) -> Iterator[Any]:
                     yield plain
             elif source.name.lower().endswith(".zst"):
                 with import_pyarrow().CompressedInputStream(raw, "zstd") as plain:
-                    yield io.BufferedReader(plain)  # it has no lines of its own
+                    yield io.BufferedReader(plain)  # pyarrow's stream has no lines
             else:
                 yield raw
     except UserError:
@@ -147,8 +147,8 @@ def _opened(source: Source) -> Iterator[Any]:
         raise UserError(f"{source.name} cannot be read: {error}") from None
 
 
-def _cut(text: str, start: int, stop: int) -> int:
-    """Where to end a piece: after the last line, or else the last word, before `stop`; the end of the text if near."""
+def _find_end(text: str, start: int, stop: int) -> int:
+    """Return where to end a piece: after the last line, or else word, before `stop`; or the end of the text if near."""
     if stop >= len(text):
         return len(text)
     for mark in ("\n", " "):
@@ -168,12 +168,12 @@ def _text(name: str, raw: Any, separator: str | None) -> Iterator[Piece]:
             for text in whole:
                 yield Piece(text, first, True)
                 first = True
-        while len(buffer) > PIECE:  # half a separator may stand at the end: it is not cut
-            stop = _cut(buffer, 0, PIECE - len(separator or ""))
+        while len(buffer) > PIECE:  # its end may be half a separator, which must stay whole
+            stop = _find_end(buffer, 0, PIECE - len(separator or ""))
             yield Piece(buffer[:stop], first, False)
             buffer, first = buffer[stop:], False
     _decode(decoder, b"", name, line)
-    if not (separator and first and not buffer.strip()):  # a separator may also stand after the last document
+    if not (separator and first and not buffer.strip()):  # a separator may end the last document, too
         yield Piece(buffer, first, True)
 
 

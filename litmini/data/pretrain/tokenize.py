@@ -1,4 +1,4 @@
-"""Text -> token ids, on all cores. Imports nothing heavy, for the sake of the processes that do it."""
+"""Text -> token ids, on all cores. Imports nothing heavy: each spawned process does, too."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Everything but the text that the tokens depend on."""
+    """Everything that the tokens depend on, but the text."""
 
     tokenizer: str
     """The contents of tokenizer.json."""
@@ -33,9 +33,9 @@ class TokenizerSpec:
     text_key: str = "text"
     separator: str | None = None
     val_fraction: float = 0.0
-    """Share of documents that are held out, by a hash of their text: equal documents fall on the same side."""
+    """Fraction of documents for validation, chosen by a hash of their text: equal documents are in the same split."""
     shard_tokens: int = 1 << 28
-    """Tokens in a shard; the last one of a split has fewer."""
+    """Tokens in a shard; the last one of a split may have fewer."""
 
     @property
     def vocab_size(self) -> int:
@@ -46,16 +46,16 @@ class TokenizerSpec:
 
 
 def tokenizer_hash(text: str) -> str:
-    """sha256 of what a tokenizer.json means: the order of keys, truncation and padding do not count."""
+    """Return the sha256 of what a tokenizer.json means: without the order of keys, truncation and padding."""
     content = {k: v for k, v in json.loads(text).items() if k not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Encoder:
-    """Tokenises pieces, in one thread. Text that spells a special token is text: only documents' ends are ends."""
+    """Tokenises pieces, in one thread. Text that spells a special token stays text: only documents' ends are ends."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process of its own
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores
         self.fast = FastTokenizer.from_str(spec.tokenizer)
         self.fast.no_truncation()
         self.fast.no_padding()
@@ -64,11 +64,11 @@ class Encoder:
         self.code = "H" if spec.vocab_size <= 1 << 16 else "I"  # 2 or 4 bytes
 
     def __call__(self, pieces: list[tuple[Piece, bool]]) -> list[bytes]:
-        """The tokens of (piece, held out?), for each split, as bytes of uint16 or uint32."""
+        """Return the tokens of (piece, is_validation) of each split, as bytes of uint16 or uint32."""
         tokens = [array(self.code) for _ in SPLITS]
         encodings = self.fast.encode_batch_fast([piece.text for piece, _ in pieces], add_special_tokens=False)
-        for (piece, held_out), encoding in zip(pieces, encodings, strict=True):
-            out = tokens[held_out]
+        for (piece, is_validation), encoding in zip(pieces, encodings, strict=True):
+            out = tokens[is_validation]
             if piece.first:
                 out.extend(self.begin)
             out.extend(encoding.ids)
@@ -80,14 +80,11 @@ class Encoder:
 def encode_all(
     batches: Iterable[tuple[list[tuple[Piece, bool]], T]], spec: TokenizerSpec, workers: int
 ) -> Iterator[tuple[T, list[bytes]]]:
-    """Tokenise batches, in order; a few for each process are under way at a time.
+    """Tokenise batches, in order, a few for each process at a time; yield the mark and the tokens of each split.
 
     Args:
-        batches: (piece, held out?) of each piece of a batch, and what comes back with its tokens.
-        workers: processes; 1 does it in this one.
-
-    Returns:
-        That, and the tokens of each split.
+        batches: (piece, is_validation) of each piece of a batch, and a mark.
+        workers: processes; 1: this one only.
     """
     marks: deque[T] = deque()
 
