@@ -1,4 +1,4 @@
-"""Files -> examples. A file's form is found by looking at its records.
+"""Records of data files -> examples. The keys of a file's first record decide its form.
 
 Forms: `messages`, ShareGPT `conversations`, Alpaca `instruction`/`output`, `prompt`/`completion`, or plain `text`; as
 JSONL, JSON, CSV or Parquet.
@@ -31,7 +31,7 @@ ALPACA = (
 
 @dataclass(frozen=True)
 class Example:
-    """One record: `messages`, or `text` of which what follows `prompt` is trained."""
+    """One record: `messages`, or `text`, of which what follows `prompt` is supervised."""
 
     where: str
     """file:line, for errors."""
@@ -41,10 +41,10 @@ class Example:
 
 
 def read_examples(path: str, has_template: bool) -> list[Example]:
-    """All records of a file.
+    """Return all records of a file.
 
     Args:
-        has_template: Alpaca and prompt/completion become messages; without one, plain text.
+        has_template: Alpaca and prompt/completion become messages; without a chat template, plain text.
 
     Raises:
         UserError: the file is missing, empty, of unknown form, mixes forms, or has broken records; all named by file:line.
@@ -60,12 +60,12 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
 
 
 def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> list[Example]:
-    """The records with the numbers `wanted` (from 0), in the order of the file; the others are passed over.
+    """Return the records with the numbers `wanted` (from 0), in the order of the file.
 
     Raises:
         UserError: as `read_examples`.
     """
-    found: list[Example] = []
+    picked: list[Example] = []
     problems: list[str] = []
     first, form = 0, None
     for chunk in read_chunks(path):
@@ -76,36 +76,36 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
             form = parse_chunk(chunk, form, has_template, examples, problems)
             if problems:
                 raise bad_records(problems)
-            found += [examples[n] for n in sorted(inside)]
-    return found
+            picked += [examples[n] for n in sorted(inside)]
+    return picked
 
 
 def find_locations(path: str, wanted: Collection[int]) -> dict[int, str]:
-    """Where the records with the numbers `wanted` (from 0) are: file:line. The file is read up to the last of them."""
-    found: dict[int, str] = {}
+    """Return file:line of the records with the numbers `wanted` (from 0). The file is read up to the last of them."""
+    locations: dict[int, str] = {}
     first, last = 0, max(wanted)
     for chunk in read_chunks(path):
-        found |= {n: chunk.locations[n - first] for n in wanted if first <= n < first + len(chunk.locations)}
+        locations |= {n: chunk.locations[n - first] for n in wanted if first <= n < first + len(chunk.locations)}
         first += len(chunk.locations)
         if first > last:
             break
-    return found
+    return locations
 
 
 def parse_chunk(
     chunk: Chunk, form: str | None, has_template: bool, examples: list[Example], problems: list[str]
 ) -> str | None:
-    """Add the examples in a chunk to `examples`, and what is wrong with others to `problems`; returns the file's form.
+    """Add the examples in a chunk to `examples`, and the faults of others to `problems`; return the file's form.
 
     Args:
-        form: of the records before; None: take that of the first.
+        form: of the records before; None: that of the first decides.
     """
     for where, record in chunk.records():
         try:
-            found = _forms(record)
-            form = form or found[0]
-            if form not in found:
-                raise ValueError(f"is {found[0]}, but the records before it are {form}; one form in a file")
+            forms = _find_forms(record)
+            form = form or forms[0]
+            if form not in forms:
+                raise ValueError(f"is {forms[0]}, but the records before it are {form}; one form in a file")
             examples.append(_example(where, record, form, has_template))
         except ValueError as error:
             problems.append(f"{where}: {error}")
@@ -113,40 +113,40 @@ def parse_chunk(
 
 
 def bad_records(problems: list[str]) -> UserError:
-    """One error for all problems; the first ten are listed."""
+    """Return one error for all problems, which lists the first ten."""
     more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
     return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
 
 
-def _forms(record: Any) -> list[str]:
-    """The forms that a record can be read as, the first being the one to take."""
+def _find_forms(record: Any) -> list[str]:
+    """Return the forms that a record can be read as, the preferred one first."""
     if isinstance(record, ValueError):
         raise record
-    found = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
-    if not found:
+    forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
+    if not forms:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}")
-    return found
+    return forms
 
 
 def _example(where: str, record: dict[str, Any], form: str, has_template: bool) -> Example:
-    """Bring a record of any form to an `Example`; ValueError says what is wrong with it."""
+    """Return a record of any form as an `Example`; a ValueError says what is wrong with it."""
     if form in ("messages", "ShareGPT"):
         return Example(where, messages=_messages(record[FORMS[form][0]]))
     fields = [check_text(record[key], key) for key in FORMS[form]]
     if form == "text":
         return Example(where, text=fields[0])
-    question, answer = fields
-    chat = plain = question
+    prompt, completion = fields
+    chat = plain = prompt
     if form == "Alpaca":
         extra = check_text(record.get("input") or "", "input")
-        chat = f"{question}\n\n{extra}" if extra else question
+        chat = f"{prompt}\n\n{extra}" if extra else prompt
         context = ", paired with an input that provides further context" if extra else ""
-        plain = ALPACA.format(context, question, f"### Input:\n{extra}\n\n" if extra else "")
+        plain = ALPACA.format(context, prompt, f"### Input:\n{extra}\n\n" if extra else "")
     if has_template:
-        turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": answer}]
+        turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": completion}]
         return Example(where, messages=turns)
-    return Example(where, prompt=plain, text=plain + answer)
+    return Example(where, prompt=plain, text=plain + completion)
 
 
 def _messages(turns: Any) -> list[Message]:
@@ -165,7 +165,7 @@ def _messages(turns: Any) -> list[Message]:
         if role not in ROLES:
             raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
         content = check_text(turn.get("content", turn.get("value")), f"content of a {role} turn")
-        # Parquet gives every turn every key; None stands for one that is not there
+        # In Parquet every turn has every key; None means that it is absent
         rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
         messages.append({"role": role, "content": content, **rest})
     return messages

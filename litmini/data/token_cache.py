@@ -1,7 +1,7 @@
-"""Tokens of data files, kept on disk: made by all cores once, then mapped into memory by every run and every process.
+"""Tokens of data files, kept on disk: made once, on all cores, then mapped into memory by every run and every process.
 
-An entry is named by the hash of all that decides its content: the file, the tokenizer and its template, the settings, and
-the code that makes tokens of them. So it is never out of date, and may be deleted at any time.
+The name of an entry is a hash of everything that decides its content: the data file, the tokenizer and its template, the
+settings, and `FORMAT`. So it is never out of date, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from litmini.files import content_hash, existing_file, read_json, write_json
 from litmini.system import cpu_count, locked
 from litmini.tokenizer import Tokenizer
 
-FORMAT = 1  # to be raised with each change of what tokens come of a record, or of how they are stored
-MANY = 4 << 20  # bytes of data from which on several processes pay
-ABANDONED = 86_400  # seconds after which what a killed process left half done is removed
+FORMAT = 1  # raise it with each change of the tokens of a record, or of how they are stored
+LARGE = 4 << 20  # bytes of a data file from which several processes are faster than one
+ABANDONED = 86_400  # seconds after which what a killed process left is removed
 
 
 @dataclass(frozen=True)
@@ -50,51 +50,51 @@ class TokenFile:
     dropped: int
     truncated_dropped: int
     first_dropped: str
-    """The place in the file of the first example that has no trained token."""
+    """Where in the file the first example without a supervised token is."""
 
 
 def cache_directory() -> Path:
-    """$LITMINI_CACHE, or ~/.cache/litmini."""
+    """Return $LITMINI_CACHE, or ~/.cache/litmini."""
     return Path(os.environ.get("LITMINI_CACHE") or "~/.cache/litmini").expanduser()
 
 
 def tokenize_file(
     path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None = None
 ) -> TokenFile:
-    """The tokens of a data file, from the cache or made now.
+    """Return the tokens of a data file, from the cache or made now.
 
     Args:
-        what: for the progress bar.
-        workers: processes; None: one for each core, or just this one where there is little to do.
+        what: name in the progress bar.
+        workers: processes; None: one for each core, or only this one where the file is small.
 
     Raises:
-        UserError: the file cannot be read, or has records of which no tokens can be made; nothing is kept then.
+        UserError: the file cannot be read, or has records that cannot be tokenised; nothing is kept then.
     """
     sha256 = content_hash(existing_file(path, "data file"))
     directory = cache_directory() / _key(sha256, Path(path).suffix.lower(), tokenizer, config)
-    found = _open(directory, sha256)
-    if found is None:
+    tokens = _open(directory, sha256)
+    if tokens is None:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(directory.parent)
-            aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            partial_directory = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         except OSError as error:
             raise UserError(
-                f"the token cache {directory.parent} cannot be written: {error.strerror}. Name another place with the "
+                f"the token cache {directory.parent} cannot be written: {error.strerror}. Name another directory with the "
                 f"environment variable LITMINI_CACHE."
             ) from None
         try:
-            _write(aside, path, tokenizer, config, what, workers)
+            _write(partial_directory, path, tokenizer, config, what, workers)
             with locked(directory.parent):
-                found = _open(directory, sha256)  # another process may have been faster: its entry is the same
-                if found is None:
+                tokens = _open(directory, sha256)  # another process may have been faster: its entry is the same
+                if tokens is None:
                     shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-                    aside.rename(directory)
-                    found = _open(directory, sha256)
+                    partial_directory.rename(directory)
+                    tokens = _open(directory, sha256)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        assert found is not None, f"{directory} is there, but cannot be read"
-    return found
+            shutil.rmtree(partial_directory, ignore_errors=True)
+        assert tokens is not None, f"{directory} exists, but cannot be read"
+    return tokens
 
 
 def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> str:
@@ -109,7 +109,7 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
 
 
 def _open(directory: Path, sha256: str) -> TokenFile | None:
-    """An entry, or None where there is none, or one that a crash of the machine has damaged."""
+    """Return an entry; None if it does not exist, or a crash of the machine has damaged it."""
     try:
         counts = read_json(directory / "counts.json")
         table = np.load(directory / "table.npy")
@@ -129,13 +129,13 @@ def _open(directory: Path, sha256: str) -> TokenFile | None:
 def _write(
     directory: Path, path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None
 ) -> None:
-    """Tokenise a file into `directory`. Memory does not grow with the file, but for its table, 33 bytes an example."""
+    """Tokenise a file into `directory`. In memory, only its table grows with the file: 33 bytes an example."""
     tables: list[np.ndarray] = []
     dropped: list[str] = []
     problems: list[str] = []
     total = tokens = truncated_dropped = 0
     if workers is None:
-        workers = cpu_count() if Path(path).stat().st_size > MANY else 1
+        workers = cpu_count() if Path(path).stat().st_size > LARGE else 1
     with (
         (directory / "inputs.i32").open("wb") as inputs,
         (directory / "labels.i32").open("wb") as labels,
@@ -165,7 +165,7 @@ def _write(
 
 
 def _parts(path: str, tokenizer: Tokenizer, config: DataConfig, workers: int) -> Iterator[Part]:
-    """The file's records as tokens, in order."""
+    """Yield the file's records as tokens, in order."""
     chunks = read_chunks(path)
     first = next(chunks)
     form = parse_chunk(first, None, tokenizer.chat_template is not None, [], [])
@@ -190,6 +190,6 @@ def _tokenize_chunk(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config
 
 
 def _remove_abandoned(cache: Path) -> None:
-    for left in cache.glob(".*"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+    for directory in cache.glob(".*"):
+        if time.time() - directory.stat().st_mtime > ABANDONED:
+            shutil.rmtree(directory, ignore_errors=True)

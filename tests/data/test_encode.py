@@ -148,11 +148,13 @@ def test_examples_without_a_target_are_dropped_and_counted(tokenizer: Tokenizer)
     s = data.statistics
     assert (s["examples"], s["dropped_examples"], s["truncated_examples"]) == (2, 2, 1)
     assert s["tokens"] == 2 * len(parts(data)[0])
-    with pytest.raises(UserError, match=r"2 of 4 training examples have no trained token within max_seq_len 40 .*a:1"):
+    with pytest.raises(
+        UserError, match=r"2 of 4 training examples have no supervised token within max_seq_len 40 .*a:1"
+    ):
         make(tokenizer, *examples, max_dropped=0.49, max_seq_len=40)
     empty = Example("a:1", text="")
     assert make(tokenizer, good, empty, max_dropped=0.5).statistics["dropped_examples"] == 1
-    with pytest.raises(UserError, match=r"2 of 2 training examples have no trained token"):
+    with pytest.raises(UserError, match=r"2 of 2 training examples have no supervised token"):
         make(tokenizer, question, question, max_dropped=1.0)
 
 
@@ -312,7 +314,7 @@ def test_load_data_holds_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert [e.where for e in load(seed=1, val_fraction=0.25)[2]] != [e.where for e in held_out]
     assert len(load(val_fraction=0.001)[2]) == 1
     for changes, message in (
-        ({"val_fraction": 0.99}, "val_fraction 0.99 leaves nothing of 20 examples to train on"),
+        ({"val_fraction": 0.99}, "val_fraction 0.99 leaves none of 20 examples to train on"),
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"val_fraction": 0.1, "val_path": str(other)}, "val_path and data.val_fraction are both given"),
@@ -337,9 +339,9 @@ def test_load_data_without_a_template(tokenizer: Tokenizer, tmp_path: Path) -> N
 def test_show_masks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(tokenizer, chat("Q", "A"), Example("a:2", prompt="Q:", text="Q: A"), chat("R", "B"))
     first, second = show_masks(data, tokenizer, 2).split("\n--- ")
-    assert first.startswith(f"--- example 1: 2 of {len(parts(data)[0])} tokens trained\n")
-    assert first.endswith("trained\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A][<|im_end|>]")
-    assert second == "example 2: 2 of 3 tokens trained\nQ:[ A][<|im_end|>]"
+    assert first.startswith(f"--- example 1: 2 of {len(parts(data)[0])} tokens supervised\n")
+    assert first.endswith("supervised\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A][<|im_end|>]")
+    assert second == "example 2: 2 of 3 tokens supervised\nQ:[ A][<|im_end|>]"
     assert show_masks(data, tokenizer, 99).count("--- example") == 3
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     coloured = show_masks(data, tokenizer, 2).split("\n--- ")[1]
@@ -349,7 +351,7 @@ def test_show_masks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> No
 def test_describe(tokenizer: Tokenizer) -> None:
     data = make(tokenizer, Example("a:1", text="a"), Example("a:1", prompt="a", text="a b c"))
     assert describe("training", data) == (
-        "training: 2 examples, 4 tokens, 100% trained, longest 3, truncated 0 (0.0%), dropped 0"
+        "training: 2 examples, 4 tokens, 100% supervised, longest 3, truncated 0 (0.0%), dropped 0"
     )
 
 

@@ -223,6 +223,6 @@ def test_several_data_sets_are_one(tokenizer: Tokenizer, tmp_path: Path) -> None
     for i, example in enumerate(held_out):
         text = tokenizer.apply_template(example.messages) if example.messages else example.text + "<|im_end|>"
         assert val[i][0].tolist() == tokenizer.encode(text, special=False)[:-1]
-    assert load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0, to_answer=3)[2] == held_out[:3]
+    assert load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0, max_examples=3)[2] == held_out[:3]
     with pytest.raises(UserError, match=r"data.weights is \[1.0\]"):
         DataConfig([a, b], weights=[1.0])
