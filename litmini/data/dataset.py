@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from litmini.config.finetune import DataConfig
-from litmini.data.encode import encode_examples
-from litmini.data.formats import Example, bad_records, find_locations, pick_examples
+from litmini.data.formats import Example, find_locations, pick_examples
 from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
@@ -72,21 +71,6 @@ class Examples:
             "dropped_examples": self.dropped,
             "longest": int(table["size"].max()),
         }
-
-
-def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, what: str) -> Examples:
-    """Return tokens and labels of examples in memory; those without a supervised token are dropped and counted.
-
-    Raises:
-        UserError: the assistant's turns of an example cannot be found in its text, or more than `config.max_dropped` have
-            no supervised token.
-    """
-    part = encode_examples(examples, tokenizer, config)
-    if part.problems:
-        raise bad_records(part.problems)
-    first = part.dropped[0] if part.dropped else ""
-    _check_dropped(len(part.dropped), part.records, first, config, what)
-    return Examples([(part.inputs, part.labels)], part.table, len(part.dropped), part.truncated_dropped)
 
 
 def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, what: str) -> None:

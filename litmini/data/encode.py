@@ -57,21 +57,21 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
     entries: list[tuple[int, int, int, int, int, int, bool]] = []
     max_ids = config.max_seq_len + 1  # the last one is only predicted
     start = truncated_dropped = 0
-    for number, ids, trained in _encode(examples, tokenizer, config.train_on, problems):
-        targets = int(np.count_nonzero(trained[1:max_ids]))
+    for number, ids, mask in _encode(examples, tokenizer, config.train_on, problems):
+        targets = int(np.count_nonzero(mask[1:max_ids]))
         if not targets:
             dropped.append(examples[number].where)
             truncated_dropped += len(ids) > max_ids
             continue
         size = min(len(ids), max_ids) - 1
         entries.append((0, 0, start, size, targets, number, len(ids) > max_ids))
-        kept.append((ids[: size + 1], trained[: size + 1]))
+        kept.append((ids[: size + 1], mask[: size + 1]))
         start += size
     table = np.array(entries, ENTRY)
     flat = np.concatenate([ids for ids, _ in kept] or [np.zeros(0, np.int32)])
-    trained = np.concatenate([mask for _, mask in kept] or [np.zeros(0, bool)])
+    mask = np.concatenate([part for _, part in kept] or [np.zeros(0, bool)])
     ends = np.cumsum(table["size"] + 1)
-    labels = np.where(trained, flat, np.int32(IGNORE))
+    labels = np.where(mask, flat, np.int32(IGNORE))
     inputs, labels = np.delete(flat, ends - 1), np.delete(labels, ends - table["size"] - 1)
     return Part(inputs, labels, table, len(examples), dropped, truncated_dropped, problems)
 
@@ -92,18 +92,18 @@ def _encode(
         is_text = examples[number].messages is None
         ids = np.array(encoding.ids, dtype=np.int32)
         try:
-            trained = np.zeros(len(ids), dtype=bool)
+            mask = np.zeros(len(ids), dtype=bool)
             if spans:
                 bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-                trained = _trained(ids, bounds, spans, None if is_text else tokenizer.stop_ids)
+                mask = _supervised_mask(ids, bounds, spans, None if is_text else tokenizer.stop_ids)
                 prompts.check(text, ids, bounds[:, 0], spans[-1][0])
         except ValueError as error:
             problems.append(f"{examples[number].where}: {error}")
             continue
         if is_text:  # BOS as the tokenizer adds it, and a supervised end
             ids = np.array([*bos, *ids, tokenizer.stop_ids[0]], dtype=np.int32)
-            trained = np.array([*[False] * len(bos), *trained, True])
-        yield number, ids, trained | (train_on == "all")
+            mask = np.array([*[False] * len(bos), *mask, True])
+        yield number, ids, mask | (train_on == "all")
 
 
 class _Prompts:
@@ -136,7 +136,7 @@ class _Prompts:
 _prompts = functools.lru_cache(4)(_Prompts)
 
 
-def _trained(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[int] | None) -> np.ndarray:
+def _supervised_mask(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[int] | None) -> np.ndarray:
     """Return the mask of tokens within a span, up to its last stop token: the model does not say what follows that.
 
     Args:
@@ -146,7 +146,7 @@ def _trained(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[i
         ValueError: a span has no stop token, or begins within a token.
     """
     starts, ends = bounds.T
-    trained = np.zeros(len(ids), dtype=bool)
+    mask = np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
         if ((starts < start) & (ends > start)).any():
             raise ValueError(CHANGES)
@@ -156,8 +156,8 @@ def _trained(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[i
             if not stops:
                 raise ValueError("the chat template puts no stop token after an assistant's turn")
             inside = inside[: max(int(i[-1]) for i in stops) + 1]
-        trained[inside] = True
-    return trained
+        mask[inside] = True
+    return mask
 
 
 def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str, Spans]:

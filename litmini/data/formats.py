@@ -82,14 +82,8 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
 
 def find_locations(path: str, wanted: Collection[int]) -> dict[int, str]:
     """Return file:line of the records with the numbers `wanted` (from 0). The file is read up to the last of them."""
-    locations: dict[int, str] = {}
-    first, last = 0, max(wanted)
-    for chunk in read_chunks(path):
-        locations |= {n: chunk.locations[n - first] for n in wanted if first <= n < first + len(chunk.locations)}
-        first += len(chunk.locations)
-        if first > last:
-            break
-    return locations
+    locations = (where for chunk in read_chunks(path) for where in chunk.locations)
+    return {n: where for n, where in zip(range(max(wanted) + 1), locations, strict=False) if n in wanted}
 
 
 def parse_chunk(

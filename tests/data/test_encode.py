@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenized import tokenize
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from litmini.config.finetune import DataConfig
-from litmini.data.dataset import Examples, describe, load_data, show_masks, tokenize
+from litmini.data.dataset import Examples, describe, load_data, show_masks
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.files import file_hash

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenized import tokenize
 
 from litmini.config.finetune import DataConfig
 from litmini.data import readers, token_cache
-from litmini.data.dataset import Examples, load_data, tokenize
+from litmini.data.dataset import Examples, load_data
 from litmini.data.encode import ENTRY, Part
 from litmini.data.formats import read_examples
 from litmini.data.readers import read_chunks

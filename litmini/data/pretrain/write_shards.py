@@ -189,8 +189,8 @@ def _resume(directory: Path, made_from: dict[str, Any], splits: list[Shards], sa
     """Return `directory` to its last commit, and the counts of then."""
     file = directory / "progress.json"
     if not file.exists():
-        if shards := [p.name for p in directory.glob("*.bin")]:
-            raise UserError(f"{directory} holds {shards[0]} but no index.json. Choose another --out_dir, or delete it.")
+        if names := [p.name for p in directory.glob("*.bin")]:
+            raise UserError(f"{directory} holds {names[0]} but no index.json. Choose another --out_dir, or delete it.")
         return Counts()
     state = read_json(file)
     try:
