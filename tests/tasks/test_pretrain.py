@@ -138,7 +138,7 @@ def test_killed_and_resumed_equals_undisturbed(place, whole):
     victim.send_signal(signal.SIGKILL)
     _, error = victim.communicate()
     assert victim.returncode == -signal.SIGKILL, f"the run ended before it could be killed: {error.decode()[-1000:]}"
-    assert "going on from" in run("pretrain.py", *words, "--resume", "auto")
+    assert "resuming from" in run("pretrain.py", *words, "--resume", "auto")
     assert losses(place / "killed") == losses(place / "whole")
     assert_same(place / "killed/final/model.safetensors", place / "whole/final/model.safetensors")
     assert_same(
@@ -343,7 +343,7 @@ DAMAGE = {
     "strange tokens": (lambda c: edit(c / "index.json", lambda i: i.update(dtype="float64")), r"index.json is damaged"),
     "few tokens": (
         lambda c: edit(c / "index.json", lambda i: i.update(vocab_size=60)),
-        r"bin holds token \d+, index.json says",
+        r"bin holds token \d+, but index.json has vocab_size 60",
     ),
 }
 
