@@ -12,6 +12,7 @@ from typing import Any, TextIO
 PIECE = 1 << 20  # characters that are read at once
 SPACE = re.compile(r"[ \t\n\r]*")
 NO_LIST = "expected a JSON list of records"
+decode = json.JSONDecoder().raw_decode
 
 
 def read_items(file: TextIO) -> Iterator[Any]:
@@ -62,7 +63,7 @@ def _next_item(text: str, at: int, mark: str) -> tuple[list[Any], int, str]:
         if text[at : at + 1] == "]":
             return [], at + 1, "]"
         mark = "["
-    value, end = json.JSONDecoder().raw_decode(text, at)
+    value, end = decode(text, at)
     end = _skip_space(text, end)
     if not mark:
         raise json.JSONDecodeError(NO_LIST if end == len(text) else "Extra data", text, end)

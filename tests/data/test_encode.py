@@ -1,4 +1,4 @@
-"""From examples to tokens and labels: which tokens are trained, which examples are left out, and what is an error."""
+"""From examples to tokens and labels: which tokens are supervised, which examples are dropped, and what is an error."""
 
 import json
 import shutil
@@ -295,7 +295,7 @@ def test_offsets_cover_white_space(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert trained(tokenizer, make(tokenizer, chat("Hi", text))) == [text + "<|im_end|>"]
 
 
-def test_load_data_holds_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_load_data_splits_validation(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Question {i}", "completion": f"{i}"}) + "\n" for i in range(20)))
     other.write_text('{"text": "other"}\n')
@@ -303,16 +303,16 @@ def test_load_data_holds_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def load(seed: int = 0, **changes: object):
         return load_data(DataConfig(str(file), **changes), tokenizer, seed)
 
-    train, val, held_out = load()
-    assert len(train) == 20 and val is None and held_out == []
-    train, val, held_out = load(val_path=str(other))
-    assert len(train) == 20 and val is not None and len(val) == 1 and held_out[0].text == "other"
-    train, val, held_out = load(val_fraction=0.25)
-    assert val is not None and (len(train), len(val), len(held_out)) == (15, 5, 5)
+    train, val, val_examples = load()
+    assert len(train) == 20 and val is None and val_examples == []
+    train, val, val_examples = load(val_path=str(other))
+    assert len(train) == 20 and val is not None and len(val) == 1 and val_examples[0].text == "other"
+    train, val, val_examples = load(val_fraction=0.25)
+    assert val is not None and (len(train), len(val), len(val_examples)) == (15, 5, 5)
     together = sorted(tuple(parts(data, i)[0]) for data in (train, val) for i in range(len(data)))
     assert together == sorted(tuple(parts(load()[0], i)[0]) for i in range(20)), "each on one side, none lost"
-    assert [e.where for e in load(val_fraction=0.25)[2]] == [e.where for e in held_out]
-    assert [e.where for e in load(seed=1, val_fraction=0.25)[2]] != [e.where for e in held_out]
+    assert [e.where for e in load(val_fraction=0.25)[2]] == [e.where for e in val_examples]
+    assert [e.where for e in load(seed=1, val_fraction=0.25)[2]] != [e.where for e in val_examples]
     assert len(load(val_fraction=0.001)[2]) == 1
     for changes, message in (
         ({"val_fraction": 0.99}, "val_fraction 0.99 leaves none of 20 examples to train on"),

@@ -109,10 +109,10 @@ def test_a_data_set_by_id(tokenizer_dir: Path, tmp_path: Path) -> None:
     local = tmp_path / "a.jsonl"
     local.write_text('{"prompt": "a", "completion": "five"}\n')
     config = DataConfig(["hub:acme/mugs@v1", str(local)], val_path="hub:acme/mugs:test")
-    train, val, held_out = load_data(config, tokenizer, 0)
+    train, val, val_examples = load_data(config, tokenizer, 0)
     texts = [tokenizer.decode([i for i in train[n][1].tolist() if i >= 0]) for n in range(len(train))]
     assert texts == ["one", "two", "three", "five"] and train.table["set"].tolist() == [0, 0, 0, 1]
-    assert val is not None and len(val) == 1 and held_out[0].messages[-1]["content"] == "four"
+    assert val is not None and len(val) == 1 and val_examples[0].messages[-1]["content"] == "four"
     shards = [f"hub:acme/mugs/data/train-0000{i}-of-00002.parquet" for i in range(2)]
     assert list(train.files) == [*shards, str(local)]
 

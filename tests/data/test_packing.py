@@ -174,7 +174,7 @@ def test_longest_batch() -> None:
 
 
 def test_an_example_longer_than_a_row_cannot_be() -> None:
-    """`tokenize` has cut it."""
+    """`tokenize` truncates it."""
     with pytest.raises(AssertionError, match=r"9\D+8"):
         PackedDataset(make([3, 9]), 8, True, seed=0)
 

@@ -160,7 +160,7 @@ def files(directory):
 
 @pytest.mark.parametrize("after", range(1, 14, 3))
 @pytest.mark.parametrize("half", [False, True])
-def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, half):
+def test_an_interrupted_preparation_resumes(tmp_path, fast, monkeypatch, after, half):
     """Wherever it stops: in the middle of a shard, after one, with shards finished that were not committed."""
     monkeypatch.setattr(corpus, "BATCH", 300)
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
@@ -218,24 +218,24 @@ def test_a_killed_preparation_leaves_no_process_behind(fast):
     assert time.monotonic() < deadline
 
 
-def test_going_on_with_other_text_is_refused(tmp_path, fast, monkeypatch):
+def test_resuming_with_other_text_is_refused(tmp_path, fast, monkeypatch):
     monkeypatch.setattr(corpus, "BATCH", 300)
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl"))])
     bad = [*TEXTS[:50], None]
     (broken,) = find_sources([str(jsonl(tmp_path / "b.jsonl", bad))])
     with pytest.raises(UserError, match="b.jsonl:51: 'text' is NoneType"):
         made(tmp_path / "out", [source, broken], spec(fast))
-    (mended,) = find_sources([str(jsonl(tmp_path / "b.jsonl", TEXTS[:50]))])
+    (fixed,) = find_sources([str(jsonl(tmp_path / "b.jsonl", TEXTS[:50]))])
     saved = shutil.copytree(tmp_path / "out", tmp_path / "saved")
-    made(tmp_path / "out", [source, mended], spec(fast))  # it had not come to that file at its last commit
+    made(tmp_path / "out", [source, fixed], spec(fast))  # it had not come to that file at its last commit
     assert len(tokens(tmp_path / "out")) > 0
     with pytest.raises(UserError, match="begun with other settings, another tokenizer or other text"):
-        made(saved, [mended, source], spec(fast))
+        made(saved, [fixed, source], spec(fast))
     with pytest.raises(UserError, match="begun with other settings"):
-        made(saved, [source, mended], spec(fast, val_fraction=0.1))
+        made(saved, [source, fixed], spec(fast, val_fraction=0.1))
 
 
-def test_documents_are_held_out_by_their_text(tmp_path, fast):
+def test_validation_documents_are_chosen_by_their_text(tmp_path, fast):
     texts = [f"text number {i % 500}" for i in range(1000)]  # each twice
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl", texts))])
     made(tmp_path / "out", [source], spec(fast, val_fraction=0.2))
