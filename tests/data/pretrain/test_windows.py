@@ -1,4 +1,4 @@
-"""Rows out of token shards: the permutation, epochs, mixtures, ranks, isolated documents, damage."""
+"""Sequences of token shards: the permutation, epochs, mixtures, ranks, isolated documents, damage."""
 
 import json
 import os
