@@ -111,6 +111,13 @@ def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
     assert [e.text for e in read_examples(str(file), True)] == ["a\u2028b\x85c", "d"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = {"a.jsonl": '{"text": "a"}\n', "a.json": '[{"text": "a"}]', "a.csv": "text\na\n"}[name]
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [e.text for e in read_examples(str(tmp_path / name), True)] == ["a"]
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}')
