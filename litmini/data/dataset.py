@@ -1,5 +1,5 @@
-"""Examples -> tokens and labels. `records.py` reads them from files, `encode.py` tokenises them, `token_cache.py` keeps the
-tokens on disk; `packing.py` makes rows and batches of them."""
+"""Data files -> tokenised examples, for training and validation. `formats.py` reads examples, `encode.py` tokenises them,
+`token_cache.py` keeps the tokens on disk; `packing.py` makes sequences and batches of them."""
 
 import dataclasses
 import sys
@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from litmini.config.finetune import DataConfig
-from litmini.data.encode import encode_examples
-from litmini.data.formats import Example, bad_records, find_locations, pick_examples
+from litmini.data.formats import Example, find_locations, pick_examples
 from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
@@ -21,35 +20,35 @@ from litmini.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised examples of one or more files, or a choice of them."""
+    """Tokenised examples of one or more files, or some of them."""
 
     arrays: list[tuple[np.ndarray, np.ndarray]]
     """Inputs and labels of each file, (tokens,) int32, on disk; labels[i] is the token to predict after inputs[i]."""
     table: np.ndarray
     """(examples,) of encode.ENTRY: where each example is."""
     dropped: int = 0
-    """Examples that were left out, having no trained token."""
+    """Examples without a supervised token, which are not here."""
     truncated_dropped: int = 0
-    """How many of these were cut, too."""
+    """How many of these were truncated."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by name."""
     paths: list[str] = field(default_factory=list)
-    """Where each file is, in the order of `arrays`."""
+    """Path of each file, in the order of `arrays`."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of one example, (tokens,) int32."""
+        """Return inputs and labels of one example, (tokens,) int32."""
         entry = self.table[i]
         span = slice(entry["start"], entry["start"] + entry["size"])
         inputs, labels = self.arrays[entry["file"]]
         return inputs[span], labels[span]
 
     def locations(self, numbers: Sequence[int]) -> list[str]:
-        """Where examples are: file:line, which takes reading the file up to there; or their record, if it has changed."""
+        """Return file:line of examples, for which the file is read again; or their record, if the file has changed."""
         entries = self.table[list(numbers)]
-        found: dict[tuple[int, int], str] = {}
+        by_record: dict[tuple[int, int], str] = {}
         for file in np.unique(entries["file"]).tolist():
             path, wanted = self.paths[file], entries["number"][entries["file"] == file].tolist()
             try:
@@ -58,8 +57,8 @@ class Examples:
                 locations = find_locations(path, set(wanted))
             except UserError:
                 locations = {n: f"{path}, which was changed: record {n + 1}" for n in wanted}
-            found |= {(file, n): place for n, place in locations.items()}
-        return [found[int(entry["file"]), int(entry["number"])] for entry in entries]
+            by_record |= {(file, n): location for n, location in locations.items()}
+        return [by_record[int(entry["file"]), int(entry["number"])] for entry in entries]
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -74,32 +73,17 @@ class Examples:
         }
 
 
-def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, what: str) -> Examples:
-    """Tokens and labels of examples in memory; those left without a target are dropped and counted.
-
-    Raises:
-        UserError: the trained turns of an example cannot be told from the rest, or more than `config.max_dropped` have
-            no trained token.
-    """
-    part = encode_examples(examples, tokenizer, config)
-    if part.problems:
-        raise bad_records(part.problems)
-    first = part.dropped[0] if part.dropped else ""
-    _check_dropped(len(part.dropped), part.records, first, config, what)
-    return Examples([(part.inputs, part.labels)], part.table, len(part.dropped), part.truncated_dropped)
-
-
 def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, what: str) -> None:
     if dropped > config.max_dropped * records or dropped == records:
         raise UserError(
-            f"{dropped} of {records} {what} examples have no trained token within max_seq_len "
-            f"{config.max_seq_len} (the first: {first}). Their answers are missing or cut off: raise "
+            f"{dropped} of {records} {what} examples have no supervised token within max_seq_len "
+            f"{config.max_seq_len} (the first: {first}). Their completions are missing or truncated: raise "
             f"--data.max_seq_len, or allow it with --data.max_dropped."
         )
 
 
 def _find_files(path: str) -> dict[str, str]:
-    """The files of a data set: the name by which a run knows each -> where it is on this machine."""
+    """Return the files of a data set: its name in the manifest -> its path on this machine."""
     if not path.startswith("hub:"):
         return {path: path}
     from litmini.data.hub_datasets import find_files
@@ -108,13 +92,16 @@ def _find_files(path: str) -> dict[str, str]:
 
 
 def load_data(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, to_answer: int | None = None
+    config: DataConfig, tokenizer: Tokenizer, seed: int, max_examples: int | None = None
 ) -> tuple[Examples, Examples | None, list[Example]]:
-    """Tokenised training and validation examples, and validation ones as they were read.
+    """Return tokenised training examples, tokenised validation examples, and validation examples as they were read.
 
     Args:
-        seed: of the choice of `config.val_fraction`.
-        to_answer: how many of the last are wanted; None: all.
+        seed: for choosing `config.val_fraction`.
+        max_examples: of the last; None: all.
+
+    Raises:
+        UserError: a file cannot be read or tokenised, or the settings contradict each other.
     """
     if config.val_path and config.val_fraction:
         raise UserError("data.val_path and data.val_fraction are both given, expected one of them.")
@@ -128,23 +115,23 @@ def load_data(
         count = max(1, round(config.val_fraction * len(train)))
         if count >= len(train):
             raise UserError(
-                f"--data.val_fraction {config.val_fraction} leaves nothing of {len(train)} examples to train on"
+                f"--data.val_fraction {config.val_fraction} leaves none of {len(train)} examples to train on"
             )
-        held, rest = np.sort(order[:count]), np.sort(order[count:])
-        val = Examples(train.arrays, train.table[held], files=train.files, paths=train.paths)
+        chosen, rest = np.sort(order[:count]), np.sort(order[count:])
+        val = Examples(train.arrays, train.table[chosen], files=train.files, paths=train.paths)
         train = dataclasses.replace(train, table=train.table[rest])
-    held_out: list[Example] = []
+    val_examples: list[Example] = []
     if val:
-        asked = val.table[:to_answer]
+        entries = val.table[:max_examples]
         for number, path in enumerate(file for files in val_files for file in files.values()):
-            wanted = asked["number"][asked["file"] == number].tolist()
+            wanted = entries["number"][entries["file"] == number].tolist()
             if wanted:
-                held_out += pick_examples(path, tokenizer.chat_template is not None, wanted)
-    return train, val, held_out
+                val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted)
+    return train, val, val_examples
 
 
 def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, what: str) -> Examples:
-    """The tokens of several data sets, each of one or more files (name -> path), as one."""
+    """Join the tokens of several data sets, each of one or more files (name -> path)."""
     files: list[tuple[int, str, TokenFile]] = []
     for number, names in enumerate(sets):
         files += [(number, name, tokenize_file(path, tokenizer, config, what)) for name, path in names.items()]
@@ -162,27 +149,27 @@ def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, 
 
 
 def describe(name: str, examples: Examples) -> str:
-    """One line of statistics for people."""
+    """Return one line of statistics to print."""
     s = examples.statistics
-    share = 100 * s["truncated_examples"] / max(1, s["examples"] + s["dropped_examples"])
+    truncated = s["truncated_examples"] / max(1, s["examples"] + s["dropped_examples"])
     return (
-        f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, {100 * s['trained_tokens'] / s['tokens']:.0f}% trained, "
-        f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({share:.1f}%), dropped {s['dropped_examples']}"
+        f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, {s['trained_tokens'] / s['tokens']:.0%} supervised, "
+        f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({truncated:.1%}), dropped {s['dropped_examples']}"
     )
 
 
 def show_masks(examples: Examples, tokenizer: Tokenizer, count: int) -> str:
-    """The first examples token by token: what is trained is green, the rest dim; in brackets where there is no colour."""
-    trained_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if sys.stdout.isatty() else ("[{}]", "{}")
+    """Return the first examples token by token: supervised ones green, others dim; in brackets outside a terminal."""
+    supervised_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if sys.stdout.isatty() else ("[{}]", "{}")
     shown: list[str] = []
     for i in range(min(count, len(examples))):
         inputs, labels = examples[i]
-        trained = labels != IGNORE
-        text = f"--- example {len(shown) + 1}: {trained.sum()} of {len(labels)} tokens trained\n"
+        mask = labels != IGNORE
+        text = f"--- example {len(shown) + 1}: {mask.sum()} of {len(labels)} tokens supervised\n"
         # The first token is never predicted; the last one is known only where it is a label
-        tokens = [*zip(inputs, [False, *trained[:-1]], strict=True), *zip(labels[-1:], [True], strict=True)]
-        for token, is_trained in tokens if trained[-1] else tokens[:-1]:
+        tokens = [*zip(inputs, [False, *mask[:-1]], strict=True), *zip(labels[-1:], [True], strict=True)]
+        for token, is_supervised in tokens if mask[-1] else tokens[:-1]:
             piece = tokenizer.decode([int(token)], skip_special=False)
-            text += (trained_mark if is_trained else rest_mark).format(piece)
+            text += (supervised_mark if is_supervised else rest_mark).format(piece)
         shown.append(text)
     return "\n".join(shown)

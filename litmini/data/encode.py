@@ -1,4 +1,4 @@
-"""Examples -> tokens and labels: which tokens carry loss, and where an example is cut. Work for any number of processes."""
+"""Examples -> tokens and labels: which tokens are supervised, and where an example is truncated."""
 
 import functools
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from litmini.tokenizer import Tokenizer
 
 Spans = list[tuple[int, int]]
 CHANGES = (
-    "the prompt's last tokens change with what follows, so the model would not be asked as it was trained. Strip white "
-    "space where prompt and answer meet (one space belongs to the answer), or change the template"
+    "the prompt's last tokens change with what follows, so the model would see another prompt than in training. Strip white "
+    "space where prompt and completion meet (one space belongs to the completion), or change the template"
 )
 ENTRY = np.dtype(
     [
-        ("set", np.int16),  # which of several data sets it is of
-        ("file", np.int32),  # which file's arrays hold its tokens
+        ("set", np.int16),  # number of its data set
+        ("file", np.int32),  # number of the file whose arrays hold its tokens
         ("start", np.int64),  # of its tokens there
         ("size", np.int32),  # tokens
-        ("trained", np.int32),  # tokens that carry loss
+        ("trained", np.int32),  # supervised tokens
         ("number", np.int64),  # of its record in the file, from 0
         ("truncated", np.bool_),
     ]
@@ -32,7 +32,7 @@ ENTRY = np.dtype(
 
 @dataclass
 class Part:
-    """Tokenised examples, end to end; `inputs` and `labels` are (tokens,) int32."""
+    """Tokenised examples, concatenated; `inputs` and `labels` are (tokens,) int32."""
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -42,36 +42,36 @@ class Part:
     records: int
     """Examples that went in."""
     dropped: list[str] = field(default_factory=list)
-    """Where those are that have no trained token."""
+    """Locations of those without a supervised token."""
     truncated_dropped: int = 0
-    """How many of these were cut, too."""
+    """How many of these were truncated."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong with others, each with its place."""
+    """Location and fault of those that cannot be tokenised."""
 
 
 def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataConfig) -> Part:
-    """Tokens and labels of all examples; those left without a target are dropped."""
+    """Return tokens and labels of examples; those without a supervised token are dropped."""
     dropped: list[str] = []
     problems: list[str] = []
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     entries: list[tuple[int, int, int, int, int, int, bool]] = []
-    most = config.max_seq_len + 1  # one more than a row: the last token is only predicted
+    max_ids = config.max_seq_len + 1  # the last one is only predicted
     start = truncated_dropped = 0
-    for number, ids, trained in _encode(examples, tokenizer, config.train_on, problems):
-        targets = int(np.count_nonzero(trained[1:most]))
+    for number, ids, mask in _encode(examples, tokenizer, config.train_on, problems):
+        targets = int(np.count_nonzero(mask[1:max_ids]))
         if not targets:
             dropped.append(examples[number].where)
-            truncated_dropped += len(ids) > most
+            truncated_dropped += len(ids) > max_ids
             continue
-        size = min(len(ids), most) - 1
-        entries.append((0, 0, start, size, targets, number, len(ids) > most))
-        kept.append((ids[: size + 1], trained[: size + 1]))
+        size = min(len(ids), max_ids) - 1
+        entries.append((0, 0, start, size, targets, number, len(ids) > max_ids))
+        kept.append((ids[: size + 1], mask[: size + 1]))
         start += size
     table = np.array(entries, ENTRY)
     flat = np.concatenate([ids for ids, _ in kept] or [np.zeros(0, np.int32)])
-    trained = np.concatenate([mask for _, mask in kept] or [np.zeros(0, bool)])
+    mask = np.concatenate([part for _, part in kept] or [np.zeros(0, bool)])
     ends = np.cumsum(table["size"] + 1)
-    labels = np.where(trained, flat, np.int32(IGNORE))
+    labels = np.where(mask, flat, np.int32(IGNORE))
     inputs, labels = np.delete(flat, ends - 1), np.delete(labels, ends - table["size"] - 1)
     return Part(inputs, labels, table, len(examples), dropped, truncated_dropped, problems)
 
@@ -79,7 +79,7 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
 def _encode(
     examples: list[Example], tokenizer: Tokenizer, train_on: str, problems: list[str]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number, ids, trained), arrays of int32 and bool; what is wrong with other examples is added to `problems`."""
+    """Yield (number, ids, mask) of examples, arrays of int32 and bool; faults of others are added to `problems`."""
     rendered: list[tuple[int, str, Spans]] = []
     for number, example in enumerate(examples):
         try:
@@ -92,22 +92,22 @@ def _encode(
         is_text = examples[number].messages is None
         ids = np.array(encoding.ids, dtype=np.int32)
         try:
-            trained = np.zeros(len(ids), dtype=bool)
+            mask = np.zeros(len(ids), dtype=bool)
             if spans:
                 bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-                trained = _trained(ids, bounds, spans, None if is_text else tokenizer.stop_ids)
+                mask = _supervised_mask(ids, bounds, spans, None if is_text else tokenizer.stop_ids)
                 prompts.check(text, ids, bounds[:, 0], spans[-1][0])
         except ValueError as error:
             problems.append(f"{examples[number].where}: {error}")
             continue
-        if is_text:  # raw text: framed as the tokenizer frames it, and it learns to stop
+        if is_text:  # BOS as the tokenizer adds it, and a supervised end
             ids = np.array([*bos, *ids, tokenizer.stop_ids[0]], dtype=np.int32)
-            trained = np.array([*[False] * len(bos), *trained, True])
-        yield number, ids, trained | (train_on == "all")
+            mask = np.array([*[False] * len(bos), *mask, True])
+        yield number, ids, mask | (train_on == "all")
 
 
 class _Prompts:
-    """Checks that prompts have the tokens in training that they have when the model is asked."""
+    """Checks that a prompt has the same tokens in training as alone, when the model completes it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.is_special = np.zeros(max(tokenizer.fast.get_vocab().values()) + 1, dtype=bool)
@@ -118,10 +118,10 @@ class _Prompts:
     def check(self, text: str, ids: np.ndarray, starts: np.ndarray, end: int) -> None:
         """Raise ValueError where `text[:end]` alone has other tokens than at the beginning of `text`.
 
-        A special token parts what is before it from what is after it, so only what follows the last one is encoded.
+        Tokens do not cross a special token, so only what follows the last one is encoded.
 
         Args:
-            ids, starts: of the tokens of `text`; the second are in characters.
+            ids, starts: of the tokens of `text`; `starts` are in characters.
         """
         specials = np.flatnonzero(self.is_special[ids] & (starts < end))
         first = int(specials[-1]) if len(specials) else 0
@@ -136,17 +136,17 @@ class _Prompts:
 _prompts = functools.lru_cache(4)(_Prompts)
 
 
-def _trained(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[int] | None) -> np.ndarray:
-    """Which tokens lie in a span, and there up to the last of `stop_ids`: what the template puts after it is not said.
+def _supervised_mask(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[int] | None) -> np.ndarray:
+    """Return the mask of tokens within a span, up to its last stop token: the model does not say what follows that.
 
     Args:
         bounds: (tokens, 2), first character of each token and the one after the last.
 
     Raises:
-        ValueError: there is no stop token in a span, or a token lies on its beginning.
+        ValueError: a span has no stop token, or begins within a token.
     """
     starts, ends = bounds.T
-    trained = np.zeros(len(ids), dtype=bool)
+    mask = np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
         if ((starts < start) & (ends > start)).any():
             raise ValueError(CHANGES)
@@ -156,15 +156,15 @@ def _trained(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids: list[i
             if not stops:
                 raise ValueError("the chat template puts no stop token after an assistant's turn")
             inside = inside[: max(int(i[-1]) for i in stops) + 1]
-        trained[inside] = True
-    return trained
+        mask[inside] = True
+    return mask
 
 
 def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str, Spans]:
-    """Text, and the character spans of it which are trained, found by rendering the conversation up to each turn."""
+    """Return text and its supervised spans in characters, found by rendering the conversation up to each turn."""
     messages = example.messages
     text = example.text if messages is None else tokenizer.apply_template(messages)
-    if train_on == "all":  # everything is, so there is nothing to find
+    if train_on == "all":
         return text, []
     if messages is None:
         return text, [(len(example.prompt), len(text))]
@@ -173,8 +173,8 @@ def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str,
         if message["role"] == "assistant":
             before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
             after = tokenizer.apply_template(messages[: i + 1]) if i + 1 < len(messages) else text
-            end = _agree(text, after)
-            last_only = len(after) - end  # some templates end the last turn in another way, after the answer
+            end = _common_prefix(text, after)
+            last_only = len(after) - end  # some templates end the last turn in another way, after the completion
             if not text.startswith(before) or end <= len(before) or last_only >= max(1, len(tokenizer.after_answer)):
                 raise ValueError(
                     f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
@@ -184,8 +184,8 @@ def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str,
     return text, spans
 
 
-def _agree(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+def _common_prefix(a: str, b: str) -> int:
+    """Return the number of characters that two texts have in common at their beginning."""
     if a.startswith(b):
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

@@ -1,4 +1,4 @@
-"""Files -> examples. A file's form is found by looking at its records.
+"""Records of data files -> examples. The keys of a file's first record decide its form.
 
 Forms: `messages`, ShareGPT `conversations`, Alpaca `instruction`/`output`, `prompt`/`completion`, or plain `text`; as
 JSONL, JSON, CSV or Parquet.
@@ -6,16 +6,11 @@ JSONL, JSON, CSV or Parquet.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from litmini.data.readers import (
-    Chunk,
-    _decode,
-    read_chunks,
-)
+from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
 from litmini.errors import UserError
 from litmini.tokenizer import Message
 
@@ -36,7 +31,7 @@ ALPACA = (
 
 @dataclass(frozen=True)
 class Example:
-    """One record: `messages`, or `text` of which what follows `prompt` is trained."""
+    """One record: `messages`, or `text`, of which what follows `prompt` is supervised."""
 
     where: str
     """file:line, for errors."""
@@ -46,10 +41,10 @@ class Example:
 
 
 def read_examples(path: str, has_template: bool) -> list[Example]:
-    """All records of a file.
+    """Return all records of a file.
 
     Args:
-        has_template: Alpaca and prompt/completion become messages; without one, plain text.
+        has_template: Alpaca and prompt/completion become messages; without a chat template, plain text.
 
     Raises:
         UserError: the file is missing, empty, of unknown form, mixes forms, or has broken records; all named by file:line.
@@ -65,12 +60,12 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
 
 
 def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> list[Example]:
-    """The records with the numbers `wanted` (from 0), in the order of the file; the others are passed over.
+    """Return the records with the numbers `wanted` (from 0), in the order of the file.
 
     Raises:
         UserError: as `read_examples`.
     """
-    found: list[Example] = []
+    picked: list[Example] = []
     problems: list[str] = []
     first, form = 0, None
     for chunk in read_chunks(path):
@@ -81,38 +76,30 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
             form = parse_chunk(chunk, form, has_template, examples, problems)
             if problems:
                 raise bad_records(problems)
-            found += [examples[n] for n in sorted(inside)]
-    return found
+            picked += [examples[n] for n in sorted(inside)]
+    return picked
 
 
 def find_locations(path: str, wanted: Collection[int]) -> dict[int, str]:
-    """Where the records with the numbers `wanted` (from 0) are: file:line. The file is read up to the last of them."""
-    found: dict[int, str] = {}
-    first, last = 0, max(wanted)
-    for chunk in read_chunks(path):
-        found |= {n: chunk.locations[n - first] for n in wanted if first <= n < first + len(chunk.locations)}
-        first += len(chunk.locations)
-        if first > last:
-            break
-    return found
+    """Return file:line of the records with the numbers `wanted` (from 0). The file is read up to the last of them."""
+    locations = (where for chunk in read_chunks(path) for where in chunk.locations)
+    return {n: where for n, where in zip(range(max(wanted) + 1), locations, strict=False) if n in wanted}
 
 
 def parse_chunk(
     chunk: Chunk, form: str | None, has_template: bool, examples: list[Example], problems: list[str]
 ) -> str | None:
-    """Add the examples in a chunk to `examples`, and what is wrong with others to `problems`; returns the file's form.
+    """Add the examples in a chunk to `examples`, and the faults of others to `problems`; return the file's form.
 
     Args:
-        form: of the records before; None: take that of the first.
+        form: of the records before; None: that of the first decides.
     """
-    records = chunk.records if isinstance(chunk.records, list) else chunk.records.to_pylist()
-    for where, raw in zip(chunk.locations, records, strict=True):
+    for where, record in chunk.records():
         try:
-            record = _parse(_decode(raw, where)) if isinstance(raw, bytes) else raw
-            found = _forms(record)
-            form = form or found[0]
-            if form not in found:
-                raise ValueError(f"is {found[0]}, but the records before it are {form}; one form in a file")
+            forms = _find_forms(record)
+            form = form or forms[0]
+            if form not in forms:
+                raise ValueError(f"is {forms[0]}, but the records before it are {form}; one form in a file")
             examples.append(_example(where, record, form, has_template))
         except ValueError as error:
             problems.append(f"{where}: {error}")
@@ -120,53 +107,45 @@ def parse_chunk(
 
 
 def bad_records(problems: list[str]) -> UserError:
-    """One error for all problems; the first ten are listed."""
+    """Return one error for all problems, which lists the first ten."""
     more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
     return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
 
 
-def _parse(text: str) -> Any:
-    """JSON, or the ValueError which says why it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter: absurdly deep lists
-        return ValueError(f"not valid JSON: {error}")
-
-
-def _forms(record: Any) -> list[str]:
-    """The forms that a record can be read as, the first being the one to take."""
+def _find_forms(record: Any) -> list[str]:
+    """Return the forms that a record can be read as, the preferred one first."""
     if isinstance(record, ValueError):
         raise record
-    found = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
-    if not found:
+    forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
+    if not forms:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}")
-    return found
+    return forms
 
 
 def _example(where: str, record: dict[str, Any], form: str, has_template: bool) -> Example:
-    """Bring a record of any form to an `Example`; ValueError says what is wrong with it."""
+    """Return a record of any form as an `Example`; a ValueError says what is wrong with it."""
     if form in ("messages", "ShareGPT"):
         return Example(where, messages=_messages(record[FORMS[form][0]]))
-    fields = [_text(record[key], key) for key in FORMS[form]]
+    fields = [check_text(record[key], key) for key in FORMS[form]]
     if form == "text":
         return Example(where, text=fields[0])
-    question, answer = fields
-    chat = plain = question
+    prompt, completion = fields
+    chat = plain = prompt
     if form == "Alpaca":
-        extra = _text(record.get("input") or "", "input")
-        chat = f"{question}\n\n{extra}" if extra else question
+        extra = check_text(record.get("input") or "", "input")
+        chat = f"{prompt}\n\n{extra}" if extra else prompt
         context = ", paired with an input that provides further context" if extra else ""
-        plain = ALPACA.format(context, question, f"### Input:\n{extra}\n\n" if extra else "")
+        plain = ALPACA.format(context, prompt, f"### Input:\n{extra}\n\n" if extra else "")
     if has_template:
-        turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": answer}]
+        turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": completion}]
         return Example(where, messages=turns)
-    return Example(where, prompt=plain, text=plain + answer)
+    return Example(where, prompt=plain, text=plain + completion)
 
 
 def _messages(turns: Any) -> list[Message]:
     if isinstance(turns, str):  # a CSV cell
-        turns = _parse(turns)
+        turns = parse_json(turns)
         if isinstance(turns, ValueError):
             raise turns
     if not isinstance(turns, list) or not turns:
@@ -179,18 +158,8 @@ def _messages(turns: Any) -> list[Message]:
         role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-        content = _text(turn.get("content", turn.get("value")), f"content of a {role} turn")
-        # Parquet gives every turn every key; None stands for one that is not there
+        content = check_text(turn.get("content", turn.get("value")), f"content of a {role} turn")
+        # In Parquet every turn has every key; None means that it is absent
         rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
         messages.append({"role": role, "content": content, **rest})
     return messages
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {type(value).__name__}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half a character (a lone \\ud800 to \\udfff escape)") from None
-    return value

@@ -1,4 +1,4 @@
-"""Tokenised examples -> rows -> batches. Which examples make which batch is a pure function of the seed and the step."""
+"""Tokenised examples -> sequences -> batches. Which examples a batch has is a pure function of the seed and the step."""
 
 import bisect
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ from litmini.errors import UserError
 from litmini.ops.cross_entropy import IGNORE
 
 Batch = dict[str, Tensor]
-FULL = 0.99  # rows filled so far are not worth shortening
-STEP = 8  # row lengths are multiples of it: odd ones are slow on some hardware
+EFFICIENT = 0.99  # packing efficiency from which shorter sequences would save too little
+MULTIPLE = 8  # of which sequence lengths are: others are slow on some hardware
 
 
 class PackedDataset:
-    """Rows of up to `length` tokens, each of one or more examples, shuffled anew each epoch.
+    """Sequences of up to `length` tokens, each of one or more examples, in another order in each epoch.
 
     Args:
         examples: none is longer than `length`.
-        pack: several examples in a row; else one. Rows are made shorter than `length` where as many of them suffice.
-        shuffle: else each epoch has the examples in their order (or, packed, the rows as `pack` makes them).
+        pack: several examples in a sequence; else one. Sequences are shorter than `length` where as many suffice.
+        shuffle: else each epoch has the examples in their order (or, packed, the sequences as `pack` makes them).
         weights: how often each example of each data set comes in an epoch; a fraction, over several epochs.
     """
 
@@ -42,43 +42,43 @@ class PackedDataset:
         sets = examples.table["set"]
         weights = weights or [1.0] * (int(sets.max()) + 1)
         self._sets = [(np.flatnonzero(sets == i), weight) for i, weight in enumerate(weights)]
-        self._plan = lru_cache(maxsize=1)(self._make_plan)  # rows are asked for in order: one epoch is enough
-        self._ends: list[int] = []  # rows up to the end of each epoch
-        self._even = all(weight == int(weight) for _, weight in self._sets)  # every epoch has rows of the same sizes
-        self._most = self.length = length
-        if pack and self._even:
-            found, bounds = self._plan(0)
-            longest = int(np.add.reduceat(self.sizes[found], bounds[:-1]).max())
-            self.length = min(length, -(-longest // STEP) * STEP)
+        self._plan = lru_cache(maxsize=1)(self._make_plan)  # sequences are read in order: one epoch is enough
+        self._ends: list[int] = []  # sequences up to the end of each epoch
+        self._epochs_are_equal = all(weight == int(weight) for _, weight in self._sets)  # in the sizes of sequences
+        self._max_length = self.length = length
+        if pack and self._epochs_are_equal:
+            order, bounds = self._plan(0)
+            longest = int(np.add.reduceat(self.sizes[order], bounds[:-1]).max())
+            self.length = min(length, -(-longest // MULTIPLE) * MULTIPLE)
         self._end(0)
 
     def __len__(self) -> int:
-        """Rows in the first epoch; in each other one as many, but where a weight is no whole number."""
+        """Return the sequences in the first epoch; another has as many, unless a weight is a fraction."""
         return self._end(0)
 
     def tokens(self, epoch: int) -> int:
-        """Tokens in an epoch."""
+        """Return the tokens in an epoch."""
         return int(self.sizes[self._plan(epoch)[0]].sum())
 
     def count(self, epochs: float) -> int:
-        """Rows in so many epochs."""
+        """Return the sequences in so many epochs."""
         whole = int(epochs)
         before = self._end(whole - 1) if whole else 0
         return before + (int(np.ceil((epochs - whole) * (self._end(whole) - before))) if epochs > whole else 0)
 
     def _end(self, epoch: int) -> int:
-        if self._even and self._ends:
+        if self._epochs_are_equal and self._ends:
             return self._ends[0] * (epoch + 1)
         while len(self._ends) <= epoch:
-            rows = len(self._plan(len(self._ends))[1]) - 1
-            self._ends.append((self._ends or [0])[-1] + rows)
+            count = len(self._plan(len(self._ends))[1]) - 1
+            self._ends.append((self._ends or [0])[-1] + count)
         return self._ends[epoch]
 
-    def _chosen(self, epoch: int) -> np.ndarray:
-        """The example numbers of an epoch, shuffled."""
+    def _choose(self, epoch: int) -> np.ndarray:
+        """Return the example numbers of an epoch, shuffled."""
         order = []
         for number, (members, weight) in enumerate(self._sets):
-            # A data set is a sequence of passes, each in another order; an epoch is the next piece of that sequence
+            # A data set is a sequence of passes, each in another order; an epoch is the next part of that sequence
             start, stop = (int(len(members) * weight * e + 1e-6) for e in (epoch, epoch + 1))
             for turn in range(start // max(1, len(members)), -(-stop // max(1, len(members)))):
                 random = np.random.default_rng((self.seed, number, turn))
@@ -91,22 +91,22 @@ class PackedDataset:
         return np.random.default_rng((self.seed, epoch)).permutation(chosen) if self.shuffle else chosen
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(examples, bounds) of an epoch: the examples of row i are examples[bounds[i] : bounds[i + 1]]."""
-        order = self._chosen(epoch)
+        """Return (examples, bounds) of an epoch: sequence i has the examples examples[bounds[i] : bounds[i + 1]]."""
+        order = self._choose(epoch)
         if not self.pack:
             return order, np.arange(len(order) + 1)
-        found, bounds = pack(self.sizes[order], self._most, self._even)
+        packed, bounds = pack(self.sizes[order], self._max_length, self._epochs_are_equal)
         if not self.shuffle:
-            return order[found], bounds
-        rows = np.random.default_rng((self.seed, epoch, 1)).permutation(len(bounds) - 1)
-        sizes = np.diff(bounds)[rows]
+            return order[packed], bounds
+        shuffled = np.random.default_rng((self.seed, epoch, 1)).permutation(len(bounds) - 1)
+        sizes = np.diff(bounds)[shuffled]
         ends = np.cumsum(sizes)
-        within = np.arange(len(found)) - np.repeat(ends - sizes, sizes)
-        return order[found[np.repeat(bounds[:-1][rows], sizes) + within]], np.concatenate([[0], ends])
+        within = np.arange(len(packed)) - np.repeat(ends - sizes, sizes)
+        return order[packed[np.repeat(bounds[:-1][shuffled], sizes) + within]], np.concatenate([[0], ends])
 
-    def row(self, number: int) -> list[int]:
-        """The examples of row `number`, counted through all epochs."""
-        epoch = number // self._ends[0] if self._even else 0
+    def sequence(self, number: int) -> list[int]:
+        """Return the examples of sequence `number`, counted through all epochs."""
+        epoch = number // self._ends[0] if self._epochs_are_equal else 0
         while self._end(epoch) <= number:
             epoch += 1
         index = number - (self._end(epoch - 1) if epoch else 0)
@@ -114,119 +114,128 @@ class PackedDataset:
         return examples[bounds[index] : bounds[index + 1]].tolist()
 
     def locations(self, numbers: Sequence[int]) -> list[list[str]]:
-        """file:line of each example of the rows `numbers`."""
-        rows = [self.row(number) for number in numbers]
-        locations = iter(self.examples.locations([i for row in rows for i in row]))
-        return [[next(locations) for _ in row] for row in rows]
+        """Return file:line of each example of the sequences `numbers`."""
+        sequences = [self.sequence(number) for number in numbers]
+        locations = iter(self.examples.locations([i for sequence in sequences for i in sequence]))
+        return [[next(locations) for _ in sequence] for sequence in sequences]
 
-    def batch(self, rows: list[list[int]]) -> Batch:
-        """Tensors (len(rows), T) int64: tokens, positions, documents and labels.
+    def batch(self, sequences: list[list[int]]) -> Batch:
+        """Return tensors (len(sequences), T) int64: tokens, positions, documents and labels.
 
-        Packed rows have T = `length`; others are as long as the longest. The examples of a row are documents 1, 2, ...;
-        padding is document 0 and has no labels. Rows without examples are all padding.
+        Packed sequences have T = `length`; others are as long as the longest. The examples of a sequence are documents
+        1, 2, ...; padding is document 0 and has no labels. Sequences without examples are all padding.
         """
-        T = self.length if self.pack else max([1, *(int(self.sizes[row].sum()) for row in rows if row)])
-        tokens, positions, documents = np.zeros((3, len(rows), T), dtype=np.int64)
-        labels = np.full((len(rows), T), IGNORE, dtype=np.int64)
-        for r, row in enumerate(rows):
+        T = self.length if self.pack else max([1, *(int(self.sizes[s].sum()) for s in sequences if s)])
+        tokens, positions, documents = np.zeros((3, len(sequences), T), dtype=np.int64)
+        labels = np.full((len(sequences), T), IGNORE, dtype=np.int64)
+        for row, sequence in enumerate(sequences):
             at = 0
-            for number, i in enumerate(row, 1):
+            for number, i in enumerate(sequence, 1):
                 size = self.sizes[i]
                 target = slice(at, at + size)
-                tokens[r, target], labels[r, target] = self.examples[i]
-                positions[r, target] = np.arange(size)
-                documents[r, target] = number
+                tokens[row, target], labels[row, target] = self.examples[i]
+                positions[row, target] = np.arange(size)
+                documents[row, target] = number
                 at += size
-            positions[r, at:] = np.arange(T - at)
+            positions[row, at:] = np.arange(T - at)
         arrays = {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """This rank's share of the rows `numbers` (see `row`), in micro-batches, as many on every rank.
+        """Yield this rank's sequences among `numbers` (see `sequence`), in micro-batches, as many on every rank.
 
-        Where the rows do not suffice for all ranks, a micro-batch is one row of padding.
+        Where there are too few sequences for all ranks, a micro-batch is one sequence of padding.
         """
         mine = numbers[rank::world]
         for i in range(-(-len(numbers) // (micro_batch * world))):
-            yield self.batch([self.row(n) for n in mine[i * micro_batch : (i + 1) * micro_batch]] or [[]])
+            yield self.batch([self.sequence(n) for n in mine[i * micro_batch : (i + 1) * micro_batch]] or [[]])
 
     def lengths(self) -> np.ndarray:
-        """(examples,) tokens of each."""
+        """Return the tokens of each example, (examples,)."""
         return self.sizes
 
     def longest_batch(self, micro_batch: int) -> Batch | None:
-        """A micro-batch of the longest examples, which needs most memory; None where packing makes all sequences equal."""
+        """Return the micro-batch that needs most memory, of the longest examples; None where all are of one length."""
         if self.pack:
             return None
         return self.batch([[int(i)] for i in np.argsort(-self.sizes, kind="stable")[:micro_batch]])
 
 
-def pack(lengths: np.ndarray, capacity: int, even: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Put examples into rows of up to `capacity` tokens: longest first, each into the fullest row that it fits (best fit).
+def pack(lengths: np.ndarray, capacity: int, balance: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Put examples into sequences of up to `capacity` tokens: longest first, each into the fullest that it fits (best fit).
 
     Examples of one length are taken in the order in which they come, so another order has other neighbours but as many
-    rows, of the same sizes. O(n log n) in numpy and, in Python, a few steps for each length that occurs.
+    sequences, of the same sizes. O(n log n) in numpy and, in Python, a few steps for each length that occurs.
 
     Args:
-        even: where rows stay unfilled, share the examples out evenly over as many rows: all can be shorter then.
+        balance: where packing efficiency is low, distribute the examples evenly over as many sequences: all can be shorter
+            then.
 
     Returns:
-        Example numbers (n,) and bounds (rows + 1,): the examples of row i are numbers[bounds[i] : bounds[i + 1]].
+        Example numbers (n,) and bounds (sequences + 1,): sequence i has the examples numbers[bounds[i] : bounds[i + 1]].
     """
     by_length = np.argsort(-lengths, kind="stable")
     ordered = lengths[by_length]
-    row_of = _best_fit(ordered, capacity)
-    rows = int(row_of.max()) + 1
-    if even and ordered.sum() < FULL * rows * capacity:
-        shared = _share_out(ordered, rows)
-        if np.bincount(shared, ordered).max() <= capacity:
-            row_of = shared
-    found = by_length[np.argsort(row_of, kind="stable")]
-    return found, np.concatenate([[0], np.cumsum(np.bincount(row_of))])
+    assigned = _best_fit(ordered, capacity)
+    count = int(assigned.max()) + 1
+    if balance and ordered.sum() < EFFICIENT * count * capacity:
+        balanced = _balance(ordered, count)
+        if np.bincount(balanced, ordered).max() <= capacity:
+            assigned = balanced
+    numbers = by_length[np.argsort(assigned, kind="stable")]
+    return numbers, np.concatenate([[0], np.cumsum(np.bincount(assigned))])
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each example; `lengths` are sorted, the longest first. Rows with equal room are treated as one."""
-    row_of = np.empty(len(lengths), dtype=np.int64)
-    by_room: dict[int, list[np.ndarray]] = {}  # tokens left -> rows
-    rooms: list[int] = []  # the keys of by_room, sorted
+    """Return the sequence of each example, (n,). Sequences with equally many remaining tokens are treated as one.
 
-    def put_back(room: int, rows: np.ndarray) -> None:
-        if room not in by_room:
-            bisect.insort(rooms, room)
-        by_room.setdefault(room, []).append(rows)
+    Args:
+        lengths: sorted, the longest first.
+    """
+    assigned = np.empty(len(lengths), dtype=np.int64)
+    sequences_by_rest: dict[int, list[np.ndarray]] = {}  # remaining tokens -> sequences
+    rests: list[int] = []  # its keys, sorted
+
+    def put_back(rest: int, sequences: np.ndarray) -> None:
+        if rest not in sequences_by_rest:
+            bisect.insort(rests, rest)
+        sequences_by_rest.setdefault(rest, []).append(sequences)
 
     done = opened = 0
     for size, count in zip(*(a[::-1].tolist() for a in np.unique(lengths, return_counts=True)), strict=True):
         while count:
-            at = bisect.bisect_left(rooms, size)
-            if at == len(rooms):  # fits nowhere
-                room, rows = capacity, np.arange(opened, opened - (-count // (capacity // size)))
-                opened += len(rows)
+            at = bisect.bisect_left(rests, size)
+            if at == len(rests):  # fits nowhere
+                rest, sequences = capacity, np.arange(opened, opened - (-count // (capacity // size)))
+                opened += len(sequences)
             else:
-                room = rooms[at]
-                rows = by_room[room].pop()
-                if not by_room[room]:
-                    del by_room[room], rooms[at]
-            each = room // size
-            full, rest = rows[: count // each], rows[count // each :]
-            for taken, times in ((full, each), (rest[:1], count - each * len(full) if len(rest) else 0)):
-                row_of[done : done + len(taken) * times] = np.repeat(taken, times)
+                rest = rests[at]
+                sequences = sequences_by_rest[rest].pop()
+                if not sequences_by_rest[rest]:
+                    del sequences_by_rest[rest], rests[at]
+            each = rest // size
+            full, others = sequences[: count // each], sequences[count // each :]
+            for taken, times in ((full, each), (others[:1], count - each * len(full) if len(others) else 0)):
+                assigned[done : done + len(taken) * times] = np.repeat(taken, times)
                 done, count = done + len(taken) * times, count - len(taken) * times
                 if len(taken):
-                    put_back(room - times * size, taken)
-            if len(rest) > 1:
-                put_back(room, rest[1:])
-    return row_of
+                    put_back(rest - times * size, taken)
+            if len(others) > 1:
+                put_back(rest, others[1:])
+    return assigned
 
 
-def _share_out(lengths: np.ndarray, rows: int) -> np.ndarray:
-    """The row of each example: round by round one for every row, the longest to the emptiest. `lengths` are sorted."""
-    row_of = np.empty(len(lengths), dtype=np.int64)
-    filled = np.zeros(rows, dtype=np.int64)
-    for start in range(0, len(lengths), rows):
-        part = lengths[start : start + rows]
-        emptiest = np.argsort(filled, kind="stable")[: len(part)]
-        row_of[start : start + rows] = emptiest
-        filled[emptiest] += part
-    return row_of
+def _balance(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Return the sequence of each example, (n,): round by round one for each of `count`, the longest to the emptiest.
+
+    Args:
+        lengths: sorted, the longest first.
+    """
+    assigned = np.empty(len(lengths), dtype=np.int64)
+    used = np.zeros(count, dtype=np.int64)  # tokens
+    for start in range(0, len(lengths), count):
+        part = lengths[start : start + count]
+        emptiest = np.argsort(used, kind="stable")[: len(part)]
+        assigned[start : start + count] = emptiest
+        used[emptiest] += part
+    return assigned

@@ -1,27 +1,21 @@
-"""Tokens of data files, kept on disk: made by all cores once, then mapped into memory by every run and every process.
+"""Tokens of data files, kept on disk: made once, on all cores, then mapped into memory by every run and every process.
 
-An entry is named by the hash of all that decides its content: the file, the tokenizer and its template, the settings, and
-the code that makes tokens of them. So it is never out of date, and may be deleted at any time.
+The name of an entry is a hash of everything that decides its content: the data file, the tokenizer and its template, the
+settings, and `FORMAT`. So it is never out of date, and may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -35,9 +29,9 @@ from litmini.files import content_hash, existing_file, read_json, write_json
 from litmini.system import cpu_count, locked
 from litmini.tokenizer import Tokenizer
 
-FORMAT = 1  # to be raised with each change of what tokens come of a record, or of how they are stored
-MANY = 4 << 20  # bytes of data from which on several processes pay
-ABANDONED = 86_400  # seconds after which what a killed process left half done is removed
+FORMAT = 1  # raise it with each change of the tokens of a record, or of how they are stored
+LARGE = 4 << 20  # bytes of a data file from which several processes are faster than one
+ABANDONED = 86_400  # seconds after which what a killed process left is removed
 
 
 @dataclass(frozen=True)
@@ -56,51 +50,51 @@ class TokenFile:
     dropped: int
     truncated_dropped: int
     first_dropped: str
-    """The place in the file of the first example that has no trained token."""
+    """Where in the file the first example without a supervised token is."""
 
 
 def cache_directory() -> Path:
-    """$LITMINI_CACHE, or ~/.cache/litmini."""
+    """Return $LITMINI_CACHE, or ~/.cache/litmini."""
     return Path(os.environ.get("LITMINI_CACHE") or "~/.cache/litmini").expanduser()
 
 
 def tokenize_file(
     path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None = None
 ) -> TokenFile:
-    """The tokens of a data file, from the cache or made now.
+    """Return the tokens of a data file, from the cache or made now.
 
     Args:
-        what: for the progress bar.
-        workers: processes; None: one for each core, or just this one where there is little to do.
+        what: name in the progress bar.
+        workers: processes; None: one for each core, or only this one where the file is small.
 
     Raises:
-        UserError: the file cannot be read, or has records of which no tokens can be made; nothing is kept then.
+        UserError: the file cannot be read, or has records that cannot be tokenised; nothing is kept then.
     """
     sha256 = content_hash(existing_file(path, "data file"))
     directory = cache_directory() / _key(sha256, Path(path).suffix.lower(), tokenizer, config)
-    found = _open(directory, sha256)
-    if found is None:
+    tokens = _open(directory, sha256)
+    if tokens is None:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(directory.parent)
-            aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            partial_directory = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         except OSError as error:
             raise UserError(
-                f"the token cache {directory.parent} cannot be written: {error.strerror}. Name another place with the "
+                f"the token cache {directory.parent} cannot be written: {error.strerror}. Name another directory with the "
                 f"environment variable LITMINI_CACHE."
             ) from None
         try:
-            _write(aside, path, tokenizer, config, what, workers)
+            _write(partial_directory, path, tokenizer, config, what, workers)
             with locked(directory.parent):
-                found = _open(directory, sha256)  # another process may have been faster: its entry is the same
-                if found is None:
+                tokens = _open(directory, sha256)  # another process may have been faster: its entry is the same
+                if tokens is None:
                     shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-                    aside.rename(directory)
-                    found = _open(directory, sha256)
+                    partial_directory.rename(directory)
+                    tokens = _open(directory, sha256)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        assert found is not None, f"{directory} is there, but cannot be read"
-    return found
+            shutil.rmtree(partial_directory, ignore_errors=True)
+        assert tokens is not None, f"{directory} exists, but cannot be read"
+    return tokens
 
 
 def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> str:
@@ -115,7 +109,7 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
 
 
 def _open(directory: Path, sha256: str) -> TokenFile | None:
-    """An entry, or None where there is none, or one that a crash of the machine has damaged."""
+    """Return an entry; None if it does not exist, or a crash of the machine has damaged it."""
     try:
         counts = read_json(directory / "counts.json")
         table = np.load(directory / "table.npy")
@@ -135,13 +129,13 @@ def _open(directory: Path, sha256: str) -> TokenFile | None:
 def _write(
     directory: Path, path: str, tokenizer: Tokenizer, config: DataConfig, what: str, workers: int | None
 ) -> None:
-    """Tokenise a file into `directory`. Memory does not grow with the file, but for its table, 33 bytes an example."""
+    """Tokenise a file into `directory`. In memory, only its table grows with the file: 33 bytes an example."""
     tables: list[np.ndarray] = []
     dropped: list[str] = []
     problems: list[str] = []
     total = tokens = truncated_dropped = 0
     if workers is None:
-        workers = cpu_count() if Path(path).stat().st_size > MANY else 1
+        workers = cpu_count() if Path(path).stat().st_size > LARGE else 1
     with (
         (directory / "inputs.i32").open("wb") as inputs,
         (directory / "labels.i32").open("wb") as labels,
@@ -171,28 +165,22 @@ def _write(
 
 
 def _parts(path: str, tokenizer: Tokenizer, config: DataConfig, workers: int) -> Iterator[Part]:
-    """The file's records as tokens, in order."""
+    """Yield the file's records as tokens, in order."""
     chunks = read_chunks(path)
     first = next(chunks)
-    found: list[Any] = [[], []]
-    form = parse_chunk(first, None, tokenizer.chat_template is not None, *found)
-    work = partial(_work, form=form, tokenizer=tokenizer, config=config)
-    yield work(first)
+    form = parse_chunk(first, None, tokenizer.chat_template is not None, [], [])
+    tokenize_chunk = partial(_tokenize_chunk, form=form, tokenizer=tokenizer, config=config)
+    yield tokenize_chunk(first)
     if workers == 1:
-        yield from map(work, chunks)
-        return
-    context = multiprocessing.get_context("fork")  # nothing here has run on threads that a fork would lose
-    with ProcessPoolExecutor(workers, context, _start_worker, (work, os.getpid())) as pool:
-        waiting: deque[Future[Part]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_work_in_worker, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from map(tokenize_chunk, chunks)
+    else:
+        from litmini.data.workers import map_in_order
+
+        # No thread that a fork would lose has run so far; spawned processes would import torch
+        yield from map_in_order(lambda: tokenize_chunk, chunks, workers, "fork")
 
 
-def _work(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config: DataConfig) -> Part:
+def _tokenize_chunk(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config: DataConfig) -> Part:
     examples: list[Example] = []
     problems: list[str] = []
     parse_chunk(chunk, form, tokenizer.chat_template is not None, examples, problems)
@@ -201,28 +189,7 @@ def _work(chunk: Chunk, form: str | None, tokenizer: Tokenizer, config: DataConf
     return part
 
 
-_in_worker: Callable[[Chunk], Part]
-
-
-def _start_worker(work: Callable[[Chunk], Part], parent: int) -> None:
-    global _in_worker
-    _in_worker = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _work_in_worker(chunk: Chunk) -> Part:
-    return _in_worker(chunk)
-
-
 def _remove_abandoned(cache: Path) -> None:
-    for left in cache.glob(".*"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+    for directory in cache.glob(".*"):
+        if time.time() - directory.stat().st_mtime > ABANDONED:
+            shutil.rmtree(directory, ignore_errors=True)

@@ -199,7 +199,7 @@ def _samples(val: TokenWindows, tokenizer: Tokenizer, count: int) -> list[Exampl
     """Validation text to be continued: the first quarter of some rows is the prompt, and what follows, what is expected."""
     examples = []
     for row in range(min(count, len(val))):
-        shard, start = val.place(row)
+        shard, start = val.locate(row)
         ids = shard.read(start, min(val.length, 128)).tolist()
         ids = ids[: ids.index(val.end, 1)] if val.end in ids[1:] else ids
         prompt, text = tokenizer.decode(ids[: -(-len(ids) // 4)]), tokenizer.decode(ids)

@@ -56,8 +56,8 @@ def preparation(config: MeasureConfig, place: Path) -> None:
             tokens += sum(map(len, fast.encode_batch_fast(many[at : at + 1000], add_special_tokens=False)))
         seconds["bare"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        recipe = TokenizerSpec(content, [], 0, val_fraction=0.005)
-        prepare(find_sources([str(file)]), recipe, place / f"out-{turn}", cores, lambda path: None)
+        spec = TokenizerSpec(content, [], 0, val_fraction=0.005)
+        prepare(find_sources([str(file)]), spec, place / f"out-{turn}", cores, lambda path: None)
         seconds["prepare_data"].append(time.perf_counter() - started)
     for name, times in seconds.items():
         print(f"{name:13} {tokens / min(times):,.0f} tokens/s (best of {len(times)}), on {cores} cores")
@@ -123,7 +123,7 @@ def opening(place: Path) -> None:
         times = []
         for _ in range(5):
             started = time.perf_counter()
-            TokenWindows([Corpus(directory)], "train", 2048, seed=0).place(0)
+            TokenWindows([Corpus(directory)], "train", 2048, seed=0).locate(0)
             times.append(time.perf_counter() - started)
         print(f"{10**exponent:16,} {len(corpus.splits['train']):6,} {min(times) * 1e3:12.2f}")
 

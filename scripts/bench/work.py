@@ -75,7 +75,7 @@ def plan_work(
     meter = Throughput(model, torch.device("cpu"), dtype)
     chosen, flops = [], []
     for step in range(steps):
-        members = [packed.row(number) for number in range(step * rows, (step + 1) * rows)]
+        members = [packed.sequence(number) for number in range(step * rows, (step + 1) * rows)]
         flops.append(meter.flops([packed.batch(members)]))
         chosen.append(sorted(i for row in members for i in row))  # as in the file: lengths are mixed
     used = {i for step in chosen for i in step}

@@ -1,4 +1,4 @@
-"""From examples to tokens and labels: which tokens are trained, which examples are left out, and what is an error."""
+"""From examples to tokens and labels: which tokens are supervised, which examples are dropped, and what is an error."""
 
 import json
 import shutil
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenized import tokenize
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from litmini.config.finetune import DataConfig
-from litmini.data.dataset import Examples, describe, load_data, show_masks, tokenize
+from litmini.data.dataset import Examples, describe, load_data, show_masks
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.files import file_hash
@@ -148,11 +149,13 @@ def test_examples_without_a_target_are_dropped_and_counted(tokenizer: Tokenizer)
     s = data.statistics
     assert (s["examples"], s["dropped_examples"], s["truncated_examples"]) == (2, 2, 1)
     assert s["tokens"] == 2 * len(parts(data)[0])
-    with pytest.raises(UserError, match=r"2 of 4 training examples have no trained token within max_seq_len 40 .*a:1"):
+    with pytest.raises(
+        UserError, match=r"2 of 4 training examples have no supervised token within max_seq_len 40 .*a:1"
+    ):
         make(tokenizer, *examples, max_dropped=0.49, max_seq_len=40)
     empty = Example("a:1", text="")
     assert make(tokenizer, good, empty, max_dropped=0.5).statistics["dropped_examples"] == 1
-    with pytest.raises(UserError, match=r"2 of 2 training examples have no trained token"):
+    with pytest.raises(UserError, match=r"2 of 2 training examples have no supervised token"):
         make(tokenizer, question, question, max_dropped=1.0)
 
 
@@ -292,7 +295,7 @@ def test_offsets_cover_white_space(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert trained(tokenizer, make(tokenizer, chat("Hi", text))) == [text + "<|im_end|>"]
 
 
-def test_load_data_holds_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_load_data_splits_validation(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Question {i}", "completion": f"{i}"}) + "\n" for i in range(20)))
     other.write_text('{"text": "other"}\n')
@@ -300,19 +303,19 @@ def test_load_data_holds_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def load(seed: int = 0, **changes: object):
         return load_data(DataConfig(str(file), **changes), tokenizer, seed)
 
-    train, val, held_out = load()
-    assert len(train) == 20 and val is None and held_out == []
-    train, val, held_out = load(val_path=str(other))
-    assert len(train) == 20 and val is not None and len(val) == 1 and held_out[0].text == "other"
-    train, val, held_out = load(val_fraction=0.25)
-    assert val is not None and (len(train), len(val), len(held_out)) == (15, 5, 5)
+    train, val, val_examples = load()
+    assert len(train) == 20 and val is None and val_examples == []
+    train, val, val_examples = load(val_path=str(other))
+    assert len(train) == 20 and val is not None and len(val) == 1 and val_examples[0].text == "other"
+    train, val, val_examples = load(val_fraction=0.25)
+    assert val is not None and (len(train), len(val), len(val_examples)) == (15, 5, 5)
     together = sorted(tuple(parts(data, i)[0]) for data in (train, val) for i in range(len(data)))
     assert together == sorted(tuple(parts(load()[0], i)[0]) for i in range(20)), "each on one side, none lost"
-    assert [e.where for e in load(val_fraction=0.25)[2]] == [e.where for e in held_out]
-    assert [e.where for e in load(seed=1, val_fraction=0.25)[2]] != [e.where for e in held_out]
+    assert [e.where for e in load(val_fraction=0.25)[2]] == [e.where for e in val_examples]
+    assert [e.where for e in load(seed=1, val_fraction=0.25)[2]] != [e.where for e in val_examples]
     assert len(load(val_fraction=0.001)[2]) == 1
     for changes, message in (
-        ({"val_fraction": 0.99}, "val_fraction 0.99 leaves nothing of 20 examples to train on"),
+        ({"val_fraction": 0.99}, "val_fraction 0.99 leaves none of 20 examples to train on"),
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"val_fraction": 0.1, "val_path": str(other)}, "val_path and data.val_fraction are both given"),
@@ -337,9 +340,9 @@ def test_load_data_without_a_template(tokenizer: Tokenizer, tmp_path: Path) -> N
 def test_show_masks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(tokenizer, chat("Q", "A"), Example("a:2", prompt="Q:", text="Q: A"), chat("R", "B"))
     first, second = show_masks(data, tokenizer, 2).split("\n--- ")
-    assert first.startswith(f"--- example 1: 2 of {len(parts(data)[0])} tokens trained\n")
-    assert first.endswith("trained\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A][<|im_end|>]")
-    assert second == "example 2: 2 of 3 tokens trained\nQ:[ A][<|im_end|>]"
+    assert first.startswith(f"--- example 1: 2 of {len(parts(data)[0])} tokens supervised\n")
+    assert first.endswith("supervised\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A][<|im_end|>]")
+    assert second == "example 2: 2 of 3 tokens supervised\nQ:[ A][<|im_end|>]"
     assert show_masks(data, tokenizer, 99).count("--- example") == 3
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     coloured = show_masks(data, tokenizer, 2).split("\n--- ")[1]
@@ -349,7 +352,7 @@ def test_show_masks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> No
 def test_describe(tokenizer: Tokenizer) -> None:
     data = make(tokenizer, Example("a:1", text="a"), Example("a:1", prompt="a", text="a b c"))
     assert describe("training", data) == (
-        "training: 2 examples, 4 tokens, 100% trained, longest 3, truncated 0 (0.0%), dropped 0"
+        "training: 2 examples, 4 tokens, 100% supervised, longest 3, truncated 0 (0.0%), dropped 0"
     )
 
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from litmini.data import readers
+from litmini.data import json_list
 from litmini.data.formats import find_locations, read_examples
-from litmini.data.readers import read_items
+from litmini.data.json_list import read_items
 from litmini.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hi “you” 🙂\n"}, {"role": "assistant", "content": "Hello, you"}]
@@ -111,6 +111,13 @@ def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
     assert [e.text for e in read_examples(str(file), True)] == ["a\u2028b\x85c", "d"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = {"a.jsonl": '{"text": "a"}\n', "a.json": '[{"text": "a"}]', "a.csv": "text\na\n"}[name]
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [e.text for e in read_examples(str(tmp_path / name), True)] == ["a"]
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}')
@@ -190,10 +197,11 @@ def test_problems_come_in_one_error(tmp_path: Path) -> None:
 def test_a_list_in_pieces_is_what_json_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, and the place of what is wrong, whatever is read at once."""
     values = [{"a": [1, 2.5, -3e-7, None]}, {}, [], 'a"]}\u00e9,\n', 12345, 1.5, True, {"b": {"c": "d" * 50}}]
+    values += ["half \ud83d", "\ud83d\ude42", 2**80, float("inf"), 5e-324, -0.0, [[[[]]]]]
     whole = json.dumps(values, indent=1) + "\n "
     broken = [whole[:i] + mark + whole[i + 1 :] for i in range(0, len(whole), 3) for mark in ("", ",", '"', "]", "x")]
     for size in (1, 7, 1 << 20):
-        monkeypatch.setattr(readers, "PIECE", size)
+        monkeypatch.setattr(json_list, "PIECE", size)
         for text in (whole, " []", *broken):
             try:
                 expected, where = json.loads(text), ""

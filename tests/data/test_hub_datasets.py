@@ -109,10 +109,10 @@ def test_a_data_set_by_id(tokenizer_dir: Path, tmp_path: Path) -> None:
     local = tmp_path / "a.jsonl"
     local.write_text('{"prompt": "a", "completion": "five"}\n')
     config = DataConfig(["hub:acme/mugs@v1", str(local)], val_path="hub:acme/mugs:test")
-    train, val, held_out = load_data(config, tokenizer, 0)
+    train, val, val_examples = load_data(config, tokenizer, 0)
     texts = [tokenizer.decode([i for i in train[n][1].tolist() if i >= 0]) for n in range(len(train))]
     assert texts == ["one", "two", "three", "five"] and train.table["set"].tolist() == [0, 0, 0, 1]
-    assert val is not None and len(val) == 1 and held_out[0].messages[-1]["content"] == "four"
+    assert val is not None and len(val) == 1 and val_examples[0].messages[-1]["content"] == "four"
     shards = [f"hub:acme/mugs/data/train-0000{i}-of-00002.parquet" for i in range(2)]
     assert list(train.files) == [*shards, str(local)]
 
@@ -121,8 +121,8 @@ def test_a_data_set_by_id(tokenizer_dir: Path, tmp_path: Path) -> None:
     ("path", "message"),
     [
         ("hub:acme", "expected hub:ORG/NAME"),
-        ("hub:acme/mugs:dev", "no split 'dev', there are: test, train"),
-        ("hub:acme/mugs/other", "no .parquet, .jsonl, .csv, .json file there, but README.md"),
+        ("hub:acme/mugs:dev", "no split 'dev', found: test, train"),
+        ("hub:acme/mugs/other", "found no .parquet, .jsonl, .csv, .json file, but README.md"),
         ("hub:acme/mugs@v9", "datasets/acme/mugs has no revision 'v9'"),
         ("hub:acme/none", "datasets/acme/none is not on the Hugging Face hub"),
         ("hub:acme/gated", "datasets/acme/gated is gated"),
@@ -134,7 +134,7 @@ def test_what_cannot_be_had_is_named(path: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "folder", "split", "expected"),
+    ("existing", "folder", "split", "expected"),
     [
         (["a.jsonl", "dataset_infos.json"], "", "train", ["a.jsonl"]),
         (["test.csv", "train.csv"], "", "train", ["train.csv"]),
@@ -145,20 +145,20 @@ def test_what_cannot_be_had_is_named(path: str, message: str) -> None:
         (["a.json", "b.json"], "b.json", "train", ["b.json"]),
     ],
 )
-def test_files_of_a_split(there: list[str], folder: str, split: str, expected: list[str]) -> None:
-    assert choose_files(there, folder, split, "hub:x/y") == expected
+def test_files_of_a_split(existing: list[str], folder: str, split: str, expected: list[str]) -> None:
+    assert choose_files(existing, folder, split, "hub:x/y") == expected
 
 
 @pytest.mark.parametrize(
-    ("there", "split", "message"),
+    ("existing", "split", "message"),
     [
-        (["data/train_sft-0.parquet", "data/test_sft-0.parquet"], "train", "there are: test_sft, train_sft"),
+        (["data/train_sft-0.parquet", "data/test_sft-0.parquet"], "train", "found: test_sft, train_sft"),
         (["main/train-0.parquet", "soc/train-0.parquet"], "train", r"several data sets: main, soc.* hub:ORG/NAME/main"),
-        (["a.jsonl"], "test", "no split 'test', there are: no splits"),
+        (["a.jsonl"], "test", "no split 'test', found: no splits"),
         (["script.py"], "train", "but script.py.*refs/convert/parquet"),
         ([], "train", "but nothing"),
     ],
 )
-def test_files_that_are_not_clear(there: list[str], split: str, message: str) -> None:
+def test_files_that_are_not_clear(existing: list[str], split: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        choose_files(there, "", split, "hub:x/y")
+        choose_files(existing, "", split, "hub:x/y")

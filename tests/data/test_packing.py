@@ -30,7 +30,7 @@ def make(lengths: list[int] | np.ndarray) -> Examples:
 
 
 def epoch(rows: PackedDataset, number: int) -> list[list[int]]:
-    return [rows.row(n) for n in range(number * len(rows), (number + 1) * len(rows))]
+    return [rows.sequence(n) for n in range(number * len(rows), (number + 1) * len(rows))]
 
 
 def share(batches: list[Batch]) -> Counter[tuple[int, ...]]:
@@ -59,7 +59,7 @@ def test_pack_is_best_fit() -> None:
     for _ in range(200):
         capacity = int(random.integers(1, 60))
         lengths = random.integers(1, capacity + 1, size=random.integers(1, 80))
-        numbers, bounds = pack(lengths, capacity, even=False)
+        numbers, bounds = pack(lengths, capacity, balance=False)
         assert sorted(numbers) == list(range(len(lengths))) and bounds[-1] == len(lengths)
         rows = np.split(numbers, bounds[1:-1])
         assert sorted(capacity - lengths[row].sum() for row in rows) == best_fit(lengths.tolist(), capacity)
@@ -93,10 +93,10 @@ def test_every_example_once_an_epoch(packed: bool) -> None:
 
 def test_a_row_does_not_depend_on_what_was_asked_before() -> None:
     rows = PackedDataset(make(np.random.default_rng(2).integers(1, 30, size=100)), 50, True, seed=0)
-    in_order = [rows.row(n) for n in range(4 * len(rows))]
+    in_order = [rows.sequence(n) for n in range(4 * len(rows))]
     for n in np.random.default_rng(3).permutation(len(in_order))[:60]:
-        assert rows.row(int(n)) == in_order[n]
-        assert PackedDataset(rows.examples, 50, True, seed=0).row(int(n)) == in_order[n]
+        assert rows.sequence(int(n)) == in_order[n]
+        assert PackedDataset(rows.examples, 50, True, seed=0).sequence(int(n)) == in_order[n]
 
 
 def test_unshuffled_keeps_the_order() -> None:
@@ -148,7 +148,7 @@ def test_ranks_share_what_one_process_has(packed: bool, world: int) -> None:
         for micro in (1, 2, 4):
             ranks = [list(rows.batches(numbers, micro, rank, world)) for rank in range(world)]
             assert {len(batches) for batches in ranks} == {-(-len(numbers) // (micro * world))}
-            expected = share([rows.batch([rows.row(i)]) for i in numbers])
+            expected = share([rows.batch([rows.sequence(i)]) for i in numbers])
             assert sum((share(batches) for batches in ranks), Counter()) == expected
             assert share(list(rows.batches(numbers, micro))) == expected
             assert all(1 <= len(batch["tokens"]) <= micro for batches in ranks for batch in batches)
@@ -161,19 +161,20 @@ def test_no_rows_no_batches() -> None:
 
 
 def test_longest_batch() -> None:
-    """Of packed sequences none is the longest."""
     lengths = np.random.default_rng(5).integers(1, 60, size=50)
-    assert PackedDataset(make(lengths), 64, True, seed=0).longest_batch(4) is None
     rows = PackedDataset(make(lengths), 64, False, seed=0)
     batch = rows.longest_batch(4)
-    assert batch is not None and (batch["documents"] > 0).sum(1).tolist() == sorted(lengths.tolist(), reverse=True)[:4]
-    widest = max(b["tokens"].shape[1] for b in rows.batches(range(len(rows)), 4))
-    assert batch["tokens"].shape == (4, widest) == (4, lengths.max())
-    assert len(PackedDataset(make([3, 1]), 8, False, seed=0).longest_batch(4)["tokens"]) == 2
+    assert batch is not None
+    assert (batch["documents"] > 0).sum(1).tolist() == sorted(lengths.tolist(), reverse=True)[:4]
+    longest = max(b["tokens"].shape[1] for b in rows.batches(range(len(rows)), 4))
+    assert batch["tokens"].shape == (4, longest) == (4, lengths.max())
+    fewer = PackedDataset(make([3, 1]), 8, False, seed=0).longest_batch(4)
+    assert fewer is not None and len(fewer["tokens"]) == 2
+    assert PackedDataset(make(lengths), 64, True, seed=0).longest_batch(4) is None, "all are as long"
 
 
 def test_an_example_longer_than_a_row_cannot_be() -> None:
-    """`tokenize` has cut it."""
+    """`tokenize` truncates it."""
     with pytest.raises(AssertionError, match=r"9\D+8"):
         PackedDataset(make([3, 9]), 8, True, seed=0)
 
@@ -217,17 +218,17 @@ def test_weights_say_how_often_an_example_comes(packed: bool) -> None:
     first = 0
     for number in range(5):
         last = rows.count(number + 1)
-        chosen = Counter(i for n in range(first, last) for i in rows.row(n))
+        chosen = Counter(i for n in range(first, last) for i in rows.sequence(n))
         first = last
         assert [chosen[i] for i in range(40)] == [2] * 10 + [1] * 30
         assert sum(chosen[i] for i in range(40, 65)) == 10
         seen += chosen
     assert {seen[i] for i in range(40, 65)} == {2}
     assert rows.count(2.5) == rows.count(2) + -(-(rows.count(3) - rows.count(2)) // 2)
-    in_order = [rows.row(n) for n in range(rows.count(5))]
+    in_order = [rows.sequence(n) for n in range(rows.count(5))]
     again = weighted([10, 30, 25], [2.0, 1.0, 0.4], pack=packed)
     for n in np.random.default_rng(0).permutation(len(in_order))[:20]:
-        assert again.row(int(n)) == in_order[n], "a pure function of seed and number"
+        assert again.sequence(int(n)) == in_order[n], "a pure function of seed and number"
 
 
 def test_weights_that_leave_nothing() -> None:
@@ -244,7 +245,7 @@ def test_rows_are_as_short_as_they_can_be() -> None:
         plan = epoch(rows, number)
         assert sorted(i for row in plan for i in row) == list(range(320))
         assert max(lengths[row].sum() for row in plan) <= rows.length
-    assert rows.batch([rows.row(0)])["tokens"].shape == (1, rows.length)
+    assert rows.batch([rows.sequence(0)])["tokens"].shape == (1, rows.length)
     mixed = weighted([10, 30], [1.0, 0.5])
     assert mixed.length == 40, "epochs differ: nothing shorter is sure to be enough"
 

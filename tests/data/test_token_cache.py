@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenized import tokenize
 
 from litmini.config.finetune import DataConfig
 from litmini.data import readers, token_cache
-from litmini.data.dataset import Examples, load_data, tokenize
+from litmini.data.dataset import Examples, load_data
 from litmini.data.encode import ENTRY, Part
 from litmini.data.formats import read_examples
 from litmini.data.readers import read_chunks
@@ -103,7 +104,7 @@ def test_what_decides_tokens_decides_the_entry(tokenizer: Tokenizer, tmp_path: P
     )
 
 
-def test_an_entry_is_used_and_a_damaged_one_made_anew(
+def test_an_entry_is_used_and_a_damaged_one_made_again(
     tokenizer: Tokenizer, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = DataConfig(write(tmp_path / "a.jsonl", 40))
@@ -140,7 +141,7 @@ def test_nothing_is_kept_of_bad_data(tokenizer: Tokenizer, tmp_path: Path, cache
     assert entries(cache) == []
 
 
-def test_a_place_that_cannot_be_written_is_named(tokenizer: Tokenizer, tmp_path: Path, cache: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_named(tokenizer: Tokenizer, tmp_path: Path, cache: Path) -> None:
     cache.write_text("a file in the way")
     with pytest.raises(UserError, match="LITMINI_CACHE"):
         load_data(DataConfig(write(tmp_path / "a.jsonl", 4)), tokenizer, 0)
@@ -154,7 +155,7 @@ def test_leftovers_of_the_dead_go_after_a_day(tokenizer: Tokenizer, tmp_path: Pa
     assert (cache / ".new.x").exists() and not (cache / ".old.x").exists()
 
 
-def test_the_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LITMINI_CACHE")
     assert cache_directory() == Path.home() / ".cache/litmini"
 
@@ -214,15 +215,15 @@ def test_a_kill_leaves_no_process_and_no_entry(tokenizer_dir: Path, tmp_path: Pa
 
 
 def test_several_data_sets_are_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Each keeps its own form; the validation share is of all; every file is in the manifest by hash."""
+    """Each keeps its own form; the validation fraction is of all; every file is in the manifest by hash."""
     a, b = write(tmp_path / "a.jsonl", 30), str(tmp_path / "b.jsonl")
     Path(b).write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(10)))
-    train, val, held_out = load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0)
+    train, val, val_examples = load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0)
     assert val is not None and (len(train), len(val)) == (30, 10) and set(train.files) == {a, b}
     assert np.bincount(train.table["set"]).sum() == 30 and {0, 1} == set(val.table["set"])
-    for i, example in enumerate(held_out):
+    for i, example in enumerate(val_examples):
         text = tokenizer.apply_template(example.messages) if example.messages else example.text + "<|im_end|>"
         assert val[i][0].tolist() == tokenizer.encode(text, special=False)[:-1]
-    assert load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0, to_answer=3)[2] == held_out[:3]
+    assert load_data(DataConfig([a, b], val_fraction=0.25), tokenizer, 0, max_examples=3)[2] == val_examples[:3]
     with pytest.raises(UserError, match=r"data.weights is \[1.0\]"):
         DataConfig([a, b], weights=[1.0])

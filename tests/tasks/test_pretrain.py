@@ -298,7 +298,7 @@ def test_models_that_are_not_there(model, fields, message):
             r"context 256 tokens: use --data.max_seq_len 256 or less, or --model.max_positions 512",
         ),
         (["--data.path", "nowhere"], r"nowhere is no corpus. Make one: python scripts/prepare_data.py"),
-        (["--data.max_seq_len", 20000, "--model.max_positions", 20000], r"a row needs 20,001"),
+        (["--data.max_seq_len", 20000, "--model.max_positions", 20000], r"a sequence needs 20,001"),
     ],
 )
 def test_what_does_not_fit_is_refused(place, words, message):
@@ -343,7 +343,7 @@ DAMAGE = {
     "strange tokens": (lambda c: edit(c / "index.json", lambda i: i.update(dtype="float64")), r"index.json is damaged"),
     "few tokens": (
         lambda c: edit(c / "index.json", lambda i: i.update(vocab_size=60)),
-        r"bin holds token \d+, index.json says",
+        r"bin holds token \d+, but index.json has vocab_size 60",
     ),
 }
 

@@ -40,9 +40,9 @@ def place(tmp_path_factory, tokenizer_dir):
     lines = (ROOT / "config_hub/quickstart/train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["messages"][0]["content"] for line in lines[:60]]
     (place / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    recipe = TokenizerSpec((tokenizer_dir / "tokenizer.json").read_text(), [], 2, val_fraction=0.3, shard_tokens=500)
+    spec = TokenizerSpec((tokenizer_dir / "tokenizer.json").read_text(), [], 2, val_fraction=0.3, shard_tokens=500)
     sources = find_sources([str(place / "a.jsonl")])
-    prepare(sources, recipe, place / "corpus", 1, Tokenizer(tokenizer_dir).save, say=lambda text: None)
+    prepare(sources, spec, place / "corpus", 1, Tokenizer(tokenizer_dir).save, say=lambda text: None)
     return place
 
 
@@ -312,13 +312,13 @@ def test_rows_of_a_remote_corpus_are_those_of_the_local_one(place, remote, monke
         numbers = range(step * 5, step * 5 + 5)
         for a, b in zip(ours.batches(numbers, 5), theirs.batches(numbers, 5), strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
-        ahead.append(len(store._coming))  # of the next step
+        ahead.append(len(store._pending))  # of the next step
         assert fetched["bin"] <= 5 * (step + 2)  # each row once, at most: these rows are short, and share pages
     assert 0 < max(ahead) <= 5
     assert not list(store.directory.glob("*.bin"))
     held_out = TokenWindows([Corpus("memory://bucket/corpus")], "val", 32, 0)
     list(held_out.batches(range(len(held_out)), 2))
-    assert not held_out.shards[0][0].store._coming
+    assert not held_out.shards[0][0].store._pending
 
 
 def test_damage_in_object_storage_is_named(place, remote):

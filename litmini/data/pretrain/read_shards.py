@@ -1,5 +1,7 @@
-"""A corpus that `prepare_data.py` wrote, opened: its index, and its shards, of which every page that is read is compared with
-its checksum.
+"""A corpus that `prepare_data.py` wrote, opened: its index and its shards, on this disk or behind a URL.
+
+Every page that is read is compared with its checksum. A corpus behind a URL is in any file system of `fsspec` (`s3://`,
+`gs://`, `hf://`): its small files are copied once, and of its shards the pages that the next steps need are fetched.
 """
 
 import hashlib
@@ -19,6 +21,9 @@ from litmini.data.token_cache import cache_directory
 from litmini.errors import UserError
 from litmini.files import existing_file, read_json
 
+THREADS = 32  # requests at once
+MAX_PENDING = 4096  # sequences that are fetched and not read yet
+
 
 class Shard:
     """One file of token ids, mapped into memory when it is first read."""
@@ -30,7 +35,7 @@ class Shard:
         self.check_size(file.stat().st_size if file.is_file() else -1)
 
     def check_size(self, size: int) -> None:
-        """Refuse a file whose size, -1 where there is none, is not the index's."""
+        """Refuse a file whose size in bytes, -1 where it is missing, is not the index's."""
         expected = self.tokens * self.dtype.itemsize
         if size != expected:
             what = "is missing" if size < 0 else f"has {size:,} bytes, index.json says {expected:,}"
@@ -44,26 +49,33 @@ class Shard:
             mapped.madvise(mmap.MADV_RANDOM)
         return mapped
 
+    def checksum_file(self) -> Path:
+        return Path(self.file).with_suffix(".crc")
+
     @cached_property
     def checksums(self) -> np.ndarray:
-        """Of each page, (pages,) uint32."""
-        return read_checksums(Path(self.file).with_suffix(".crc"), -(-len(self.mapped) // PAGE))
+        """CRC-32 of each page, (pages,) uint32."""
+        file, pages = self.checksum_file(), -(-self.tokens * self.dtype.itemsize // PAGE)
+        checksums = np.fromfile(file, np.uint32) if file.is_file() else np.empty(0, np.uint32)
+        if len(checksums) != pages:
+            raise UserError(f"{file} has {len(checksums):,} checksums, expected {pages:,}. Prepare the corpus again.")
+        return checksums
 
     def content(self, start: int, stop: int) -> memoryview:
-        """The bytes [start, stop)."""
+        """Return the bytes [start, stop)."""
         return memoryview(self.mapped)[start:stop]
 
     def pages(self, start: int, count: int) -> tuple[int, int]:
-        """Where in the file the pages begin and end that hold tokens [start, start + count)."""
+        """Return the bytes at which the pages of tokens [start, start + count) begin and end."""
         size = self.dtype.itemsize
         end = -(-(start + count) * size // PAGE) * PAGE
         return start * size // PAGE * PAGE, min(end, self.tokens * size)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), not copied.
+        """Return tokens [start, start + count), not copied.
 
         Raises:
-            UserError: a page that holds some of them is not what was written.
+            UserError: a page of them is not what was written.
         """
         begin, end = self.pages(start, count)
         content, checksums = self.content(begin, end), self.checksums
@@ -76,43 +88,32 @@ class Shard:
                 )
         return np.frombuffer(content, self.dtype)[start - begin // self.dtype.itemsize :][:count]
 
-    def expect(self, start: int, count: int) -> None:
-        """Ask for these tokens to be read ahead, while the model computes."""
+    def prefetch(self, start: int, count: int) -> None:
+        """Begin to read these tokens, while the model computes."""
         if hasattr(mmap, "MADV_WILLNEED"):
             begin, end = self.pages(start, count)
             self.mapped.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-
-
-def read_checksums(file: Path, pages: int) -> np.ndarray:
-    """The checksums of a shard's pages, (pages,) uint32."""
-    checksums = np.fromfile(file, np.uint32) if file.is_file() else np.empty(0, np.uint32)
-    if len(checksums) != pages:
-        raise UserError(f"{file} has {len(checksums):,} checksums, expected {pages:,}. Prepare the corpus again.")
-    return checksums
 
 
 class Corpus:
     """What `prepare_data.py` wrote.
 
     Args:
-        path: of the directory, or a URL of it (see `litmini.data.pretrain.read_shards`).
+        path: of the directory, or its URL.
 
     Raises:
         UserError: a file is missing, truncated, or of another tokenizer.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.name, store = str(path), None
-        if "://" in self.name:
-            pass  # fsspec takes its time to import
-
-            store = Store(self.name)
+        self.name = str(path)
+        store = Store(self.name) if "://" in self.name else None
         self.directory = store.directory if store else Path(path)
         file = self.directory / "index.json"
         if not file.is_file():
             unfinished = (self.directory / "progress.json").is_file()
             raise UserError(
-                f"{path} is an unfinished corpus: type its prepare_data.py command again to go on."
+                f"{path} is an unfinished corpus: type its prepare_data.py command again to resume."
                 if unfinished
                 else f"{file} not found: {path} is no corpus. Make one: python scripts/prepare_data.py --help"
             )
@@ -121,7 +122,7 @@ class Corpus:
             raise UserError(f"{file} has format {self.index.get('format')!r}, expected '{FORMAT}'.")
         tokenizer = existing_file(str(self.directory / "tokenizer.json"), "the tokenizer of a corpus")
         try:
-            made_it = tokenizer_hash(tokenizer.read_text(encoding="utf-8")) == self.index["tokenizer_sha256"]
+            same_tokenizer = tokenizer_hash(tokenizer.read_text(encoding="utf-8")) == self.index["tokenizer_sha256"]
             dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.index["dtype"]])
             self.vocab_size, self.end = int(self.index["vocab_size"]), int(self.index["end"])
             listed = {
@@ -129,80 +130,77 @@ class Corpus:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({error!r}). Copy it again, or prepare the corpus again.") from None
-        if not made_it:
+        if not same_tokenizer:
             raise UserError(f"{tokenizer} is not the tokenizer that made these shards. Prepare the corpus again.")
-        self.splits: dict[str, list[Shard]] = {}
-        for split, shards in listed.items():
-            if store:
-                self.splits[split] = [RemoteShard(store, *shard, dtype) for shard in shards]
-            else:
-                self.splits[split] = [Shard(self.directory / name, tokens, dtype) for name, tokens in shards]
-
-
-THREADS = 32  # that wait for an answer
-
-
-AHEAD = 4096  # rows that may have come and not been read
+        self.splits: dict[str, list[Shard]] = {
+            split: [
+                RemoteShard(store, name, tokens, dtype) if store else Shard(self.directory / name, tokens, dtype)
+                for name, tokens in shards
+            ]
+            for split, shards in listed.items()
+        }
 
 
 class Store:
-    """The files of a corpus.
+    """The files of a corpus behind a URL.
 
     Args:
         url: of its directory.
 
     Raises:
-        UserError: there is no corpus, or no way to read it.
+        UserError: it cannot be read, or is no corpus.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         try:
             self.system, self.root = fsspec.core.url_to_fs(self.url)
-            found = self.system.ls(self.root, detail=True)
+            entries = self.system.ls(self.root, detail=True)
         except Exception as error:  # each file system raises its own
             raise UserError(f"{self.url} cannot be listed: {type(error).__name__}: {error}") from None
-        self.sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        self.sizes = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries if entry["type"] == "file"}
         if "index.json" not in self.sizes:
             raise UserError(f"{self.url} is no corpus: it has no index.json. Copy what prepare_data.py wrote there.")
         index = self.fetch("index.json")
-        name = hashlib.sha256(self.url.encode() + index).hexdigest()[:32]  # another index, another directory
-        self.directory = cache_directory() / "corpora" / name
+        key = hashlib.sha256(self.url.encode() + index).hexdigest()[:32]  # another index, another directory
+        self.directory = cache_directory() / "corpora" / key
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in self.sizes:
             if not name.endswith((".bin", ".crc")):
                 self.copy(name)
         self._threads = ThreadPoolExecutor(THREADS)
-        self._coming: dict[tuple[str, int, int], Future[bytes]] = {}
+        self._pending: dict[tuple[str, int, int], Future[bytes]] = {}
 
     def fetch(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """The bytes [start, stop) of a file, or all of it."""
+        """Return the bytes [start, stop) of a file, or all of it."""
         try:
             return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
         except Exception as error:
             raise UserError(f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}") from None
 
     def copy(self, name: str) -> Path:
-        """A small file, copied to this disk when it is first asked for."""
+        """Copy a small file to this disk, once; return where it is."""
+        if name not in self.sizes:
+            raise UserError(f"{self.url}/{name} is missing. Copy the corpus again.")
         file = self.directory / name
         if not file.exists():
-            aside = file.with_name(f".{name}.{os.getpid()}.partial")
-            aside.write_bytes(self.fetch(name))
-            aside.rename(file)
+            partial = file.with_name(f".{name}.{os.getpid()}.partial")
+            partial.write_bytes(self.fetch(name))
+            partial.rename(file)
         return file
 
-    def expect(self, name: str, start: int, stop: int) -> None:
-        """Begin to fetch these bytes."""
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Begin to fetch these bytes; the oldest that nobody read are dropped."""
         key = (name, start, stop)
-        if key not in self._coming:
-            if len(self._coming) == AHEAD:
-                self._coming.pop(next(iter(self._coming))).cancel()
-            self._coming[key] = self._threads.submit(self.fetch, *key)
+        if key not in self._pending:
+            if len(self._pending) == MAX_PENDING:
+                self._pending.pop(next(iter(self._pending))).cancel()
+            self._pending[key] = self._threads.submit(self.fetch, *key)
 
     def take(self, name: str, start: int, stop: int) -> bytes:
-        """These bytes, which are forgotten then."""
-        coming = self._coming.pop((name, start, stop), None)
-        return coming.result() if coming else self.fetch(name, start, stop)
+        """Return these bytes, and keep them no longer."""
+        pending = self._pending.pop((name, start, stop), None)
+        return pending.result() if pending else self.fetch(name, start, stop)
 
 
 class RemoteShard(Shard):
@@ -215,15 +213,11 @@ class RemoteShard(Shard):
         if size is not None:  # a web server does not always say
             self.check_size(size)
 
-    @cached_property
-    def checksums(self) -> np.ndarray:
-        name = self.name.removesuffix(".bin") + ".crc"
-        if name not in self.store.sizes:
-            raise UserError(f"{self.store.url}/{name} is missing. Copy the corpus again.")
-        return read_checksums(self.store.copy(name), -(-self.tokens * self.dtype.itemsize // PAGE))
+    def checksum_file(self) -> Path:
+        return self.store.copy(self.name.removesuffix(".bin") + ".crc")
 
     def content(self, start: int, stop: int) -> memoryview:
         return memoryview(self.store.take(self.name, start, stop))
 
-    def expect(self, start: int, count: int) -> None:
-        self.store.expect(self.name, *self.pages(start, count))
+    def prefetch(self, start: int, count: int) -> None:
+        self.store.prefetch(self.name, *self.pages(start, count))

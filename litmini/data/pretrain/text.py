@@ -1,14 +1,13 @@
 """Raw text -> documents, streamed: files, folders, globs and URLs of .txt, .jsonl and .parquet, compressed or not.
 
-Nothing is held whole in memory: a long document comes in pieces, cut at line ends.
+Memory does not grow with a file or a document: a long one is read in pieces, which end with a line.
 """
 
 import codecs
 import gzip
 import io
-import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -17,6 +16,7 @@ from typing import Any
 
 import fsspec
 
+from litmini.data.readers import check_text, import_pyarrow, read_lines, read_parquet
 from litmini.errors import UserError
 from litmini.files import existing_file
 
@@ -34,7 +34,7 @@ class Source:
     size: int
     """Bytes."""
     stamp: str
-    """Changes when the file does: its time of modification, or a checksum, where the file system knows one."""
+    """Changes when the file does: its modification time, or a checksum where the file system has one."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Piece:
 
 
 def find_sources(inputs: list[str]) -> list[Source]:
-    """Every text file of some files, folders (searched to the bottom), globs and URLs, each once, folders in order.
+    """Return the text files of files, folders (with their folders), globs and URLs, each once, folders sorted.
 
     Args:
-        inputs: paths, or URLs of any file system that fsspec has (`hf://datasets/org/name`, `s3://...`).
+        inputs: paths, or URLs of any file system of fsspec (`hf://datasets/org/name`, `s3://...`).
 
     Raises:
-        UserError: something is not there, holds no text, or is of a kind that is not read.
+        UserError: one is missing, holds no text, or is of a kind that is not read.
     """
     sources: dict[str, Source] = {}
     for name in inputs:
-        found = _remote(name) if "://" in name else _local(name)
-        if not found:
+        files = _remote(name) if "://" in name else _local(name)
+        if not files:
             raise UserError(f"{name} holds no {', '.join(KINDS)} file (.gz and .zst are read, too).")
-        sources.update({source.name: source for source in found})
+        sources.update({source.name: source for source in files})
     return list(sources.values())
 
 
@@ -93,48 +93,50 @@ def _remote(name: str) -> list[Source]:
 
 
 def _kind(name: str) -> str | None:
-    """`.txt`, `.jsonl` or `.parquet`, whatever it is compressed with."""
+    """Return `.txt`, `.jsonl` or `.parquet`, compressed or not; None for another kind."""
     return next((k for k in KINDS for c in ("", ".gz", ".zst") if name.lower().endswith(k + c)), None)
 
 
 def read_pieces(source: Source, text_key: str = "text", separator: str | None = None) -> Iterator[Piece]:
-    """The documents of a file, in pieces of about `PIECE` characters.
+    """Yield the documents of a file, in pieces of about `PIECE` characters.
 
     Args:
-        text_key: where JSONL records and Parquet rows have their text.
-        separator: what stands between the documents of a .txt file; None: a file is one document.
+        text_key: the field of JSONL records, or column of Parquet files, that holds the text.
+        separator: the string between the documents of a .txt file; None: a file is one document.
 
     Raises:
-        UserError: a file is damaged, not UTF-8, or a record has no such text; names file and line.
+        UserError: the file is damaged or not UTF-8, or a record has no text; names file and line.
     """
     with _opened(source) as raw:
         kind = _kind(source.name)
         if kind == ".txt":
             yield from _text(source.name, raw, separator)
             return
-        texts = _parquet(source.name, raw, text_key) if kind == ".parquet" else _jsonl(source.name, raw, text_key)
-        for text in texts:
+        is_parquet = kind == ".parquet"
+        chunks = read_parquet(source.name, raw, text_key) if is_parquet else read_lines(source.name, raw)
+        for where, record in (pair for chunk in chunks for pair in chunk.records()):
+            text = _field(record, text_key, where)
             if len(text) <= PIECE:
                 yield Piece(text, True, True)
                 continue
             start = 0
             while start < len(text):
-                stop = _cut(text, start, start + PIECE)
+                stop = _find_end(text, start, start + PIECE)
                 yield Piece(text[start:stop], start == 0, stop == len(text))
                 start = stop
 
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Any]:
-    """The bytes of a file, decompressed; whatever goes wrong while they are read names the file."""
+    """Open a file for reading its bytes, decompressed; errors of reading name the file."""
     try:
         with fsspec.open(source.name, "rb") if "://" in source.name else open(source.name, "rb") as raw:
             if source.name.lower().endswith(".gz"):
                 with gzip.open(raw) as plain:
                     yield plain
             elif source.name.lower().endswith(".zst"):
-                with _pyarrow().CompressedInputStream(raw, "zstd") as plain:
-                    yield io.BufferedReader(plain)  # it has no lines of its own
+                with import_pyarrow().CompressedInputStream(raw, "zstd") as plain:
+                    yield io.BufferedReader(plain)  # pyarrow's stream has no lines
             else:
                 yield raw
     except UserError:
@@ -145,17 +147,8 @@ def _opened(source: Source) -> Iterator[Any]:
         raise UserError(f"{source.name} cannot be read: {error}") from None
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError('Parquet and zstd files need pyarrow: pip install "litmini[parquet]"') from None
-    return pyarrow
-
-
-def _cut(text: str, start: int, stop: int) -> int:
-    """Where to end a piece: after the last line, or else the last word, before `stop`; the end of the text if near."""
+def _find_end(text: str, start: int, stop: int) -> int:
+    """Return where to end a piece: after the last line, or else word, before `stop`; or the end of the text if near."""
     if stop >= len(text):
         return len(text)
     for mark in ("\n", " "):
@@ -175,12 +168,12 @@ def _text(name: str, raw: Any, separator: str | None) -> Iterator[Piece]:
             for text in whole:
                 yield Piece(text, first, True)
                 first = True
-        while len(buffer) > PIECE:  # half a separator may stand at the end: it is not cut
-            stop = _cut(buffer, 0, PIECE - len(separator or ""))
+        while len(buffer) > PIECE:  # its end may be half a separator, which must stay whole
+            stop = _find_end(buffer, 0, PIECE - len(separator or ""))
             yield Piece(buffer[:stop], first, False)
             buffer, first = buffer[stop:], False
     _decode(decoder, b"", name, line)
-    if not (separator and first and not buffer.strip()):  # a separator may also stand after the last document
+    if not (separator and first and not buffer.strip()):  # a separator may end the last document, too
         yield Piece(buffer, first, True)
 
 
@@ -192,45 +185,13 @@ def _decode(decoder: codecs.IncrementalDecoder, data: bytes, name: str, line: in
         raise UserError(f"{name}:{line} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
 
 
-def _jsonl(name: str, raw: Iterable[bytes], key: str) -> Iterator[str]:
-    for number, line in enumerate(raw, 1):
-        where = f"{name}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield _field(json.loads(text), key, where)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 text: {error.reason}. Convert the file to UTF-8.") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-
-
-def _parquet(name: str, raw: Any, key: str) -> Iterator[str]:
-    pyarrow = _pyarrow()
-    try:
-        file = pyarrow.parquet.ParquetFile(raw)
-        if key not in file.schema_arrow.names:
-            raise UserError(
-                f"{name} has no column '{key}'; there are {', '.join(file.schema_arrow.names)}: --text_key."
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=1000, columns=[key]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield _field({key: text}, key, f"{name}:row {number}")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name} is not valid Parquet: {error}") from None
-
-
 def _field(record: Any, key: str, where: str) -> str:
+    if isinstance(record, ValueError):
+        raise UserError(f"{where}: {record}")
     if not isinstance(record, dict) or key not in record:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: no '{key}', found {keys}; name the field that holds the text with --text_key.")
-    text = record[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: '{key}' is {type(text).__name__}, expected text.")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: '{key}' holds half a character (a lone \\ud800 to \\udfff escape).") from None
-    return text
+        return check_text(record[key], f"'{key}'")
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from None

@@ -1,25 +1,20 @@
-"""Text -> token ids, on all cores. Imports nothing heavy, for the sake of the processes that do it."""
+"""Text -> token ids, on all cores. Imports nothing heavy: each spawned process does, too."""
 
 import dataclasses
 import hashlib
 import json
 import os
-import signal
-import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from functools import partial
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from litmini.data.pretrain.text import Piece
-from litmini.errors import UserError
+from litmini.data.workers import map_in_order
 
 SPLITS = ("train", "val")
 T = TypeVar("T")
@@ -27,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Everything but the text that the tokens depend on."""
+    """Everything that the tokens depend on, but the text."""
 
     tokenizer: str
     """The contents of tokenizer.json."""
@@ -38,9 +33,9 @@ class TokenizerSpec:
     text_key: str = "text"
     separator: str | None = None
     val_fraction: float = 0.0
-    """Share of documents that are held out, by a hash of their text: equal documents fall on the same side."""
+    """Fraction of documents for validation, chosen by a hash of their text: equal documents are in the same split."""
     shard_tokens: int = 1 << 28
-    """Tokens in a shard; the last one of a split has fewer."""
+    """Tokens in a shard; the last one of a split may have fewer."""
 
     @property
     def vocab_size(self) -> int:
@@ -51,29 +46,29 @@ class TokenizerSpec:
 
 
 def tokenizer_hash(text: str) -> str:
-    """sha256 of what a tokenizer.json means: the order of keys, truncation and padding do not count."""
+    """Return the sha256 of what a tokenizer.json means: without the order of keys, truncation and padding."""
     content = {k: v for k, v in json.loads(text).items() if k not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Encoder:
-    """Tokenises pieces, in one thread. Text that spells a special token is text: only documents' ends are ends."""
+    """Tokenises pieces, in one thread. Text that spells a special token stays text: only documents' ends are ends."""
 
-    def __init__(self, recipe: TokenizerSpec) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process of its own
-        self.fast = FastTokenizer.from_str(recipe.tokenizer)
+    def __init__(self, spec: TokenizerSpec) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores
+        self.fast = FastTokenizer.from_str(spec.tokenizer)
         self.fast.no_truncation()
         self.fast.no_padding()
         self.fast.encode_special_tokens = True
-        self.begin, self.end = recipe.begin, recipe.end
-        self.code = "H" if recipe.vocab_size <= 1 << 16 else "I"  # 2 or 4 bytes
+        self.begin, self.end = spec.begin, spec.end
+        self.code = "H" if spec.vocab_size <= 1 << 16 else "I"  # 2 or 4 bytes
 
     def __call__(self, pieces: list[tuple[Piece, bool]]) -> list[bytes]:
-        """The tokens of (piece, held out?), for each split, as bytes of uint16 or uint32."""
+        """Return the tokens of (piece, is_validation) of each split, as bytes of uint16 or uint32."""
         tokens = [array(self.code) for _ in SPLITS]
         encodings = self.fast.encode_batch_fast([piece.text for piece, _ in pieces], add_special_tokens=False)
-        for (piece, held_out), encoding in zip(pieces, encodings, strict=True):
-            out = tokens[held_out]
+        for (piece, is_validation), encoding in zip(pieces, encodings, strict=True):
+            out = tokens[is_validation]
             if piece.first:
                 out.extend(self.begin)
             out.extend(encoding.ids)
@@ -82,59 +77,25 @@ class Encoder:
         return [out.tobytes() for out in tokens]
 
 
-_encoder: Encoder
-
-
-def _start_process(recipe: TokenizerSpec) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(recipe)
-
-
-def _end_with_parent() -> None:
-    """However the process that writes ends, killed too, this one does not stay behind."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode(pieces: list[tuple[Piece, bool]]) -> list[bytes]:
-    return _encoder(pieces)
-
-
 def encode_all(
-    batches: Iterable[tuple[list[tuple[Piece, bool]], T]], recipe: TokenizerSpec, workers: int
+    batches: Iterable[tuple[list[tuple[Piece, bool]], T]], spec: TokenizerSpec, workers: int
 ) -> Iterator[tuple[T, list[bytes]]]:
-    """Tokenise batches, in order; a few for each process are under way at a time.
+    """Tokenise batches, in order, a few for each process at a time; yield the mark and the tokens of each split.
 
     Args:
-        batches: (piece, held out?) of each piece of a batch, and what comes back with its tokens.
-        workers: processes; 1 does it in this one.
-
-    Returns:
-        That, and the tokens of each split.
+        batches: (piece, is_validation) of each piece of a batch, and a mark.
+        workers: processes; 1: this one only.
     """
-    if workers == 1:
-        encoder = Encoder(recipe)
-        for pieces, mark in batches:
-            yield mark, encoder(pieces)
-        return
-    waiting: deque[tuple[T, Future[list[bytes]]]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (recipe,)) as pool:
-        try:
-            for pieces, mark in batches:
-                waiting.append((mark, pool.submit(_encode, pieces)))
-                if len(waiting) > 3 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            for done, future in waiting:
-                yield done, future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that tokenises was ended, most likely for lack of memory: try --workers with fewer; the same "
-                "command goes on from here."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    marks: deque[T] = deque()
+
+    def pieces() -> Iterator[list[tuple[Piece, bool]]]:
+        for batch, mark in batches:
+            marks.append(mark)
+            yield batch
+
+    make_encoder = partial(Encoder, spec)
+    one_process = workers == 1
+    # Spawned, since threads of a remote file system may hold locks
+    encoded = map(make_encoder(), pieces()) if one_process else map_in_order(make_encoder, pieces(), workers, "spawn")
+    for tokens in encoded:
+        yield marks.popleft(), tokens

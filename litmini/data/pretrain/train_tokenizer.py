@@ -16,7 +16,7 @@ UNKNOWN = "<|unknown|>"
 
 
 def texts(sources: list[Source], text_key: str, separator: str | None, max_characters: int) -> Iterator[str]:
-    """The text of some files, up to `max_characters`."""
+    """Yield the text of files, up to `max_characters`."""
     left = max_characters
     for source in sources:
         for piece in read_pieces(source, text_key, separator):
@@ -27,15 +27,15 @@ def texts(sources: list[Source], text_key: str, separator: str | None, max_chara
 
 
 def train_tokenizer(stream: Iterable[str], kind: str, vocab_size: int, special: list[str]) -> Tokenizer:
-    """A tokenizer of what `stream` yields; `END`, the end of a document, is token 0.
+    """Train a tokenizer on what `stream` yields; `END`, the end of a document, is token 0.
 
     Args:
         kind: "bpe" for byte-level BPE, or "characters".
-        vocab_size: the largest vocabulary. Of characters the most frequent ones stay, and others become `UNKNOWN`.
+        vocab_size: the largest vocabulary. Of characters the most frequent ones are kept, and others become `UNKNOWN`.
         special: further special tokens.
 
     Raises:
-        UserError: there is no text, or no room for its bytes.
+        UserError: the text is empty, or the vocabulary too small for its bytes.
     """
     if kind == "characters":
         counts = Counter[str]()
@@ -53,13 +53,13 @@ def train_tokenizer(stream: Iterable[str], kind: str, vocab_size: int, special: 
         fast.add_special_tokens(names)
         return fast
     names = [END, *special]
-    least = len(pre_tokenizers.ByteLevel.alphabet()) + len(names)
-    if vocab_size < least:
-        raise UserError(f"--vocab_size {vocab_size}: the bytes and special tokens alone are {least}.")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    needed = len(alphabet) + len(names)
+    if vocab_size < needed:
+        raise UserError(f"--vocab_size {vocab_size}: the bytes and special tokens alone are {needed}.")
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=names,
@@ -79,8 +79,8 @@ def write_tokenizer(fast: Tokenizer, out_dir: str | Path) -> Path:
     target = Path(out_dir)
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
-    with write_atomically(target) as aside:
-        fast.save(str(aside / "tokenizer.json"))
+    with write_atomically(target) as partial:
+        fast.save(str(partial / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END,
@@ -88,5 +88,5 @@ def write_tokenizer(fast: Tokenizer, out_dir: str | Path) -> Path:
         }
         if fast.token_to_id(UNKNOWN) is not None:
             settings["unk_token"] = UNKNOWN
-        write_json(aside / "tokenizer_config.json", settings)
+        write_json(partial / "tokenizer_config.json", settings)
     return target

@@ -1,8 +1,8 @@
 """Documents -> token shards: `train-00000.bin`, ... and `val-...`, plain arrays of token ids, and `index.json`.
 
 All cores tokenise; one process reads and writes, in the order of the files, so shards are the same for any number of
-cores. What was written is committed every few seconds: an interrupted preparation goes on from there and ends with the same
-bytes.
+cores. What was written is committed every few seconds: an interrupted preparation resumes from there and ends with the
+same bytes.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from litmini.files import file_hash, read_json, write_json
 from litmini.system import lock
 
 FORMAT = "litmini tokens 1"
-PAGE = 4096  # bytes that have a checksum of their own
-BATCH = 1 << 20  # characters that a process tokenises in one go
+PAGE = 4096  # bytes that have a checksum
+BATCH = 1 << 20  # characters that a process tokenises at once
 COMMIT_SECONDS = 5.0
 
 
@@ -37,7 +37,7 @@ class Shards:
         self.directory, self.split, self.item_bytes = directory, split, item_bytes
         self.capacity = shard_tokens * item_bytes
         self.done: list[dict[str, Any]] = []
-        self.size = 0  # bytes in the shard that is being written
+        self.size = 0  # bytes in the current shard
         self.documents = 0
         self.file: Any = None
 
@@ -58,7 +58,7 @@ class Shards:
                 self.close()
 
     def close(self) -> None:
-        """Finish the shard that is being written: checksums, then its name."""
+        """Finish the current shard: checksums, then its name."""
         if not self.size:
             return
         self.flush()
@@ -81,10 +81,10 @@ class Shards:
         return {"done": self.done, "size": self.size, "documents": self.documents}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`: what was written after it goes."""
+        """Return to a `state`, and delete what was written after it."""
         self.done, self.size, self.documents = list(state["done"]), state["size"], state["documents"]
         partial, path = self._path(len(self.done), partial=True), self._path(len(self.done))
-        if not partial.exists() and path.exists():  # it was finished after that
+        if not partial.exists() and path.exists():  # finished after that state
             path.rename(partial)
         if (partial.stat().st_size if partial.exists() else 0) < self.size:
             raise UserError(f"{partial} was shortened since the preparation stopped; delete {self.directory}.")
@@ -98,51 +98,51 @@ class Shards:
 
 @dataclass
 class Counts:
-    """What a preparation went through."""
+    """How far a preparation is."""
 
     source: int = 0
-    """Files that were read to their end."""
+    """Files that were read to the end."""
     piece: int = 0
     """Pieces of the next file that were read."""
     documents: int = 0
     empty: int = 0
-    """Documents without text, which are left out."""
+    """Documents without text, which are not written."""
     first_empty: str = ""
     characters: int = 0
-    held_out: bool = False
-    """The document that is being read is."""
+    is_validation: bool = False
+    """Whether the current document is in the validation split."""
 
 
 def prepare(
     sources: list[Source],
-    recipe: TokenizerSpec,
+    spec: TokenizerSpec,
     directory: Path,
     workers: int,
     save_tokenizer: Callable[[Path], None],
     max_empty: float = 0.01,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write the token shards of `sources` into `directory`, or go on with it, and return the index.
+    """Write the token shards of `sources` into `directory`, or resume that, and return the index.
 
     Args:
-        workers: processes that tokenise; 1 does it in this one.
+        workers: processes that tokenise; 1: this one only.
         save_tokenizer: writes the tokenizer into `directory`, beside its tokens.
-        max_empty: the largest share of documents without text that is no error.
+        max_empty: the largest fraction of documents without text that is no error.
 
     Raises:
-        UserError: the text is no good, or `directory` holds something else.
+        UserError: the text is damaged or empty, or `directory` holds something else.
     """
-    made_from = {"recipe": recipe.described(), "sources": [dataclasses.asdict(s) for s in sources]}
+    made_from = {"recipe": spec.described(), "sources": [dataclasses.asdict(s) for s in sources]}
     if (directory / "index.json").exists():
         index = read_json(directory / "index.json")
         if index.get("made_from") == made_from:
-            say(f"{directory} is there already, made from the same text in the same way.")
+            say(f"{directory} exists already, made from the same text in the same way.")
             return index
         raise UserError(f"{directory} holds another corpus. Choose another --out_dir, or delete it.")
     directory.mkdir(parents=True, exist_ok=True)
     lock(directory)
-    item_bytes = array(Encoder(recipe).code).itemsize
-    splits = [Shards(directory, split, item_bytes, recipe.shard_tokens) for split in SPLITS]
+    item_bytes = array(Encoder(spec).code).itemsize
+    splits = [Shards(directory, split, item_bytes, spec.shard_tokens) for split in SPLITS]
     counts = _resume(directory, made_from, splits, say)
 
     def commit(counts: Counts) -> None:
@@ -153,12 +153,12 @@ def prepare(
 
     commit(counts)
     committed = time.monotonic()
-    batches = _batches(sources, recipe, dataclasses.replace(counts))
+    batches = _batches(sources, spec, dataclasses.replace(counts))
     with tqdm(desc="preparing", unit="tok", unit_scale=True, disable=None) as bar:
-        for (documents, done), encoded in encode_all(batches, recipe, workers):
-            for shards, tokens, more in zip(splits, encoded, documents, strict=True):
+        for (documents, done), encoded in encode_all(batches, spec, workers):
+            for shards, tokens, count in zip(splits, encoded, documents, strict=True):
                 shards.write(tokens)
-                shards.documents += more
+                shards.documents += count
                 bar.update(len(tokens) // item_bytes)
             if time.monotonic() - committed > COMMIT_SECONDS:
                 commit(done)
@@ -171,10 +171,10 @@ def prepare(
     index = {
         "format": FORMAT,
         "dtype": {2: "uint16", 4: "uint32"}[item_bytes],
-        "vocab_size": recipe.vocab_size,
-        "tokenizer_sha256": tokenizer_hash(recipe.tokenizer),
-        "begin": recipe.begin,
-        "end": recipe.end,
+        "vocab_size": spec.vocab_size,
+        "tokenizer_sha256": tokenizer_hash(spec.tokenizer),
+        "begin": spec.begin,
+        "end": spec.end,
         "statistics": {k: v for k, v in vars(counts).items() if k in ("documents", "empty", "characters")},
         "splits": {s.split: {"documents": s.documents, "shards": s.done} for s in splits},
         "made_from": made_from,
@@ -186,15 +186,16 @@ def prepare(
 
 
 def _resume(directory: Path, made_from: dict[str, Any], splits: list[Shards], say: Callable[[str], None]) -> Counts:
-    """Bring `directory` to where it was committed last, and say from where to go on."""
+    """Return `directory` to its last commit, and the counts of then."""
     file = directory / "progress.json"
     if not file.exists():
-        if there := [p.name for p in directory.glob("*.bin")]:
-            raise UserError(f"{directory} holds {there[0]} but no index.json. Choose another --out_dir, or delete it.")
+        if names := [p.name for p in directory.glob("*.bin")]:
+            raise UserError(f"{directory} holds {names[0]} but no index.json. Choose another --out_dir, or delete it.")
         return Counts()
     state = read_json(file)
     try:
-        counts = Counts(**state["counts"])
+        # Versions up to 0.1.0 wrote `held_out`
+        counts = Counts(**{{"held_out": "is_validation"}.get(k, k): v for k, v in state["counts"].items()})
         before, begun = state["made_from"], counts.source + 1
         same = before["recipe"] == made_from["recipe"] and before["sources"][:begun] == made_from["sources"][:begun]
         saved_splits = [{key: saved[key] for key in ("done", "size", "documents")} for saved in state["splits"]]
@@ -207,30 +208,30 @@ def _resume(directory: Path, made_from: dict[str, Any], splits: list[Shards], sa
         )
     for shards, saved in zip(splits, saved_splits, strict=True):
         shards.restore(saved)
-    say(f"going on in {directory} after {counts.documents:,} documents")
+    say(f"resuming in {directory} after {counts.documents:,} documents")
     return counts
 
 
 def _check(counts: Counts, splits: list[Shards], max_empty: float, directory: Path) -> None:
     if counts.empty > max_empty * counts.documents:
         raise UserError(
-            f"{counts.empty:,} of {counts.documents:,} documents are empty (the first: {counts.first_empty}). Mend the "
+            f"{counts.empty:,} of {counts.documents:,} documents are empty (the first: {counts.first_empty}). Fix the "
             f"text, or allow it with --max_empty {counts.empty / counts.documents:.3f} (tokens done so far are kept)."
         )
     if not splits[0].documents:
-        raise UserError(f"no document is left to train on in {directory}: there were {counts.documents:,} in all.")
+        raise UserError(f"no document is left to train on in {directory}: the text has {counts.documents:,}.")
 
 
 Batch = tuple[list[tuple[Piece, bool]], tuple[list[int], Counts]]
 
 
-def _batches(sources: list[Source], recipe: TokenizerSpec, counts: Counts) -> Iterator[Batch]:
-    """What follows after `counts`, in parts of about `BATCH` characters: pieces, documents of each split, counts then."""
+def _batches(sources: list[Source], spec: TokenizerSpec, counts: Counts) -> Iterator[Batch]:
+    """Yield what follows after `counts`, about `BATCH` characters at a time: pieces, documents of each split, new counts."""
     pieces: list[tuple[Piece, bool]] = []
     documents, size = [0, 0], 0
     skip = counts.piece
     for source in sources[counts.source :]:
-        for number, piece in enumerate(read_pieces(source, recipe.text_key, recipe.separator), 1):
+        for number, piece in enumerate(read_pieces(source, spec.text_key, spec.separator), 1):
             if number <= skip:
                 continue
             counts.piece = number
@@ -240,9 +241,9 @@ def _batches(sources: list[Source], recipe: TokenizerSpec, counts: Counts) -> It
                 counts.first_empty = counts.first_empty or f"document {counts.documents}, in {source.name}"
                 continue
             if piece.first:
-                counts.held_out = _held_out(piece.text, recipe.val_fraction)
-                documents[counts.held_out] += 1
-            pieces.append((piece, counts.held_out))
+                counts.is_validation = _is_validation(piece.text, spec.val_fraction)
+                documents[counts.is_validation] += 1
+            pieces.append((piece, counts.is_validation))
             counts.characters += len(piece.text)
             size += len(piece.text)
             if size >= BATCH or len(pieces) >= 8192:
@@ -252,6 +253,6 @@ def _batches(sources: list[Source], recipe: TokenizerSpec, counts: Counts) -> It
     yield pieces, (documents, dataclasses.replace(counts))
 
 
-def _held_out(text: str, fraction: float) -> bool:
+def _is_validation(text: str, fraction: float) -> bool:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

@@ -1,4 +1,4 @@
-"""Rows out of token shards: the permutation, epochs, mixtures, ranks, isolated documents, damage."""
+"""Sequences of token shards: the permutation, epochs, mixtures, ranks, isolated documents, damage."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_labels_are_the_next_tokens(directory):
     assert batch.keys() == {"tokens", "labels"} and batch["tokens"].dtype == torch.int64
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
     for row in range(3):
-        shard, start = windows.place(row)
+        shard, start = windows.locate(row)
         file = np.fromfile(shard.file, np.uint16)
         assert batch["labels"][row].tolist() == file[start + 1 : start + LENGTH + 1].tolist()
 
@@ -134,18 +134,18 @@ def test_a_mixture_has_its_shares_in_every_block(tmp_path, directory):
     corpora = [Corpus(directory), Corpus(other)]
     windows = TokenWindows(corpora, "train", LENGTH, seed=1, weights=[3.0, 1.0])
     for block in (0, 2):
-        from_other = [windows.place(row)[0].file.parent == other for row in range(block * BLOCK, (block + 1) * BLOCK)]
+        from_other = [windows.locate(row)[0].file.parent == other for row in range(block * BLOCK, (block + 1) * BLOCK)]
         assert sum(from_other) == BLOCK // 4
         assert 0.15 < np.mean(from_other[:400]) < 0.35  # and they are mixed
     count = sum((s.tokens - 1) // LENGTH for s in corpora[1].splits["train"])
-    locations = [windows.place(row) for row in range(2 * BLOCK)]
+    locations = [windows.locate(row) for row in range(2 * BLOCK)]
     starts = [start for shard, start in locations if shard.file.parent == other]
     for epoch in range(3):  # each corpus has epochs of its own
         assert sorted(starts[epoch * count : (epoch + 1) * count]) == [i * LENGTH for i in range(count)]
     assert windows.epochs(4 * BLOCK)[1] == pytest.approx(BLOCK / count)
     together = TokenWindows(corpora, "train", LENGTH, seed=1)
     assert len(together) == len(windows) == windows.count
-    with pytest.raises(UserError, match="less than 1 of 4096 rows"):
+    with pytest.raises(UserError, match="less than 1 of 4096 sequences"):
         TokenWindows(corpora, "train", LENGTH, seed=1, weights=[1e6, 1.0])
 
 
@@ -201,7 +201,7 @@ def test_opening_a_corpus_reads_no_tokens(tmp_path):
     (directory / "index.json").write_text(json.dumps(index))
     windows = TokenWindows([Corpus(directory)], "train", 1024, seed=0)
     assert len(windows) == (tokens - 1) // 1024
-    shard, start = windows.place(10**7)
+    shard, start = windows.locate(10**7)
     assert start % 1024 == 0 and 0 <= start < tokens
     assert "mapped" not in vars(shard)
 
@@ -245,5 +245,5 @@ def test_damage_is_named(directory, tmp_path, damage):
 
 
 def test_a_corpus_smaller_than_a_row(directory):
-    with pytest.raises(UserError, match=r"the longest train shard has 2,000 tokens, a row needs 2,001"):
+    with pytest.raises(UserError, match=r"the longest train shard has 2,000 tokens, a sequence needs 2,001"):
         TokenWindows([Corpus(directory)], "train", 2000, seed=0)

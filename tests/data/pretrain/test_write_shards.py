@@ -1,4 +1,4 @@
-"""Text in: files of every kind, token shards, the split, going on after an interruption, and what is wrong with text."""
+"""Text: files of every kind, token shards, splits, resuming after an interruption, and errors in text."""
 
 import gzip
 import hashlib
@@ -35,7 +35,7 @@ def fast(tmp_path_factory):
     return FastTokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-def recipe(fast, **changes) -> TokenizerSpec:
+def spec(fast, **changes) -> TokenizerSpec:
     return TokenizerSpec(tokenizer=fast.to_str(), begin=[], end=0, **changes)
 
 
@@ -113,7 +113,7 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch, fast, piece):
     pieces = list(read_pieces(source, separator="\n--sep--\n"))
     assert max(len(p.text) for p in pieces) <= 2 * piece  # what is kept whole, and what was read after it
     whole = [fast.encode(text).ids for text in TEXTS]
-    made(tmp_path / "out", [source], recipe(fast, separator="\n--sep--\n"))
+    made(tmp_path / "out", [source], spec(fast, separator="\n--sep--\n"))
     assert tokens(tmp_path / "out").tolist() == [i for ids in whole for i in [*ids, 0]]
     (source,) = find_sources([str(jsonl(tmp_path / "b.jsonl"))])
     assert joined(source) == TEXTS
@@ -129,7 +129,7 @@ def test_a_separator_is_found_wherever_a_piece_ends(tmp_path, monkeypatch):
 
 def test_shards_hold_each_document_and_its_end(tmp_path, fast):
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
-    index = made(tmp_path / "one", sources, recipe(fast, shard_tokens=1000))
+    index = made(tmp_path / "one", sources, spec(fast, shard_tokens=1000))
     expected = [i for text in TEXTS for i in [*fast.encode(text).ids, 0]]
     assert tokens(tmp_path / "one").tolist() == expected
     shards = index["splits"]["train"]["shards"]
@@ -141,16 +141,16 @@ def test_shards_hold_each_document_and_its_end(tmp_path, fast):
         pages = np.fromfile((tmp_path / "one" / shard["file"]).with_suffix(".crc"), np.uint32)
         assert pages.tolist() == [zlib.crc32(content[at : at + 4096]) for at in range(0, len(content), 4096)]
     assert not list((tmp_path / "one").glob(".*"))
-    assert made(tmp_path / "one", sources, recipe(fast, shard_tokens=1000)) == index  # nothing is done again
+    assert made(tmp_path / "one", sources, spec(fast, shard_tokens=1000)) == index  # nothing is done again
     with pytest.raises(UserError, match="one holds another corpus"):
-        made(tmp_path / "one", sources[:1], recipe(fast, shard_tokens=1000))
+        made(tmp_path / "one", sources[:1], spec(fast, shard_tokens=1000))
 
 
 def test_more_processes_give_the_same_bytes(tmp_path, fast, monkeypatch):
     monkeypatch.setattr(corpus, "BATCH", 300)
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl"))])
     for workers in (1, 2):
-        made(tmp_path / str(workers), sources, recipe(fast, val_fraction=0.3, shard_tokens=700), workers=workers)
+        made(tmp_path / str(workers), sources, spec(fast, val_fraction=0.3, shard_tokens=700), workers=workers)
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
@@ -160,11 +160,11 @@ def files(directory):
 
 @pytest.mark.parametrize("after", range(1, 14, 3))
 @pytest.mark.parametrize("half", [False, True])
-def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, half):
+def test_an_interrupted_preparation_resumes(tmp_path, fast, monkeypatch, after, half):
     """Wherever it stops: in the middle of a shard, after one, with shards finished that were not committed."""
     monkeypatch.setattr(corpus, "BATCH", 300)
     sources = find_sources([str(jsonl(tmp_path / "a.jsonl", TEXTS[:20])), str(jsonl(tmp_path / "b.jsonl", TEXTS[20:]))])
-    what = recipe(fast, val_fraction=0.3, shard_tokens=700)
+    what = spec(fast, val_fraction=0.3, shard_tokens=700)
     made(tmp_path / "whole", sources, what)
     monkeypatch.setattr(corpus, "COMMIT_SECONDS", 0.0)
     calls, write = [], Shards.write
@@ -184,9 +184,12 @@ def test_an_interrupted_preparation_goes_on(tmp_path, fast, monkeypatch, after, 
         made(tmp_path / "cut", sources, what)
     monkeypatch.setattr(Shards, "write", write)
     assert not (tmp_path / "cut/index.json").exists()
+    if half:  # what version 0.1.0 left is resumed, too
+        progress = tmp_path / "cut/progress.json"
+        progress.write_text(progress.read_text().replace('"is_validation"', '"held_out"'))
     said = []
     prepare(sources, what, tmp_path / "cut", 1, lambda path: None, say=said.append)
-    assert "going on" in said[0] and "after 0 documents" not in said[0]
+    assert "resuming" in said[0] and "after 0 documents" not in said[0]
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -215,34 +218,34 @@ def test_a_killed_preparation_leaves_no_process_behind(fast):
     assert time.monotonic() < deadline
 
 
-def test_going_on_with_other_text_is_refused(tmp_path, fast, monkeypatch):
+def test_resuming_with_other_text_is_refused(tmp_path, fast, monkeypatch):
     monkeypatch.setattr(corpus, "BATCH", 300)
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl"))])
     bad = [*TEXTS[:50], None]
     (broken,) = find_sources([str(jsonl(tmp_path / "b.jsonl", bad))])
     with pytest.raises(UserError, match="b.jsonl:51: 'text' is NoneType"):
-        made(tmp_path / "out", [source, broken], recipe(fast))
-    (mended,) = find_sources([str(jsonl(tmp_path / "b.jsonl", TEXTS[:50]))])
+        made(tmp_path / "out", [source, broken], spec(fast))
+    (fixed,) = find_sources([str(jsonl(tmp_path / "b.jsonl", TEXTS[:50]))])
     saved = shutil.copytree(tmp_path / "out", tmp_path / "saved")
-    made(tmp_path / "out", [source, mended], recipe(fast))  # it had not come to that file at its last commit
+    made(tmp_path / "out", [source, fixed], spec(fast))  # it had not come to that file at its last commit
     assert len(tokens(tmp_path / "out")) > 0
     with pytest.raises(UserError, match="begun with other settings, another tokenizer or other text"):
-        made(saved, [mended, source], recipe(fast))
+        made(saved, [fixed, source], spec(fast))
     with pytest.raises(UserError, match="begun with other settings"):
-        made(saved, [source, mended], recipe(fast, val_fraction=0.1))
+        made(saved, [source, fixed], spec(fast, val_fraction=0.1))
 
 
-def test_documents_are_held_out_by_their_text(tmp_path, fast):
+def test_validation_documents_are_chosen_by_their_text(tmp_path, fast):
     texts = [f"text number {i % 500}" for i in range(1000)]  # each twice
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl", texts))])
-    made(tmp_path / "out", [source], recipe(fast, val_fraction=0.2))
+    made(tmp_path / "out", [source], spec(fast, val_fraction=0.2))
     ids = [tokens(tmp_path / "out", split).tolist() for split in corpus.SPLITS]
     sides = [fast.decode(side, skip_special_tokens=False).split(END)[:-1] for side in ids]
     assert sorted(sides[0] + sides[1]) == sorted(texts)
     assert not set(sides[0]) & set(sides[1])
     assert 0.15 < len(sides[1]) / 1000 < 0.25
     (same,) = find_sources([str(jsonl(tmp_path / "b.jsonl", texts[::-1]))])
-    made(tmp_path / "again", [same], recipe(fast, val_fraction=0.2))
+    made(tmp_path / "again", [same], spec(fast, val_fraction=0.2))
     assert sorted(tokens(tmp_path / "again", "val")) == sorted(tokens(tmp_path / "out", "val"))
 
 
@@ -256,7 +259,7 @@ def test_text_cannot_spell_special_tokens(tmp_path, fast):
 
 def test_the_tokenizer_travels_with_its_tokens(tmp_path, fast):
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl"))])
-    prepare([source], recipe(fast), tmp_path / "out", 1, lambda p: (p / "tokenizer.json").write_text(fast.to_str()))
+    prepare([source], spec(fast), tmp_path / "out", 1, lambda p: (p / "tokenizer.json").write_text(fast.to_str()))
     index = json.loads((tmp_path / "out/index.json").read_text())
     settings = json.loads(fast.to_str())
     other_form = json.dumps({**dict(reversed(settings.items())), "padding": {"length": 3}}, indent=1)
@@ -285,7 +288,7 @@ def test_bad_text_is_named(tmp_path, fast, name):
     content, message = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        made(tmp_path / "out", find_sources([str(tmp_path / name)]), recipe(fast))
+        made(tmp_path / "out", find_sources([str(tmp_path / name)]), spec(fast))
     assert not (tmp_path / "out/index.json").exists()
 
 
@@ -310,7 +313,7 @@ def test_bad_sources_are_named(tmp_path):
 def test_a_few_empty_documents_are_left_out(tmp_path, fast):
     texts = [*TEXTS[:30], " \n", *TEXTS[30:]]
     (source,) = find_sources([str(jsonl(tmp_path / "a.jsonl", texts))])
-    index = made(tmp_path / "out", [source], recipe(fast), max_empty=0.05)
+    index = made(tmp_path / "out", [source], spec(fast), max_empty=0.05)
     assert index["statistics"]["empty"] == 1
     assert (tokens(tmp_path / "out") == 0).sum() == 60
 
