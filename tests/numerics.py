@@ -94,10 +94,14 @@ def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]
 def assert_gradients_as_accurate(
     found: dict[str, Tensor], reference: dict[str, Tensor], exact: dict[str, Tensor], times: float = 4.0
 ) -> None:
-    """`assert_as_accurate` for fp32 gradients by name."""
+    """`assert_as_accurate` for fp32 gradients by name.
+
+    The reference's error counts as 16 ulps at least: a sum over 100 tokens is off by as much, and that of a key bias, which is
+    mathematically almost 0, is nothing but rounding.
+    """
     errors = gradient_errors(reference, exact)
     for name, error in gradient_errors(found, exact).items():
-        allowed = times * max(errors[name], ulps(1))
+        allowed = times * max(errors[name], ulps(16))
         _record(error, allowed)
         assert error <= allowed, (
             f"gradient of {name} is off by {error:.1e}, {allowed:.1e} is {times} times the reference"
