@@ -51,15 +51,20 @@ def finish_all(model: nn.Module, requests: list[Request]) -> None:
             batch.step()
 
 
-def _native_gemv(batch: Batch) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _native_gemv(batch: Batch) -> Iterator[None]:
     """For one token in bf16 on a CPU: torch's own matrix-vector product, twice as fast as oneDNN's.
 
     The switch is the process's. So it is for callers that decode in one thread; the server, with threads, does without.
     """
     one = len(batch.requests) == 1 and batch.draft is None and batch.device.type == "cpu"
-    if not one or batch.dtype != torch.bfloat16:
-        return contextlib.nullcontext()
-    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return,no-untyped-call]
+    before = torch.backends.mkldnn.enabled
+    if one and batch.dtype == torch.bfloat16:
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def stream(

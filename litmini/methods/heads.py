@@ -41,7 +41,8 @@ class LogProbHead(OutputHead):
         """Return (B, T) fp32 log-probabilities, 0 where there is no label, and the number of labels (int64, 0-d)."""
         targets = labels != IGNORE
         index = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
-        rows, wanted = hidden.flatten(0, 1)[index], labels.flatten()[index]  # (n, dim), (n,)
+        rows = hidden.flatten(0, 1).index_select(0, index)  # (n, dim)
+        wanted = labels.flatten().index_select(0, index)  # (n,)
         parts = [
             checkpoint(self._log_probs, part, want, softcap, use_reentrant=False)
             for part, want in zip(rows.split(self.chunk), wanted.split(self.chunk), strict=True)
@@ -57,24 +58,26 @@ class LogProbHead(OutputHead):
 
 
 class ScoreHead(OutputHead):
-    """n outputs at each labelled position, from a linear that the model holds as `score`, as in Hugging Face's checkpoints.
+    """n outputs at each labelled position, from the model's module `score`, as Hugging Face's checkpoints call it.
 
-    Which position is labelled (the last token, say) is the caller's choice; what the label is does not matter here.
+    Which position is labelled is the caller's choice; what the label is does not matter here. `score` may
+    be swapped, for one that is trained beside adapters say: it is looked up at each call.
     """
 
-    def __init__(self, score: nn.Linear) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._score = [score]  # in a list: it is the model's module, not this one's
+        self._model = [model]  # in a list: it is no module of this one's
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the outputs of every position, (B, T, n_outputs) in fp32."""
-        (score,) = self._score
-        return score(hidden.to(score.weight.dtype)).float()  # type: ignore[no-any-return]
+        """Return the outputs of every position, (B, T, n_outputs) in fp32; under autocast, too."""
+        score: Any = self._model[0].score
+        with torch.autocast(hidden.device.type, enabled=False):
+            return score(hidden.to(next(score.parameters()).dtype)).float()  # type: ignore[no-any-return]
 
     def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return (n, n_outputs) fp32, the labelled positions row by row, and their number (int64, 0-d)."""
         index = (labels != IGNORE).flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
-        return self(hidden.flatten(0, 1)[index]), torch.tensor(len(index), device=hidden.device)
+        return self(hidden.flatten(0, 1).index_select(0, index)), torch.tensor(len(index), device=hidden.device)
 
 
 def head_name(model: nn.Module) -> str:
@@ -83,8 +86,9 @@ def head_name(model: nn.Module) -> str:
     Raises:
         UserError: there is none, or more than one.
     """
-    kinds = (nn.Linear, AdapterLayer, OutputHead)
-    names = [name for name, module in model.named_children() if isinstance(module, kinds)]
+    children = dict(model.named_children())
+    names = [name for name, module in children.items() if isinstance(module, OutputHead)]
+    names = names or [name for name, module in children.items() if isinstance(module, nn.Linear | AdapterLayer)]
     if len(names) != 1:
         raise UserError(
             f"expected one output head on the model itself, found {len(names)}: {', '.join(names) or 'none'}."
@@ -93,7 +97,10 @@ def head_name(model: nn.Module) -> str:
 
 
 def use_log_probs(model: nn.Module, chunk: int = CHUNK) -> LogProbHead:
-    """Let `model(..., labels=labels)` return per-token log-probabilities; see `LogProbHead.outputs`."""
+    """Let `model(..., labels=labels)` return per-token log-probabilities; see `LogProbHead.outputs`.
+
+    Call it after adapters were added, which are found by the names that modules have before.
+    """
     name = head_name(model)
     head = LogProbHead(getattr(model, name), chunk)
     setattr(model, name, head)
@@ -103,29 +110,28 @@ def use_log_probs(model: nn.Module, chunk: int = CHUNK) -> LogProbHead:
 @contextmanager
 def original_head(model: nn.Module) -> Iterator[None]:
     """Give a model with a `LogProbHead` its own head back for as long as this lasts: to save it, or to generate."""
-    name = head_name(model)
-    head = getattr(model, name)
-    if not isinstance(head, LogProbHead):
-        yield
-        return
-    setattr(model, name, head.head)
+    heads = {name: module for name, module in model.named_children() if isinstance(module, LogProbHead)}
+    for name, head in heads.items():
+        setattr(model, name, head.head)
     try:
         yield
     finally:
-        setattr(model, name, head)
+        for name, head in heads.items():
+            setattr(model, name, head)
 
 
 def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | None = None) -> nn.Linear:
     """Replace the language model head by one with `n_outputs` outputs at labelled positions, and return its linear.
 
-    Its weight, `score.weight` in files, is in fp32 and trained; it starts normal with std 0.02. The old head is dropped; an
-    embedding that it was tied to stays.
+    Its weight, `score.weight` in files, is in fp32 and starts normal with std 0.02. The old head is dropped; an embedding that
+    it was tied to stays. Beside adapters, which freeze all else, it is trained when it is added after them, or before them
+    and named in `lora.modules_to_save`.
     """
     config: Any = model.config
     device = next(model.parameters()).device
     score = nn.Linear(config.dim, n_outputs, bias=False, device=device, dtype=torch.float32)
     if device.type != "meta":
         nn.init.normal_(score.weight, std=0.02, generator=generator)
-    setattr(model, head_name(model), ScoreHead(score))
+    setattr(model, head_name(model), ScoreHead(model))
     model.score = score
     return score

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -459,7 +460,9 @@ def test_decoding_leaves_global_switches_alone():
     while batch.requests:
         batch.step()
     assert set(switches) == {before}
-    generate_batch(model, PROMPTS[:1], 3, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate_batch(model, PROMPTS[:1], 3, [])
     assert switches[-3:] == [False] * 3 and torch.backends.mkldnn.enabled == before
 
 

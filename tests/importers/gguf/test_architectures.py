@@ -98,7 +98,7 @@ def test_logits_and_tensors_are_those_of_the_original(
     with torch.no_grad():
         logits = theirs(tokens).logits
         assert logits.std() > 0.1
-        assert_close(imported(tokens).logits, logits, 256 if "gemma" in case else 0)
+        assert_close(imported(tokens).logits, logits)  # mapped weights lie elsewhere, and MKL sums by alignment
         assert_close(load_model(out, torch.float32)(tokens), logits)
 
 
