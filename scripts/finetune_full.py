@@ -16,7 +16,8 @@ def main(config: FinetuneFullConfig) -> None:
     from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling

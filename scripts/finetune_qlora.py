@@ -18,7 +18,8 @@ def main(config: FinetuneQloraConfig) -> None:
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling

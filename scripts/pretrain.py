@@ -13,8 +13,9 @@ def main(config: PretrainConfig) -> None:
     from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
+    from litmini.tasks.measure import finish, measure_start
     from litmini.tasks.pretrain import blueprint, prepare_data, use_z_loss
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
 

@@ -144,14 +144,14 @@ def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
 
 def _show(fabric: Fabric, bar: tqdm, metrics: dict[str, float], progress: Progress) -> None:
     """Move the bar or, in log files, print a line for each twentieth of the run."""
-    bar.set_postfix_str(_in_words(metrics), refresh=False)
+    bar.set_postfix_str(_format_metrics(metrics), refresh=False)
     bar.update()
     if bar.disable and progress.step % max(1, bar.total // 20) == 0:
         left = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
-        fabric.print(f"step {progress.step} of {bar.total}: {_in_words(metrics)}, {left} left")
+        fabric.print(f"step {progress.step} of {bar.total}: {_format_metrics(metrics)}, {left} left")
 
 
-def _in_words(metrics: dict[str, float]) -> str:
+def _format_metrics(metrics: dict[str, float]) -> str:
     """A line for people."""
     words = f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
     words += f"{metrics['tokens_per_second']:,.0f} tok/s"

@@ -99,7 +99,7 @@ def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_pa
     """And decides the same when it goes on."""
     data, out, made = tmp_path / "data.jsonl", tmp_path / "out", []
     data.write_text("".join(json.dumps({"prompt": "Hi", "completion": f"Ho {i}"}) + "\n" for i in range(8)))
-    monkeypatch.setattr(setup, "compile_training", lambda model, dtype: made.append(model))
+    monkeypatch.setattr(training_compile, "compile_training", lambda model, dtype: made.append(model))
     monkeypatch.setitem(COMPILE_THRESHOLD, "cpu", worth)
     words = ["--checkpoint_dir", tiny_dir, "--data.path", data, "--out_dir", out, "--data.max_seq_len=64"]
     words += ["--compile=auto", "--train.epochs=4", "--train.save_every=1", "--eval.samples=0"]
