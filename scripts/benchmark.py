@@ -103,7 +103,7 @@ def main(config: BenchmarkConfig) -> None:
     check_checkpoint_dir(config.checkpoint_dir)
     place = Path(config.out_dir)
     (place / "runs").mkdir(parents=True, exist_ok=True)
-    tools: list[str] = [tool for tool in config.tools if is_there(config, tool)]
+    tools: list[str] = [tool for tool in config.tools if is_installed(config, tool)]
     found: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     turns = list(itertools.product(config.tasks, config.dtypes or [config.dtype]))
@@ -131,7 +131,7 @@ def main(config: BenchmarkConfig) -> None:
     print(table(everything))
 
 
-def is_there(config: BenchmarkConfig, tool: str) -> bool:
+def is_installed(config: BenchmarkConfig, tool: str) -> bool:
     """Whether a tool is installed; says so if not."""
     package = {"transformers": "peft"}.get(tool, tool)
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
@@ -211,7 +211,7 @@ def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) ->
     import shutil
 
     import torch
-    from work import hardware, product_rate
+    from work import hardware, matmul_rate
 
     from litmini.files import file_hash
 
@@ -225,7 +225,7 @@ def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) ->
     shutil.rmtree(job["out_dir"], ignore_errors=True)
     result.unlink(missing_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = product_rate(device, torch.bfloat16 if job["dtype"] == "bf16" else torch.float32)
+    rate = matmul_rate(device, torch.bfloat16 if job["dtype"] == "bf16" else torch.float32)
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
     (place / f"{name}.json").write_text(json.dumps({**job, "started_at": time.time()}))
     python = config.pythons.get(job["tool"], sys.executable)

@@ -69,7 +69,7 @@ def main(config: EstimateConfig) -> None:
         return compare(config)
     model = build(config)
     memory = estimate_at(config, model, config.max_seq_len)
-    memory = gpus.share(memory, model, config.devices, config.strategy, config.num_nodes)
+    memory = gpus.memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
     devices = config.devices * config.num_nodes
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)

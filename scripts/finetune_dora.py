@@ -14,7 +14,7 @@ from litmini.config.finetune import FinetuneDoraConfig
 def main(config: FinetuneDoraConfig) -> None:
     from litmini.checkpoints.load import load_quantized
     from litmini.checkpoints.peft import save_adapter
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.methods.dora import DoRALinear
     from litmini.ops.rounding import dither
@@ -48,7 +48,7 @@ def main(config: FinetuneDoraConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()

@@ -13,7 +13,7 @@ from litmini.config.finetune import FinetuneFullConfig
 
 def main(config: FinetuneFullConfig) -> None:
     from litmini.checkpoints.hf import load_model, save_trained
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.measure import finish, measure_start
@@ -49,7 +49,7 @@ def main(config: FinetuneFullConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()

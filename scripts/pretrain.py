@@ -10,7 +10,7 @@ from litmini.config.pretrain import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.measure import finish, measure_start
@@ -40,7 +40,7 @@ def main(config: PretrainConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 5. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights), LanguageModeling()

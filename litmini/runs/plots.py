@@ -34,12 +34,12 @@ def plot_runs(directories: list[Path], file: Path, smooth: float, by: str) -> di
             mean = smooth * mean + (1 - smooth) * float(row["loss"])
             curve.append(mean / (1 - smooth**count))  # as Adam corrects its averages
         axes.plot([int(row[by]) for row in rows], curve, f"C{number}", linewidth=0.8, alpha=0.6)
-        held_out = [(int(row[by]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        validation = [(int(row[by]), float(row["val_loss"])) for row in rows if row["val_loss"]]
         results = read_json(directory / "manifest.json").get("results", {})
         if "val_loss_after" in results:
-            held_out.append((int(rows[-1][by]), results["val_loss_after"]))
-        last[str(directory)] = held_out[-1][1] if held_out else None
-        axes.plot(*zip(*held_out or [(0, float("nan"))], strict=True), f"C{number}o-", label=directory.name)
+            validation.append((int(rows[-1][by]), results["val_loss_after"]))
+        last[str(directory)] = validation[-1][1] if validation else None
+        axes.plot(*zip(*validation or [(0, float("nan"))], strict=True), f"C{number}o-", label=directory.name)
     axes.grid(alpha=0.3)
     axes.legend(title="validation; thin: training")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -111,16 +111,16 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 def _draw_loss(axes: Any, rows: list[dict[str, str]], results: dict[str, Any], title: str) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss (nats a target token)", title=title)
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], BLUE, label="training", linewidth=1.2)
-    held_out = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
+    validation = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
     if "val_loss_after" in results:
         last = int(rows[-1]["step"])
-        held_out = [
+        validation = [
             (0, results["val_loss_before"]),
-            *(p for p in held_out if p[0] < last),
+            *(p for p in validation if p[0] < last),
             (last, results["val_loss_after"]),
         ]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, label="validation", markersize=4)
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color=ORANGE, label="validation", markersize=4)
     _from_zero(axes)
     axes.legend(frameon=False)
 

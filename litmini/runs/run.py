@@ -20,7 +20,7 @@ from litmini.distributed.fsdp import is_sharded
 from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
 from litmini.runs.directory import RunDirectory, flat, plain
 from litmini.runs.manifest import check_same, describe_run
-from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
+from litmini.runs.training_state import SHARDS, load_state, save_shards, save_state
 from litmini.system import lock
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Batch
@@ -152,8 +152,8 @@ class Run(Recorder):
         wait = None
         with self._aside(directory, later=lambda finish: self.saving(finish, wait), checksums=True) as aside:
             if is_sharded(self.model):
-                place = Path(self.fabric.broadcast(str(aside))) / SHARES
-                wait = save_shares(place, self.model, self.optimizer)
+                place = Path(self.fabric.broadcast(str(aside))) / SHARDS
+                wait = save_shards(place, self.model, self.optimizer)
             if aside:
                 save_state(aside, progress, self.model, self.optimizer)
                 write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})

@@ -22,7 +22,7 @@ from litmini.training.setup import Progress
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state.
 
-    Of a sharded model, the tensors are in `SHARES`: see `litmini.runs.training_state.save_shares`.
+    Of a sharded model, the tensors are in `SHARDS`: see `litmini.runs.training_state.save_shards`.
     """
     tensors: dict[str, torch.Tensor] = {}
     scalars, pointers = {}, set()
@@ -55,7 +55,7 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if shares or is_sharded(model):
-        tensors = load_shares(directory / SHARES if shares else directory, trainable)
+        tensors = load_shards(directory / SHARDS if shares else directory, trainable)
     else:
         tensors = read_tensors([directory / "training_state.safetensors"])
     restored: dict[str, dict[str, Any]] = {name: {} for name in trainable}
@@ -79,7 +79,7 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return progress
 
 
-SHARES = "training_state"  # directory in a checkpoint: a safetensors file of each process
+SHARDS = "training_state"  # directory in a checkpoint: a safetensors file of each process
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
@@ -91,7 +91,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
                 yield f"{key}/{name}", value
 
 
-def save_shares(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def save_shards(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Begin to write every process's share of `named_state` into `directory`, as safetensors. All processes call this.
 
     What is written is a copy in the CPU's memory: training goes on meanwhile.
@@ -120,7 +120,7 @@ def _beside(world: Any) -> Any:
     return dist.new_group(backend="gloo")
 
 
-def load_shares(directory: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def load_shards(directory: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Read this process's share of every tensor named `kind/parameter` in the safetensors files of `directory`.
 
     How many processes wrote them does not matter. All processes call this.

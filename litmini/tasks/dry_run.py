@@ -12,7 +12,7 @@ from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.system import physical_bytes, resident_bytes
 from litmini.tasks.setup import Data, count_parameters
-from litmini.training.gpus import fitting, share
+from litmini.training.gpus import fitting, memory_per_device
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Batch, Memory, describe, estimate, nbytes
 
@@ -47,7 +47,7 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
         memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
     except UserError as error:
         return str(error)
-    memory = share(memory, model, config.devices, config.strategy, config.num_nodes)
+    memory = memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
     there = _memory_of(device)
     rows_text = f"{micro} rows of {batch['tokens'].shape[1]:,} tokens"
     lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {rows_text}:", describe(memory)]

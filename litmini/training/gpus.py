@@ -13,7 +13,7 @@ from litmini.training.memory import Memory, nbytes
 
 GIB = 2**30
 CUDA_CONTEXT = GIB * 6 // 10  # and kernels; not measured by us
-CARDS = (  # name, GiB
+GPUS = (  # name, GiB
     ("RTX 4060", 8),
     ("RTX 3060", 12),
     ("RTX 4080", 16),
@@ -34,7 +34,7 @@ def tokens_per_day(model: nn.Module, length: int, mfu: float, devices: int) -> d
         mfu: as `litmini.training.flops` defines it.
     """
     flops = token_flops(model, length)
-    return {name: mfu * PUBLISHED[name] * devices * 86400 / flops for name, _ in CARDS if name in PUBLISHED}
+    return {name: mfu * PUBLISHED[name] * devices * 86400 / flops for name, _ in GPUS if name in PUBLISHED}
 
 
 def token_flops(model: nn.Module, length: int) -> float:
@@ -43,7 +43,7 @@ def token_flops(model: nn.Module, length: int) -> float:
     return meter.per_token + meter.per_target + meter.per_key * (length + 1) / 2
 
 
-def share(memory: Memory, model: nn.Module, devices: int, strategy: str, num_nodes: int = 1) -> Memory:
+def memory_per_device(memory: Memory, model: nn.Module, devices: int, strategy: str, num_nodes: int = 1) -> Memory:
     """The memory of each of several devices, `devices` on each node, by arithmetic.
 
     ddp: all of it, and a second copy of the gradients to exchange. fsdp: a share of weights, gradients and averages; gathered
@@ -66,7 +66,7 @@ def share(memory: Memory, model: nn.Module, devices: int, strategy: str, num_nod
 def fitting(memory: Memory) -> str:
     """The smallest of the ordinary cards on which `memory` fits, with room for the CUDA context and the allocator."""
     need = (memory.total - memory.process - memory.allocator) * 1.1 + CUDA_CONTEXT
-    fits = [f"{name} ({gib} GiB)" for name, gib in CARDS if need < gib * GIB]
+    fits = [f"{name} ({gib} GiB)" for name, gib in GPUS if need < gib * GIB]
     return f"{fits[0]} and larger" if fits else f"none of the ordinary cards: {need / GIB:,.0f} GiB"
 
 
@@ -110,7 +110,7 @@ def compare(
     micro_batches: int,
     mfu: float,
     speeds: tuple[float, float],
-    card: str = "H100",
+    gpu: str = "H100",
 ) -> str:
     """A few lines: what is sent in a step, how long that takes, and how long computing does, which hides it if it is longer.
 
@@ -129,10 +129,10 @@ def compare(
                 f"  each sends {size / 1e9:,.1f} GB {way}: {size / speeds[i]:.2g} s at {speeds[i] / 1e9:,.0f} GB/s"
             )
     there = micro_batches * tokens
-    computing = there * flops / (mfu * PUBLISHED[card])
+    computing = there * flops / (mfu * PUBLISHED[gpu])
     hidden = "hides that" if computing > waiting else "does not hide that"
     lines.append(
-        f"  each computes {computing:.2g} s ({card}), which {hidden}: a step has {there:,} tokens for each, "
+        f"  each computes {computing:.2g} s ({gpu}), which {hidden}: a step has {there:,} tokens for each, "
         f"{there * waiting / computing:,.0f} would do"
     )
     return "\n".join(lines)

@@ -19,12 +19,12 @@ from litmini.errors import UserError
 from litmini.training.objective import Batch, Objective, count_tokens
 from litmini.training.optimizer import learning_rate
 from litmini.training.setup import Progress, Setup
-from litmini.training.signals import Interrupted, caught
+from litmini.training.signals import Interrupted, graceful_shutdown
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
+MAX_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
 
 
 def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Progress:
@@ -34,7 +34,7 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
         stop_after: return after this step; schedule and data are those of the whole run. None: the last one.
 
     Raises:
-        UserError: loss or gradients are not finite; skipping, `MOST_SKIPPED` times in a row.
+        UserError: loss or gradients are not finite; skipping, `MAX_SKIPPED` times in a row.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     fabric, progress, total_steps = setup.fabric, setup.progress, setup.data.total_steps
@@ -46,7 +46,7 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
     hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     try:
-        with caught() as received, bar:
+        with graceful_shutdown() as received, bar:
             while progress.step < last:
                 metrics, stop = _step(setup, objective, scaler, len(received))
                 _report(setup, objective, bar, metrics)
@@ -208,7 +208,7 @@ def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> boo
     taken = math.isfinite(loss) and math.isfinite(norm)
     progress.skipped += not taken
     progress.skipped_in_row = 0 if taken else progress.skipped_in_row + 1
-    scaling = scaler and math.isfinite(loss) and progress.skipped_in_row < MOST_SKIPPED  # it finds its scale that way
+    scaling = scaler and math.isfinite(loss) and progress.skipped_in_row < MAX_SKIPPED  # it finds its scale that way
     return not (taken or scaling)
 
 
@@ -219,8 +219,8 @@ def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, pr
         raise UserError(
             f"{what} Look at that data, or try a lower --optim.lr; --train.on_nonfinite skip leaves such steps out."
         )
-    if progress.skipped_in_row >= MOST_SKIPPED:
-        raise UserError(f"{what} So were the {MOST_SKIPPED - 1} before it: the weights are likely to be damaged.")
+    if progress.skipped_in_row >= MAX_SKIPPED:
+        raise UserError(f"{what} So were the {MAX_SKIPPED - 1} before it: the weights are likely to be damaged.")
     fabric.print(f"warning: {what}")
 
 

@@ -18,7 +18,7 @@ class Interrupted(UserError):
 
 
 @contextmanager
-def caught() -> Iterator[list[str]]:
+def graceful_shutdown() -> Iterator[list[str]]:
     """Collect SIGTERM and the first Ctrl-C, so that the step in progress is finished; a second Ctrl-C ends at once."""
     received: list[str] = []
 

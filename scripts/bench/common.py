@@ -105,18 +105,18 @@ def train(
     return clock.result()
 
 
-def held_out_losses(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, float]:
+def validation_losses(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, float]:
     """Mean loss a target of the validation samples, with weights in fp32, and in bf16, as most people will use them."""
     import torch
 
     model.eval()
-    targets, found = sum(len(sample) - 1 for sample in job["held_out"]), {}
-    for name, dtype in (("validation_loss", torch.float32), ("held_out_loss_bf16", torch.bfloat16)):
+    targets, found = sum(len(sample) - 1 for sample in job["validation"]), {}
+    for name, dtype in (("validation_loss", torch.float32), ("validation_loss_bf16", torch.bfloat16)):
         for parameter_name, parameter in model.named_parameters():
             if dtype == torch.float32 or ".lora_" not in parameter_name or job["tool"] == "litgpt":  # PEFT's are fp32
                 parameter.data = parameter.data.to(dtype)
         with torch.no_grad():
-            found[name] = sum(float(micro_loss([sample], targets)) for sample in job["held_out"])
+            found[name] = sum(float(micro_loss([sample], targets)) for sample in job["validation"])
     return found
 
 

@@ -56,9 +56,9 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
     targets = sum(len(sample) - 1 for step in work["steps"][warmup:] for sample in step)
     flops = sum(work["flops"][warmup:])
     spent = median(sum(result["seconds"][warmup:]) for result in results)
-    held_out = {
+    validation = {
         name: [result[name] for result in results if result.get(name) is not None]
-        for name in ("validation_loss", "held_out_loss_bf16")
+        for name in ("validation_loss", "validation_loss_bf16")
     }
     return {
         "real_tokens_per_second": targets / spent,
@@ -71,7 +71,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
         ),
         "loss_start": median(mean(result["losses"][:ENDS]) for result in results),
         "loss_end": median(mean(result["losses"][-ENDS:]) for result in results),
-        **{name: median(losses) if losses else None for name, losses in held_out.items()},
+        **{name: median(losses) if losses else None for name, losses in validation.items()},
     }
 
 
@@ -111,11 +111,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         if done := _figure(row, "seconds_to_first_step_done", ".1f"):
             start += f" ({done})"  # with what is compiled in that step
         losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
-        held_out = [_figure(row, name, ".3f") for name in ("validation_loss", "held_out_loss_bf16")]
+        validation = [_figure(row, name, ".3f") for name in ("validation_loss", "validation_loss_bf16")]
         whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
         cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
         cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]
-        cells += [whole or ", ".join(filter(None, losses)), ", ".join(filter(None, held_out))]
+        cells += [whole or ", ".join(filter(None, losses)), ", ".join(filter(None, validation))]
         lines.append(f"| {' | '.join(cells)} |")
     grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
     if any(row.get("same_losses") is False for row in rows):

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Job, device, held_out_losses, main, padded, peak_memory_mib, train
+from common import Job, device, main, padded, peak_memory_mib, train, validation_losses
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def finetune(job: Job) -> dict[str, Any]:
 
     found = train(job, model, loss, fabric.backward)
     model = model.module  # without Fabric's autocast
-    return {**found, **held_out_losses(job, model, loss)}
+    return {**found, **validation_losses(job, model, loss)}
 
 
 def load(job: Job, fabric: Any) -> Any:

@@ -34,7 +34,7 @@ def finetune(job: Job) -> dict[str, Any]:
         "losses": [loss for _, loss in rows],
         "seconds_to_first_step": first - started,
         "peak_memory_mib": results["peak_memory_mib"],
-        **(held_out_losses(job) if job["method"] != "qlora" else {}),
+        **(validation_losses(job) if job["method"] != "qlora" else {}),
     }
 
 
@@ -56,7 +56,7 @@ def read_rows(metrics: Path) -> list[tuple[float, float]]:
     return list(zip(spent, (float(row["loss"]) for row in rows), strict=True))
 
 
-def held_out_losses(job: Job) -> dict[str, float]:
+def validation_losses(job: Job) -> dict[str, float]:
     """Of the saved result, a target, in fp32 and in bf16."""
     import torch
 
@@ -65,12 +65,12 @@ def held_out_losses(job: Job) -> dict[str, float]:
     final = Path(job["out_dir"]) / "final"
     base, adapter = (final, None) if job["method"] == "full" else (job["model"], final)
     found = {}
-    for name, dtype in (("validation_loss", "fp32"), ("held_out_loss_bf16", "bf16")):
+    for name, dtype in (("validation_loss", "fp32"), ("validation_loss_bf16", "bf16")):
         model, _ = litmini.load(base, adapter, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
         device = next(model.parameters()).device
         total = targets = 0.0
         with torch.no_grad():
-            for sample in job["held_out"]:
+            for sample in job["validation"]:
                 tokens = torch.tensor([sample], device=device)
                 loss, count = model(tokens[:, :-1], labels=tokens[:, 1:])
                 total, targets = total + float(loss), targets + int(count)

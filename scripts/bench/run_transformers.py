@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from common import Job, device, held_out_losses, in_row, main, padded, peak_memory_mib, train
+from common import Job, device, in_row, main, padded, peak_memory_mib, train, validation_losses
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def finetune(job: Job) -> dict[str, Any]:
             return model(**batch(samples, job["packed"]), num_items_in_batch=targets, use_cache=False).loss
 
     found = train(job, model, loss)
-    return found if job["method"] == "qlora" else {**found, **held_out_losses(job, model, loss)}
+    return found if job["method"] == "qlora" else {**found, **validation_losses(job, model, loss)}
 
 
 def load(job: Job) -> Any:

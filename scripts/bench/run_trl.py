@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from common import Clock, Job, held_out_losses, main
+from common import Clock, Job, main, validation_losses
 from run_transformers import batch
 
 
@@ -74,7 +74,7 @@ def finetune(job: Job) -> dict[str, Any]:
     def loss(samples: list[list[int]], targets: int) -> Any:
         return model(**batch(samples, False), num_items_in_batch=targets, use_cache=False).loss
 
-    return {**found, **held_out_losses(job, model, loss)}
+    return {**found, **validation_losses(job, model, loss)}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from litmini.tokenizer import Tokenizer
 from litmini.training.flops import Throughput
 
 SEED = 1337
-HELD_OUT = 16  # samples that every result is scored on, in fp32
+VALIDATION_SAMPLES = 16  # samples that every result is scored on, in fp32
 MEAN_TOKENS = 210  # of a sample that is made up
 LORA = LoraConfig(rank=8, alpha=16)
 Method = Literal["lora", "qlora", "dora", "full"]
@@ -35,7 +35,7 @@ class Work:
 
     steps: list[list[list[int]]]
     """Optimizer step -> samples -> token ids. A sample of n tokens has n - 1 inputs and n - 1 targets."""
-    held_out: list[list[int]]
+    validation: list[list[int]]
     """Samples of no step, if the data suffice."""
     flops: list[float]
     """That each step needs, by `litmini.training.flops`: padding and recomputation do not count."""
@@ -72,11 +72,11 @@ def plan_work(
     _, model = empty_model(Path(checkpoint_dir))
     if method != "full":
         add_adapters(model, LORA, DoRALinear if method == "dora" else None)
-    meter = Throughput(model, torch.device("cpu"), dtype)
+    throughput = Throughput(model, torch.device("cpu"), dtype)
     chosen, flops = [], []
     for step in range(steps):
         members = [packed.row(number) for number in range(step * rows, (step + 1) * rows)]
-        flops.append(meter.flops([packed.batch(members)]))
+        flops.append(throughput.flops([packed.batch(members)]))
         chosen.append(sorted(i for row in members for i in row))  # as in the file: lengths are mixed
     used = {i for step in chosen for i in step}
     left = [i for i in range(len(examples)) if i not in used] or list(range(len(examples)))
@@ -85,10 +85,10 @@ def plan_work(
         inputs, labels = examples[i]
         return [*inputs.tolist(), int(labels[-1])]
 
-    return Work([[tokens(i) for i in step] for step in chosen], [tokens(i) for i in left[:HELD_OUT]], flops)
+    return Work([[tokens(i) for i in step] for step in chosen], [tokens(i) for i in left[:VALIDATION_SAMPLES]], flops)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Flops a second of a large matrix product: the best seen in about `seconds`."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)

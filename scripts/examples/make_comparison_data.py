@@ -38,13 +38,13 @@ def main(directory: Path) -> None:
     for file in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/[a-z_]*.py")):
         if "site-packages" in file.parts or "test" in file.parts or "idlelib" in file.parts:
             continue
-        held_out = hashlib.sha256(str(file.relative_to(library)).encode()).digest()[0] < 26  # one in ten modules
+        validation = hashlib.sha256(str(file.relative_to(library)).encode()).digest()[0] < 26  # one in ten modules
         try:
             found = list(functions(file.read_text(encoding="utf-8")))
         except (SyntaxError, UnicodeDecodeError):
             continue
         for code, answer in found:
-            parts["heldout" if held_out else "train"].setdefault(code, answer)  # no code twice
+            parts["heldout" if validation else "train"].setdefault(code, answer)  # no code twice
     directory.mkdir(parents=True, exist_ok=True)
     for name, pairs in parts.items():
         order = sorted(pairs, key=lambda code: hashlib.sha256(code.encode()).digest())

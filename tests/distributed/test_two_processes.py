@@ -34,7 +34,7 @@ from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
 from litmini.ops.cross_entropy import IGNORE
-from litmini.runs.training_state import SHARES
+from litmini.runs.training_state import SHARDS
 from litmini.training.low_memory import checkpoint_activations
 
 DATA = ROOT / "config_hub/quickstart"
@@ -150,10 +150,10 @@ def test_a_lost_or_damaged_share_is_named(tiny_dir, tmp_path):
     share.write_bytes(share.read_bytes()[:-100])
     ended = run_two(command, "finetune_lora", *arguments, "--resume", "auto")
     step = share.parent.parent
-    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARES}/{share.name} changed since it was written)")
+    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARDS}/{share.name} changed since it was written)")
     share.unlink()
     ended = run_two(command, "finetune_lora", *arguments, "--resume", "auto")
-    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARES}/{share.name} changed since it was written)")
+    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARDS}/{share.name} changed since it was written)")
 
 
 def said_once(ended: list[Any]) -> str:

@@ -215,7 +215,7 @@ def saved_in_the_background(directory):
 
     from litmini.distributed.fsdp import shard
     from litmini.models import llama
-    from litmini.runs.training_state import load_shares, named_state, save_shares
+    from litmini.runs.training_state import load_shards, named_state, save_shards
 
     distributed.init_process_group("gloo")
     model = llama.Model(llama.PRESETS["tiny"])
@@ -237,7 +237,7 @@ def saved_in_the_background(directory):
     trained, write = threading.Event(), HuggingFaceStorageWriter.write_data
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HuggingFaceStorageWriter, "write_data", lambda *args: (trained.wait(60), write(*args))[1])
-        wait = save_shares(directory, model, optimizer)
+        wait = save_shards(directory, model, optimizer)
         step()  # with gathers and sums among the processes
         written_too_soon = any(directory.glob("*.safetensors"))
         distributed.barrier()  # both have looked
@@ -245,7 +245,7 @@ def saved_in_the_background(directory):
         wait()
     distributed.barrier()
     after = {name: value.full_tensor() if value.ndim else value for name, value in named_state(model, optimizer)}
-    found = dict(load_shares(directory, dict(model.named_parameters())))
+    found = dict(load_shards(directory, dict(model.named_parameters())))
     found = {name: value.full_tensor() if value.ndim else value for name, value in found.items()}
     distributed.destroy_process_group()
     same = found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in found)

@@ -12,7 +12,16 @@ from litmini.config.training import OptimConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import llama, mixtral
-from litmini.training.gpus import CARDS, GIB, Traffic, communication_volume, compare, fitting, share, tokens_per_day
+from litmini.training.gpus import (
+    GIB,
+    GPUS,
+    Traffic,
+    communication_volume,
+    compare,
+    fitting,
+    memory_per_device,
+    tokens_per_day,
+)
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Memory, _Ledger, estimate, full_rows, optimizer_bytes
 from litmini.training.optimizer import make_optimizer
@@ -146,13 +155,13 @@ def test_several_devices_and_cards():
     memory = Memory(
         frozen=0, trained=1000, optimizer=2000, gradients=1000, activations=300, loss=50, temporary=7, process=9
     )
-    assert share(memory, model, 1, "fsdp") == memory
-    assert share(memory, model, 4, "ddp").total == memory.total + 1000
-    shared = share(memory, model, 4, "fsdp")
+    assert memory_per_device(memory, model, 1, "fsdp") == memory
+    assert memory_per_device(memory, model, 4, "ddp").total == memory.total + 1000
+    shared = memory_per_device(memory, model, 4, "fsdp")
     assert (shared.trained, shared.optimizer, shared.gradients, shared.activations) == (250, 500, 250, 300)
     assert shared.temporary > memory.temporary
-    assert share(memory, model, 4, "hsdp", 16) == shared == share(memory, model, 1, "fsdp", 4)
-    assert [gib for _, gib in CARDS] == sorted(gib for _, gib in CARDS)
+    assert memory_per_device(memory, model, 4, "hsdp", 16) == shared == memory_per_device(memory, model, 1, "fsdp", 4)
+    assert [gib for _, gib in GPUS] == sorted(gib for _, gib in GPUS)
     assert fitting(memory) == "RTX 4060 (8 GiB) and larger"
     assert fitting(Memory(20 * GIB, 0, 0, 0, 0, 0, 0, process=10**15)) == "RTX 4090 (24 GiB) and larger"
     assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the ordinary cards: 221 GiB"
