@@ -1,4 +1,4 @@
-"""Several runs in one picture."""
+"""Draws the loss curves of several runs into one picture."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ def plot_runs(directories: list[Path], file: Path, smooth: float, by: str) -> di
     """Draw the training loss (thin) and validation loss (dots) of several runs into one picture.
 
     Args:
-        smooth: share of the running mean that each training step keeps.
+        smooth: weight of the running mean at each training step, 0 to 1.
         by: the column on the x axis, "step" or "tokens".
 
     Returns:
         Run -> its last validation loss.
 
     Raises:
-        UserError: a directory holds no run, or the picture's kind is not known.
+        UserError: a directory holds no run, or the file type of the picture is unknown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def plot_runs(directories: list[Path], file: Path, smooth: float, by: str) -> di
         mean, curve = 0.0, []
         for count, row in enumerate(rows, 1):
             mean = smooth * mean + (1 - smooth) * float(row["loss"])
-            curve.append(mean / (1 - smooth**count))  # as Adam corrects its averages
+            curve.append(mean / (1 - smooth**count))  # bias correction, as in Adam
         axes.plot([int(row[by]) for row in rows], curve, f"C{number}", linewidth=0.8, alpha=0.6)
         validation = [(int(row[by]), float(row["val_loss"])) for row in rows if row["val_loss"]]
         results = read_json(directory / "manifest.json").get("results", {})

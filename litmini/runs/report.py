@@ -1,4 +1,4 @@
-"""What a person looks at after a run: the loss curve, and a report that is one file, for a browser without a network."""
+"""The loss curve of a run, and its report: one HTML file that needs no network."""
 
 import functools
 import io
@@ -30,8 +30,8 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
     """Write report.html of a finished run: results, curves, samples, data, configuration and manifest.
 
     Args:
-        lengths: tokens of each training example, where there are examples.
-        row_length: tokens in a row of a batch.
+        lengths: tokens of each training example; None: the data are not examples.
+        row_length: tokens of the longest sequence.
     """
     manifest = read_json(directory / "manifest.json")
     results = manifest.pop("results")
@@ -60,7 +60,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
 
 
 def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(title, value, beside it) of what one wants to know first."""
+    """Return (title, value, note) of the most important results."""
     tiles = []
     for key, title, form in (("val_loss", "validation loss", "{:.3f}"), ("exact_match", "exact match", "{:.0%}")):
         if f"{key}_after" in results:
@@ -98,7 +98,7 @@ def _figure(draw: Callable[[Any], None], size: tuple[float, float]) -> Any:
 
 
 def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
-    """A chart as an <svg> element: text stays text, and nothing in it is from outside."""
+    """Return a chart as an <svg> element, with text as text and without references to other files."""
     from matplotlib import rc_context
 
     text = io.StringIO()
@@ -133,13 +133,13 @@ def _draw_line(axes: Any, rows: list[dict[str, str]], key: str, title: str) -> N
 
 
 def _from_zero(axes: Any) -> None:
-    """Zero and the highest value are seen, and steps are whole numbers."""
+    """Let the y axis begin at zero, and show whole steps on the x axis."""
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_lengths(axes: Any, lengths: np.ndarray, row_length: int) -> None:
-    axes.set_title(f"tokens of an example, rows of {row_length:,}", fontsize=10)
+    axes.set_title(f"tokens of an example, sequences of {row_length:,}", fontsize=10)
     axes.hist(lengths, bins=min(40, max(5, int(np.ptp(lengths)))), color=GREY)
 
 
@@ -188,7 +188,7 @@ PAGE = """<!doctype html>
 </div>
 
 {% if samples %}
-<h2>Answers before and after</h2>
+<h2>Completions before and after</h2>
 {% for before, after in samples %}
 <div class="box sample"><dl>
   <dt>prompt</dt><dd>{{ before.prompt }}</dd>
