@@ -254,7 +254,7 @@ def test_a_run_one_can_look_at(run, finished, logged, tmp_path):
     rows = rows_of(directory)
     for row in rows:
         assert float(row["mfu"]) > 0 and float(row["memory_mib"]) > 100 and float(row["grad_norm"]) > 0
-    assert "MFU is of" in out and "Tflop/s, measured, a product of" in out
+    assert "MFU is relative to" in out and "TFLOP/s, measured with a matmul of" in out
     assert re.search(
         r"step 4 of 4: loss [\d.]+, lr [\d.e-]+, norm [\d.]+, [\d,]+ tok/s, MFU \d+%, [\d,]+ MiB, 00:00 left", out
     )

@@ -164,7 +164,7 @@ def test_several_devices_and_cards():
     assert [gib for _, gib in GPUS] == sorted(gib for _, gib in GPUS)
     assert fitting(memory) == "RTX 4060 (8 GiB) and larger"
     assert fitting(Memory(20 * GIB, 0, 0, 0, 0, 0, 0, process=10**15)) == "RTX 4090 (24 GiB) and larger"
-    assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the ordinary cards: 221 GiB"
+    assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the common GPUs: 221 GiB"
 
 
 def test_what_gpus_send_to_each_other():
@@ -179,8 +179,8 @@ def test_what_gpus_send_to_each_other():
     hsdp = Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 2 * trained / 8 / 2))
     assert communication_volume(model, "hsdp", 8, 2) == hsdp
     said = compare(Traffic((4e9, 0), (0, 1e9)), 989e12 / 1000, 500, 2, 0.5, (8e9, 1e9))
-    assert "sends 8.0 GB inside of a node: 1 s at 8 GB/s" in said and "sends 1.0 GB between nodes: 1 s at 1" in said
-    assert "computes 2 s (H100), which does not hide that: a step has 1,000 tokens for each, 1,000 would do" in said
+    assert "sends 8.0 GB within a node: 1 s at 8 GB/s" in said and "sends 1.0 GB between nodes: 1 s at 1" in said
+    assert "computes 2 s (H100), which does not hide that: a step has 1,000 tokens per GPU, 1,000 are enough" in said
 
 
 def test_tokens_a_day():
@@ -220,7 +220,7 @@ def test_the_estimate_script(capfd, monkeypatch, tiny_dir):
     )
     assert (
         "16 x H100" in out
-        and "inside of a node" in out
+        and "within a node" in out
         and "between nodes" in out
         and f"{6 * 16 * 2 * 128:,} parameters are trained" in out
     )
