@@ -1,4 +1,4 @@
-"""Finetune with DoRA: LoRA, and a trained magnitude for each row of a weight. With `--quantize.bits 4` over a 4-bit base.
+"""Finetune with DoRA: LoRA with a trained magnitude for each row of a weight; with `--quantize.bits 4`, over a 4-bit base.
 
     python scripts/finetune_dora.py --config config_hub/quickstart_dora.yaml
 

@@ -2,7 +2,8 @@
 
     python scripts/finetune_full.py --config config_hub/quickstart_full.yaml
 
-The result in OUT_DIR/final is a checkpoint. By default (`bf16-mixed`) weights are in fp32: 16 bytes a parameter with AdamW.
+The result in OUT_DIR/final is a checkpoint. The default (`bf16-mixed`) has fp32 master weights: 16 bytes per parameter with
+AdamW.
 """
 
 from pathlib import Path
@@ -38,7 +39,7 @@ def main(config: FinetuneFullConfig) -> None:
     if config.precision == "bf16-true" and not config.optim.stochastic_rounding:
         fabric.print(
             "warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32, and "
-            "--optim.stochastic_rounding true rounds them by chance."
+            "--optim.stochastic_rounding true rounds them stochastically."
         )
     ratios: dict[str, float] = {}
 

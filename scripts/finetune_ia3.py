@@ -1,4 +1,4 @@
-"""Finetune with IA3: the weights are frozen, and a factor for each output or input of some linears is trained.
+"""Finetune with IA3: train a factor for each output or input of some linears; all weights are frozen.
 
     python scripts/finetune_ia3.py --config config_hub/quickstart_ia3.yaml
 

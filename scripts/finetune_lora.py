@@ -1,4 +1,4 @@
-"""Finetune with LoRA: the weights are frozen, and a small adapter on each linear is trained.
+"""Finetune with LoRA: train an adapter on each linear; all weights are frozen.
 
     python scripts/finetune_lora.py --config config_hub/quickstart.yaml
 

@@ -1,8 +1,8 @@
-"""Finetune with QLoRA: the weights are frozen in 4 bits (NF4), and a small adapter on each linear is trained.
+"""Finetune with QLoRA: train an adapter on each linear; the weights are frozen in 4 bits (NF4).
 
     python scripts/finetune_qlora.py --config config_hub/quickstart_qlora.yaml
 
-The result in OUT_DIR/final is an adapter in PEFT's format. The base takes about 0.6 bytes a parameter.
+The result in OUT_DIR/final is an adapter in PEFT's format. The base takes about 0.6 bytes per parameter.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def main(config: FinetuneQloraConfig) -> None:
     # 3. Tokenizer and data
     data = prepare_data(fabric, config)
 
-    # 4. Base model, its linears in 4 bits as soon as they are read
+    # 4. Base model, its linears quantized to 4 bits while they are read
     model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
 
     # 5. Method: freeze everything, adapters over linears

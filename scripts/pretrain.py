@@ -1,8 +1,8 @@
-"""Train a model from raw text, or go on with one.
+"""Train a model from raw text, or continue the training of one.
 
     python scripts/pretrain.py --config config_hub/pretrain/char.yaml
 
-The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, AdamW): 16 bytes a parameter, and activations.
+The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, AdamW): 16 bytes per parameter, and activations.
 """
 
 from litmini.cli import command

@@ -1,4 +1,4 @@
-"""What is measured around the loop, before and after training, and the results that a run reports."""
+"""The measurements before and after training, and the results that a run reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from litmini.training.objective import Objective
 
 
 def measure_start(setup: TrainingSetup, objective: Objective) -> None:
-    """Measure the model as it is, and run the longest batch once; nothing where the run is resumed."""
+    """Measure the model before training, and run the longest batch once. Do nothing if the run is resumed."""
     if setup.progress.step == 0:
         measure(setup, objective, "before")
         longest = setup.data.train.longest_batch(setup.train.micro_batch_size)
@@ -22,10 +22,10 @@ def measure_start(setup: TrainingSetup, objective: Objective) -> None:
 
 
 def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = None) -> str:
-    """Save what was trained, measure it, draw the curve, and say what a person wants to know and what to type next.
+    """Save the result of training, measure it, write plot and report, and return a summary with the command to type next.
 
     Args:
-        adapter_of: the base checkpoint, where the product is an adapter.
+        adapter_of: the base checkpoint, if the result is an adapter.
     """
     run, throughput, progress = setup.recorder, setup.throughput, setup.progress
     assert isinstance(throughput, Throughput)
@@ -51,11 +51,11 @@ def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = 
         write_report(run.directory, setup.data.train.lengths(), setup.data.train.length)
     adapter = ["--adapter_dir", str(final)] if adapter_of else []
     words = ["python", "scripts/generate.py", "--checkpoint_dir", adapter_of or str(final), *adapter, "--prompt", "..."]
-    return "\n".join([*describe_results(run.results), f"\nThe result is {final}. Talk to it:\n  {shlex.join(words)}"])
+    return "\n".join([*describe_results(run.results), f"\nThe result is {final}. Try it:\n  {shlex.join(words)}"])
 
 
 def describe_results(r: dict[str, Any]) -> list[str]:
-    """The results of a run, for people."""
+    """Return the results of a run as lines of text."""
     lines = []
     samples = (today_keys(r.get(f"samples_{when}", [])) for when in ("before", "after"))
     for before, after in zip(*samples, strict=False):
@@ -74,17 +74,17 @@ def describe_results(r: dict[str, Any]) -> list[str]:
 
 
 def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
-    """Validation loss, completions and exact match into the run's manifest, under names that end in `when`."""
+    """Measure validation loss, completions and exact match, and write them to the manifest under names ending in `when`."""
     data, run = setup.data, setup.recorder
     config = run.config.eval
     results: dict[str, Any] = {}
     if (loss := validate(setup, objective)) is not None:
         results[f"val_loss_{when}"] = loss
-    if asked := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
+    if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
         from litmini.evaluation.metrics import exact_match, predict
 
-        answers = predict(setup.module, data.tokenizer, asked, config.max_new_tokens)
-        results[f"samples_{when}"] = [vars(a) for a in answers[: config.samples]]
+        predictions = predict(setup.module, data.tokenizer, examples, config.max_new_tokens)
+        results[f"samples_{when}"] = [vars(p) for p in predictions[: config.samples]]
         if config.exact_match:
-            results[f"exact_match_{when}"] = exact_match(answers)
+            results[f"exact_match_{when}"] = exact_match(predictions)
     run.write_manifest(**results)

@@ -1,4 +1,4 @@
-"""What every training script does around the loop: from data and model to a `Setup`, and what is measured before and after."""
+"""From data and model to a `Setup`, for all training scripts."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ if TYPE_CHECKING:
 
 
 class Sequences(Protocol):
-    """A data set as sequences of tokens, numbered through all epochs: `PackedDataset`, `TokenWindows`."""
+    """A data set of token sequences, numbered through all epochs: `PackedDataset`, `TokenWindows`."""
 
     length: int
-    """The longest sequence."""
+    """Maximum tokens of a sequence."""
 
     def __len__(self) -> int: ...
 
     def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Return a rank's share of the sequences `numbers` in micro-batches, as many on every rank."""
+        """Yield a rank's part of the sequences `numbers` in micro-batches; their number is the same on every rank."""
         ...
 
     def locations(self, numbers: Sequence[int]) -> list[list[str]]:
-        """Return where the examples of these sequences come from."""
+        """Return the locations of the examples of each of these sequences."""
         ...
 
     def longest_batch(self, micro_batch: int) -> Batch | None:
-        """Return the micro-batch that needs most memory; None where all sequences are of one length."""
+        """Return the micro-batch that needs most memory; None if all sequences have the same length."""
         ...
 
     def lengths(self) -> np.ndarray | None:
-        """Return the length of each example; None where the data are no examples."""
+        """Return the length of each example; None if the data are not examples."""
         ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """The sequences of a run, the tokenizer they were made with, and what is known of them."""
+    """The sequences of a run, their tokenizer, and their statistics."""
 
     tokenizer: Tokenizer
     train: Sequences
     val: Sequences | None
     val_examples: list[Example]
-    """Validation examples as they were read, to be completed."""
+    """Validation examples as they were read, for completions."""
     total_sequences: int
-    """That the run trains on, over all epochs."""
+    """Sequences that the run trains on, over all epochs."""
     global_batch_size: int
     micro_batch_size: int
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -91,14 +91,14 @@ class Data:
 
 @dataclass
 class TrainingSetup(Setup):
-    """The setup of a training script: its data has a tokenizer, and its recorder is a directory."""
+    """The setup of a training script: its data has a tokenizer, and its recorder writes a directory."""
 
     data: Data
     recorder: Run
 
     @property
     def module(self) -> nn.Module:
-        """The model as it was loaded, without Fabric's wrapper."""
+        """The model without Fabric's wrapper."""
         return self.model.module  # type: ignore[no-any-return]
 
 
@@ -110,13 +110,13 @@ def make_setup(
     save_weights: Callable[[Path | None], None],
     lr_ratios: dict[str, float] | None = None,
 ) -> TrainingSetup:
-    """Shard the model, make its optimizer, restore the state that the run resumes from, and compile what is to be compiled.
+    """Shard the model, make its optimizer, restore the state that the run resumes from, and compile the model if requested.
 
     Args:
-        model: with its method; every parameter that is trained requires a gradient.
-        save_weights: writes the method's product into a directory. Every rank calls it, since gathering a sharded model takes
-            them all; those other than 0 are given None.
-        lr_ratios: parameter name -> its learning rate over `optim.lr`.
+        model: with its method; trained parameters require gradients.
+        save_weights: writes the result of training into a directory. Every rank calls it, to gather a sharded model; ranks
+            other than 0 pass None.
+        lr_ratios: parameter name -> its learning rate divided by `optim.lr`.
 
     Raises:
         UserError: the checkpoint does not fit, or base, template or data changed since the run began.
@@ -130,10 +130,12 @@ def make_setup(
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if is_sharded(model):
         local, every = (f"{size / 2**20:,.1f}" for size in local_bytes(model))
-        fabric.print(f"{fabric.world_size} processes share the parameters: this one holds {local} of {every} MiB")
+        fabric.print(
+            f"parameters are sharded over {fabric.world_size} processes: this one holds {local} of {every} MiB"
+        )
     dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
     throughput = Throughput(model, fabric.device, dtype)
-    fabric.print(f"MFU is of {throughput.peak / 1e12:,.2f} Tflop/s, {throughput.source}")
+    fabric.print(f"MFU is relative to {throughput.peak / 1e12:,.2f} TFLOP/s, {throughput.source}")
     worth = config.compile == "auto" and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
         from litmini.training.compile import compile_training
@@ -154,41 +156,41 @@ def make_setup(
 
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
-    """Completions of the first validation prompts into samples.jsonl. Every rank takes part, as a sharded model needs them."""
+    """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
     from litmini.evaluation.metrics import predict
 
     config = setup.recorder.config.eval
-    answers = predict(
+    predictions = predict(
         setup.module, setup.data.tokenizer, setup.data.val_examples[: config.samples], config.max_new_tokens
     )
-    setup.recorder.log_samples(progress.step, [vars(answer) for answer in answers])
+    setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a tied one counts once."""
+    """Return the number of (trained, all) parameters; a tied one counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def _worth_compiling(
     fabric: Fabric, model: nn.Module, dtype: torch.dtype, flops: Callable[[list[Batch]], float], data: Data
 ) -> bool:
-    """By all steps of the run, so that it decides the same when it is resumed."""
+    """Decide `--compile auto` by the FLOPs of the whole run, so that a resumed run decides the same."""
     from litmini.compiler import compilable
     from litmini.training.compile import is_worth_compiling
 
     planned = planned_flops(flops, data, fabric.world_size)
     worth = fabric.broadcast(compilable(model, dtype) and is_worth_compiling(planned, fabric.device))
-    fabric.print(f"compile auto: {'on' if worth else 'off'}, for {planned:.1e} FLOPs in each process")
+    fabric.print(f"compile auto: {'on' if worth else 'off'}, for {planned:.1e} FLOPs per process")
     return bool(worth)
 
 
 def planned_flops(flops: Callable[[list[Batch]], float], data: Data, world: int) -> float:
-    """FLOPs of a process of `world` in the whole run, by its share of the first step."""
+    """Return the FLOPs of one of `world` processes in the whole run, extrapolated from its part of the first step."""
     return flops(data.batches(0, 0, world)) * data.total_sequences / min(data.global_batch_size, data.total_sequences)
 
 
 def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
-    """Settings of the optimizer -> whether they have no effect in a run of `steps` steps."""
+    """Return setting of the optimizer -> whether it is ineffective in a run of `steps` steps."""
     plain = OptimConfig()
     return {
         "optim.betas": config.name == "sgd" and config.betas != plain.betas,
@@ -199,7 +201,7 @@ def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
 
 
 def ineffective_memory(config: RunConfig, device: torch.device) -> dict[str, bool]:
-    """Settings that save memory -> whether they have no effect here."""
+    """Return setting that saves memory -> whether it is ineffective on this device."""
     return {
         "train.offload_activations": config.train.offload_activations and device.type == "cpu",
         "optim.offload": config.optim.offload and device.type == "cpu",
@@ -208,6 +210,6 @@ def ineffective_memory(config: RunConfig, device: torch.device) -> dict[str, boo
 
 
 def warn(fabric: Fabric, ineffective: dict[str, bool]) -> None:
-    """Print the settings that have no effect."""
-    if found := [name for name, has_no_effect in ineffective.items() if has_no_effect]:
-        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
+    """Print the ineffective settings."""
+    if names := [name for name, is_ineffective in ineffective.items() if is_ineffective]:
+        fabric.print(f"warning: ineffective settings: {', '.join(names)}")

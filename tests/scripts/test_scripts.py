@@ -153,7 +153,7 @@ def test_merge_convert_and_generate(place, tiny_dir, tmp_path):
     adapter, merged, converted = place / "lora/final", tmp_path / "merged", tmp_path / "converted"
     base = ["--checkpoint_dir", tiny_dir, "--adapter_dir", adapter]
     said = run("merge_adapter.py", *base, "--out_dir", merged, "--dtype", "fp32")
-    assert "same best token 100.0%" in said
+    assert "same top-1 token 100.0%" in said
     run("convert_to_hf.py", "--out_dir", converted, "--adapter", adapter, tiny_dir, "--max_shard_size", "100KB")
     assert len(list(converted.glob("model-*-of-*.safetensors"))) > 2
     asked = ["--prompt", "Say 7.", "--max_new_tokens", "12", "--dtype", "fp32"]

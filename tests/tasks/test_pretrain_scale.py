@@ -127,7 +127,7 @@ def one(place):
 def shared(place, one):
     """The same of two processes that share the model."""
     said, file = train(place, "fsdp", *FSDP, devices=2)
-    assert "2 processes share the parameters" in said
+    assert "parameters are sharded over 2 processes" in said
     assert seen(file) == list(range(STEPS * BATCH))
     return place / "fsdp"
 
@@ -167,7 +167,7 @@ def test_started_by_slurm(place, one):
     how = ["--devices", 1, "--num_nodes", 2, "--strategy", "fsdp"]
     ended = run_two(slurm, *words(place, "slurm", *how))
     assert all(end.status == 0 for end in ended), "\n".join(end.err for end in ended)
-    assert "2 processes share the parameters" in ended[0].out and not ended[1].out
+    assert "parameters are sharded over 2 processes" in ended[0].out and not ended[1].out
     assert_runs_agree(one, place / "slurm")
 
 

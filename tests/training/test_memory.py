@@ -244,4 +244,4 @@ def test_dry_run_says_what_a_run_takes(capfd, monkeypatch, tiny_dir, tmp_path):
     assert "Nothing was trained or written" in out and not (tmp_path / "x").exists()
     monkeypatch.setattr("litmini.tasks.dry_run._memory_of", lambda device: 1)
     out = run(capfd, monkeypatch, "finetune_lora", *words, "--precision", "32-true")
-    assert "warning: it does not fit here. " in out and "for 10 steps" not in out
+    assert "warning: it does not fit on this device. " in out and "for 10 steps" not in out
