@@ -1,4 +1,4 @@
-"""litgpt: its model, its chunked loss and its precision, in the loop of its finetuning scripts."""
+"""litgpt: its model, chunked loss and precision, in the loop of its finetuning scripts."""
 
 import time
 from pathlib import Path
@@ -52,7 +52,7 @@ def load(job: Job, fabric: Any) -> Any:
 
 
 def convert(job: Job) -> dict[str, Any]:
-    """Writes beside the checkpoint that it reads, so it gets a directory of links."""
+    """Convert a directory of links to the checkpoint: litgpt writes beside the checkpoint that it reads."""
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 
     source, target = Path(job["model"]).resolve(), Path(job["out_dir"])

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with its own loop, over micro-batches that are made beforehand: the same samples in each step."""
+"""TRL's SFTTrainer with its own loop, over prepared micro-batches with the same samples in each step."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ def finetune(job: Job) -> dict[str, Any]:
 
     bf16 = job["dtype"] == "bf16"
     clock = Clock(job)
-    # The trainer accumulates the same number of micro-batches in every step, so samples are spread evenly over them
+    # The trainer accumulates the same number of micro-batches in every step, so samples are distributed evenly
     samples = sum(map(len, job["steps"])) / len(job["steps"])
     parts = 1 if job["packed"] else math.ceil(samples / job["micro_batch_size"])
     batches = [batch(step[part::parts], job["packed"]) for step in job["steps"] for part in range(parts)]

@@ -1,9 +1,9 @@
-"""Real text for a comparison of methods: functions of Python's standard library, and the first paragraph of their docstrings.
+"""Make data to compare methods: functions of Python's standard library, and the first paragraph of their docstrings.
 
     python scripts/examples/make_comparison_data.py out/docstrings
 
-Writes train.jsonl and heldout.jsonl, which share no module. The text is read from this Python's own files (PSF licence), so
-another version of Python gives other examples; nothing of it is kept in this repository.
+Writes train.jsonl and heldout.jsonl, from different modules. The text comes from the files of this Python (PSF licence), so
+another version of Python gives other examples; this repository contains none of it.
 """
 
 import ast
@@ -19,7 +19,7 @@ LONGEST_SOURCE = 900  # characters
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
-    """(code without its docstring, first paragraph of the docstring) of every function that has one."""
+    """Yield (code without its docstring, first paragraph of the docstring) of every function that has one."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
             continue
