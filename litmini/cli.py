@@ -1,6 +1,6 @@
-"""Settings from a command line, and errors of commands in words.
+"""Parses command lines into settings, and prints the errors of commands.
 
-Nothing heavy is imported here, so that `--help` answers at once: a script imports torch after parsing.
+Nothing heavy is imported here, so that `--help` is fast: a script imports torch after parsing.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Errors of one short paragraph, with the nearest known key for an unknown one, and exit status 2."""
+    """Prints errors in one short paragraph, names the nearest known key for an unknown one, and exits with status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         kinds = {a.dest: getattr(a, "_typehint", None) for a in self._actions}
@@ -49,13 +49,13 @@ class _Parser(jsonargparse.ArgumentParser):
             inside = [key for key in known if key.startswith(f"{group[1]}.")]
             message = f"{group[1]} is a group of settings, expected {', '.join(inside)}."
         elif found := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
-            message = f"unexpected words: {found[1]}; settings are written --name value."
+            message = f"unexpected arguments: {found[1]}; settings are written --name value."
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Return a hint for an unknown setting: the most similar one, by its whole name or by the last part."""
+    """Return a hint for an unknown setting: the most similar known one, by its whole name or by the last part."""
     last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
     last = key.rsplit(".", 1)[-1]
     near = [last_parts[last]] if last in last_parts else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -76,13 +76,13 @@ def _describe(kind: Any) -> str:
 
 
 def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, positional: Sequence[str] = ()) -> T:
-    """Read a command line into `config_class`. Defaults < `--config FILE` < the rest of the command line, in any order.
+    """Read a command line into `config_class`. The command line overrides `--config FILE`, which overrides the defaults.
 
     Args:
         config_class: a dataclass; its nested dataclasses become dotted settings.
         doc: the script's docstring, shown by `--help`.
-        argv: the words after the script's name; those of this process by default.
-        positional: fields that are positional arguments; the words that are no options, in this order.
+        argv: the arguments after the script's name; those of this process by default.
+        positional: the fields that are positional arguments, in order.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
@@ -118,10 +118,10 @@ def _check_yaml(path: str, parser: _Parser) -> None:
 
 
 def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
-    """Return the words of a command line as `--name=value`, config files first, so that the rest overrides them.
+    """Return the arguments of a command line as `--name=value`, config files first, so that the rest overrides them.
 
-    NAME, for a positional field, is short for --name=NAME, and --switch for --switch=true. A positional field written
-    `names...` takes all remaining words.
+    A positional NAME becomes --name=NAME, and --switch becomes --switch=true. A positional field written `names...` takes
+    all remaining positional arguments.
     """
     files: list[str] = []
     rest: list[str] = []
@@ -139,7 +139,7 @@ def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -
             continue
         elif not word.startswith("-") and free:
             word = f"--{free.pop(0)}={word}"
-        if word.startswith("--model."):  # fields of a family's Config, which is not known before it is chosen
+        if word.startswith("--model."):  # fields of a family's Config, which is known only after the family is chosen
             word = word.replace("--model.", "--model_fields.", 1)
         (files if word.startswith("--config=") else rest).append(word)
     if many:
@@ -152,11 +152,11 @@ def _keep(self: Any, text: str, width: int, indent: str) -> str:
 
 
 def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
-    """Run a script: parse, call `main`, and turn the user's mistakes into a line on stderr and exit status 1."""
+    """Run a script: parse, call `main`, print errors that the user can fix in a line on stderr, and set the exit status."""
     config = parse(config_class, doc, positional=positional)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for other letters
-    # oneDNN caches compiled code of up to a MiB for each shape of a matmul, by default of 1,024 shapes
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for other characters
+    # oneDNN caches up to a MiB of compiled code for each shape of a matmul, by default for 1,024 shapes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():
         os.environ.setdefault(
@@ -174,7 +174,7 @@ def command(main: Callable[[T], object], config_class: type[T], doc: str, positi
 
 
 def _report(error: BaseException) -> int:
-    """Print an error that the user can fix, and return the exit status; raise any other again."""
+    """Print an error that the user can fix, and return the exit status; re-raise any other error."""
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return error.status
@@ -188,7 +188,9 @@ def _report(error: BaseException) -> int:
             f"error: the disk is full ({error}). Nothing finished was lost; free some space and run the command again.",
             file=sys.stderr,
         )
-    elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file in the way, ...
+    elif (
+        isinstance(error, OSError) and error.filename is not None
+    ):  # no permission, a file where a directory must be, ...
         print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
     elif alone():
         raise error

@@ -1,7 +1,7 @@
 """The tokenizer, stop ids and chat template that travel with a checkpoint.
 
-One code path serves finetuning, generation and export: text rendered by a template is tokenised as it is, raw text gets
-the special tokens (BOS) that the tokenizer itself adds.
+Finetuning, generation and export use the same code: text rendered by a template is tokenised as it is, raw text gets the
+special tokens (BOS) that the tokenizer itself adds.
 """
 
 import json
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}, with which some templates mark what an assistant says: the text as it is."""
+    """{% generation %} ... {% endgeneration %}, with which some templates mark assistant turns; renders the text unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -39,9 +39,9 @@ class Tokenizer:
     """The tokenizer of a checkpoint or adapter directory.
 
     Args:
-        directory: holds `tokenizer.json` and, where there are, `tokenizer_config.json`, `chat_template.jinja`,
+        directory: holds `tokenizer.json` and, if they exist, `tokenizer_config.json`, `chat_template.jinja`,
             `generation_config.json` and `config.json`.
-        chat_template: "auto" for the checkpoint's own, "none" for none, or the path of a template file.
+        chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -63,8 +63,8 @@ class Tokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         self.settings = self._optional("tokenizer_config.json")
-        self._tokens = self.settings  # what is BOS, end and so on
-        if "added_tokens_decoder" not in self.settings:  # an older file: there, the other one counts
+        self._tokens = self.settings  # bos_token, eos_token, ...
+        if "added_tokens_decoder" not in self.settings:  # with older files, special_tokens_map.json takes precedence
             self._tokens = {**self.settings, **self._optional("special_tokens_map.json")}
         self.generation = self._optional("generation_config.json")
         self.special_ids = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
@@ -89,7 +89,7 @@ class Tokenizer:
         return token["content"] if isinstance(token, dict) else token
 
     def special_id(self, key: str) -> int | None:
-        """The id of the token that `tokenizer_config.json` calls bos_token, eos_token, ..., if any."""
+        """Return the id of the token that `tokenizer_config.json` calls bos_token, eos_token, ..., or None."""
         token = self._token(key)
         return None if token is None else self.fast.token_to_id(token)
 
@@ -111,13 +111,13 @@ class Tokenizer:
 
     @cached_property
     def after_answer(self) -> str:
-        """What the template puts after an answer that is a conversation's last turn."""
+        """The text that the template puts after an assistant's turn at the end of a conversation."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         _, found, tail = self.apply_template(turns).rpartition("answer")
         return tail if found else ""
 
     def _turn_end(self) -> int | None:
-        """The special token that the template puts after an assistant's turn, whatever the files call it."""
+        """Return the id of the special token that the template puts after an assistant's turn, or None."""
         return next((i for i in self.encode(self.after_answer, special=False) if i in self.special_ids), None)
 
     @cached_property
@@ -128,7 +128,7 @@ class Tokenizer:
         def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
             return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-        # Settings, filters and variables are those of transformers, for which templates are written
+        # Settings, filters and variables are those of transformers: templates are written for it
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
@@ -140,7 +140,7 @@ class Tokenizer:
             raise UserError(f"the chat template of {self.directory} is not valid jinja: {error}") from None
 
     def apply_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """Messages ({"role": ..., "content": ...}) as the text that the model was trained on.
+        """Render messages ({"role": ..., "content": ...}) as the text that the model was trained on.
 
         Raises:
             UserError: there is no template, or it refuses these messages.
@@ -156,7 +156,7 @@ class Tokenizer:
             raise UserError(f"the chat template of {self.directory} fails on these messages: {error}") from None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`; with `special` after what the tokenizer itself puts before raw text (BOS)."""
+        """Return the token ids of `text`; with `special`, after the tokens that the tokenizer puts before raw text (BOS)."""
         ids = self.fast.encode(text, add_special_tokens=False).ids
         return [*self._before_text, *ids] if special else ids
 
@@ -166,11 +166,11 @@ class Tokenizer:
         return framed.ids[: framed.special_tokens_mask.index(0)]
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
-        """Encodings (ids, offsets) without special tokens, on all cores."""
+        """Return the encodings (ids, offsets) without special tokens, computed on all cores."""
         return self.fast.encode_batch(texts, add_special_tokens=False)
 
     def encode_prompt(self, prompt: str | list[Message]) -> list[int]:
-        """What the model sees before its answer: messages, or text as a user's turn; raw text without a template."""
+        """Return the token ids of a prompt: messages, or text as a user's turn; without a template, raw text."""
         if self.chat_template is None:
             if not isinstance(prompt, str):
                 raise UserError(f"{self.directory} has no chat template: give the prompt as text.")
@@ -182,7 +182,7 @@ class Tokenizer:
         return self.fast.decode(ids, skip_special_tokens=skip_special)
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer, template in use and all stop ids into `directory`, so that they travel with the weights."""
+        """Write the tokenizer, the template in use and all stop ids into `directory`, beside the weights."""
         copy_side_files(self.directory, directory)
         settings = {k: v for k, v in self.settings.items() if k != "chat_template"}
         write_json(directory / "tokenizer_config.json", settings)
@@ -209,7 +209,7 @@ SIDE_FILES = (
 
 
 def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
-    """Copy what travels with the weights: tokenizer, chat template, generation settings, licence."""
+    """Copy the files that belong to the weights: tokenizer, chat template, generation settings, licence."""
     for name in SIDE_FILES:
         if (source / name).is_file() and (replace or not (target / name).exists()):
             shutil.copyfile(source / name, target / name)

@@ -1,9 +1,9 @@
-"""Measure speed and memory: ours beside other tools' (where they are installed), on the same samples, in turns.
+"""Measure speed and memory of litmini and of other installed tools, on the same samples, in turns.
 
     python scripts/benchmark.py --tasks '[lora]' --dtypes '[bf16]' --json results.json
 
-Every run is a process of its own. Real tokens are those that carry loss: padding does not count. Peers that need another
-environment: --pythons '{litgpt: /path/to/its/python}'. `pip install -e ".[bench]"` brings transformers, PEFT and TRL.
+Every run has its own process. Real tokens are supervised tokens; padding does not count. For tools in another environment:
+--pythons '{litgpt: /path/to/its/python}'. `pip install -e ".[bench]"` installs transformers, PEFT and TRL.
 """
 
 import itertools
@@ -34,53 +34,54 @@ Task = Literal["lora", "qlora", "dora", "full", "packed", "generate", "convert",
 
 @dataclass(kw_only=True)
 class BenchmarkConfig(ModelConfig):
-    """Settings of benchmark.py. Of the model's, adapter_dir, model_file, chat_template and bits are for generate."""
+    """Settings of benchmark.py. adapter_dir, model_file, chat_template and bits apply to generate only."""
 
     checkpoint_dir: str = "checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct"
     """Model to use."""
     model: str | None = None
     """The same as --checkpoint_dir."""
     data: str | None = None
-    """Training file of any form that finetuning reads; by default, made-up samples of 20 to 400 tokens."""
+    """Training file in any format that finetuning reads; by default, synthetic samples of 20 to 400 tokens."""
     tasks: list[Task] = field(default_factory=lambda: ["lora"])
-    """lora, qlora, dora, full: rows of max_seq_len; packed: LoRA, one row of packed_len in a step, packed by all tools;
-    generate: greedy decoding; convert: checkpoints; growth: cost as data and accumulation grow, of litmini alone."""
+    """lora, qlora, dora, full: sequences of max_seq_len; packed: LoRA, one sequence of packed_len per step, packed by all
+    tools; generate: greedy decoding; convert: checkpoints; growth: cost over the size of data and accumulation, litmini
+    only."""
     tools: list[Literal["litmini", "transformers", "trl", "litgpt"]] = field(
         default_factory=lambda: ["litmini", "transformers", "trl", "litgpt"]
     )
-    """Whom to measure; those that are not installed are left out."""
+    """Tools to measure; those that are not installed are skipped."""
     dtypes: list[Literal["bf16", "fp32"]] = field(default_factory=list)
-    """Of products; none: that of --dtype. Full finetuning keeps weights in fp32 either way."""
+    """Compute dtypes; none: that of --dtype. Full finetuning always has fp32 master weights."""
     steps: int = 12
     """Optimizer steps of a run."""
     warmup_steps: int = 2
-    """Of these, how many at the beginning are not timed."""
+    """Number of first steps that are not timed."""
     rounds: int = 3
-    """How often each figure is measured, all tools in turns."""
+    """Repetitions of each measurement, all tools in turns."""
     max_seq_len: int = 512
-    """Longest sample in tokens, and our rows."""
+    """Maximum tokens of a sample, and of litmini's sequences."""
     micro_batch_size: int = 4
-    """Rows in one forward pass; a step is so many of our rows, and the samples in them."""
+    """Sequences in one forward pass; a step is this many sequences of litmini, and the samples in them."""
     packed_len: int = 2048
-    """Tokens of a packed row."""
+    """Tokens of a packed sequence."""
     pythons: dict[str, str] = field(default_factory=dict)
-    """Tool -> the Python interpreter that has it, where this one does not."""
+    """Tool -> the Python interpreter of its environment."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further words for litmini's own command line: '{litmini: --train.checkpoint_activations true}'."""
+    """Further arguments of litmini's command line: '{litmini: --train.checkpoint_activations true}'."""
     prompt_tokens: int = 128
     """generate: length of the prompt."""
     new_tokens: int = 64
     """generate: tokens to generate."""
     batch_size: int = 8
-    """generate: prompts in the batch that is compared with one prompt."""
+    """generate: prompts in the batch, which is compared with one prompt."""
     out_dir: str = "out/benchmark"
-    """Where runs, table.md, chart.png and results.json are written."""
+    """Directory of runs, table.md, chart.png and results.json."""
     resume: bool = False
-    """Keep the runs that are in out_dir already, if their settings are the same, and the rows of other tasks."""
+    """Keep the existing runs in out_dir that have the same settings, and the results of other tasks."""
     json: str | None = None
-    """Another place for results.json."""
+    """Another path for results.json."""
     out: str | None = None
-    """JSON file for all that was measured of generation."""
+    """JSON file for all measurements of generation."""
 
     def __post_init__(self) -> None:
         self.checkpoint_dir = self.model or self.checkpoint_dir
@@ -88,12 +89,12 @@ class BenchmarkConfig(ModelConfig):
         fine = {name: getattr(self, name) > 0 for name in sizes}
         check("", self, new_tokens=self.new_tokens > 1, steps=self.steps > self.warmup_steps >= 0, **fine)
         if unknown := sorted({*self.pythons, *self.options} - set(ABLE)):
-            raise UserError(f"no tool {', '.join(unknown)}; there are: {', '.join(ABLE)}.")
+            raise UserError(f"unknown tool {', '.join(unknown)}; the tools are: {', '.join(ABLE)}.")
 
 
 def main(config: BenchmarkConfig) -> None:
     if config.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes; before torch looks
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes; set before torch reads it
 
     from report import chart, make_rows, table
 
@@ -103,7 +104,7 @@ def main(config: BenchmarkConfig) -> None:
     check_checkpoint_dir(config.checkpoint_dir)
     place = Path(config.out_dir)
     (place / "runs").mkdir(parents=True, exist_ok=True)
-    tools: list[str] = [tool for tool in config.tools if is_there(config, tool)]
+    tools: list[str] = [tool for tool in config.tools if is_installed(config, tool)]
     found: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     turns = list(itertools.product(config.tasks, config.dtypes or [config.dtype]))
@@ -131,20 +132,22 @@ def main(config: BenchmarkConfig) -> None:
     print(table(everything))
 
 
-def is_there(config: BenchmarkConfig, tool: str) -> bool:
-    """Whether a tool is installed; says so if not."""
+def is_installed(config: BenchmarkConfig, tool: str) -> bool:
+    """Return whether a tool is installed; print a note if it is not."""
     package = {"transformers": "peft"}.get(tool, tool)
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    there = tool == "litmini" or not subprocess.run([config.pythons.get(tool, sys.executable), "-c", code]).returncode
-    if not there:
-        print(f"note: {tool} is not installed here, and left out. See --pythons.", file=sys.stderr)
-    return there
+    installed = (
+        tool == "litmini" or not subprocess.run([config.pythons.get(tool, sys.executable), "-c", code]).returncode
+    )
+    if not installed:
+        print(f"note: {tool} is not installed, and skipped. See --pythons.", file=sys.stderr)
+    return installed
 
 
 def training_jobs(
     config: BenchmarkConfig, place: Path, task: str, dtype: str, tools: list[str]
 ) -> list[dict[str, Any]]:
-    """One job for each tool that can do it: the same samples in the same steps."""
+    """Return one job for each tool that supports the task, with the same samples in the same steps."""
     import shlex
 
     import torch
@@ -154,7 +157,7 @@ def training_jobs(
     length, rows = (config.packed_len, 1) if task == "packed" else (config.max_seq_len, config.micro_batch_size)
     data = Path(config.data) if config.data else place / f"samples-{config.steps * rows * length}.jsonl"
     if not config.data:
-        write_samples(data, config.steps * rows * length // 150 + 50, most=min(400, config.max_seq_len))
+        write_samples(data, config.steps * rows * length // 150 + 50, max_tokens=min(400, config.max_seq_len))
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     work = place / f"work-{task}-{dtype}.json"
     plan_work(config.checkpoint_dir, data, method, config.steps, rows, length, kind).save(work)
@@ -194,7 +197,7 @@ def training_jobs(
 
 
 def run_in_turns(config: BenchmarkConfig, place: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every job once in each round; one that fails is not tried again."""
+    """Run every job once in each round; a failed job is not repeated."""
     found, failed = [], set()
     for turn in range(config.rounds):
         for number, job in enumerate(jobs):
@@ -207,11 +210,11 @@ def run_in_turns(config: BenchmarkConfig, place: Path, jobs: list[dict[str, Any]
 
 
 def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The result of a job, with the job itself and the rate of matrix products just before it; none if it fails."""
+    """Return the result of a job, with the job and the matmul rate just before it; None if it fails."""
     import shutil
 
     import torch
-    from work import hardware, product_rate
+    from work import hardware, matmul_rate
 
     from litmini.files import file_hash
 
@@ -225,7 +228,7 @@ def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) ->
     shutil.rmtree(job["out_dir"], ignore_errors=True)
     result.unlink(missing_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = product_rate(device, torch.bfloat16 if job["dtype"] == "bf16" else torch.float32)
+    rate = matmul_rate(device, torch.bfloat16 if job["dtype"] == "bf16" else torch.float32)
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
     (place / f"{name}.json").write_text(json.dumps({**job, "started_at": time.time()}))
     python = config.pythons.get(job["tool"], sys.executable)
@@ -236,7 +239,7 @@ def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) ->
     print(f"{time.time() - started:.0f} s", file=sys.stderr)
     if ended.returncode:
         lines = (place / f"{name}.log").read_text(errors="replace").splitlines()
-        print(f"note: {name} failed and is left out: {' | '.join(lines[-2:])}", file=sys.stderr)
+        print(f"note: {name} failed and is skipped: {' | '.join(lines[-2:])}", file=sys.stderr)
         return None
     whole = {**json.loads(result.read_text()), "job": plain(job), "product_rate": rate, "hardware": hardware()}
     result.write_text(json.dumps(whole))
@@ -245,7 +248,7 @@ def run(config: BenchmarkConfig, place: Path, job: dict[str, Any], name: str) ->
 
 
 def plain(job: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Return a job as JSON reads it."""
     return json.loads(json.dumps(job))
 
 

@@ -1,9 +1,9 @@
-"""Talk to a model in the terminal.
+"""Chat with a model in the terminal.
 
     python scripts/chat.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 
-/reset begins anew, /save FILE writes the conversation as one line of messages JSONL (what finetuning reads), /quit or
-Ctrl-D leaves; Ctrl-C stops an answer.
+/reset starts a new conversation, /save FILE writes the conversation as one line of messages JSONL (which finetuning reads),
+/quit or Ctrl-D ends the program; Ctrl-C stops a completion.
 """
 
 import sys
@@ -23,11 +23,11 @@ class ChatConfig(SamplingConfig, ModelConfig):
     """Settings of chat.py."""
 
     max_new_tokens: int = 1024
-    """Longest answer in tokens."""
+    """Longest completion in tokens."""
     system: str | None = None
     """System turn before the conversation."""
     history: str | None = None
-    """File of messages, as /save writes it, to go on from."""
+    """File of messages, as /save writes it, to continue from."""
 
 
 def main(config: ChatConfig) -> None:
@@ -37,13 +37,13 @@ def main(config: ChatConfig) -> None:
     from litmini.generation.prompts import check_text
     from litmini.generation.request import Request
 
-    with contextlib.suppress(ImportError):  # not everywhere: arrow keys and earlier lines
+    with contextlib.suppress(ImportError):  # arrow keys and earlier lines, on systems that have readline
         import readline  # noqa: F401
     before = start(config)
     model, tokenizer = open_model(config)
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.directory} has no chat template; give one with --chat_template FILE.jinja")
-    print(f"{COMMANDS}; Ctrl-C stops an answer.", file=sys.stderr)
+    print(f"{COMMANDS}; Ctrl-C stops a completion.", file=sys.stderr)
     messages = list(before)
     while True:
         try:
@@ -69,12 +69,12 @@ def main(config: ChatConfig) -> None:
                     print(piece, end="", flush=True)
             print(flush=True)
             messages = [*asked, {"role": "assistant", "content": reply.text}]
-        except UserError as error:  # the conversation goes on without this turn
+        except UserError as error:  # the conversation continues without this turn
             print(f"error: {error}", file=sys.stderr)
 
 
 def start(config: ChatConfig) -> list[dict[str, Any]]:
-    """The messages before the first turn."""
+    """Return the messages before the first turn."""
     from litmini.generation.prompts import read_prompts
 
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
@@ -90,7 +90,7 @@ def start(config: ChatConfig) -> list[dict[str, Any]]:
 
 
 def obey(said: str, messages: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Do what a line that begins with / says; returns the messages to go on with."""
+    """Run a command, a line that begins with /; return the messages to continue with."""
     import json
 
     word, _, rest = said.partition(" ")
@@ -105,7 +105,7 @@ def obey(said: str, messages: list[dict[str, Any]], before: list[dict[str, Any]]
             raise UserError(f"{error.strerror}: {path}") from None
         print(f"{len(messages)} messages in {path}", file=sys.stderr)
         return messages
-    raise UserError(f"{word} is no command; there are: {COMMANDS}.")
+    raise UserError(f"{word} is not a command; the commands are: {COMMANDS}.")
 
 
 if __name__ == "__main__":

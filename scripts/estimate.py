@@ -1,9 +1,9 @@
-"""How much memory and time a training run will take, without loading a weight.
+"""Estimate the memory and throughput of a training run without loading weights.
 
     python scripts/estimate.py HuggingFaceTB/SmolLM2-135M --method lora --max_seq_len 2048
     python scripts/estimate.py meta-llama/Llama-3.1-8B --method full --devices 8 --num_nodes 64 --strategy hsdp
 
---check trains two steps of each given length in a process of its own and compares its measured peak.
+--check trains two steps at each given length, each in its own process, and compares the estimate with the measured peak.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class EstimateConfig:
     model: str
     """Checkpoint directory, or the hub id of a preset of a family."""
     method: Literal["lora", "qlora", "full"] = "lora"
-    """What is trained, and how the rest is kept."""
+    """Finetuning method."""
     max_seq_len: int = 2048
-    """Tokens in a row."""
+    """Tokens of a sequence."""
     micro_batch_size: int = 4
-    """Rows in one forward pass on one device."""
+    """Sequences in one forward pass on one device."""
     micro_batches: int = 1
-    """Those of one device in an optimizer step; of several, gradients of the first are there while the next one runs."""
+    """Micro-batches of one device in an optimizer step; if there are several, gradients exist while the next one runs."""
     checkpoint_activations: bool = False
     """Keep only each block's input."""
     precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "auto"
@@ -40,19 +40,19 @@ class EstimateConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     devices: int = 1
-    """How many devices share the work, on each node."""
+    """Number of devices on each node."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of nodes (machines)."""
     strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
-    """How several share it."""
+    """How several devices train one model."""
     node_gb: float = 450.0
-    """What a device sends to others of its node, GB a second."""
+    """GB per second that a device sends to others of its node."""
     network_gb: float = 50.0
-    """What a device sends to other nodes, GB a second."""
+    """GB per second that a device sends to other nodes."""
     mfu: float = 0.4
-    """Share of a card's published operations a second that training reaches, for tokens a day."""
+    """MFU of training, as a fraction of a GPU's published peak, for tokens per day."""
     check: list[int] = field(default_factory=list)
-    """Row lengths at which to train two steps on this machine and compare; MODEL is a checkpoint directory then."""
+    """Sequence lengths at which to train two steps on this machine and compare; MODEL must be a checkpoint directory."""
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) > 0 for name in POSITIVE}
@@ -69,15 +69,15 @@ def main(config: EstimateConfig) -> None:
         return compare(config)
     model = build(config)
     memory = estimate_at(config, model, config.max_seq_len)
-    memory = gpus.share(memory, model, config.devices, config.strategy, config.num_nodes)
+    memory = gpus.memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
     devices = config.devices * config.num_nodes
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
-    rows = f"{config.micro_batch_size} rows of {config.max_seq_len:,} tokens in a micro-batch"
-    print(f"peak memory of each of {devices} devices, {rows}:\n{describe(memory)}")
+    batch = f"{config.micro_batch_size} sequences of {config.max_seq_len:,} tokens in a micro-batch"
+    print(f"peak memory of each of {devices} devices, {batch}:\n{describe(memory)}")
     print(f"fits on: {gpus.fitting(memory)}")
-    print(f"tokens a day at {config.mfu:.0%} MFU of the published bf16 rate:")
+    print(f"tokens per day at {config.mfu:.0%} MFU of the published bf16 peak:")
     for name, tokens in gpus.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
         print(f"  {devices} x {name:10}{tokens:18,.0f}")
     if devices > 1:
@@ -89,7 +89,7 @@ def main(config: EstimateConfig) -> None:
 
 
 def build(config: EstimateConfig) -> Any:
-    """The model with its method, on the meta device."""
+    """Return the model with its method, on the meta device."""
     from litmini.checkpoints.hf import empty_model
     from litmini.distributed.fabric import weight_dtype
     from litmini.methods.adapters import add_adapters
@@ -135,7 +135,7 @@ def compare(config: EstimateConfig) -> None:
 
     if config.method == "qlora":
         import bitsandbytes  # noqa: F401
-    process = process_bytes()  # first: what the estimate itself imports is not in a run
+    process = process_bytes()  # before the estimate, which imports modules that a run does not
     model = build(config)
     print(
         f"| {config.method}, tokens in a micro-batch | predicted MiB | measured MiB | difference |\n|---|---|---|---|"
@@ -167,7 +167,7 @@ def compare(config: EstimateConfig) -> None:
 
 
 def process_bytes() -> int:
-    """What a process takes that has taken a training step, without its model: measured, in this one."""
+    """Return the bytes of a process after a training step, without its model, as measured in this process."""
     import torch
     from lightning_fabric import Fabric
 

@@ -1,10 +1,10 @@
-"""Measure a model: the perplexity of a text, exact match of completions, tasks of lm-eval; any of them in one run.
+"""Evaluate a model: the perplexity of a text, exact match of completions, and tasks of lm-eval, in any combination.
 
     python scripts/evaluate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
         --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/heldout.jsonl
 
-Questions are a file of any form that finetuning reads; the last turn is what the model must say, letter by letter. Tasks
-need pip install -e ".[lm-eval]".
+--exact_match takes a file in any format that finetuning reads; the last turn is the reference. Tasks need
+pip install -e ".[lm-eval]".
 """
 
 from dataclasses import dataclass, field
@@ -20,27 +20,27 @@ class EvaluateConfig(ModelConfig):
     """Settings of evaluate.py."""
 
     perplexity: str | None = None
-    """Text file whose perplexity is measured."""
+    """Text file to measure perplexity on."""
     window: int = 1024
-    """Tokens that the model sees at once, where its context is not shorter."""
+    """Tokens in one forward pass, at most the model's context."""
     stride: int | None = None
-    """Tokens from one window to the next; what both hold is counted once. By default half a window."""
+    """Tokens from one window to the next; tokens in both are counted once. By default half a window."""
     exact_match: str | None = None
     """File of prompts with their reference completions."""
     max_new_tokens: int = 64
-    """Longest answer in tokens."""
+    """Longest completion in tokens."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-eval."""
     include_path: str | None = None
     """Directory of further tasks, in lm-eval's YAML."""
     fewshot: int | None = None
-    """Solved examples before each question of a task; by default as many as the task says."""
+    """Solved examples before each prompt of a task; by default the number that the task defines."""
     limit: int | None = None
-    """Only so many examples of each file or task."""
+    """Maximum number of examples of each file or task."""
     batch_size: int = 16
-    """Questions that are answered together."""
+    """Prompts in one batch."""
     out: str | None = None
-    """JSON file for the results, beside what is printed."""
+    """JSON file for the results, which are printed as well."""
 
     def __post_init__(self) -> None:
         if self.perplexity is None and self.exact_match is None and not self.tasks:
@@ -106,7 +106,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    """What a person wants to know, one line each."""
+    """Return the results as lines of text."""
     lines = []
     if p := results.get("perplexity"):
         lines.append(

@@ -1,4 +1,4 @@
-"""Finetune with DoRA: LoRA, and a trained magnitude for each row of a weight. With `--quantize.bits 4` over a 4-bit base.
+"""Finetune with DoRA: LoRA with a trained magnitude for each row of a weight; with `--quantize.bits 4`, over a 4-bit base.
 
     python scripts/finetune_dora.py --config config_hub/quickstart_dora.yaml
 
@@ -14,12 +14,13 @@ from litmini.config.finetune import FinetuneDoraConfig
 def main(config: FinetuneDoraConfig) -> None:
     from litmini.checkpoints.load import load_quantized
     from litmini.checkpoints.peft import save_adapter
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.methods.dora import DoRALinear
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -47,7 +48,7 @@ def main(config: FinetuneDoraConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()

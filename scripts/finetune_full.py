@@ -2,7 +2,8 @@
 
     python scripts/finetune_full.py --config config_hub/quickstart_full.yaml
 
-The result in OUT_DIR/final is a checkpoint. By default (`bf16-mixed`) weights are in fp32: 16 bytes a parameter with AdamW.
+The result in OUT_DIR/final is a checkpoint. The default (`bf16-mixed`) has fp32 master weights: 16 bytes per parameter with
+AdamW.
 """
 
 from pathlib import Path
@@ -13,10 +14,11 @@ from litmini.config.finetune import FinetuneFullConfig
 
 def main(config: FinetuneFullConfig) -> None:
     from litmini.checkpoints.hf import load_model, save_trained
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -37,7 +39,7 @@ def main(config: FinetuneFullConfig) -> None:
     if config.precision == "bf16-true" and not config.optim.stochastic_rounding:
         fabric.print(
             "warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32, and "
-            "--optim.stochastic_rounding true rounds them by chance."
+            "--optim.stochastic_rounding true rounds them stochastically."
         )
     ratios: dict[str, float] = {}
 
@@ -48,7 +50,7 @@ def main(config: FinetuneFullConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()

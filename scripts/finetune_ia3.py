@@ -1,4 +1,4 @@
-"""Finetune with IA3: the weights are frozen, and a factor for each output or input of some linears is trained.
+"""Finetune with IA3: train a factor for each output or input of some linears; all weights are frozen.
 
     python scripts/finetune_ia3.py --config config_hub/quickstart_ia3.yaml
 
@@ -17,7 +17,8 @@ def main(config: FinetuneIa3Config) -> None:
     from litmini.distributed.fabric import load_device, make_fabric, weight_dtype
     from litmini.methods.ia3 import add_ia3
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling

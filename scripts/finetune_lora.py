@@ -1,4 +1,4 @@
-"""Finetune with LoRA: the weights are frozen, and a small adapter on each linear is trained.
+"""Finetune with LoRA: train an adapter on each linear; all weights are frozen.
 
     python scripts/finetune_lora.py --config config_hub/quickstart.yaml
 
@@ -14,11 +14,12 @@ from litmini.config.finetune import FinetuneLoraConfig
 def main(config: FinetuneLoraConfig) -> None:
     from litmini.checkpoints.hf import load_model
     from litmini.checkpoints.peft import save_adapter
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -46,7 +47,7 @@ def main(config: FinetuneLoraConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()

@@ -1,8 +1,8 @@
-"""Finetune with QLoRA: the weights are frozen in 4 bits (NF4), and a small adapter on each linear is trained.
+"""Finetune with QLoRA: train an adapter on each linear; the weights are frozen in 4 bits (NF4).
 
     python scripts/finetune_qlora.py --config config_hub/quickstart_qlora.yaml
 
-The result in OUT_DIR/final is an adapter in PEFT's format. The base takes about 0.6 bytes a parameter.
+The result in OUT_DIR/final is an adapter in PEFT's format. The base takes about 0.6 bytes per parameter.
 """
 
 from pathlib import Path
@@ -14,11 +14,12 @@ from litmini.config.finetune import FinetuneQloraConfig
 def main(config: FinetuneQloraConfig) -> None:
     from litmini.checkpoints.load import load_quantized
     from litmini.checkpoints.peft import save_adapter
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.measure import finish, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.tasks.sft import prepare_data
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
@@ -32,7 +33,7 @@ def main(config: FinetuneQloraConfig) -> None:
     # 3. Tokenizer and data
     data = prepare_data(fabric, config)
 
-    # 4. Base model, its linears in 4 bits as soon as they are read
+    # 4. Base model, its linears quantized to 4 bits while they are read
     model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
 
     # 5. Method: freeze everything, adapters over linears
@@ -46,7 +47,7 @@ def main(config: FinetuneQloraConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights, ratios), LanguageModeling()

@@ -1,10 +1,10 @@
-"""Generate text, streamed to the terminal, or for a file of prompts.
+"""Generate text: stream the completion of a prompt to the terminal, or complete a file of prompts.
 
     python scripts/generate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Who are you?"
     python scripts/generate.py --checkpoint_dir ... --prompts questions.jsonl --out answers.jsonl --batch_size 16
 
-Where the checkpoint has a chat template, a prompt is a user's turn. A line of a file is {"prompt": "..."} or
-{"messages": [...]}; a line of the answers is the same with "answer", "finish_reason" and "n_tokens", or with "error".
+With a chat template, a prompt is a user's turn. A line of the file is {"prompt": "..."} or {"messages": [...]}; a line of the
+output is the same with "answer", "finish_reason" and "n_tokens", or with "error".
 """
 
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ class GenerateConfig(SamplingConfig, ModelConfig):
     """Settings of generate.py."""
 
     prompt: str | None = None
-    """The user's turn; - reads it from standard input."""
+    """Prompt, as the user's turn; - reads it from standard input."""
     prompts: str | None = None
-    """File of prompts, one JSON object a line, instead of one prompt."""
+    """File of prompts, one JSON object per line, instead of one prompt."""
     out: str | None = None
-    """Where their answers are written, in the same order."""
+    """File for their completions, in the same order."""
     batch_size: int = 16
-    """Prompts of a file that are answered together."""
+    """Prompts of a file in one batch."""
     system: str | None = None
     """System turn before the prompt."""
     prompt_lookup: int | None = None
-    """Guess this many tokens at once from earlier text, for answers that quote their prompt: faster, the same answer."""
+    """Speculative decoding: draft this many tokens from earlier text. Faster if completions quote their prompt."""
     draft_dir: str | None = None
-    """Let this smaller model guess (with --draft_tokens): faster, the same answer."""
+    """Speculative decoding with this smaller draft model and --draft_tokens. Faster, with the same completion."""
     draft_tokens: int = 5
-    """How many tokens the draft model guesses at once."""
+    """Tokens that the draft model generates at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.prompt is None) == (self.prompts is None) or (self.prompts is None) != (self.out is None):
             raise UserError("expected either --prompt TEXT, or --prompts FILE with --out FILE.")
         if self.prompts is not None and (self.prompt_lookup or self.draft_dir):
-            raise UserError("a draft is for one --prompt; a file of prompts is answered in batches.")
+            raise UserError("speculative decoding needs one --prompt; a file of prompts is completed in batches.")
         if self.prompt_lookup is not None and self.draft_dir is not None:
             raise UserError("expected --prompt_lookup or --draft_dir, not both.")
         check(
@@ -63,7 +63,7 @@ def main(config: GenerateConfig) -> None:
     from litmini.tokenizer import Message
 
     if config.out is not None and Path(config.out).exists():
-        raise UserError(f"{config.out} is there already; give another name, or delete it.")
+        raise UserError(f"{config.out} exists already; give another name, or delete it.")
     model, tokenizer = open_model(config)
     if config.prompts is not None:
         answer_file(config, model, tokenizer)
@@ -85,7 +85,7 @@ def main(config: GenerateConfig) -> None:
 
 
 def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
-    """What guesses ahead, or None."""
+    """Return the draft of speculative decoding, or None."""
     from dataclasses import replace
 
     from litmini.generation.generate import open_model
@@ -100,7 +100,7 @@ def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
 
 
 def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: ignore[no-untyped-def]
-    """Answer every prompt of a file; what is wrong with a line is written in its place, and named at the end."""
+    """Complete every prompt of a file; write errors in place of completions, and list them at the end."""
     import json
 
     from litmini.generation.prompts import complete_lines, read_prompts
@@ -116,11 +116,11 @@ def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: igno
             total += 1
             if "error" in answer:
                 wrong.append(f"line {answer['line']}: {answer['error']}")
-    print(f"{total - len(wrong)} of {total} prompts answered: {config.out}")
+    print(f"{total - len(wrong)} of {total} prompts completed: {config.out}")
     if wrong:
         more = [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10)
         listing = "\n  ".join(wrong[:10] + more)
-        raise UserError(f"{config.prompts} has lines that could not be answered:\n  {listing}")
+        raise UserError(f"{config.prompts} has lines that could not be completed:\n  {listing}")
 
 
 if __name__ == "__main__":

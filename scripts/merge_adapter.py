@@ -1,9 +1,9 @@
-"""Merge an adapter into its base: a checkpoint that needs neither adapter nor PEFT.
+"""Merge an adapter into its base; the result is a checkpoint that needs neither adapter nor PEFT.
 
     python scripts/merge_adapter.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
         --adapter_dir out/quickstart/final --out_dir checkpoints/mine/quickstart
 
-Needs the memory of a few tensors, then, to measure what the rounding did, that of the model.
+Memory: a few tensors to merge, then the model to measure the effect of rounding (--check).
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class MergeConfig:
     adapter_dir: str
     """An adapter in PEFT's format, such as out/NAME/final."""
     out_dir: str
-    """Where to write; must not exist."""
+    """Directory to write; must not exist."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Of the result; none: as the base."""
+    """Dtype of the result; none: that of the base."""
     base: Literal["trained", "original"] = "trained"
-    """Of a QLoRA adapter: merge into the dequantised weights that it was trained on, or into the original ones."""
+    """For a QLoRA adapter: merge into the dequantized weights that it was trained on, or into the original ones."""
     check: bool = True
-    """Load both and measure how much merged and unmerged differ."""
+    """Load both models and measure the difference between merged and unmerged."""
     model_file: str | None = None
     """The model file of a checkpoint whose family is not in litmini/models/."""
 
@@ -45,9 +45,7 @@ def main(config: MergeConfig) -> None:
     if config.check:
         written = "fp32" if read_json(target / "config.json")["dtype"] == "float32" else "bf16"
         difference, same = merge_error(config.checkpoint_dir, config.adapter_dir, target, written)
-        print(
-            f"merged against unmerged: log-probabilities differ by at most {difference:.3g}, same best token {same:.1%}"
-        )
+        print(f"merged and unmerged: log-probabilities differ by at most {difference:.3g}, same top-1 token {same:.1%}")
 
 
 if __name__ == "__main__":

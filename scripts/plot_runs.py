@@ -1,4 +1,4 @@
-"""Draw the loss curves of several runs into one picture.
+"""Plot the loss curves of several runs in one picture.
 
 python scripts/plot_runs.py out/compare-swiglu out/compare-gelu --out_file out/compare.png
 """
@@ -14,13 +14,13 @@ class PlotConfig:
     """Settings of plot_runs.py."""
 
     runs: list[str]
-    """Run directories; words that are no settings."""
+    """Run directories; positional arguments."""
     out_file: str = "out/runs.png"
-    """The picture, .png, .svg or .pdf."""
+    """File of the picture: .png, .svg or .pdf."""
     smooth: float = 0.95
-    """How much of the smoothed training loss each step keeps: 0 draws it as it is."""
+    """Weight of the running mean of the training loss at each step; 0: no smoothing."""
     by: str = "step"
-    """What is on the x axis: step or tokens."""
+    """The x axis: step or tokens."""
 
     def __post_init__(self) -> None:
         check("", self, runs=bool(self.runs), smooth=0 <= self.smooth < 1, by=self.by in ("step", "tokens"))
@@ -35,7 +35,7 @@ def main(config: PlotConfig) -> None:
         [Path(run) for run in config.runs], Path(config.out_file), config.smooth, config.by
     ).items():
         print(f"{name}: last validation loss {loss:.4f}" if loss is not None else f"{name}: no validation loss")
-    print(f"drawn: {config.out_file}")
+    print(f"picture: {config.out_file}")
 
 
 if __name__ == "__main__":

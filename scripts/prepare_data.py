@@ -3,7 +3,7 @@
     python scripts/prepare_data.py my_texts/ 'more/*.jsonl.zst' --tokenizer checkpoints/org/name --out_dir data/mine
 
 Reads .txt, .jsonl and .parquet, plain, .gz or .zst: files, folders, globs, or URLs such as hf://datasets/org/name.
-The same command resumes a preparation that was interrupted. Memory: some 100 MiB for each process.
+Repeat the command to resume an interrupted preparation. Memory: about 100 MiB per process.
 """
 
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ class PrepareConfig:
     """Settings of prepare_data.py."""
 
     inputs: list[str]
-    """Files, folders, globs and URLs of text: the words that are no settings."""
+    """Files, folders, globs and URLs of text; positional arguments."""
     tokenizer: str
-    """Directory with a tokenizer: a checkpoint, or what train_tokenizer.py wrote."""
+    """Directory with a tokenizer: a checkpoint, or the output of train_tokenizer.py."""
     out_dir: str
-    """Where to write the shards, index.json and the tokenizer."""
+    """Directory for the shards, index.json and the tokenizer."""
     text_key: str = "text"
     """The field of JSONL records, or column of Parquet files, that holds the text."""
     separator: str | None = None
-    """The string between documents in .txt files, such as <|endoftext|>; none: a file is one document."""
+    """Separator of documents in .txt files, such as <|endoftext|>; none: a file is one document."""
     val_fraction: float = 0.005
     """Fraction of documents for validation, chosen by a hash of their text."""
     shard_tokens: int = 1 << 28
-    """Tokens in one shard, of 2 or 4 bytes each."""
+    """Tokens of one shard, of 2 or 4 bytes each."""
     workers: int | None = None
-    """Processes that tokenise; none: as many as there are cores."""
+    """Number of processes that tokenise; none: the number of cores."""
     max_empty: float = 0.01
-    """Largest fraction of empty documents that is no error; they are not written."""
+    """Maximum fraction of empty documents, which are dropped; more is an error."""
 
     def __post_init__(self) -> None:
         check(
@@ -76,7 +76,7 @@ def main(config: PrepareConfig) -> None:
         print(f"{split}: {content['documents']:,} documents, {tokens:,} tokens in {len(content['shards'])} shards")
     s = index["statistics"]
     print(
-        f"{s['characters']:,} characters, {s['empty']:,} empty documents not written, {time.perf_counter() - started:.1f} s"
+        f"{s['characters']:,} characters, {s['empty']:,} empty documents dropped, {time.perf_counter() - started:.1f} s"
     )
     print(
         f"\nNow train on it:\n  python scripts/pretrain.py --model llama/tiny --data.path {target} --out_dir out/NAME"

@@ -1,8 +1,8 @@
-"""Train a model from raw text, or go on with one.
+"""Train a model from raw text, or continue the training of one.
 
     python scripts/pretrain.py --config config_hub/pretrain/char.yaml
 
-The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, AdamW): 16 bytes a parameter, and activations.
+The result in OUT_DIR/final is a checkpoint. Memory by default (`bf16-mixed`, AdamW): 16 bytes per parameter, and activations.
 """
 
 from litmini.cli import command
@@ -10,11 +10,12 @@ from litmini.config.pretrain import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from litmini.distributed.fabric import load_device, make_fabric, product_dtype, weight_dtype
+    from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
+    from litmini.tasks.measure import finish, measure_start
     from litmini.tasks.pretrain import blueprint, prepare_data, use_z_loss
-    from litmini.tasks.setup import finish, make_setup, measure_start
+    from litmini.tasks.setup import make_setup
     from litmini.training.loop import fit
     from litmini.training.objective import LanguageModeling
 
@@ -39,7 +40,7 @@ def main(config: PretrainConfig) -> None:
         from litmini.tasks.dry_run import preview
 
         return preview(data, config, model)
-    dither(model.parameters(), product_dtype(config.precision), config.seed)
+    dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 5. Setup: shard, make the optimizer, restore what is resumed
     setup, objective = make_setup(directory, fabric, data, model, save_weights), LanguageModeling()

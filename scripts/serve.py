@@ -1,11 +1,11 @@
-"""Serve a model, and adapters on it, over HTTP as OpenAI's API does.
+"""Serve a model and adapters over it through an OpenAI-compatible HTTP API.
 
     pip install -e ".[serve]"
     python scripts/serve.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
         --adapters '{"orders": "out/quickstart/final"}'
 
-Clients reach it at http://127.0.0.1:8000/v1; the model's name is that of its directory, or of an adapter. Where the
-environment has LITMINI_API_KEY, clients must send it.
+Clients connect to http://127.0.0.1:8000/v1; the model's name is that of its directory, or of an adapter. If the environment
+variable LITMINI_API_KEY is set, clients must send it.
 """
 
 from dataclasses import dataclass, field
@@ -20,25 +20,25 @@ class ServeConfig(ModelConfig):
     """Settings of serve.py."""
 
     adapters: dict[str, str] = field(default_factory=dict)
-    """Further models: name -> adapter directory. They share the weights of the one in memory."""
+    """Further models: name -> adapter directory. They use the weights of the base in memory."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is every one."""
+    """Address to listen at; 0.0.0.0 listens at all addresses."""
     port: int = 8000
     """Port to listen at."""
     max_batch: int = 8
-    """Requests that are answered together; others wait."""
+    """Maximum requests in one batch; others wait."""
     max_queue: int = 64
-    """Requests that may wait; others are refused with status 429."""
+    """Maximum waiting requests; others are refused with status 429."""
     max_connections: int = 256
-    """Connections; others are refused with status 503."""
+    """Maximum connections; others are refused with status 503."""
     idle_seconds: float = 10.0
-    """A connection on which nothing is asked for so long is closed."""
+    """Seconds after which a connection without requests is closed."""
     max_new_tokens: int = 1024
-    """Longest answer in tokens."""
+    """Longest completion in tokens."""
     max_context: int = 8192
-    """Longest prompt and answer together, where the model's own limit is not lower."""
+    """Maximum tokens of prompt and completion together, at most the model's context."""
     max_body_mib: float = 1.0
-    """Largest request in MiB; all connections together can hold max_connections times that."""
+    """Maximum size of a request in MiB; all connections together can take max_connections times that."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -98,11 +98,11 @@ def main(config: ServeConfig) -> None:
             config.max_context,
             int(config.max_body_mib * 2**20),
         )
-        listener.listen()  # who reads the next line may connect at once
+        listener.listen()  # clients that read the next line may connect at once
         port = listener.getsockname()[1]
         print(f"{', '.join(tokenizers)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
         if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
-            print("warning: whoever reaches this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
+            print("warning: anyone who can reach this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
         settings = uvicorn.Config(
             make_app(Server(model, tokenizers, limits, key, multi_lora)),
             log_level="warning",

@@ -2,8 +2,8 @@
 
     python scripts/train_tokenizer.py my_texts/ --out_dir data/tokenizer --vocab_size 32000
 
-Byte-level BPE, as GPT-2 has it: any text can be written with it. `--kind characters` makes one token of each character.
-Memory grows with the number of different words: a few GiB for 1 GB of text (--max_characters).
+Byte-level BPE, as in GPT-2, encodes any text. `--kind characters` makes one token per character. Memory grows with the
+number of different words: a few GiB for 1 GB of text (--max_characters).
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ class TrainTokenizerConfig:
     """Settings of train_tokenizer.py."""
 
     inputs: list[str]
-    """Files, folders, globs and URLs of text: the words that are no settings."""
+    """Files, folders, globs and URLs of text; positional arguments."""
     out_dir: str
-    """Directory to write tokenizer.json and tokenizer_config.json in; must not exist."""
+    """Directory for tokenizer.json and tokenizer_config.json; must not exist."""
     kind: Literal["bpe", "characters"] = "bpe"
     """bpe: byte-level; characters: one token for each character that occurs."""
     vocab_size: int = 32_000
-    """bpe: tokens, including the 256 bytes and special tokens; characters: the most tokens."""
+    """Tokens of a bpe tokenizer, the 256 bytes and special tokens included; characters: the maximum."""
     special_tokens: list[str] | None = None
-    """Further special tokens, such as <|im_start|>."""
+    """Further tokens, such as <|im_start|>, that plain text never produces."""
     text_key: str = "text"
     """The field of JSONL records, or column of Parquet files, that holds the text."""
     separator: str | None = None
-    """The string between documents in .txt files; none: a file is one document."""
+    """Separator of documents in .txt files; none: a file is one document."""
     max_characters: int = 10**9
-    """How much text to train on, from the first file on."""
+    """Characters to train on, from the first file on."""
 
     def __post_init__(self) -> None:
         check(

@@ -1,14 +1,14 @@
-"""Check on this machine that a checkpoint behaves here as it should.
+"""Check that a checkpoint gives the expected results on this machine.
 
     python scripts/verify.py checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
     python scripts/verify.py checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct --adapter_dir out/quickstart/final
 
 Logits against transformers in fp32 and bf16 (needs `pip install transformers`; skipped without it), import and export
 bit by bit, cached and uncached, packed and unpacked, merged and unmerged, accumulated and at once, resumed and not. Exit
-status 1 if one of them fails. Memory: 4 bytes a parameter, twice for a moment where transformers rounds its own.
+status 1 if a check fails. Memory: 4 bytes per parameter, twice that while transformers rounds its model.
 
-With an adapter, logits are compared with those of peft, and it is this adapter that is merged; training is checked with
-random ones. With 4 bits, transformers gets the numbers that the packed weights stand for.
+With an adapter, logits are compared with those of peft, and this adapter is merged; training is checked with random ones.
+With 4 bits, transformers gets the dequantized weights.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ class VerifyConfig:
     adapter_dir: str | None = None
     """Adapter over it, such as the final/ of a LoRA run."""
     bits: Literal[4, 16] | None = None
-    """Of the base's linears; none: as the adapter was trained, 16 without one."""
+    """Bits of the base's linears; none: those of the adapter's training, 16 without an adapter."""
     json: str | None = None
-    """File to write the results to."""
+    """JSON file for the results."""
     device: str = "auto"
-    """auto: a GPU where there is one, else the CPU."""
+    """auto: a GPU if there is one, else the CPU."""
 
 
 def main(config: VerifyConfig) -> None:
@@ -97,10 +97,10 @@ def against_transformers(
     ours: "Tensor",
     rounded: "Tensor",
 ) -> "list[Check]":
-    """Logits in fp32 and bf16 against those of transformers. In bf16 both are rounded: ours may be as far from fp32.
+    """Compare logits in fp32 and bf16 with those of transformers. In bf16, the error to fp32 must be about the same.
 
     Args:
-        packed: what the weights that we have in 4 bits stand for, by layer.
+        packed: layer -> its dequantized weight, for layers in 4 bits.
     """
     import torch
 
@@ -121,7 +121,7 @@ def against_transformers(
         theirs = theirs.to(tokens.device).eval()
     except ImportError as error:
         return [Check(name, None, note=f"{error.name} is not installed: pip install {error.name}") for name in names]
-    except (ValueError, KeyError, OSError) as error:  # a family of ours alone, or one newer than that transformers
+    except (ValueError, KeyError, OSError) as error:  # transformers does not have this family, or not yet
         note = f"{library} cannot load it: {str(error).splitlines()[0]}"
         return [Check(name, None, note=note) for name in names]
     with torch.no_grad():
@@ -135,15 +135,15 @@ def against_transformers(
 
 
 def _put_weight(model: "nn.Module", name: str, weight: "Tensor") -> None:
-    """Give a layer of transformers' other numbers.
+    """Replace the weight of a layer of transformers' model.
 
     Raises:
-        ValueError: it keeps them in another layout.
+        ValueError: the layer has another layout.
     """
-    there: Any = dict(model.named_parameters()).get(f"{name}.weight")
-    if there is None or there.shape != weight.shape or type(model.get_submodule(name)).__name__ != "Linear":
+    parameter: Any = dict(model.named_parameters()).get(f"{name}.weight")
+    if parameter is None or parameter.shape != weight.shape or type(model.get_submodule(name)).__name__ != "Linear":
         raise ValueError(f"in 4 bits, since it keeps {name} in another layout")
-    there.data.copy_(weight)
+    parameter.data.copy_(weight)
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     from litmini import cli
     from litmini.data.dataset import load_data
     from litmini.runs.run import Run
-    from litmini.tasks import setup
+    from litmini.tasks import measure, setup
     from litmini.training import loop
 
     entries = {load_data: "tokenising", loop.fit: "step", loop.evaluate: "evaluation", Run.checkpoint: "save"}
-    entries |= {setup.measure: "evaluation", setup.log_samples: "evaluation", Run.save_final: "final export"}
-    entries[setup.finish] = "report"
+    entries |= {measure.measure: "evaluation", setup.log_samples: "evaluation", Run.save_final: "final export"}
+    entries[measure.finish] = "report"
     phases = {inspect.unwrap(entry).__code__: phase for entry, phase in entries.items()}
     counts = dict.fromkeys(PHASES, 0)
     local = threading.local()

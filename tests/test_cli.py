@@ -281,8 +281,8 @@ def test_positional_arguments_stand_anywhere():
 def test_words_too_many_are_an_error(capsys):
     convert = script("convert_to_hf").ConvertConfig
     error = fails(capsys, "ck", "more", "--out_dir", "o", config_class=convert, positional=("checkpoint",))
-    assert "unexpected words: more" in error
-    assert "unexpected words: d.jsonl" in fails(capsys, *NEEDED, "d.jsonl")
+    assert "unexpected arguments: more" in error
+    assert "unexpected arguments: d.jsonl" in fails(capsys, *NEEDED, "d.jsonl")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config_hub").glob("*.yaml")), ids=lambda p: p.name)

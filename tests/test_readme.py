@@ -17,7 +17,7 @@ from numerics import assert_close
 import litmini
 import litmini.models
 from litmini.cli import parse
-from litmini.tasks.setup import _in_words
+from litmini.tasks.measure import describe_results
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -112,7 +112,7 @@ def test_the_output_is_shown_as_the_quickstart_prints_it():
     results |= {"val_loss_before": 0.909, "val_loss_after": 0.003, "exact_match_before": 0.0, "exact_match_after": 1.0}
     for when, text in zip(("before", "after"), predictions, strict=True):
         results[f"samples_{when}"] = [{"prompt": prompt, "reference": reference, "prediction": text}]
-    assert "\n".join(_in_words(results)[:-1]).strip() == shown
+    assert "\n".join(describe_results(results)[:-1]).strip() == shown
 
 
 def test_the_table_of_rooms_is_that_of_the_architecture():

@@ -21,7 +21,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "torch",
     "lightning_fabric",
-    "litmini.tasks.setup",
+    "litmini.tasks.measure",
     "litmini.methods.adapters",
     "litmini.tasks.pretrain",
     "litmini.checkpoints.peft",

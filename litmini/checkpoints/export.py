@@ -1,4 +1,4 @@
-"""Checkpoints out: an adapter merged, another dtype, other shards; always as a Hugging Face directory."""
+"""Exports checkpoints as Hugging Face directories: merges an adapter, and changes dtype and shard size."""
 
 import gc
 import re
@@ -42,12 +42,13 @@ def export(
 ) -> Path:
     """Write `checkpoint_dir` to `out_dir`, tensor by tensor, with the adapter of `adapter_dir` added to its weights.
 
-    The change is added in fp32 and rounded once. An adapted head that was tied to the embedding gets weights of its own.
+    The delta is added in fp32, and the sum is rounded once. A head with an adapter that was tied to the embedding gets its
+    own weights.
 
     Args:
-        base: what an adapter that was trained on a 4-bit base is added to: the dequantised weights, or the original ones.
-        dtype: of the result; None keeps each tensor's own.
-        max_shard_bytes: size of a weight file.
+        dtype: of the result; None keeps the dtype of each tensor.
+        max_shard_bytes: maximum size of a weight file.
+        base: for an adapter that was trained on a 4-bit base: add it to the dequantized weights, or to the original ones.
 
     Raises:
         UserError: `out_dir` exists, or the checkpoint or adapter is incomplete, damaged or does not fit.
@@ -59,7 +60,9 @@ def export(
     module, model = empty_model(source)  # refuses what is not implemented
     empty = list(read_empty(shards(source)))
     check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
-    raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}  # since v5: `dtype`
+    raw = {
+        k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"
+    }  # since transformers 5: `dtype`
     tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
@@ -75,7 +78,7 @@ def export(
             return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
 
         empty, tensors = list(with_adapter(empty)), with_adapter(tensors)
-        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+        if (Path(adapter_dir) / "tokenizer.json").is_file():  # with the chat template of its training
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
         empty = [(name, like.to(dtype)) for name, like in empty]
@@ -97,13 +100,13 @@ def _merged(
     quantized: set[str],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `model`, which is empty, with the adapter's changes added to those that it covers.
+    """Yield the tensors of `model`, which is on the meta device, with the deltas of the adapter added in fp32.
 
-    Of a tied parameter each name is written, if any of them is changed. Sums are in fp32, and rounded once.
+    A tied parameter is written under each of its names if the adapter changes one of them.
 
     Args:
-        quantized: linears whose weight is taken as it is in 4 bits: that is what the adapter was trained on.
-        dtype: in which tensors will be saved; None: in their own.
+        quantized: linears whose weight is quantized to 4 bits first, since the adapter was trained on those.
+        dtype: of the tensors to save; None: each keeps its own.
     """
     names = parameter_names(model)
     for name, tensor in tensors:
@@ -111,14 +114,14 @@ def _merged(
         for own in same if any(_changed(adapter, n) for n in same) else [name]:
             owner, _, last = own.rpartition(".")
             if tensor.is_meta:
-                yield own, tensor  # a change changes neither shape nor the dtype to save
+                yield own, tensor  # merging changes neither the shape nor the dtype to save
             elif owner in adapter.full:
                 yield own, adapter.full[owner][last]
             elif last == "weight" and (owner in adapter.layers or owner in quantized):
                 merged = _merge(model.get_submodule(owner), tensor, adapter, owner, owner in quantized)
-                if owner not in quantized:  # what is rounded already loses small changes: see docs/training.md
-                    chance = torch.Generator().manual_seed(zlib.crc32(own.encode()))
-                    merged = stochastic_round(merged, dtype or tensor.dtype, chance)
+                if owner not in quantized:  # rounding to the nearest would lose small deltas: see docs/training.md
+                    generator = torch.Generator().manual_seed(zlib.crc32(own.encode()))
+                    merged = stochastic_round(merged, dtype or tensor.dtype, generator)
                 yield own, merged
             elif last == "bias":
                 yield own, adapter.merged_bias(owner, tensor)
@@ -127,7 +130,7 @@ def _merged(
 
 
 def _merge(base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantized: bool) -> Tensor:
-    """Weight and change, added in fp32."""
+    """Return the weight with the adapter's delta added in fp32."""
     empty = base.weight
     base.weight = nn.Parameter(weight.to(adapter.dtype) if quantized else weight.float(), requires_grad=False)
     layer: Any = NF4Linear(base, adapter.quantize.double) if quantized else base
@@ -144,10 +147,12 @@ def merge_error(
     merged_dir: str | Path,
     dtype: str,
 ) -> tuple[float, float]:
-    """(largest difference of log-probabilities between merged and unmerged, share of positions with the same best token).
+    """Compare the merged checkpoint with the adapter over its base, in 4 bits if it was trained so, on a few prompts.
 
-    Unmerged is the adapter over the base that it was trained on, in 4 bits if it was.
-    Measured on a few prompts, both in `dtype`; one model in memory at a time.
+    Both run in `dtype`, and one model is in memory at a time.
+
+    Returns:
+        The largest difference of log-probabilities, and the fraction of positions with the same most probable token.
     """
     bits = read_adapter(adapter_dir).quantize.bits
     outputs = []
@@ -163,10 +168,10 @@ def merge_error(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB (powers of ten).
+    """Return the bytes of a size such as 500MB or 5GB (powers of ten).
 
     Raises:
-        UserError: it is no such size.
+        UserError: `text` is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * 10 ** {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}[found[2].upper()]) if found else 0

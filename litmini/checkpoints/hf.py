@@ -1,11 +1,11 @@
-"""Checkpoints on disk: Hugging Face directories in and out, always written aside, checked and renamed.
+"""Reads and writes checkpoints: Hugging Face directories, which are checked, and written atomically.
 
-A checkpoint is `config.json`, `*.safetensors` (with an index when sharded), tokenizer files, chat template and
-`generation_config.json`. Weights are read from safetensors only; nothing in a checkpoint is ever run.
+A checkpoint is `config.json`, `*.safetensors` (with an index if sharded), tokenizer files, chat template and
+`generation_config.json`. Weights are read from safetensors only; no code in a checkpoint is ever run.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,12 +22,14 @@ from litmini.models import FAMILIES, family, meta_model
 from litmini.system import check_disk_space
 from litmini.tokenizer import copy_side_files
 
+Tensors = Iterable[tuple[str, Tensor]]
+
 
 def check_checkpoint_dir(directory: str | Path) -> Path:
-    """`directory` as a path if it holds a complete checkpoint.
+    """Return `directory` as a path if it holds a complete checkpoint.
 
     Raises:
-        UserError: it does not; says what is missing, which checkpoints are there, and the command to type next.
+        UserError: it does not; says what is missing, which checkpoints exist, and the command to type next.
     """
     path = Path(directory)
     restore(path)
@@ -44,27 +46,27 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
         if not missing:
             return path
         problem = f"checkpoint directory {path} is incomplete: it lacks {', '.join(missing)}"
-    here = sorted(str(p.parent) for p in Path("checkpoints").glob("*/*/config.json"))
-    there = "Checkpoints here: " + ", ".join(here) if here else "There are no checkpoints in checkpoints/ yet"
+    existing = sorted(str(p.parent) for p in Path("checkpoints").glob("*/*/config.json"))
+    others = "Checkpoints here: " + ", ".join(existing) if existing else "There are no checkpoints in checkpoints/ yet"
     name = "/".join(path.parts[-2:])
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{path} is an adapter, no checkpoint: give it as --adapter_dir, with its base as --checkpoint_dir."
+            f"{path} is an adapter, not a checkpoint: give it as --adapter_dir, with its base as --checkpoint_dir."
         )
     get = f". To get it: python scripts/download.py {name}" if path.parts[:-2] == ("checkpoints",) else ""
-    raise UserError(f"{problem}. {there}{get}")
+    raise UserError(f"{problem}. {others}{get}")
 
 
 def read_config(directory: Path) -> tuple[ModuleType, Any]:
-    """The family module and the `Config` of a checkpoint."""
+    """Return the family module and the `Config` of a checkpoint."""
     file = directory / "config.json"
     raw = read_json(file)
     if towers := [key for key in ("vision_config", "audio_config") if raw.get(key)]:
         text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
-        works = f"; a text-only checkpoint of model_type '{text}' would work" if text in FAMILIES else ""
+        works = f"; a text-only checkpoint of model_type '{text}' works" if text in FAMILIES else ""
         raise UserError(
             f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
-            f"There are: {', '.join(sorted(FAMILIES))}."
+            f"The families are: {', '.join(sorted(FAMILIES))}."
         )
     try:
         module = family(raw.get("model_type", ""))
@@ -76,7 +78,7 @@ def read_config(directory: Path) -> tuple[ModuleType, Any]:
 
 
 def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
-    """The family module and the model of a checkpoint, with all parameters on the meta device."""
+    """Return the family module and the model of a checkpoint, with all parameters on the meta device."""
     module, config = read_config(directory)
     try:
         return module, meta_model(module, config)
@@ -85,7 +87,7 @@ def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
 
 
 def parameter_names(model: nn.Module) -> dict[str, list[str]]:
-    """The first name of each parameter -> all its names: a tied one has several."""
+    """Return the first name of each parameter -> all its names: a tied parameter has several."""
     first = {parameter: name for name, parameter in model.named_parameters()}
     names: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -93,38 +95,34 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-def check_fit(path: Path, model: nn.Module, found: Mapping[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:
-    """Compare the tensors found in a checkpoint, name -> shape, with the parameters of `model` as `empty_model` makes it.
+def check_fit(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:
+    """Compare the tensors in a checkpoint, name -> shape, with the parameters of a model that `empty_model` made.
 
     Raises:
-        UserError: they differ; lists everything missing, unexpected and misshapen, and further `problems`.
+        UserError: they differ; lists all missing and unexpected tensors, those of a wrong shape, and further `problems`.
     """
     names = parameter_names(model)
-    copies = {copy for same in names.values() for copy in same[1:]}  # tied: the first one counts
+    tied = {name for same in names.values() for name in same[1:]}  # only the first name is required
     problems = list(problems)
-    for name, shape in found.items():
+    for name, shape in shapes.items():
         if name in names:
             if shape != (expected := tuple(model.get_parameter(name).shape)):
                 problems.append(f"{name} has shape {shape}, config.json implies {expected}")
-        elif name not in copies and not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports
+        elif name not in tied and not name.endswith("rotary_emb.inv_freq"):  # a buffer in old checkpoints
             problems.append(f"unexpected {name} {shape}")
-    problems += [f"missing {name}" for name in names if name not in found]
+    problems += [f"missing {name}" for name in names if name not in shapes]
     if problems:
         listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
         raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
 
 
-def model_tensors(
-    module: ModuleType, config: Any, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterable[tuple[str, Tensor]]:
-    """Tensors of a checkpoint's files under the names and in the shapes of the family's model."""
+def model_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
+    """Convert the tensors of a checkpoint's files to the names and shapes of the family's model."""
     return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
 
 
-def disk_tensors(
-    module: ModuleType, config: Any, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterable[tuple[str, Tensor]]:
-    """The way back: a model's tensors as Hugging Face's files hold them."""
+def disk_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
+    """Convert a model's tensors to the names and shapes of Hugging Face's files: the inverse of `model_tensors`."""
     return module.to_hf(tensors, config) if hasattr(module, "to_hf") else tensors
 
 
@@ -134,13 +132,14 @@ def load_model(
     device: str | torch.device = "cpu",
     swap: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
-    """The model of a checkpoint directory, in evaluation mode, every parameter in `dtype` on `device`.
-
-    On the meta device it has no values, and the weights are not read.
-    Strict: all missing, unexpected and misshapen tensors are reported in one error.
+    """Load the model of a checkpoint directory, in evaluation mode, with every parameter in `dtype` on `device`.
 
     Args:
-        swap: (full name, module whose `weight` was just read) -> what takes its place, such as a 4-bit layer.
+        device: on the meta device, the weights are not read.
+        swap: (full name, module whose `weight` was just read) -> the module that replaces it, such as a 4-bit layer.
+
+    Raises:
+        UserError: lists all missing and unexpected tensors, and those of a wrong shape or dtype.
     """
     path = check_checkpoint_dir(directory)
     module, model = empty_model(path)
@@ -152,11 +151,11 @@ def load_model(
         return model.to(dtype).eval()
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
-    # quantised as they come, tensors are copies, freed at once: the mapped file would count as memory until it is closed
+    # with `swap`, tensors are copies that are freed at once: a mapped file counts as memory until it is closed
     stream = model_tensors(module, model.config, read_tensors(shards(path), copied=swap is not None))
     for name, tensor in tqdm(stream, desc="loading", total=len(names), unit="tensor", disable=None, leave=False):
         if name in found:
-            problems.append(f"{name} is there twice")
+            problems.append(f"{name} occurs twice")
         found[name] = tuple(tensor.shape)
         if not tensor.is_floating_point():
             problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
@@ -179,23 +178,23 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def save_model(
     directory: Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Tensors,
     side_files: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    empty: Iterable[tuple[str, Tensor]] | None = None,
+    empty: Tensors | None = None,
 ) -> None:
-    """Write a Hugging Face directory (into `directory`, which exists): weights in shards, one tensor in memory at a time.
+    """Write a Hugging Face directory into `directory`, which exists: weights in shards, one tensor in memory at a time.
 
     Args:
-        config: what `config.json` shall hold; `dtype` is added from the tensors.
+        config: content of `config.json`; `dtype` is added from the tensors.
         tensors: (name, tensor) in any order.
         side_files: a directory whose tokenizer, template and generation files are copied.
-        max_shard_bytes: a tensor larger than this gets a shard of its own.
-        empty: the same names and shapes in the same order, in the dtypes to save, on the meta device, say; None: `tensors`
-            are in memory anyway.
+        max_shard_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
+        empty: the same names and shapes in the same order, in the dtypes to save, such as tensors on the meta device;
+            None: all `tensors` are in memory.
 
     Raises:
-        UserError: the disk has too little room, or a name occurs twice.
+        UserError: the disk has too little space, or a name occurs twice.
     """
     if empty is None:
         empty = tensors = list(tensors)
@@ -209,7 +208,7 @@ def save_model(
         sizes[-1] += size
         dtypes[str(like.dtype).removeprefix("torch.")] += size
     if twice := [name for name, count in Counter(name for part in parts for name, _ in part).items() if count > 1]:
-        raise UserError(f"{twice[0]} is there twice: the files to be read are not of one checkpoint.")
+        raise UserError(f"{twice[0]} occurs twice: the files do not belong to one checkpoint.")
     check_disk_space(directory, sum(sizes))
     total = sum(map(len, parts))
     stream = iter(tqdm(tensors, desc="saving", total=total, unit="tensor", disable=None, leave=False))
@@ -227,7 +226,7 @@ def save_model(
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of "bf16" or "fp32".
+    """Return the torch dtype of "bf16" or "fp32".
 
     Raises:
         UserError: it is neither.
@@ -239,12 +238,11 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> None:
-    """Write the weights of a trained `model` into `directory`, each in the dtype that it was trained in.
+    """Write the weights of a trained `model` into `directory`, each in the dtype of its training.
 
-    Weights trained in fp32 stay so, whatever the checkpoint `base` that they came from has: rounded to bf16, small updates
-    would be lost, and another model than the one that was measured would be saved. A tied weight is written once. Everything
-    in the base's config.json stays, known here or not. A sharded model is gathered parameter by parameter: ranks that have
-    no `directory` hand over their shares.
+    Weights trained in fp32 stay in fp32, whatever dtype the checkpoint `base` has: rounding to bf16 would lose small updates,
+    and save another model than the one that was evaluated. A tied weight is written once. All keys of the base's config.json
+    are kept. A sharded model is gathered parameter by parameter: ranks with `directory` None take part and write nothing.
     """
     if directory is None:
         for parameter in model.parameters():

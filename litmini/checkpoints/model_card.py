@@ -1,4 +1,4 @@
-"""Results out: what a path of a run means, the model card that its manifest makes, and the hub on request."""
+"""Publishes results: finds the checkpoint of a run, writes its model card, and uploads it to the hub on request."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Result(NamedTuple):
-    """What is to be written: a checkpoint, perhaps with an adapter, and the run that made it."""
+    """The result to write: a checkpoint, its adapter if there is one, and the run that made it."""
 
     checkpoint: Path
     adapter: Path | None
@@ -23,24 +23,24 @@ class Result(NamedTuple):
 
 
 def resolve(path: str | Path, adapter: str | Path | None = None) -> Result:
-    """What `path` means: a checkpoint, a run's directory (its final/, else its last step-*), or an adapter over its base.
+    """Find the result at `path`: a checkpoint, a run's directory (its final/, else its last step-*), or an adapter.
 
     Raises:
-        UserError: it is none of these, or the adapter's base is not here.
+        UserError: `path` is none of these, or the adapter's base does not exist.
     """
     found = Path(path)
     if (found / "config.yaml").is_file() and not (found / "config.json").is_file():
         steps = sorted((p for p in found.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-        products = [p for p in (found / "final", *reversed(steps)) if p.is_dir()]
-        if not products:
+        saved = [p for p in (found / "final", *reversed(steps)) if p.is_dir()]
+        if not saved:
             raise UserError(f"the run in {found} has neither final/ nor step-*: nothing was saved yet.")
-        found = products[0]
+        found = saved[0]
     run = next((d.parent for d in (Path(adapter or found), found) if (d.parent / "manifest.json").is_file()), None)
     if adapter is None and (found / "adapter_config.json").is_file():
         base = Path(str(read_json(found / "adapter_config.json").get("base_model_name_or_path")))
         if not base.is_dir():
             raise UserError(
-                f"{found} is an adapter, and its base {base} is not here: give the base as the checkpoint, and "
+                f"{found} is an adapter, and its base {base} does not exist: give the base as the checkpoint, and "
                 f"--adapter {found}."
             )
         return Result(base, found, run)
@@ -48,7 +48,7 @@ def resolve(path: str | Path, adapter: str | Path | None = None) -> Result:
 
 
 def export_adapter(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path) -> Path:
-    """Write an adapter alone, as PEFT loads it, with its tokenizer and the base's name on the hub if that is known.
+    """Write an adapter alone, in PEFT's format, with its tokenizer and, if it is known, the base's name on the hub.
 
     Raises:
         UserError: `out_dir` exists, or the adapter is damaged.
@@ -66,7 +66,7 @@ def export_adapter(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path) -> Pa
 
 
 def base_name(checkpoint_dir: Path) -> str:
-    """Where a checkpoint came from: its name on the hub, else its path."""
+    """Return the source of a checkpoint: its name on the hub, else its path."""
     file = checkpoint_dir / "source.json"
     source = str(read_json(file).get("source", "")) if file.is_file() else ""
     on_hub = source.count("/") == 1 and not source.startswith((".", "/", "pypi:"))
@@ -74,7 +74,7 @@ def base_name(checkpoint_dir: Path) -> str:
 
 
 def model_card(result: Result, name: str, adapter_kept: bool) -> str:
-    """README.md of a result: what it is, how it came about and what was measured, from the run's manifest."""
+    """Return the README.md of a result: its base, training and measurements, from the run's manifest."""
     manifest: dict[str, Any] = read_json(result.run / "manifest.json") if result.run else {}
     base = base_name(Path(manifest.get("base", {}).get("checkpoint_dir") or result.checkpoint))
     front = [f"library_name: {'peft' if adapter_kept else 'transformers'}", "pipeline_tag: text-generation"]
@@ -90,7 +90,7 @@ def model_card(result: Result, name: str, adapter_kept: bool) -> str:
     lines += ["## Training", "", f"    {' '.join(manifest.get('command', []))}", ""]
     lines += ["| data | sha256 |", "|---|---|"]
     lines += [f"| `{Path(file).name}` | `{facts['sha256']}` |" for file, facts in manifest.get("data", {}).items()]
-    lines += ["", f"Seed {manifest.get('seed')}. The chat template is the one of the training.", ""]
+    lines += ["", f"Seed {manifest.get('seed')}. The chat template is that of training.", ""]
     if results := manifest.get("results", {}):
         lines += ["## Measured", "", "| what | value |", "|---|---|"]
         lines += [
@@ -107,10 +107,10 @@ def _number(value: Any) -> str:
 
 
 def push(directory: Path, repo: str, private: bool) -> str:
-    """Upload a directory to the hub, as one commit, and return its address. The token is the client's own affair.
+    """Upload a directory to the hub as one commit, and return its URL. The hub's client finds the user's token.
 
     Raises:
-        UserError: the hub cannot be reached, or refuses.
+        UserError: the hub cannot be reached, or refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -122,6 +122,6 @@ def push(directory: Path, repo: str, private: bool) -> str:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"{directory.name}, by litmini")
-    except Exception as error:  # the hub's client and its transports raise many kinds
+    except Exception as error:  # the hub's client and its transports raise many types
         raise UserError(f"{directory} is written, but not on the hub: {hub_reason(error, repo)}") from error
     return str(done.commit_url)

@@ -1,6 +1,6 @@
-"""Tensors in safetensors files: read and written one by one, and never a pickle.
+"""Reads and writes safetensors files tensor by tensor; no pickle is ever read.
 
-The format: eight bytes with the size of a JSON header, the header with dtype, shape and place of each tensor, then their
+The format: eight bytes with the size of a JSON header, the header with dtype, shape and offsets of each tensor, then their
 bytes without gaps. https://huggingface.co/docs/safetensors
 """
 
@@ -37,21 +37,25 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 M_MMAP_THRESHOLD = -3  # of malloc.h
-PIECE = 2**19  # numbers that are converted and written at once
+PIECE = 2**19  # values that are converted and written at once
 
 
 def give_memory_back() -> None:
-    """From now on, let the memory of a freed tensor go back to the system at once.
+    """Let glibc return the memory of freed tensors to the system at once, for the rest of this process.
 
-    glibc keeps blocks of up to 32 MB for later, more and more scattered, which is worth several tensors where each is used
-    once. It does nothing where there is another allocator.
+    Otherwise it keeps blocks of up to 32 MB, and fragmentation costs the memory of several tensors if each is used once.
+    Other allocators stay unchanged.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, from the index of a sharded checkpoint. A UserError where it is damaged or names other places."""
+    """Return tensor name -> file name, from the index of a sharded checkpoint.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside its directory.
+    """
     found = read_json(index).get("weight_map")
     if not (isinstance(found, dict) and all(isinstance(name, str) for name in found.values())):
         raise UserError(f"{index} has no weight_map of file names.")
@@ -61,22 +65,22 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, readable by whoever may read new files."""
+    """Write a safetensors file with the permissions of other new files."""
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, file, metadata={"format": "pt"})
-    file.chmod(0o666 & ~UMASK)  # safetensors itself makes it readable by its owner only
+    file.chmod(0o666 & ~UMASK)  # safetensors makes it readable by its owner only
 
 
 def write_stream(file: Path, empty: Sequence[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file as tensors come: one of them is in memory at a time.
+    """Write a safetensors file from an iterator: one tensor is in memory at a time.
 
     Args:
-        empty: name and, by a tensor on the meta device, say, shape and dtype of each that will come.
-        tensors: (name, tensor) in the same order; each is rounded to the dtype that `empty` says.
+        empty: name, and a tensor with the shape and dtype to write, such as one on the meta device.
+        tensors: (name, tensor) in the same order; each is rounded to the dtype in `empty`.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, like in sorted(empty, key=lambda item: (-item[1].element_size(), item[0])):  # so all are aligned
+    for name, like in sorted(empty, key=lambda item: (-item[1].element_size(), item[0])):  # largest first, to align all
         begin, end = end, end + like.numel() * like.element_size()
         header[name] = {"dtype": codes[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -86,14 +90,14 @@ def write_stream(file: Path, empty: Sequence[tuple[str, Tensor]], tensors: Itera
         opened.truncate(8 + len(encoded) + end)
         for name, like in empty:
             found, tensor = next(tensors)
-            assert found == name and tensor.shape == like.shape, f"{found} {tensor.shape} came, not {name} {like.shape}"
+            assert found == name and tensor.shape == like.shape, f"{found} {tensor.shape} is not {name} {like.shape}"
             opened.seek(8 + len(encoded) + header[name]["data_offsets"][0])
             for piece in tensor.detach().contiguous().flatten().split(PIECE):
                 opened.write(piece.to("cpu", like.dtype).view(torch.uint8).numpy())
 
 
 def shards(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint or adapter directory."""
+    """Return the weight files of a checkpoint directory."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return [directory / name for name in sorted(set(weight_map(index).values()))]
@@ -112,16 +116,16 @@ def _open(file: Path, backend: str = "mmap") -> Iterator[Any]:
     except (SafetensorError, ValueError, RuntimeError) as error:
         check_no_pointer(file)
         if "Cannot allocate memory" in str(error):
-            raise UserError(f"{file} does not fit into the memory that is left.") from None
+            raise UserError(f"{file} does not fit into the available memory.") from None
         raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
 
 
 def read_tensors(files: Iterable[Path], copied: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of some safetensors files, one tensor in memory at a time.
+    """Yield (name, tensor) from safetensors files, one tensor in memory at a time.
 
     Args:
-        copied: each tensor has memory of its own, freed with it; else it is a view of the file, which is mapped, and what was
-            read of it counts as this process's memory until the file is closed.
+        copied: each tensor has its own memory; else it is a view of the mapped file, whose pages count as memory of this
+            process until the file is closed.
 
     Raises:
         UserError: a file is missing, truncated or not safetensors; names the file.
@@ -133,15 +137,15 @@ def read_tensors(files: Iterable[Path], copied: bool = False) -> Iterator[tuple[
 
 
 def read_empty(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """What `read_tensors` gives, on the meta device: shapes and dtypes, from the files' headers.
+    """Yield what `read_tensors` yields, but on the meta device: shapes and dtypes from the headers of the files.
 
     Raises:
-        UserError: as `read_tensors`; a dtype is not known here.
+        UserError: as `read_tensors`; or a dtype is unknown.
     """
     for file in files:
         with _open(file, "pread") as opened:
             for name in opened.offset_keys():
-                found = opened.get_slice(name)
-                if (code := found.get_dtype()) not in DTYPES:
-                    raise UserError(f"{file}: {name} is {code}; the dtypes that are read: {', '.join(DTYPES)}.")
-                yield name, torch.empty(found.get_shape(), dtype=DTYPES[code], device="meta")
+                tensor = opened.get_slice(name)
+                if (code := tensor.get_dtype()) not in DTYPES:
+                    raise UserError(f"{file}: {name} is {code}; supported dtypes: {', '.join(DTYPES)}.")
+                yield name, torch.empty(tensor.get_shape(), dtype=DTYPES[code], device="meta")

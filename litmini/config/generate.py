@@ -1,4 +1,4 @@
-"""The settings of commands that talk to a model: which one, and how its answers are chosen."""
+"""The settings of commands that generate: the model, and how its completions are sampled."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,50 +9,50 @@ from litmini.errors import check
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Which model, where, and in what numbers: what every command that talks to one takes."""
+    """The model of a command that generates: its files, device and dtype."""
 
     checkpoint_dir: str
-    """Model to use."""
+    """Checkpoint directory of the model."""
     adapter_dir: str | None = None
-    """Adapter in PEFT's format to put on it."""
+    """Adapter over it, in PEFT's format."""
     model_file: str | None = None
     """The model file of a checkpoint whose family is not in litmini/models/."""
     chat_template: str = "auto"
-    """auto: the checkpoint's own, if it has one; none: the prompt as raw text; or the path of a .jinja file."""
+    """auto: the checkpoint's own template, if it has one; none: prompts are raw text; or the path of a .jinja file."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the weights."""
+    """Dtype of the weights."""
     bits: Literal[4, 16] = 16
-    """4 puts the base's linears into NF4 while they are loaded: a quarter of the memory, somewhat other answers."""
+    """4 quantizes the base's linears to NF4 while they are loaded: a quarter of the memory, slightly different results."""
     device: str = "auto"
-    """auto: a GPU where there is one, else the CPU."""
+    """auto: a GPU if there is one, else the CPU."""
     compile: bool = False
-    """Compile what is done for each token: faster, but the first answer takes longer, the very first one much longer."""
+    """Compile the decoding step: faster, but the first completion takes longer, and the first ever takes much longer."""
 
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How an answer is chosen, token by token, and where it ends."""
+    """How a completion is sampled, and where it ends."""
 
     max_new_tokens: int = 256
-    """Longest answer in tokens."""
+    """Longest completion in tokens."""
     temperature: float = 0.0
     """0 is greedy; 1 samples from the model's own distribution."""
     top_k: int | None = None
-    """Sample among this many likeliest tokens."""
+    """Sample from the top_k most probable tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability."""
+    """Sample from the most probable tokens whose probabilities add up to this value."""
     min_p: float | None = None
-    """Sample among the tokens that have at least this share of the likeliest one's probability."""
+    """Sample from the tokens whose probability is at least min_p times that of the most probable token."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that are in the prompt or the answer already become less likely (arXiv 1909.05858)."""
+    """Above 1: tokens of the prompt and of the completion so far become less probable (arXiv 1909.05858)."""
     seed: int | None = None
-    """Makes sampling repeatable."""
+    """Seed of sampling, for repeatable completions."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end the answer; they are not part of it."""
+    """Texts that end the completion; they are not part of it."""
     ignore_eos: bool = False
-    """Go on to max_new_tokens whatever comes."""
+    """Generate max_new_tokens tokens even after an end token."""
     logprobs: int | None = None
-    """Keep the log-probability of every token, and this many of the likeliest beside it."""
+    """Return the log-probability of every token, and those of this many most probable tokens."""
 
     def __post_init__(self) -> None:
         check(

@@ -1,4 +1,4 @@
-"""The settings that scripts share, and the error for what a user can mend. Nothing heavy is imported here."""
+"""The settings that all training scripts share. Nothing heavy is imported here."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,36 +10,36 @@ from litmini.errors import UserError, check
 
 @dataclass
 class TrainConfig:
-    """Training: how long, in what batches, and what is reported and saved when."""
+    """Training: its length, its batches, and when it reports and saves."""
 
     epochs: float = 1.0
-    """Passes over the training rows; ignored where max_steps is given."""
+    """Passes over the training sequences; ignored if max_steps is given."""
     max_steps: int | None = None
     """Optimizer steps."""
     global_batch_size: int = 16
-    """Rows in one optimizer step, over all devices."""
+    """Sequences in one optimizer step, over all devices."""
     micro_batch_size: int = 4
-    """Rows in one forward pass on one device."""
+    """Sequences in one forward pass on one device."""
     checkpoint_activations: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     offload_activations: bool = False
-    """Keep what blocks need for the backward pass in CPU memory. For GPUs; slower."""
+    """Keep the activations of blocks in CPU memory until the backward pass. For GPUs; slower."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None
-    """Steps between evaluations on validation data; none: only before and after."""
+    """Steps between evaluations on validation data; none: only before and after training."""
     save_every: int | None = None
-    """Steps between checkpoints; none: only at the end, or when interrupted."""
+    """Steps between checkpoints; none: only at the end, or when the run is interrupted."""
     patience: int | None = None
-    """Stop after this many evaluations without a lower validation loss; none: never."""
+    """Stop after this many evaluations without a lower validation loss; none: never stop early."""
     sample_every: int | None = None
-    """Steps between completions of the first validation prompts (`eval.samples`), kept in samples.jsonl; none: no answers."""
+    """Steps between completions of the first validation prompts (`eval.samples`), written to samples.jsonl; none: never."""
     keep_last: int = 2
-    """How many step-* checkpoints to keep."""
+    """Number of step-* checkpoints to keep."""
     keep_best: bool = False
-    """Save at each evaluation that finds a lower validation loss, and keep that checkpoint, too."""
+    """Save at each evaluation that finds a lower validation loss, and keep that checkpoint as well."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """When loss or gradients are NaN or infinite: stop the run, or leave out this step. The batch is saved either way."""
+    """If loss or gradients are NaN or infinite: stop the run, or skip the step. The batch is saved in both cases."""
 
     def __post_init__(self) -> None:
         numbers = {k: v for k, v in vars(self).items() if v is not None and not isinstance(v, (bool, str))}
@@ -48,34 +48,34 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer: AdamW, with its learning rate a pure function of the step."""
+    """Optimizer and learning rate schedule. The learning rate is a pure function of the step."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon", "sgd"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits (bitsandbytes); paged, they move to the CPU when a GPU is full. muon: for the
-    blocks' matrices, and AdamW for all the rest."""
+    """adamw8bit keeps its moments in 8 bits (bitsandbytes); the paged version moves them to the CPU when a GPU is full.
+    muon: Muon for the matrices of blocks, AdamW for all other parameters."""
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the last step."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """What follows the warm-up. wsd: constant, then a linear fall."""
+    """Schedule after the warm-up. wsd: constant, then a linear decay."""
     decay_fraction: float = 0.2
-    """With wsd, the last share of all steps, in which the learning rate falls."""
+    """With wsd, the fraction of all steps, at the end, in which the learning rate decays."""
     warmup_steps: int = 0
-    """Steps of linear warm-up; the first one is above zero already."""
+    """Steps of linear warm-up; the learning rate of the first step is above zero."""
     weight_decay: float = 0.0
-    """Decay of matrices, embeddings included; vectors (norms, biases) have none."""
+    """Weight decay of matrices, embeddings included; vectors (norms, biases) have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averages."""
+    """Decay rates of AdamW's moments."""
     max_grad_norm: float | None = 1.0
-    """Clip the global gradient norm to this; none: do not."""
+    """Clip the global gradient norm to this value; none: do not clip."""
     stochastic_rounding: bool = False
-    """Weights in bf16 (--precision bf16-true) take AdamW's step in fp32 and are rounded by chance: small updates count."""
+    """Update bf16 weights (--precision bf16-true) in fp32 with stochastic rounding, so that small updates are not lost."""
     in_backward: bool = False
-    """Take each parameter's step in the backward pass and drop its gradient: no memory for gradients. Needs one
+    """Update each parameter in the backward pass and drop its gradient: gradients need no memory. Needs one
     micro-batch in a step, one device, and max_grad_norm null."""
     offload: bool = False
-    """Keep the optimizer's averages in CPU memory. For GPUs; slower."""
+    """Keep the optimizer state in CPU memory. For GPUs; slower."""
 
     def __post_init__(self) -> None:
         check(
@@ -93,14 +93,14 @@ class OptimConfig:
 
 @dataclass
 class EvalConfig:
-    """Evaluation by generated answers, before and after training."""
+    """Evaluation by generated completions, before and after training."""
 
     exact_match: bool = False
-    """Answer each validation conversation greedily and count those equal to its last turn."""
+    """Complete each validation conversation greedily and count the completions equal to its last turn."""
     max_new_tokens: int = 64
-    """Longest answer."""
+    """Longest completion in tokens."""
     samples: int = 2
-    """How many answers to print."""
+    """Number of completions to print."""
 
     def __post_init__(self) -> None:
         check("eval.", self, max_new_tokens=self.max_new_tokens > 0, samples=self.samples >= 0)
@@ -108,36 +108,36 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class RunConfig(ABC):
-    """What every training script takes."""
+    """The settings of every training script."""
 
     out_dir: str
-    """Where the run is written. One that holds a run already is never overwritten."""
+    """Directory of the run. A directory that already holds a run is never overwritten."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] = "bf16-true"
-    """bf16-true: frozen weights in bf16, adapters in fp32. bf16-mixed: weights in fp32, products in bf16.
-    16-mixed: products in fp16 and the loss scaled, for GPUs without bf16."""
+    """bf16-true: frozen weights in bf16, adapters in fp32. bf16-mixed: fp32 master weights, bf16 compute.
+    16-mixed: fp16 compute and loss scaling, for GPUs without bf16."""
     devices: int = 1
-    """Processes on each node, one for each GPU."""
+    """Processes on each node, one per GPU."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of nodes (machines)."""
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds its share of it; hsdp: the
-    processes of a node share a model, and every node has a copy."""
+    """How several processes train one model. ddp: each holds the whole model; fsdp: each holds a shard of it; hsdp: the
+    model is sharded over the processes of a node, and every node has a replica."""
     compile: bool | Literal["auto"] = False
-    """torch.compile for each block: it takes a minute or more at first. auto: where the run is so long that it pays.
+    """torch.compile for each block: it takes a minute or more at first. auto: if the run is long enough to save time.
     Needs a C++ compiler on a CPU."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Where metrics go beside metrics.csv; wandb sends them to its service, unless WANDB_MODE=offline is set."""
+    """Loggers beside metrics.csv; wandb sends the metrics to its service unless WANDB_MODE=offline is set."""
     seed: int = 1337
-    """Of the data order, initial weights and dropout."""
+    """Seed of the data order, initial weights and dropout."""
     resume: bool | str = False
-    """auto: go on from the last checkpoint in out_dir, if any; or the directory of one."""
+    """auto: resume from the last checkpoint in out_dir, if it has one; or the directory of a checkpoint."""
     dry_run: bool = False
-    """Check everything, print the statistics of the data, train nothing, write nothing but the token cache."""
+    """Check everything and print the statistics of the data; train nothing and write nothing but the token cache."""
     show_masks: int = 0
-    """Print this many training examples, coloured by what is trained, and stop."""
+    """Print this many training examples, with the supervised tokens coloured, and stop."""
 
     def __post_init__(self) -> None:
         check(
@@ -158,10 +158,10 @@ class RunConfig(ABC):
         }
         if self.optim.in_backward and any(clash.values()):
             raise UserError(
-                f"optim.in_backward does not go with {', '.join(k for k, found in clash.items() if found)}."
+                f"optim.in_backward does not go with {', '.join(k for k, is_set in clash.items() if is_set)}."
             )
 
     @property
     @abstractmethod
     def base(self) -> str:
-        """The checkpoint that the run begins with, or where else its model comes from."""
+        """The checkpoint that the run begins with, or another source of its model."""

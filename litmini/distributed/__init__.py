@@ -1,1 +1,1 @@
-"""Several devices: Fabric, FSDP2, and processes that end together."""
+"""Training on several devices: Fabric, FSDP2, and the supervision of processes."""

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 
 def make_fabric(config: RunConfig) -> Fabric:
-    """A launched and seeded Fabric. Weights have the dtype that the script loads them in; Fabric only autocasts.
+    """Return a launched and seeded Fabric. Scripts load weights in their final dtype; Fabric only enables autocast.
 
-    With `bf16-mixed` products run in bf16 under autocast. With `bf16-true` and `32-true` nothing is cast: adapters are in
-    fp32 over frozen weights in bf16 or fp32.
+    With `bf16-mixed` and `16-mixed`, matmuls run under autocast. With `bf16-true` and `32-true` nothing is cast: adapters
+    are in fp32 over frozen weights in bf16 or fp32.
+
+    Raises:
+        UserError: devices, precision and strategy do not go together.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import ModelParallelStrategy
@@ -35,7 +38,7 @@ def make_fabric(config: RunConfig) -> Fabric:
         )
     if config.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError(
-            "precision 16-mixed needs a GPU: on a CPU, products in fp16 take thousands of times as long as in bf16. "
+            "precision 16-mixed needs a GPU: on a CPU, fp16 matmuls take thousands of times as long as bf16 matmuls. "
             "Use --precision bf16-mixed."
         )
     strategy: Any = config.strategy
@@ -44,12 +47,12 @@ def make_fabric(config: RunConfig) -> Fabric:
             raise UserError(f"precision 16-mixed does not go with --strategy {strategy}. Use --precision bf16-mixed.")
         if strategy == "hsdp" and min(config.devices, config.num_nodes) < 2:
             raise UserError(
-                f"--strategy hsdp shares a model inside of each node and copies it across nodes: it needs 2 or more of each, "
+                f"--strategy hsdp shards a model within each node and replicates it across nodes: it needs 2 or more of each, "
                 f"found {config.devices} devices on {config.num_nodes} nodes. Use --strategy fsdp."
             )
-        copies = config.num_nodes if strategy == "hsdp" else 1  # Fabric has names of its own for the mesh's dimensions
-        strategy = ModelParallelStrategy(shard, data_parallel_size=copies, tensor_parallel_size=count // copies)
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # each process would introduce itself
+        replicas = config.num_nodes if strategy == "hsdp" else 1  # Fabric calls the mesh's dimensions data and tensor
+        strategy = ModelParallelStrategy(shard, data_parallel_size=replicas, tensor_parallel_size=count // replicas)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process logs its rank
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")
         fabric = Fabric(
@@ -69,17 +72,17 @@ def make_fabric(config: RunConfig) -> Fabric:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed for the next step; other allocators are left alone.
+    """Let glibc keep freed memory for the next step. Other allocators stay unchanged.
 
-    Given back, the system clears each page anew: 6% of a step of full finetuning of a small model, 2% of one of LoRA.
+    The system clears every page that it hands out again: 6% of a step of full finetuning of a small model, 2% with LoRA.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is outside of it
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: all allocations are in the heap
 
 
 def loss_scaling(device: str) -> Any:
-    """Lightning's 16-mixed, which can also clip for the fused optimizers: they take the scale themselves."""
+    """Return Lightning's 16-mixed plugin, extended to clip gradients with fused optimizers, which unscale by themselves."""
     from lightning_fabric.plugins import MixedPrecision
 
     class LossScaling(MixedPrecision):
@@ -91,17 +94,17 @@ def loss_scaling(device: str) -> Any:
 
 
 def load_device(fabric: Fabric) -> str:
-    """Where a process loads the weights: with fsdp only rank 0 reads them, and the others get their shares from it."""
+    """Return the device to load weights on: with fsdp only rank 0 reads them, and sends the other ranks their shards."""
     from lightning_fabric.strategies import ModelParallelStrategy
 
     return "meta" if isinstance(fabric.strategy, ModelParallelStrategy) and fabric.global_rank > 0 else "cpu"
 
 
 def weight_dtype(precision: str) -> torch.dtype:
-    """The dtype in which a checkpoint's weights are loaded."""
+    """Return the dtype in which a checkpoint's weights are loaded."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
-def product_dtype(precision: str) -> torch.dtype:
-    """The dtype in which weights are multiplied."""
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of matmuls."""
     return {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[precision.split("-")[0]]

@@ -1,7 +1,8 @@
-"""Several processes of one run: only the first one prints, one of them says why the run fails, and all end together.
+"""The processes of one run: only the first one prints, one of them reports an error, and all end together.
 
-torchrun and Fabric end all ranks, too, but by SIGKILL before the first one can say which process failed, and Fabric's
-processes outlive the one that started them. Nothing heavy is imported here: `litmini.cli` asks on every error.
+torchrun and Fabric end all ranks as well, but with SIGKILL, before the first one can report which process failed; and
+Fabric's processes outlive the process that started them. Nothing heavy is imported here: `litmini.cli` calls this on every
+error.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 POLL_SECONDS = 0.5
-_started: list[Popen[bytes]] = []  # by Fabric in this process, on this machine
-_failures: Any = None  # a store that counts, for all processes, those that failed
+_started: list[Popen[bytes]] = []  # the processes that Fabric started from this one, on this machine
+_failures: Any = None  # a store that counts the failed processes of all ranks
 
 
 def join(fabric: Fabric) -> None:
-    """Watch the other processes, and print only in the first one. To be called after `fabric.launch`."""
+    """Watch the other processes, and print only in the first one. Call this after `fabric.launch`."""
     global _failures
     if fabric.world_size == 1:
         return
@@ -36,13 +37,13 @@ def join(fabric: Fabric) -> None:
     launcher: Any = fabric.strategy.launcher
     if launcher:
         _started.extend(launcher.procs)
-        launcher.procs.clear()  # or Fabric would kill this process before it could say why
+        launcher.procs.clear()  # else Fabric kills this process before it can report the error
     if _started or fabric.local_rank > 0:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="watch").start()
     if fabric.global_rank > 0:
         warnings.simplefilter("ignore")
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end)
-        sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)  # for errors, but no progress bars
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until this process ends)
+        sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)  # errors, but no progress bars
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -51,7 +52,7 @@ class _NoTerminal(io.TextIOWrapper):
 
 
 def _watch(parent: int) -> None:
-    """End this process when one that it started fails or, where it started none, when its parent is gone."""
+    """End this process when a process that it started fails or, if it started none, when its parent ends."""
     problem = ""
     while not problem:
         time.sleep(POLL_SECONDS)
@@ -66,20 +67,20 @@ def _watch(parent: int) -> None:
 
 
 def is_first() -> bool:
-    """Return whether this is the first process, as far as is known before `join`."""
+    """Return whether this is the first process, from the environment."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")))
     return rank == "0"
 
 
 def first_to_fail(error: BaseException | None = None) -> bool:
-    """Return whether this process is to report its error: the only one, or the first of several that fail."""
+    """Return whether this process must report its error: it is the only process, or the first of several that fail."""
     first = is_first()
-    if _failures is None:  # before `join`: all processes likely have the same error
+    if _failures is None:  # before `join`: all processes probably have the same error
         time.sleep(0 if first else 5)
         return True
     if not first:
         time.sleep(1)
-    elif isinstance(error, RuntimeError):  # perhaps a lost connection to a process whose end `_watch` reports
+    elif isinstance(error, RuntimeError):  # perhaps a lost connection to a process whose failure `_watch` reports
         time.sleep(3 * POLL_SECONDS)
     try:
         return _failures.add("litmini/failures", 1) == 1
@@ -92,7 +93,7 @@ def alone() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; after an error at once with those that it started, as cleaning up would wait for the others."""
+    """End this process; after an error, end those that it started at once, as cleaning up would wait for them."""
     if status and not alone():
         for process in _started:
             process.kill()

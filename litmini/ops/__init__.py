@@ -1,1 +1,1 @@
-"""What models are made of: attention, caches, the loss, norms, rounding. Nothing here knows a family or a method."""
+"""The operations of models: attention, KV caches, the loss, norms, rounding. Nothing here depends on a family or a method."""

@@ -1,6 +1,6 @@
-"""The language model loss: head and cross entropy together, in chunks, on target rows only, summed.
+"""The language modelling loss: head and cross entropy fused, in chunks, at target positions only, summed.
 
-Whole logits (rows x vocabulary) never exist. The caller divides the sum by the targets of the whole optimizer step.
+The full logits (positions x vocabulary) never exist. The caller divides the sum by the targets of the whole optimizer step.
 """
 
 import torch
@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 CHUNK = 256  # rows of logits in memory at once
-TRAINED_CHUNK = 1024  # the same where the head is trained, whose gradient is summed over chunks
+TRAINED_CHUNK = 1024  # the same if the head is trained: its gradient is summed over chunks
 VOCAB_CHUNK = 2048  # rows of the head's gradient that are computed at once
-CACHED = 8  # of these, so many go through softmax at a time on a CPU: in fp32 they fit its cache
+CACHED = 8  # rows of logits in one softmax on a CPU: in fp32 they fit into its cache
 
 
 class OutputHead(nn.Module):
-    """A head that decides what a model with labels returns, in place of the summed loss; see `litmini/methods/heads.py`."""
+    """A head whose outputs a model with labels returns instead of the summed loss; see `litmini/methods/heads.py`."""
 
     def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return the outputs at the labelled positions of hidden (B, T, dim), and their number (int64, 0-d)."""
@@ -24,46 +24,47 @@ class OutputHead(nn.Module):
 
 
 class ZLossHead(nn.Linear):
-    """A head in whose training `weight * logsumexp(logits)^2` of each target is added to the loss (PaLM, arXiv 2204.02311).
+    """A head that adds `z_weight * logsumexp(logits)^2` of each target to the loss in training (PaLM, arXiv 2204.02311).
 
-    It keeps logits from drifting away. Only gradients have it: the loss that is returned is the cross entropy, as ever.
+    This keeps logits from drifting. It changes the gradients only: the returned loss is the cross entropy.
     """
 
     def __init__(self, head: nn.Linear, z_weight: float) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
-        self.weight = head.weight  # the same parameter: a tie to the embedding stays
+        self.weight = head.weight  # the same parameter, so it stays tied to the embedding
         self.z_weight = z_weight
 
 
 def linear_cross_entropy(
     hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of `head(hidden)` against `labels`.
+    """Return the summed cross entropy of `head(hidden)` against `labels`, and the number of targets.
 
     Args:
         hidden: (B, T, dim).
-        head: a plain `nn.Linear`, or any module that gives logits (an adapted head, say); an `OutputHead` returns its own.
+        head: a plain `nn.Linear`, or any module that returns logits, such as an adapter layer; an `OutputHead` returns its
+            own outputs.
         labels: (B, T) int64, `IGNORE` where there is no target.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         chunk: rows of logits in memory at once; None: `CHUNK`, or `TRAINED_CHUNK`.
 
     Returns:
-        The sum in fp32, an exact zero with a graph when there is no target, and the number of targets (int64), both 0-d.
+        The sum in fp32, an exact zero with a graph if there is no target, and the number of targets (int64), both 0-d.
     """
     if isinstance(head, OutputHead):
         return head.outputs(hidden, labels, softcap)
     targets = labels != IGNORE
     rows, wanted = hidden.flatten(0, 1), labels.flatten()
-    places = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
-    if len(places) < len(rows):  # in pretraining, every row has a target
-        rows, wanted = rows.index_select(0, places), wanted.index_select(0, places)  # (n, dim), (n,)
+    indices = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
+    if len(indices) < len(rows):  # in pretraining, every position has a target
+        rows, wanted = rows.index_select(0, indices), wanted.index_select(0, indices)  # (n, dim), (n,)
     chunk = chunk or (TRAINED_CHUNK if any(p.requires_grad for p in head.parameters()) else CHUNK)
     if type(head) in (nn.Linear, ZLossHead) and head.bias is None:
         z_weight = head.z_weight if isinstance(head, ZLossHead) else 0.0
         dtype = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
         )
-        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead does not see no_grad
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead ignores no_grad
         with torch.autocast(rows.device.type, enabled=False):
             loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk, z_weight)
         return loss, targets.sum()
@@ -81,34 +82,34 @@ def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor, softcap: float | 
 
 
 def _gradient_of_logits_(
-    logits: Tensor, wanted: Tensor, softcap: float | None, z_weight: float, wide: Tensor | None
+    logits: Tensor, wanted: Tensor, softcap: float | None, z_weight: float, buffer: Tensor | None
 ) -> Tensor:
-    """Summed cross entropy (fp32) of logits (n, vocab) against `wanted` (n, 1); its gradient takes the logits' place.
+    """Return the summed cross entropy (fp32) of logits (n, vocab) against `wanted` (n, 1); logits become its gradient.
 
     Args:
-        wide: memory for as many logits in fp32; None: they are in fp32.
+        buffer: fp32 memory for at least n rows of logits; None: the logits are in fp32.
     """
-    wide = logits if wide is None else wide[: len(logits)].copy_(logits)
-    bent = None
+    exact = logits if buffer is None else buffer[: len(logits)].copy_(logits)
+    capped = None
     if softcap is not None:
-        bent = torch.tanh(wide / softcap)
-        torch.mul(bent, softcap, out=wide)
-    top = wide.amax(-1, keepdim=True)  # (n, 1)
-    picked = wide.gather(1, wanted) - top
-    total = wide.sub_(top).exp_().sum(-1, keepdim=True)
-    share = 1 + 2 * z_weight * (total.log() + top)
-    wide.mul_(share / total).scatter_add_(1, wanted, torch.full_like(picked, -1.0))
-    if bent is not None:
-        wide.mul_(1 - bent.square())
-    if wide is not logits:
-        logits.copy_(wide)
+        capped = torch.tanh(exact / softcap)
+        torch.mul(capped, softcap, out=exact)
+    top = exact.amax(-1, keepdim=True)  # (n, 1)
+    picked = exact.gather(1, wanted) - top
+    total = exact.sub_(top).exp_().sum(-1, keepdim=True)
+    scale = 1 + 2 * z_weight * (total.log() + top)
+    exact.mul_(scale / total).scatter_add_(1, wanted, torch.full_like(picked, -1.0))
+    if capped is not None:
+        exact.mul_(1 - capped.square())
+    if exact is not logits:
+        logits.copy_(exact)
     return (total.log() - picked).sum()
 
 
 class _PlainHead(torch.autograd.Function):
-    """Takes its gradients in the forward pass, while a chunk's logits are there, so nothing is computed twice.
+    """Computes its gradients in the forward pass, while a chunk's logits are in memory, so nothing is computed twice.
 
-    All chunks use the same memory: on a CPU, getting so much anew costs more than the softmax.
+    All chunks use the same memory: on a CPU, allocating it for each chunk costs more than the softmax.
     """
 
     @staticmethod
@@ -118,21 +119,21 @@ class _PlainHead(torch.autograd.Function):
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
         buffer = rows.new_empty(min(chunk, len(rows)), len(weight))  # (c, vocab)
-        some = min(CACHED if rows.device.type == "cpu" else chunk, len(buffer))
-        wide = None if rows.dtype == torch.float32 else rows.new_empty(some, len(weight), dtype=torch.float32)
+        n_rows = min(CACHED if rows.device.type == "cpu" else chunk, len(buffer))
+        exact = None if rows.dtype == torch.float32 else rows.new_empty(n_rows, len(weight), dtype=torch.float32)
         d_rows = torch.empty_like(rows) if need_rows else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), chunk):
             part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
             logits = torch.mm(part, cast.T, out=buffer[: len(part)])  # (c, vocab)
-            for few, few_want in zip(logits.split(some), want.split(some), strict=True):
-                total += _gradient_of_logits_(few, few_want, softcap, z_weight, wide)
+            for piece, piece_want in zip(logits.split(n_rows), want.split(n_rows), strict=True):
+                total += _gradient_of_logits_(piece, piece_want, softcap, z_weight, exact)
             if d_rows is not None:
                 torch.mm(logits, cast, out=d_rows[start : start + chunk])
             if d_weight is not None:
-                for few, grad in zip(logits.split(VOCAB_CHUNK, 1), d_weight.split(VOCAB_CHUNK), strict=True):
-                    grad += few.T @ part
+                for piece, grad in zip(logits.split(VOCAB_CHUNK, 1), d_weight.split(VOCAB_CHUNK), strict=True):
+                    grad += piece.T @ part
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -141,8 +142,10 @@ class _PlainHead(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):  # type: ignore[override,no-untyped-def]
         d_rows, d_weight = ctx.saved_tensors
         return (
-            None if d_rows is None else (d_rows.float() * upstream).to(d_rows.dtype),  # 1 / targets is not rounded
-            None if d_weight is None else d_weight.mul_(upstream).to(ctx.weight_dtype),  # in place: it is large
+            None
+            if d_rows is None
+            else (d_rows.float() * upstream).to(d_rows.dtype),  # in fp32: 1 / targets is not rounded
+            None if d_weight is None else d_weight.mul_(upstream).to(ctx.weight_dtype),  # in place, as it is large
             None,
             None,
             None,

@@ -1,7 +1,7 @@
-"""What all mixture-of-experts families need beside their layers: the balance loss, and experts grouped or one by one.
+"""What all mixture-of-experts families use: the load-balancing loss, and the conversion of experts to groups and back.
 
-Hugging Face's files hold each expert's weight by itself; the model holds those of a layer as one tensor, its grouped
-experts, (n_experts, out_features, in_features).
+Hugging Face's files hold each expert's weight as a tensor of its own; the model holds the experts of a layer as one tensor,
+its grouped experts, (n_experts, out_features, in_features).
 """
 
 import re
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 Groups = dict[str, tuple[tuple[str, ...], tuple[int, int]]]
-"""Grouped linear -> the linears that it consists of, one below the other, and the shape of each."""
+"""Grouped linear -> the linears that are stacked in it, and the shape of each."""
 
 
 def balance_loss(routing: list[Tensor], n_active: int, real: Tensor) -> Tensor:
     """Return n_experts * the sum over experts of (fraction of tokens) * (mean probability), over all layers at once.
 
-    It is n_active when all experts get equally many tokens, and more the less even they are; only probabilities have
+    It is n_active if all experts get the same number of tokens, and larger if they do not; only the probabilities have
     gradients (Switch Transformers, arXiv 2101.03961).
 
     Args:
@@ -38,9 +38,9 @@ def balance_loss(routing: list[Tensor], n_active: int, real: Tensor) -> Tensor:
 def group_experts(
     tensors: Iterable[tuple[str, Tensor]], module: str, groups: Groups, n_experts: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield a file's tensors with the experts of each layer grouped; only incomplete groups are held in memory.
+    """Yield a file's tensors with the experts of each layer grouped; only incomplete groups stay in memory.
 
-    What does not fit, or is not complete, is passed on under a name that is in no model: `load_model` lists it.
+    Tensors that do not fit, and incomplete groups, get a name that no model has: `load_model` reports it.
 
     Args:
         tensors: names and tensors, in any order.
@@ -73,7 +73,7 @@ def group_experts(
 
 
 def split_experts(tensors: Iterable[tuple[str, Tensor]], groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's tensors with grouped experts one by one: the way back of `group_experts`. The parts are views."""
+    """Yield a model's tensors with grouped experts split into single ones, as views: the inverse of `group_experts`."""
     for name, tensor in tensors:
         head, *last = name.rsplit(".", 2)
         if len(last) < 2 or last[0] not in groups or last[1] != "weight":

@@ -1,8 +1,8 @@
-"""Keys and values of what a model has seen, so that each new token costs one position.
+"""KV caches: keys and values of the tokens so far, so that a forward pass computes only those of new tokens.
 
-A token's place follows from its position: position p of a row stands in slot p modulo the number of slots. Layers with a
-sliding window have no more slots than their window needs. Rows may be of different lengths, each goes on from its own
-position, and to take tokens back one just goes on from an earlier position.
+Position p of a sequence is in slot p modulo the number of slots. Layers with a sliding window have only as many slots as
+their window needs. The sequences of a batch may have different lengths: each continues from its own position. To drop its
+last tokens, a sequence continues from an earlier position.
 """
 
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 CHUNK = 512
-"""Most tokens of a row in one forward: a longer prompt comes in parts."""
+"""Maximum tokens of a sequence in one forward: a longer prompt comes in several."""
 
 
 @dataclass
 class Slots:
-    """What the layers that share a window have in common: which position each slot holds."""
+    """The position that each slot holds, for all layers with the same window."""
 
     positions: Tensor
-    """(B, n_slots + 1) int64, -1 where there is nothing; the last slot takes what is padding, and is never seen."""
+    """(B, n_slots + 1) int64, -1 where a slot is empty; the last slot takes padding, and no query sees it."""
     used: int = 0
-    """Slots in use, counted from the left, in the fullest row."""
+    """Slots in use, counted from the left, in the longest sequence."""
     at: tuple[slice | Tensor, ...] = field(default=(), repr=False)
-    """Index of the new tokens' slots in (B, n_slots + 1, ...)."""
+    """Index of the new tokens' slots into (B, n_slots + 1, ...)."""
 
     @property
     def n_slots(self) -> int:
@@ -32,7 +32,7 @@ class Slots:
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, n_kv_heads, n_slots + 1, head_dim) each; they exist from the first update on."""
+    """Keys and values of one layer, (B, n_kv_heads, n_slots + 1, head_dim) each; the first update allocates them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -40,31 +40,31 @@ class LayerCache:
         self.keys = self.values = torch.empty(0)
 
     def update(self, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-        """Add (B, n_kv_heads, T, head_dim); returns what `mask`'s queries may see, (B, n_kv_heads, S, head_dim)."""
+        """Add k and v (B, n_kv_heads, T, head_dim), and return all that are in use, (B, n_kv_heads, S, head_dim)."""
         slots: Slots = mask.slots
         if not self.keys.numel():
             shape = (*k.shape[:2], slots.n_slots + 1, k.shape[3])
             self.window = mask.window
-            self.keys = torch.zeros(shape, dtype=self.dtype, device=k.device)  # zeros: what is masked must be finite
+            self.keys = torch.zeros(shape, dtype=self.dtype, device=k.device)  # zeros: masked values must be finite
             self.values = torch.zeros(shape, dtype=self.dtype, device=k.device)
-        rows, places = slots.at
-        if isinstance(places, slice):
-            self.keys[:, :, places] = k
-            self.values[:, :, places] = v
+        rows, indices = slots.at
+        if isinstance(indices, slice):
+            self.keys[:, :, indices] = k
+            self.values[:, :, indices] = v
         else:
-            self.keys[rows, :, places] = k.transpose(1, 2).to(self.dtype)
-            self.values[rows, :, places] = v.transpose(1, 2).to(self.dtype)
+            self.keys[rows, :, indices] = k.transpose(1, 2).to(self.dtype)
+            self.values[rows, :, indices] = v.transpose(1, 2).to(self.dtype)
         return self.keys[:, :, : slots.used], self.values[:, :, : slots.used]
 
 
 class KVCache:
-    """One `LayerCache` per layer, and one `Slots` per kind of window.
+    """One `LayerCache` per layer, and one `Slots` per window size.
 
     Args:
-        config: any family's `Config`: n_layers is read.
-        batch: rows.
-        capacity: positions per row; a forward beyond it is an error. Memory is taken for these, or for a window.
-        chunk: most tokens of a row in one forward, where a window is shorter than `capacity`.
+        config: any family's `Config`, of which only n_layers is used.
+        batch: number of sequences.
+        capacity: positions per sequence; a forward beyond it is an error. Memory is allocated for these, or for a window.
+        chunk: maximum tokens of a sequence in one forward, if a window is shorter than `capacity`.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class KVCache:
     ) -> None:
         self.layers = [LayerCache(dtype) for _ in range(config.n_layers)]
         self.batch, self.capacity, self.device, self.chunk = batch, capacity, torch.device(device), chunk
-        self.length = 0  # of the longest row
-        self.ragged = False  # whether rows differ, or have gaps: then every forward needs a mask
+        self.length = 0  # of the longest sequence
+        self.ragged = False  # whether sequences differ in length or have gaps: then every forward needs a mask
         self._slots: dict[int | None, Slots] = {}
         self._new = torch.empty(0)
         self._start: int | None = None
@@ -88,9 +88,9 @@ class KVCache:
         return self.layers[layer]
 
     def advance(self, positions: Tensor) -> None:
-        """Make room for new tokens at `positions` (B, T), rising, below 0 for padding: once a forward, before its masks."""
+        """Announce new tokens at `positions` (B, T), increasing, below 0 for padding; once a forward, before its masks."""
         T = positions.shape[1]
-        firsts, lasts = positions[:, [0, -1]].T.tolist()  # a sync point, only while generating
+        firsts, lasts = positions[:, [0, -1]].T.tolist()  # CPU-GPU sync point, only in generation
         stop = max(lasts) + 1
         if stop > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {stop} are needed")
@@ -102,7 +102,7 @@ class KVCache:
             slots.at = ()
 
     def slots(self, window: int | None) -> Slots:
-        """The slots of layers with this window, in which the new tokens have their places already."""
+        """Return the slots of layers with this window, the new tokens included."""
         if window not in self._slots:
             n_slots = self.capacity if window is None else min(self.capacity, window + self.chunk - 1)
             empty = torch.full((self.batch, n_slots + 1), -1, device=self.device)
@@ -124,8 +124,8 @@ class KVCache:
 
     @staticmethod
     def gather(config: Any, rows: "list[tuple[KVCache, int, int]]", capacity: int) -> "KVCache":
-        """A new cache of the given rows: (cache, its row, how many of that row's tokens to keep) for each."""
-        first = max((cache for cache, _, _ in rows), key=lambda cache: len(cache._slots))  # one that was used, if any
+        """Return a new cache of the given sequences, each as (cache, row of that cache, number of tokens to keep)."""
+        first = max((cache for cache, _, _ in rows), key=lambda cache: len(cache._slots))  # one in use, if there is one
         new = KVCache(config, len(rows), capacity, first.layers[0].dtype, first.device, first.chunk)
         lengths = [length for _, _, length in rows]
         new.length = max(lengths)
@@ -137,10 +137,10 @@ class KVCache:
             for i, (cache, row, length) in enumerate(rows):
                 if not length:
                     continue
-                held = cache._slots[window].positions[row]  # (n_slots + 1,)
-                old = ((held >= max(0, length - slots.n_slots)) & (held < length)).nonzero()[:, 0]
-                moves.append((i, cache, row, old, held[old] % slots.n_slots))
-                slots.positions[i, moves[-1][-1]] = held[old]
+                positions = cache._slots[window].positions[row]  # (n_slots + 1,)
+                old = ((positions >= max(0, length - slots.n_slots)) & (positions < length)).nonzero()[:, 0]
+                moves.append((i, cache, row, old, positions[old] % slots.n_slots))
+                slots.positions[i, moves[-1][-1]] = positions[old]
             for n, layer in enumerate(new.layers):
                 source = first.layers[n]
                 if source.window != window or not source.keys.numel():
@@ -148,7 +148,7 @@ class KVCache:
                 shape = (len(rows), source.keys.shape[1], slots.n_slots + 1, source.keys.shape[3])
                 layer.window = window
                 layer.keys, layer.values = source.keys.new_zeros(shape), source.values.new_zeros(shape)
-                for i, cache, row, old, places in moves:
-                    layer.keys[i, :, places] = cache.layers[n].keys[row, :, old]
-                    layer.values[i, :, places] = cache.layers[n].values[row, :, old]
+                for i, cache, row, old, indices in moves:
+                    layer.keys[i, :, indices] = cache.layers[n].keys[row, :, old]
+                    layer.values[i, :, indices] = cache.layers[n].values[row, :, old]
         return new

@@ -1,7 +1,6 @@
-"""RMS norm and gated activations that keep nothing but their inputs for the backward pass.
+"""RMS norm and gated activations that keep only their inputs for the backward pass.
 
-Autograd would keep each step in between: a fifth of what a block of Llama keeps for a token. What is missing is cheap, and
-computed again.
+Autograd would keep every intermediate tensor: a fifth of the activations of a Llama block. They are cheap to recompute.
 """
 
 from typing import Any
@@ -12,9 +11,9 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, rounded to x's dtype (RMSNorm, arXiv 1910.07467).
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, rounded to x's dtype (arXiv 1910.07467).
 
-    Under autocast, what comes of an fp32 x is in autocast's dtype: products follow, and each would cast it for itself.
+    Under autocast, the result of an fp32 x is in autocast's dtype: otherwise each of the matmuls after it would cast it.
 
     Args:
         x: (..., dim).
@@ -24,17 +23,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same, but rounded to x's dtype before it is multiplied with the weight, in whatever dtype these two make."""
+    """Return `rms_norm`, but rounded to x's dtype before the multiplication with the weight, in their promoted dtype."""
     return _norm(x, weight, eps, True)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202); all of one shape and dtype."""
+    """Return silu(gate) * up (arXiv 2002.05202); all have the same shape and dtype."""
     return _gated(gate, up, F.silu, torch.ops.aten.silu_backward)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, with gelu's tanh approximation (arXiv 2002.05202); all of one shape and dtype."""
+    """Return gelu(gate) * up with gelu's tanh approximation (arXiv 2002.05202); all have the same shape and dtype."""
     return _gated(gate, up, _gelu, _gelu_backward)
 
 
@@ -49,7 +48,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
 def _rms_norm(
     x: Tensor, weight: Tensor, eps: float, round_first: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """The norm, in `dtype` if there is one, and 1 / rms (..., 1) in fp32."""
+    """Return the norm, in `dtype` if that is given, and 1 / rms (..., 1) in fp32."""
     h = x.float()
     scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     h = h * scale

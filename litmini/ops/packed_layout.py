@@ -1,34 +1,36 @@
-"""How packed documents are laid out for attention on a CPU: one after the other, similar lengths together."""
+"""The layout of packed documents for attention on a CPU: documents of similar length are padded to one batch."""
 
 import torch
 from torch import Tensor
 
-ALIGN = 32  # oneDNN makes code for each shape of its products: milliseconds, and up to a MiB that it keeps
+ALIGN = (
+    32  # oneDNN compiles code for each shape of a matmul: this takes milliseconds and up to a MiB that stays allocated
+)
 
 
 class Documents:
-    """Where the tokens of packed documents stand when each document has a place of its own, similar lengths together.
+    """The padded layout of packed documents: groups of documents of similar length, one group after the other.
 
     Attributes:
-        shapes: (documents, length) of each group; their places follow each other, each document padded to its group's
-            length: its longest document's, which leaves less than a quarter of them empty, rounded up.
+        shapes: (documents, length) of each group; each document is padded to the length of the longest one of its group,
+            rounded up; less than a quarter of the slots is padding.
     """
 
     def __init__(self, shapes: list[tuple[int, int]], index: Tensor, real: Tensor) -> None:
         """
         Args:
-            index: (M,) int64; for each place, which of the B * T tokens stands there; any one where it is empty.
-            real: (M,) bool; the place is not empty.
+            index: (M,) int64; for each slot, the index of its token among the B * T tokens; arbitrary for padding.
+            real: (M,) bool; whether a slot holds a token, not padding.
         """
         self.shapes, self.index, self.real = shapes, index, real
         self._rows: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def rows(self, n_heads: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the rows of (B * T, n_heads), the order in which each document has its heads one after the other.
+        """Return the permutation of the rows of (B * T, n_heads) that groups rows by document and head.
 
         Returns:
-            (M * n_heads,) which row stands at each place; (B * T * n_heads,) the place of each row; and, unless all are
-            in use, (M * n_heads, 1) bool whether the place is.
+            The row of each slot (M * n_heads,); the slot of each row (B * T * n_heads,); and, unless there is no padding,
+            whether a slot holds a row (M * n_heads, 1) bool.
         """
         if n_heads not in self._rows:
             heads = torch.arange(n_heads)[:, None]
@@ -38,10 +40,10 @@ class Documents:
                 index.append((self.index[tokens].view(count, 1, length) * n_heads + heads).flatten())
                 real.append(self.real[tokens].view(count, 1, length).expand(-1, n_heads, -1).flatten())
                 start = tokens.stop
-            places, used = torch.cat(index), torch.cat(real)
+            order, used = torch.cat(index), torch.cat(real)
             inverse = torch.empty(int(self.real.sum()) * n_heads, dtype=torch.int64)
-            inverse[places[used]] = used.nonzero().flatten()
-            self._rows[n_heads] = places, inverse, None if bool(used.all()) else used[:, None]
+            inverse[order[used]] = used.nonzero().flatten()
+            self._rows[n_heads] = order, inverse, None if bool(used.all()) else used[:, None]
         return self._rows[n_heads]
 
 
@@ -71,13 +73,13 @@ def _unpack(documents: Tensor) -> Documents:
 
 
 def _round_up(length: int) -> int:
-    """To a multiple of `ALIGN`, or less of short lengths; so there are few different ones."""
+    """Return `length` rounded up to a multiple of `ALIGN`, or of less if it is short: few lengths remain."""
     step = min(ALIGN, 1 << (length // 8).bit_length())
     return -(-length // step) * step
 
 
 class _Unpack(torch.autograd.Function):
-    """(B, n_heads, T, head_dim) -> (M * n_heads, head_dim). Every row has one place, so the gradient is a gather, too."""
+    """(B, n_heads, T, head_dim) -> (M * n_heads, head_dim). Every row has one slot, so the gradient is a gather as well."""
 
     @staticmethod
     def forward(ctx, x: Tensor, documents: Documents) -> Tensor:  # type: ignore[override,no-untyped-def]
@@ -86,13 +88,13 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        B, n_heads, T, head_dim = ctx.shape  # empty places are seen by empty places only: their gradient is 0
+        B, n_heads, T, head_dim = ctx.shape  # only padding sees padding: its gradient is 0
         rows = grad.index_select(0, ctx.documents.rows(n_heads)[1])
         return rows.view(B, T, n_heads, head_dim).transpose(1, 2), None
 
 
 class _Repack(torch.autograd.Function):
-    """The way back: (M * n_heads, head_dim) -> (B, n_heads, T, head_dim)."""
+    """The inverse of `_Unpack`: (M * n_heads, head_dim) -> (B, n_heads, T, head_dim)."""
 
     @staticmethod
     def forward(ctx, y: Tensor, documents: Documents, shape: torch.Size) -> Tensor:  # type: ignore[override,no-untyped-def]
@@ -103,6 +105,6 @@ class _Repack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        places, _, used = ctx.documents.rows(ctx.n_heads)
-        rows = grad.transpose(1, 2).reshape(-1, grad.shape[-1]).index_select(0, places)
+        order, _, used = ctx.documents.rows(ctx.n_heads)
+        rows = grad.transpose(1, 2).reshape(-1, grad.shape[-1]).index_select(0, order)
         return rows if used is None else rows.mul_(used), None, None

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
-    """Return the positions (B, T) int64 of tokens (B, T), and make room for them in the cache.
+    """Return the positions (B, T) int64 of tokens (B, T), and advance the cache to them.
 
-    Without positions, each row continues where the cache ends, or starts at 0.
+    Without positions, each sequence continues after the last position in the cache, or starts at 0.
     """
     if positions is None:
         start = 0 if cache is None else cache.length

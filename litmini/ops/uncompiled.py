@@ -1,4 +1,4 @@
-"""What torch.compile leaves as it is written. Imported while compiling only: the decorator imports torch._dynamo, a second."""
+"""Calls that torch.compile leaves uncompiled. Import it only while compiling: the decorator imports torch._dynamo (1 s)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,5 +8,5 @@ import torch
 
 @torch.compiler.disable
 def call_uncompiled(function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)`, run as it is written; whatever is compiled around it breaks its graph here."""
+    """Return `function(*args)`, run uncompiled; the graph of compiled code around it breaks here."""
     return function(*args)

@@ -1,4 +1,4 @@
-"""Where a run is written, checked before anything is loaded: a new directory, or a checkpoint to resume from."""
+"""The run directory, checked before anything is loaded: a new directory, or one to resume from."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from litmini.files import content_hash, read_json, restore
 from litmini.runs.manifest import check_same
 
 PROCESSES = ("devices", "num_nodes", "strategy")
-REPORT = "report.html"  # the last thing that a run writes: without it, its result is yet to be measured
-MAY_CHANGE = re.compile(  # on resuming; everything else changes what the run means
+REPORT = "report.html"  # the last file that a run writes: without it, the result has not been measured
+MAY_CHANGE = re.compile(  # on resuming; any other setting changes the result of the run
     r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
     r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
 )
 
 
 class RunDirectory:
-    """The directory of one run, `out/<name>/`; nothing is written yet.
+    """The directory of one run, `out/<name>/`. Making this object writes nothing.
 
     Attributes:
         restart_from: the checkpoint to resume from; None: the run begins with its first step.
-        before: the manifest of the run that is resumed.
-        other_processes: settings of devices and strategy that differ from then.
+        before: the manifest of the run to resume.
+        other_processes: settings of devices and strategy that differ from those of the run to resume.
 
     Raises:
-        UserError: it holds a run already and `config.resume` does not say to resume it, or says so where there is nothing
-            to resume, or the settings differ in what the run means.
+        UserError: the directory already holds a run and `config.resume` is false; there is nothing to resume; or settings
+            differ that change the result of the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -54,13 +54,13 @@ class RunDirectory:
         if config.resume is False:
             if holds_run and not (config.dry_run or config.show_masks):
                 raise UserError(
-                    f"{self.directory} holds a run already. Resume it: --resume auto. Or start another: "
+                    f"{self.directory} already holds a run. Resume it: --resume auto. Or start another: "
                     f"--out_dir {self._free_name()}"
                 )
             return None
         if (self.directory / "final").exists() and ((self.directory / REPORT).exists() or not steps):
             raise UserError(
-                f"the run in {self.directory} is finished: {self.directory / 'final'} is there. "
+                f"the run in {self.directory} is finished: {self.directory / 'final'} exists. "
                 f"Start another: --out_dir {self._free_name()}"
             )
         if config.resume in (True, "auto"):
@@ -68,13 +68,13 @@ class RunDirectory:
         chosen = Path(str(config.resume))
         if not (chosen / "training_state.json").is_file():
             existing = ", ".join(str(p) for p in steps) or "none"
-            raise UserError(f"{chosen} is no training checkpoint; those of {self.directory}: {existing}")
+            raise UserError(f"{chosen} is not a training checkpoint; those of {self.directory}: {existing}")
         if holds_run and chosen.resolve().parent != self.directory.resolve():
             raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
         return chosen
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints of this run, the oldest first."""
+        """Return the checkpoints of this run, oldest first."""
         for old in self.directory.glob(".step-*.old"):  # a process died while it replaced one
             restore(self.directory / old.name[1:].removesuffix(".old"))
         return sorted((p for p in self.directory.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
@@ -85,15 +85,15 @@ class RunDirectory:
         )
 
     def _check_same_meaning(self, run: Path) -> None:
-        """Refuse to resume with other settings or data than those that the run in `run` began with."""
+        """Raise UserError if settings or data differ from those that the run in `run` began with."""
         try:
             before, now = flat(yaml.safe_load((run / "config.yaml").read_text())), flat(plain(self.config))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise UserError(f"{run / 'config.yaml'}, which {self.restart_from} needs, is damaged: {error}") from None
+            raise UserError(f"{run / 'config.yaml'} is damaged, and {self.restart_from} needs it: {error}") from None
         self.before = read_json(run / "manifest.json")
         files = [
             name for name in self.before.get("data", {}) if Path(name).is_file()
-        ]  # others are data sets of the hub
+        ]  # the others are data sets of the hub
         hashes = {name: {"sha256": content_hash(Path(name))} for name in files}
         check_same(self.before, {"data": hashes}, self.restart_from)
         self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
@@ -103,7 +103,7 @@ class RunDirectory:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary of what YAML can hold."""
+    """Return a dataclass as a dictionary of YAML types."""
     return {
         k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
         for k, v in vars(config).items()
@@ -111,8 +111,8 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    found = {}
+    """Return nested settings as one dictionary with dotted names."""
+    flattened = {}
     for key, value in settings.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return found
+        flattened.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flattened

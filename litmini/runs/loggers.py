@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.csv, through the loggers that Fabric has: only where the user asks for it."""
+"""Fabric's loggers, which take metrics beside metrics.csv if the user asks for them."""
 
 import importlib.util
 import uuid
@@ -10,7 +10,7 @@ from litmini.errors import UserError
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise UserError where a package of a logger (tensorboard, wandb) is missing."""
+    """Raise UserError if the package of a logger (tensorboard, wandb) is missing."""
     for name in names:
         packages = ("wandb", "lightning") if name == "wandb" else (name,)
         if any(importlib.util.find_spec(package) is None for package in packages):
@@ -18,10 +18,10 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def make_loggers(names: Sequence[str], directory: Path, step: int) -> list[Any]:
-    """Loggers that write into a run's directory.
+    """Return loggers that write into a run's directory.
 
     Args:
-        step: after which the run goes on: TensorBoard leaves out what a killed run logged after it.
+        step: the step after which the run continues: TensorBoard drops later entries of a killed run.
     """
     loggers: list[Any] = []
     for name in names:
@@ -32,13 +32,13 @@ def make_loggers(names: Sequence[str], directory: Path, step: int) -> list[Any]:
         else:
             from lightning.pytorch.loggers import WandbLogger
 
-            place = str(directory.resolve())
-            loggers.append(WandbLogger(directory.name, project="litmini", save_dir=place, id=_wandb_id(directory)))
+            save_dir = str(directory.resolve())
+            loggers.append(WandbLogger(directory.name, project="litmini", save_dir=save_dir, id=_wandb_id(directory)))
     return loggers
 
 
 def _wandb_id(directory: Path) -> str:
-    """The same for a resumed run, so that it goes on there, too."""
+    """Return the wandb id of a run, which is the same after resuming, so that wandb continues the run."""
     file = directory / "wandb_id"
     if not file.is_file():
         file.write_text(uuid.uuid4().hex[:12])

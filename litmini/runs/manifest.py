@@ -1,4 +1,4 @@
-"""What a run is made of, written beside it and beside each of its checkpoints: versions, code, base, template, data, seed."""
+"""The manifest of a run and of its checkpoints: versions, code, base model, template, data and seed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PACKAGES = ("torch", "lightning-fabric", "safetensors", "tokenizers", "jinja2", "numpy")
-SAMPLES, SAMPLE = 256, 1 << 18  # pieces of a weight file that are hashed, and their bytes: all of it up to 64 MiB
+SAMPLES, SAMPLE = (
+    256,
+    1 << 18,
+)  # number and bytes of the pieces of a weight file that are hashed: all of it up to 64 MiB
 
 
 def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that is known of a run before its data is."""
+    """Return the manifest of a run without its data: all that is known before they are read."""
     source = Path(config.base) / "source.json"
     return {
         "litmini": version("litmini"),
@@ -50,10 +53,10 @@ def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dic
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], checkpoint: Path | None) -> None:
-    """Refuse to go on from `checkpoint` where template, base weights or data are others than when the run began.
+    """Raise UserError if template, base weights or data changed since the run of `checkpoint` began.
 
     Args:
-        before, now: manifests; what only one of them says is not compared.
+        before, now: manifests; entries that only one of them has are not compared.
     """
     what = {"the chat template": ("chat_template_sha256",), "the base model's weights": ("base", "weights_sha256")}
     what |= {name: ("data", name, "sha256") for name in before.get("data", {})}
@@ -78,9 +81,9 @@ def text_hash(text: str | None) -> str | None:
 
 
 def weights_hash(directory: Path) -> str:
-    """One sha256 of a checkpoint's weight files: names, sizes, headers, and content, of large files `SAMPLES` pieces.
+    """Return one sha256 of a checkpoint's weight files: names, sizes and content; of large files, `SAMPLES` pieces.
 
-    Sampled, so that a run starts at once: another training of the same model differs everywhere.
+    The pieces are enough, as training changes all weights, and hashing them takes no noticeable time.
     """
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
@@ -94,7 +97,7 @@ def weights_hash(directory: Path) -> str:
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
-    """Commit, and whether files differ from it; None where `directory` is in no repository, or there is no git."""
+    """Return the commit and whether files differ from it; None if `directory` is in no repository or git is missing."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True, timeout=10, check=True)

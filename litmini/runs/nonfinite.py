@@ -1,4 +1,4 @@
-"""What is kept of a step whose loss or gradients were not finite: which data it was, to be looked at."""
+"""Saves the data of non-finite steps, whose loss or gradients are NaN or infinite, so that a user can look at them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ def save_nonfinite_step(
     tokenizer: Tokenizer,
     locations: Callable[[], list[list[str]]],
 ) -> str:
-    """Write `bad-step-NNNNNN.json`: each example of the step, as place, text, tokens and labels, by micro-batch and row.
+    """Write `bad-step-NNNNNN.json`: location, text, tokens and labels of each example, by micro-batch and sequence.
 
-    Ranks whose losses are all finite write none, unless all ranks' are: then it was the gradients. Every rank calls this.
+    Ranks whose losses are all finite write nothing, unless those of all ranks are: then the gradients were not. Every rank
+    calls this.
 
     Args:
-        losses: the summed loss of each micro-batch; the first that is not finite points at the data that did it.
-        places: where the examples of each row are, file:line, of all rows of the micro-batches in a row.
+        losses: the summed loss of each micro-batch; a non-finite one points at the data that caused it.
+        locations: returns the locations (file:line) of the examples of each sequence, over all micro-batches.
 
     Returns:
-        The files of all ranks, and the places of the examples whose loss was not finite.
+        The files of all ranks, and the locations of the examples whose loss was not finite.
     """
     finite = all(map(math.isfinite, losses))
-    innocent: Any = fabric.all_reduce(torch.tensor(int(finite), device=fabric.device), reduce_op="sum")
+    finite_ranks: Any = fabric.all_reduce(torch.tensor(int(finite), device=fabric.device), reduce_op="sum")
     mine = ""
-    if not finite or int(innocent) == fabric.world_size:
+    if not finite or int(finite_ranks) == fabric.world_size:
         rank = f"-rank-{fabric.global_rank}" if fabric.global_rank else ""
         mine = _write(
             directory / f"bad-step-{step:06d}{rank}.json", step, micro_batches, losses, tokenizer, locations()
@@ -58,9 +59,9 @@ def _write(
     tokenizer: Tokenizer,
     locations: list[list[str]],
 ) -> str:
-    left, parts, suspects = iter(locations), [], []
+    remaining, parts, suspects = iter(locations), [], []
     for loss, batch in zip(losses, micro_batches, strict=True):
-        rows = [_examples(batch, row, next(left, []), tokenizer) for row in range(len(batch["tokens"]))]
+        rows = [_examples(batch, row, next(remaining, []), tokenizer) for row in range(len(batch["tokens"]))]
         parts.append({"loss_sum": loss if math.isfinite(loss) else str(loss), "rows": rows})
         if not math.isfinite(loss):
             suspects += [example["place"] for row in rows for example in row]
@@ -70,14 +71,15 @@ def _write(
 
 
 def _examples(batch: Batch, row: int, locations: list[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The examples of a row; a row of a corpus is one, whatever documents it has."""
+    """Return the examples of a sequence; a sequence of a corpus is one example, whatever documents it has."""
     tokens, labels = batch["tokens"][row], batch["labels"][row]
     documents = batch["documents"][row] if "documents" in batch else torch.ones_like(tokens)
     if len(locations) == 1:
         documents = documents.clamp(max=1)
-    found = []
-    for document, place in enumerate(locations, 1):
-        ids = tokens[documents == document].tolist()
+    examples = []
+    for document, location in enumerate(locations, 1):
+        inside = documents == document
+        ids = tokens[inside].tolist()
         text = tokenizer.decode(ids, skip_special=False)
-        found.append({"place": place, "text": text, "tokens": ids, "labels": labels[documents == document].tolist()})
-    return found
+        examples.append({"place": location, "text": text, "tokens": ids, "labels": labels[inside].tolist()})
+    return examples

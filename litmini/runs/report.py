@@ -1,6 +1,8 @@
-"""What a person looks at after a run: the loss curve, and a report that is one file, for a browser without a network."""
+"""The loss curve of a run, and its report: one HTML file that needs no network."""
 
 import functools
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,26 @@ import yaml
 
 from litmini.files import read_json, write_text
 from litmini.runs.directory import REPORT
-from litmini.runs.plots import (
-    _draw_lengths,
-    _draw_line,
-    _draw_loss,
-    _svg,
-)
 from litmini.runs.run import read_metrics, read_samples, today_keys
 
+BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
+
+
+def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
+    """Draw a run's loss curve, training and validation, into loss.png."""
+    rows = read_metrics(directory / "metrics.csv")
+    _figure(lambda axes: _draw_loss(axes, rows, results, directory.name), (7, 4)).savefig(
+        directory / "loss.png", dpi=120
+    )
 
 
 def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -> None:
     """Write report.html of a finished run: results, curves, samples, data, configuration and manifest.
 
     Args:
-        lengths: tokens of each training example, where there are examples.
-        row_length: tokens in a row of a batch.
+        lengths: tokens of each training example; None: the data are not examples.
+        row_length: tokens of the longest sequence.
     """
     manifest = read_json(directory / "manifest.json")
     results = manifest.pop("results")
@@ -55,7 +60,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
 
 
 def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(title, value, beside it) of what one wants to know first."""
+    """Return (title, value, note) of the most important results."""
     tiles = []
     for key, title, form in (("val_loss", "validation loss", "{:.3f}"), ("exact_match", "exact match", "{:.0%}")):
         if f"{key}_after" in results:
@@ -77,6 +82,65 @@ def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figure(draw: Callable[[Any], None], size: tuple[float, float]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    draw(axes)
+    return figure
+
+
+def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """Return a chart as an <svg> element, with text as text and without references to other files."""
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "litmini"}):
+        _figure(draw, size).savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _draw_loss(axes: Any, rows: list[dict[str, str]], results: dict[str, Any], title: str) -> None:
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a target token)", title=title)
+    axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], BLUE, label="training", linewidth=1.2)
+    validation = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
+    if "val_loss_after" in results:
+        last = int(rows[-1]["step"])
+        validation = [
+            (0, results["val_loss_before"]),
+            *(p for p in validation if p[0] < last),
+            (last, results["val_loss_after"]),
+        ]
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color=ORANGE, label="validation", markersize=4)
+    _from_zero(axes)
+    axes.legend(frameon=False)
+
+
+def _draw_line(axes: Any, rows: list[dict[str, str]], key: str, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.plot([int(r["step"]) for r in rows], [float(r[key]) for r in rows], BLUE, linewidth=1.2)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    _from_zero(axes)
+
+
+def _from_zero(axes: Any) -> None:
+    """Let the y axis begin at zero, and show whole steps on the x axis."""
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_lengths(axes: Any, lengths: np.ndarray, row_length: int) -> None:
+    axes.set_title(f"tokens of an example, sequences of {row_length:,}", fontsize=10)
+    axes.hist(lengths, bins=min(40, max(5, int(np.ptp(lengths)))), color=GREY)
 
 
 PAGE = """<!doctype html>
@@ -124,7 +188,7 @@ PAGE = """<!doctype html>
 </div>
 
 {% if samples %}
-<h2>Answers before and after</h2>
+<h2>Completions before and after</h2>
 {% for before, after in samples %}
 <div class="box sample"><dl>
   <dt>prompt</dt><dd>{{ before.prompt }}</dd>

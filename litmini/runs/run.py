@@ -1,4 +1,4 @@
-"""A run as it is recorded: configuration, metrics, checkpoints and manifest; and what is restored on resuming."""
+"""The record of a run: configuration, metrics, checkpoints and manifest; and the state that resuming restores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from litmini.distributed.fsdp import is_sharded
 from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
 from litmini.runs.directory import RunDirectory, flat, plain
 from litmini.runs.manifest import check_same, describe_run
-from litmini.runs.training_state import SHARES, load_state, save_shares, save_state
+from litmini.runs.training_state import SHARDS, load_state, save_shards, save_state
 from litmini.system import lock
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Batch
@@ -36,23 +36,23 @@ SAME_BITS = (
     "machine",
     "instruction_set",
     "threads",
-)  # of the hardware: with others, rounding differs
+)  # of the hardware: if one of them differs, so does rounding
 
 
 class Run(Recorder):
-    """The record of one run in its directory: begun when it is made, with the state of the checkpoint it resumes from.
+    """The record of one run in its directory. Making this object restores the state to resume from and begins to write.
 
     Attributes:
         progress: of the run; restored, or new.
-        results: what was measured, for the manifest.
+        results: measurements, for the manifest.
 
     Raises:
-        UserError: the checkpoint does not fit, or chat template, base weights or data are others than when the run began.
+        UserError: the checkpoint does not fit, or chat template, base weights or data changed since the run began.
     """
 
     def __init__(
         self,
-        place: RunDirectory,
+        run_directory: RunDirectory,
         fabric: Fabric,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -63,47 +63,47 @@ class Run(Recorder):
     ) -> None:
         """
         Args:
-            save_weights: writes the product into a directory: on rank 0; the others are given None, and help to gather.
+            save_weights: writes the result of training into a directory on rank 0; the other ranks get None and gather.
             hashes: sha256 of each data file, by name.
             statistics: of the data, for the manifest.
         """
-        self.place, self.config, self.directory = place, place.config, place.directory
+        self.run_directory, self.config, self.directory = run_directory, run_directory.config, run_directory.directory
         self.fabric, self.model, self.optimizer, self.tokenizer = fabric, model, optimizer, tokenizer
         self.save_weights = save_weights
-        self.results: dict[str, Any] = place.before.get("results", {})
+        self.results: dict[str, Any] = run_directory.before.get("results", {})
         self.loggers: list[Any] = []
         self.saving = Background()  # checkpoints go to disk while training continues
         data = {name: {"sha256": sha256} for name, sha256 in hashes.items()}
         self.facts = {**describe_run(self.config, fabric, tokenizer), "data": data, **statistics}
-        self.progress = self._restore() if place.restart_from else Progress()
-        if self.config.resume and not place.restart_from:
+        self.progress = self._restore() if run_directory.restart_from else Progress()
+        if self.config.resume and not run_directory.restart_from:
             fabric.print(f"{self.directory} holds no checkpoint yet: beginning with step 1")
         if fabric.is_global_zero:
             self._begin()
 
     def _restore(self) -> Progress:
-        """Load the state to resume from."""
-        checkpoint = self.place.restart_from
+        """Load the state of the checkpoint to resume from."""
+        checkpoint = self.run_directory.restart_from
         assert checkpoint is not None
-        check_same(self.place.before, self.facts, checkpoint)
+        check_same(self.run_directory.before, self.facts, checkpoint)
         check_checksums(checkpoint)
         progress = load_state(checkpoint, self.model, self.optimizer)
         self.fabric.print(f"resuming from {checkpoint}, after step {progress.step}")
-        then, now = self.place.before.get("hardware", {}), self.facts.get("hardware", {})
+        then, now = self.run_directory.before.get("hardware", {}), self.facts.get("hardware", {})
         others = [f"{k}: {then[k]} -> {now[k]}" for k in SAME_BITS if k in then and then[k] != now[k]]
-        if others := self.place.other_processes + others:
+        if others := self.run_directory.other_processes + others:
             self.fabric.print(
-                f"note: {', '.join(others)}. Each step has the same sequences, but sums are rounded in another order, and "
-                f"other processes draw other dropout masks: the results are no longer the same to the bit."
+                f"note: {', '.join(others)}. Each step has the same sequences, but sums are rounded in another order and "
+                f"dropout masks depend on the process: the results are not bit-identical to those of an uninterrupted run."
             )
         return progress
 
     def _begin(self) -> None:
-        """Make the directory, and write what is known before the first step."""
+        """Make the directory, and write the configuration and the metrics so far."""
         self.directory.mkdir(parents=True, exist_ok=True)
         lock(self.directory)
         settings = {**plain(self.config), "resume": False}
-        for leftover in self.directory.glob(".*.partial"):  # of a process that died while it saved
+        for leftover in self.directory.glob(".*.partial"):  # a process died while it saved
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         self._keep_metrics(self.progress.step)
@@ -115,7 +115,7 @@ class Run(Recorder):
             logger.log_hyperparams(flat(settings))
 
     def _keep_metrics(self, step: int) -> None:
-        """Drop the rows and samples of steps that a killed run did after its last checkpoint; they are done again."""
+        """Drop the metrics and samples of steps after the last checkpoint of a killed run; these steps run again."""
         file = self.directory / "metrics.csv"
         rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
         text = io.StringIO(newline="")
@@ -129,31 +129,31 @@ class Run(Recorder):
             (self.directory / SAMPLES).unlink(missing_ok=True)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append a row to metrics.csv, and give it to the loggers."""
+        """Append a row to metrics.csv, and pass it to the loggers."""
         if self.fabric.is_global_zero:
             with (self.directory / "metrics.csv").open("a", newline="") as opened:
                 csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
             for logger in self.loggers:
                 logger.log_metrics({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
 
-    def log_samples(self, step: int, answers: list[dict[str, str]]) -> None:
-        """Append what the model said after `step` to samples.jsonl."""
+    def log_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Append the completions after `step` to samples.jsonl."""
         if self.fabric.is_global_zero:
             with (self.directory / SAMPLES).open("a", encoding="utf-8") as opened:
-                opened.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
+                opened.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
     def checkpoint(self, progress: Progress) -> Path:
-        """Write `step-NNNNNN/`: the weights for use and the state to resume from. Older ones than `keep_last` go.
+        """Write `step-NNNNNN/`: the weights and the state to resume from. Delete all but the `keep_last` last checkpoints.
 
-        It is complete once `wait` returns; what fails on its way to the disk is raised there, or here next time.
+        It is complete after `wait` returns; `wait`, or the next call of this, raises the errors of writing.
         """
         directory = self.directory / f"step-{progress.step:06d}"
         self.saving.wait()
         wait = None
-        with self._aside(directory, later=lambda finish: self.saving(finish, wait), checksums=True) as aside:
+        with self._result_directory(directory, later=lambda finish: self.saving(finish, wait), checksums=True) as aside:
             if is_sharded(self.model):
-                place = Path(self.fabric.broadcast(str(aside))) / SHARES
-                wait = save_shares(place, self.model, self.optimizer)
+                target = Path(self.fabric.broadcast(str(aside))) / SHARDS
+                wait = save_shards(target, self.model, self.optimizer)
             if aside:
                 save_state(aside, progress, self.model, self.optimizer)
                 write_json(aside / "manifest.json", {**self.facts, "progress": dataclasses.asdict(progress)})
@@ -168,8 +168,8 @@ class Run(Recorder):
         return directory
 
     def _drop_old(self, kept: set[Path]) -> None:
-        for old in self.place.checkpoints()[: -self.config.train.keep_last]:
-            if old not in kept:  # the one just written may be older, where a run went back
+        for old in self.run_directory.checkpoints()[: -self.config.train.keep_last]:
+            if old not in kept:  # the newest may have a lower number if the run resumed from an earlier step
                 discard(old)
 
     def wait(self) -> None:
@@ -185,17 +185,17 @@ class Run(Recorder):
         return save_nonfinite_step(self.fabric, self.directory, step, micro_batches, losses, self.tokenizer, locations)
 
     def save_final(self) -> Path:
-        """Write `final/`, the product of the run. Every rank calls it."""
+        """Write `final/`, the result of the run. Every rank calls this."""
         directory = self.directory / "final"
-        with self._aside(directory) as aside:
+        with self._result_directory(directory) as aside:
             if aside:
                 write_json(aside / "manifest.json", {**self.facts, "results": self.results})
         self.fabric.barrier()
         return directory
 
     @contextmanager
-    def _aside(self, directory: Path, **how: Any) -> Iterator[Path | None]:
-        """On rank 0 the directory that will be `directory`, with the product in it; the other ranks help to gather."""
+    def _result_directory(self, directory: Path, **how: Any) -> Iterator[Path | None]:
+        """Write the result into a temporary directory, yield it on rank 0, and rename it; the other ranks gather."""
         with write_atomically(directory, **how) if self.fabric.is_global_zero else nullcontext() as aside:
             self.save_weights(aside)
             if aside:
@@ -203,7 +203,7 @@ class Run(Recorder):
             yield aside
 
     def write_manifest(self, **results: Any) -> None:
-        """Write `manifest.json`: what was run, on what, and what was measured."""
+        """Write `manifest.json`: the description of the run, and its results so far."""
         self.results.update(results)
         if self.fabric.is_global_zero:
             write_json(self.directory / "manifest.json", {**self.facts, "results": self.results})
@@ -212,13 +212,13 @@ class Run(Recorder):
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:
-    """What the model said during a run: step, prompt, reference and prediction."""
+    """Return the completions during a run: step, prompt, reference and prediction."""
     file = directory / SAMPLES
     return today_keys([json.loads(line) for line in _whole_lines(file)]) if file.is_file() else []
 
 
 def today_keys(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rename the keys of samples that a version before wrote."""
+    """Return samples with the keys of today, also if an earlier version wrote them."""
     old = {"question": "prompt", "expected": "reference", "given": "prediction"}
     return [{old.get(key, key): value for key, value in sample.items()} for sample in samples]
 
@@ -228,6 +228,6 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
 
 
 def _whole_lines(file: Path) -> list[str]:
-    """The lines of a file that grows by lines, but for one that a process left unfinished as it died."""
+    """Return the lines of a file, without an incomplete last one that a killed process left."""
     with file.open(encoding="utf-8", newline="") as opened:
         return [line for line in opened if line.endswith("\n")]

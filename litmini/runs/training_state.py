@@ -1,4 +1,4 @@
-"""What a run goes on from: progress, trainable parameters and optimizer state, by parameter name, written and read."""
+"""The training state that a run resumes from: progress, trainable parameters and optimizer state, by parameter name."""
 
 import dataclasses
 import functools
@@ -20,57 +20,57 @@ from litmini.training.setup import Progress
 
 
 def save_state(directory: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Trainable parameters and optimizer state, by parameter name; nothing else of a run has state.
+    """Write progress, trainable parameters and optimizer state into `directory`; a run has no other state.
 
-    Of a sharded model, the tensors are in `SHARES`: see `litmini.runs.training_state.save_shares`.
+    The tensors of a sharded model are in the directory `SHARDS`: see `save_shards`.
     """
     tensors: dict[str, torch.Tensor] = {}
     scalars, pointers = {}, set()
     for name, value in named_state(model, optimizer):
         if isinstance(value, torch.Tensor):
-            seen = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps: one copy each
-            tensors[name] = value.clone() if seen else value
+            is_shared = value.data_ptr() in pointers  # bitsandbytes shares its quantisation maps between parameters
+            tensors[name] = value.clone() if is_shared else value
             pointers.add(value.data_ptr())
         else:
             scalars[name] = value
     saved: dict[str, Any] = {"progress": dataclasses.asdict(progress), "optimizer": scalars}
     if is_sharded(model):
-        saved["shares"] = True
+        saved["shares"] = True  # the key of all versions
     else:
         write_tensors(directory / "training_state.safetensors", tensors)
     write_json(directory / "training_state.json", saved)
 
 
 def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore what `save_state` wrote, bit by bit.
+    """Restore the state that `save_state` wrote, bit-identical.
 
     Raises:
-        UserError: the checkpoint is damaged or of another model.
+        UserError: the checkpoint is damaged or belongs to another model.
     """
     try:
         saved = read_json(directory / "training_state.json")
-        progress, numbers = Progress(**saved["progress"]), dict(saved["optimizer"])
-        shares = bool(saved.get("shares"))
+        progress, scalars = Progress(**saved["progress"]), dict(saved["optimizer"])
+        in_shards = bool(saved.get("shares"))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{directory / 'training_state.json'} is damaged; resume from another step-*.") from None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if shares or is_sharded(model):
-        tensors = load_shares(directory / SHARES if shares else directory, trainable)
+    if in_shards or is_sharded(model):
+        tensors = load_shards(directory / SHARDS if in_shards else directory, trainable)
     else:
         tensors = read_tensors([directory / "training_state.safetensors"])
     restored: dict[str, dict[str, Any]] = {name: {} for name in trainable}
-    found = set()
-    for entry, value in [*tensors, *numbers.items()]:
+    names = set()
+    for entry, value in [*tensors, *scalars.items()]:
         key, _, name = entry.partition("/")
         if name not in trainable or (key == "parameter" and value.shape != trainable[name].shape):
-            raise UserError(f"{directory} is of another model: {name} does not fit.")
+            raise UserError(f"{directory} belongs to another model: {name} does not fit.")
         if key == "parameter":
-            found.add(name)
+            names.add(name)
             trainable[name].data.copy_(value)
         else:
             restored[name][key] = value
-    if missing := sorted(trainable.keys() - found):
-        raise UserError(f"{directory} is of another model: it lacks {', '.join(missing[:5])}.")
+    if missing := sorted(trainable.keys() - names):
+        raise UserError(f"{directory} belongs to another model: it lacks {', '.join(missing[:5])}.")
     for name, parameter in trainable.items():
         if restored[name]:
             optimizer.state[parameter] = {
@@ -79,11 +79,11 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return progress
 
 
-SHARES = "training_state"  # directory in a checkpoint: a safetensors file of each process
+SHARDS = "training_state"  # directory in a checkpoint, with one safetensors file per process
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
-    """(`parameter/NAME`, tensor) of every trainable parameter, and what the optimizer keeps for it, as (`KEY/NAME`, value)."""
+    """Yield (`parameter/NAME`, tensor) for each trainable parameter, and (`KEY/NAME`, value) for its optimizer state."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield f"parameter/{name}", parameter
@@ -91,13 +91,13 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
                 yield f"{key}/{name}", value
 
 
-def save_shares(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Begin to write every process's share of `named_state` into `directory`, as safetensors. All processes call this.
+def save_shards(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Begin to write each process's shards of `named_state` into `directory`, as safetensors. All processes call this.
 
-    What is written is a copy in the CPU's memory: training goes on meanwhile.
+    The state is copied to CPU memory first, so training continues while it is written.
 
     Returns:
-        Waits until all processes have written, and raises what failed.
+        A function that waits until all processes have written, and raises their errors.
     """
     import torch.distributed.checkpoint as checkpoint
 
@@ -116,17 +116,17 @@ def save_shares(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 @functools.cache
 def _beside(world: Any) -> Any:
-    """The processes of `world` once more, to speak of a checkpoint while training speaks to them."""
+    """Return a second process group of the processes of `world`, for checkpoints that are written during training."""
     return dist.new_group(backend="gloo")
 
 
-def load_shares(directory: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Read this process's share of every tensor named `kind/parameter` in the safetensors files of `directory`.
+def load_shards(directory: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield this process's shard of each tensor named `kind/parameter` in the safetensors files of `directory`.
 
-    How many processes wrote them does not matter. All processes call this.
+    The number of processes that wrote them may differ. All processes call this.
 
     Args:
-        like: the parameters; a tensor of a parameter's shape is shared out as that parameter is.
+        like: name -> parameter; a tensor of the parameter's shape is sharded as the parameter is.
 
     Raises:
         UserError: a file is damaged.
@@ -136,13 +136,13 @@ def load_shares(directory: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[s
     try:
         reader = checkpoint.HuggingFaceStorageReader(str(directory))
         tensors = {}
-        there: Any = reader.read_metadata().state_dict_metadata
-        for name, found in there.items():
+        metadata: Any = reader.read_metadata().state_dict_metadata
+        for name, entry in metadata.items():
             parameter = like.get(name.partition("/")[2])
-            if parameter is not None and found.size == parameter.shape:
-                tensors[name] = torch.empty_like(parameter, dtype=found.properties.dtype, requires_grad=False)
+            if parameter is not None and entry.size == parameter.shape:
+                tensors[name] = torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
             elif "/" in name:
-                tensors[name] = torch.empty(found.size, dtype=found.properties.dtype)
+                tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
             checkpoint.load(tensors, storage_reader=reader)

@@ -1,1 +1,1 @@
-"""What is learned, one file for each task, and the setup around the loop."""
+"""Tasks, one file each: their data and objective; and the setup and measurements around the training loop."""

@@ -1,4 +1,4 @@
-"""What `--dry_run` says of memory and time: fake tensors for the one, a timed micro-step for the other."""
+"""`--dry_run`: estimates memory with fake tensors, and time with one timed micro-step."""
 
 import math
 import time
@@ -12,13 +12,13 @@ from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.system import physical_bytes, resident_bytes
 from litmini.tasks.setup import Data, count_parameters
-from litmini.training.gpus import fitting, share
+from litmini.training.gpus import fitting, memory_per_device
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Batch, Memory, describe, estimate, nbytes
 
 
 def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
-    """Print what `--dry_run` asks for: parameters, memory and time; and, with `--show_masks`, examples token by token."""
+    """Print parameters, memory and time for `--dry_run`; with `--show_masks`, print examples with their loss masks."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     if config.show_masks and isinstance(data.train, PackedDataset):
@@ -33,10 +33,12 @@ def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
 
 
 def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
-    """Peak memory by part, whether it fits here, and how long the run takes; no parameter is changed.
+    """Return a text with peak memory by part, whether it fits on this device, and the duration of the run.
+
+    No parameter is changed.
 
     Args:
-        model: with its method, its weights on the CPU.
+        model: with its method, weights on the CPU.
     """
     world, micro = config.devices * config.num_nodes, config.train.micro_batch_size
     accumulate = config.train.global_batch_size > micro * world
@@ -47,14 +49,14 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
         memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
     except UserError as error:
         return str(error)
-    memory = share(memory, model, config.devices, config.strategy, config.num_nodes)
-    there = _memory_of(device)
-    rows_text = f"{micro} rows of {batch['tokens'].shape[1]:,} tokens"
-    lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {rows_text}:", describe(memory)]
-    lines.append(f"  {'this device has':30}{there / 2**20:12,.0f} MiB")
+    memory = memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
+    available = _memory_of(device)
+    batch_text = f"{micro} sequences of {batch['tokens'].shape[1]:,} tokens"
+    lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {batch_text}:", describe(memory)]
+    lines.append(f"  {'this device has':30}{available / 2**20:12,.0f} MiB")
     lines.append(f"on a GPU it fits on: {fitting(memory)}")
-    if memory.total > there:
-        return "\n".join([*lines, f"warning: it does not fit here. {_smaller(config, memory)}"])
+    if memory.total > available:
+        return "\n".join([*lines, f"warning: it does not fit on this device. {_suggest_less(config, memory)}"])
     seconds = time_micro_step(model.to(device), batch, config.precision)
     per_step = math.ceil(config.train.global_batch_size / (micro * world))
     steps = math.ceil(data.total_sequences / config.train.global_batch_size)
@@ -62,13 +64,13 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
     forwards = evaluations * math.ceil(len(data.val or ()) / (micro * world))
     whole = seconds * (steps * per_step + forwards / 3)  # a forward pass is a third of a micro-step
     lines.append(
-        f"time: {_span(seconds)} a micro-step here, {_span(whole)} for {steps:,} steps; answers are not counted"
+        f"time: {_span(seconds)} per micro-step on this device, {_span(whole)} for {steps:,} steps, without completions"
     )
     return "\n".join(lines)
 
 
 def time_micro_step(model: nn.Module, batch: Batch, precision: str) -> float:
-    """Seconds of one forward and backward pass, after one that warms up."""
+    """Return the seconds of one forward and backward pass, after a warm-up."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
@@ -89,13 +91,13 @@ def _memory_of(device: torch.device) -> int:
     return physical_bytes()
 
 
-def _smaller(config: RunConfig, memory: Memory) -> str:
-    """What to type to need less, for the largest part."""
+def _suggest_less(config: RunConfig, memory: Memory) -> str:
+    """Suggest settings that reduce the largest part of the memory."""
     if memory.activations + memory.loss + memory.temporary > memory.total / 2:
         smaller = [f"--train.micro_batch_size {max(1, config.train.micro_batch_size // 2)}"]
         smaller += [] if config.train.checkpoint_activations else ["--train.checkpoint_activations true"]
         return f"Try {' or '.join(smaller)}."
-    return "Weights and optimizer are most of it: try finetune_lora.py or finetune_qlora.py, or --optim.name adamw8bit."
+    return "Weights and optimizer state are the largest part: try LoRA, QLoRA or --optim.name adamw8bit."
 
 
 def _span(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What pretrain.py does around the loop: which model, and which rows of which corpora."""
+"""Pretraining: the model to train, and the sequences of its corpora."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ VAL_SEED = 0  # validation sequences are the same in every run
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """The model to train, before it has weights."""
+    """The model to train, without weights."""
 
     module: ModuleType
     config: Any
     checkpoint: Path | None
-    """Where its weights are; None: they are drawn."""
+    """Checkpoint with the weights; None: they are initialized at random."""
 
     def model(self, dtype: torch.dtype, seed: int, device: str = "cpu") -> nn.Module:
-        """The model with its weights; those that are drawn depend on `seed` only, and are drawn in fp32.
+        """Return the model with its weights. Initialization is in fp32 and depends on `seed` only.
 
-        On the meta device it has no values.
+        On the meta device the model has no values.
         """
         if self.checkpoint:
             return load_model(self.checkpoint, dtype, device)
@@ -57,7 +57,7 @@ class Blueprint:
         return model.to(dtype)
 
     def saver(self, model: nn.Module, tokenizer: Tokenizer) -> Callable[[Path | None], None]:
-        """What writes the weights and config.json of `model` into a directory; see `Run.save_final`."""
+        """Return the function that writes weights and config.json of `model` into a directory; see `make_setup`."""
 
         def save(directory: Path | None) -> None:
             if self.checkpoint:
@@ -65,7 +65,7 @@ class Blueprint:
             parameters = list(model.named_parameters())
             tensors = ((name, full_tensor(parameter.detach())) for name, parameter in parameters)
             if directory is None:
-                for _ in tensors:  # this process hands its shares over
+                for _ in tensors:  # this process takes part in gathering the shards
                     pass
                 return
             ends = tokenizer.stop_ids if len(tokenizer.stop_ids) > 1 else tokenizer.stop_ids[0]
@@ -78,10 +78,10 @@ class Blueprint:
 
 
 def blueprint(config: PretrainConfig) -> Blueprint:
-    """Find the model that the settings name.
+    """Return the model that the settings name.
 
     Raises:
-        UserError: there is no such family, preset, file, directory or field.
+        UserError: the family, preset, file, directory or field does not exist.
     """
     name, changes = config.model, config.model_fields
     if Path(name).is_dir():
@@ -113,7 +113,7 @@ def blueprint(config: PretrainConfig) -> Blueprint:
 
 
 def _changed(preset: Any, changes: dict[str, Any]) -> Any:
-    """A family's `Config` with other values in some fields; each has to be of its field's type."""
+    """Return a family's `Config` with some fields replaced; each value must have the type of its field."""
     kinds = get_type_hints(type(preset))
     values = {}
     for key, value in changes.items():
@@ -133,10 +133,10 @@ def _changed(preset: Any, changes: dict[str, Any]) -> Any:
 
 
 def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Data:
-    """Open the corpora, see that they fit the model, and plan the run.
+    """Open the corpora, check that they fit the model, and plan the run.
 
     Raises:
-        UserError: a corpus is damaged, too small, or has another tokenizer than the rest or the checkpoint.
+        UserError: a corpus is damaged, too small, or has another tokenizer than the other corpora or the checkpoint.
     """
     corpora = [Corpus(path) for path in config.data.paths]
     _check_tokenizers(corpora, plan)
@@ -164,10 +164,10 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
     warn(fabric, ineffective | ineffective_optim(config.optim, steps))
     epochs = dict(zip(data.paths if data.weights else [" + ".join(data.paths)], rows.epochs(total), strict=True))
     fabric.print(
-        f"{steps:,} steps of {train.global_batch_size:,} rows of {data.max_seq_len:,} tokens, of {len(rows):,} rows: "
+        f"{steps:,} steps of {train.global_batch_size:,} sequences of {data.max_seq_len:,} tokens, of {len(rows):,}: "
         + ", ".join(f"{count:.2f} epochs of {path}" for path, count in epochs.items())
     )
-    fabric.print(f"validation: {len(val):,} rows" if val else "warning: no validation text in the corpus")
+    fabric.print(f"validation: {len(val):,} sequences" if val else "warning: no validation text in the corpus")
     statistics = {"statistics": {"rows": len(rows), "validation_rows": len(val) if val else 0, "epochs": epochs}}
     hashes = {f"{c.name}/index.json": content_hash(c.directory / "index.json") for c in corpora}
     samples = _samples(val, tokenizer, config.eval.samples) if val else []
@@ -196,7 +196,7 @@ def _check_tokenizers(corpora: list[Corpus], plan: Blueprint) -> None:
 
 
 def _samples(val: TokenWindows, tokenizer: Tokenizer, count: int) -> list[Example]:
-    """Validation text to be continued: the first quarter of some rows is the prompt, and what follows, what is expected."""
+    """Return examples from validation text: the first quarter of a sequence is the prompt, the rest is the reference."""
     examples = []
     for row in range(min(count, len(val))):
         shard, start = val.locate(row)
@@ -209,12 +209,12 @@ def _samples(val: TokenWindows, tokenizer: Tokenizer, count: int) -> list[Exampl
 
 
 def use_z_loss(model: nn.Module, z_weight: float) -> None:
-    """Swap the head for one that keeps its logits small.
+    """Replace the head by one with z-loss.
 
     Raises:
-        UserError: the model's head is no linear without a bias.
+        UserError: the model's head is not a linear without bias.
     """
     head = getattr(model, name := head_name(model))
     if type(head) is not nn.Linear or head.bias is not None:
-        raise UserError("--z_loss: this model's head is no linear without a bias.")
+        raise UserError("--z_loss: this model's head is not a linear without bias.")
     setattr(model, name, ZLossHead(head, z_weight))

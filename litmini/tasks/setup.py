@@ -1,10 +1,9 @@
-"""What every training script does around the loop: from data and model to a `Setup`, and what is measured before and after."""
+"""From data and model to a `Setup`, for all training scripts."""
 
 from __future__ import annotations
 
 import functools
 import math
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +17,10 @@ from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
 from litmini.runs.directory import RunDirectory
-from litmini.runs.run import Run, today_keys
+from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
-from litmini.training.flops import Throughput, peak_memory_mib
-from litmini.training.loop import memory_warmup, validate
-from litmini.training.objective import Batch, Objective
+from litmini.training.flops import Throughput
+from litmini.training.objective import Batch
 from litmini.training.optimizer import make_optimizer
 from litmini.training.setup import Progress, Setup
 
@@ -31,41 +29,41 @@ if TYPE_CHECKING:
 
 
 class Sequences(Protocol):
-    """A data set as sequences of tokens, numbered through all epochs: `PackedDataset`, `TokenWindows`."""
+    """A data set of token sequences, numbered through all epochs: `PackedDataset`, `TokenWindows`."""
 
     length: int
-    """The longest sequence."""
+    """Maximum tokens of a sequence."""
 
     def __len__(self) -> int: ...
 
     def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Return a rank's share of the sequences `numbers` in micro-batches, as many on every rank."""
+        """Yield a rank's part of the sequences `numbers` in micro-batches; their number is the same on every rank."""
         ...
 
     def locations(self, numbers: Sequence[int]) -> list[list[str]]:
-        """Return where the examples of these sequences come from."""
+        """Return the locations of the examples of each of these sequences."""
         ...
 
     def longest_batch(self, micro_batch: int) -> Batch | None:
-        """Return the micro-batch that needs most memory; None where all sequences are of one length."""
+        """Return the micro-batch that needs most memory; None if all sequences have the same length."""
         ...
 
     def lengths(self) -> np.ndarray | None:
-        """Return the length of each example; None where the data are no examples."""
+        """Return the length of each example; None if the data are not examples."""
         ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """The sequences of a run, the tokenizer they were made with, and what is known of them."""
+    """The sequences of a run, their tokenizer, and their statistics."""
 
     tokenizer: Tokenizer
     train: Sequences
     val: Sequences | None
     val_examples: list[Example]
-    """Validation examples as they were read, to be completed."""
+    """Validation examples as they were read, for completions."""
     total_sequences: int
-    """That the run trains on, over all epochs."""
+    """Sequences that the run trains on, over all epochs."""
     global_batch_size: int
     micro_batch_size: int
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -93,14 +91,14 @@ class Data:
 
 @dataclass
 class TrainingSetup(Setup):
-    """The setup of a training script: its data has a tokenizer, and its recorder is a directory."""
+    """The setup of a training script: its data has a tokenizer, and its recorder writes a directory."""
 
     data: Data
     recorder: Run
 
     @property
     def module(self) -> nn.Module:
-        """The model as it was loaded, without Fabric's wrapper."""
+        """The model without Fabric's wrapper."""
         return self.model.module  # type: ignore[no-any-return]
 
 
@@ -112,13 +110,13 @@ def make_setup(
     save_weights: Callable[[Path | None], None],
     lr_ratios: dict[str, float] | None = None,
 ) -> TrainingSetup:
-    """Shard the model, make its optimizer, restore the state that the run resumes from, and compile what is to be compiled.
+    """Shard the model, make its optimizer, restore the state that the run resumes from, and compile the model if requested.
 
     Args:
-        model: with its method; every parameter that is trained requires a gradient.
-        save_weights: writes the method's product into a directory. Every rank calls it, since gathering a sharded model takes
-            them all; those other than 0 are given None.
-        lr_ratios: parameter name -> its learning rate over `optim.lr`.
+        model: with its method; trained parameters require gradients.
+        save_weights: writes the result of training into a directory. Every rank calls it, to gather a sharded model; ranks
+            other than 0 pass None.
+        lr_ratios: parameter name -> its learning rate divided by `optim.lr`.
 
     Raises:
         UserError: the checkpoint does not fit, or base, template or data changed since the run began.
@@ -132,10 +130,12 @@ def make_setup(
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if is_sharded(model):
         local, every = (f"{size / 2**20:,.1f}" for size in local_bytes(model))
-        fabric.print(f"{fabric.world_size} processes share the parameters: this one holds {local} of {every} MiB")
+        fabric.print(
+            f"parameters are sharded over {fabric.world_size} processes: this one holds {local} of {every} MiB"
+        )
     dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
     throughput = Throughput(model, fabric.device, dtype)
-    fabric.print(f"MFU is of {throughput.peak / 1e12:,.2f} Tflop/s, {throughput.source}")
+    fabric.print(f"MFU is relative to {throughput.peak / 1e12:,.2f} TFLOP/s, {throughput.source}")
     worth = config.compile == "auto" and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
         from litmini.training.compile import compile_training
@@ -155,121 +155,42 @@ def make_setup(
     return setup
 
 
-def measure_start(setup: TrainingSetup, objective: Objective) -> None:
-    """Measure the model as it is, and run the longest batch once; nothing where the run is resumed."""
-    if setup.progress.step == 0:
-        measure(setup, objective, "before")
-        longest = setup.data.train.longest_batch(setup.train.micro_batch_size)
-        if longest is not None:
-            memory_warmup(setup, objective, longest)
-
-
-def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = None) -> str:
-    """Save what was trained, measure it, draw the curve, and say what a person wants to know and what to type next.
-
-    Args:
-        adapter_of: the base checkpoint, where the product is an adapter.
-    """
-    run, throughput, progress = setup.recorder, setup.throughput, setup.progress
-    assert isinstance(throughput, Throughput)
-    if setup.train.keep_best and progress.best_step:
-        run.results |= {"best_step": progress.best_step, "best_val_loss": progress.best_val_loss}
-    run.results |= {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "target_tokens": progress.targets,
-        "training_seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "mfu": throughput.mfu,
-        "peak_flops": throughput.peak,
-        "peak_flops_source": throughput.source,
-    }
-    final = run.save_final()
-    run.results["peak_memory_mib"] = peak_memory_mib(setup.fabric.device)
-    measure(setup, objective, "after")
-    if setup.fabric.is_global_zero:
-        from litmini.runs.plots import plot_metrics
-        from litmini.runs.report import write_report
-
-        plot_metrics(run.directory, run.results)
-        write_report(run.directory, setup.data.train.lengths(), setup.data.train.length)
-    adapter = ["--adapter_dir", str(final)] if adapter_of else []
-    words = ["python", "scripts/generate.py", "--checkpoint_dir", adapter_of or str(final), *adapter, "--prompt", "..."]
-    return "\n".join([*_in_words(run.results), f"\nThe result is {final}. Talk to it:\n  {shlex.join(words)}"])
-
-
-def _in_words(r: dict[str, Any]) -> list[str]:
-    """The results of a run, for people."""
-    lines = []
-    samples = (today_keys(r.get(f"samples_{when}", [])) for when in ("before", "after"))
-    for before, after in zip(*samples, strict=False):
-        lines += [f"\nprompt     {before['prompt']}", f"reference  {before['reference']}"]
-        lines += [f"before     {before['prediction']}", f"after      {after['prediction']}"]
-    lines.append("")
-    if {"val_loss_before", "val_loss_after"} <= r.keys():
-        lines.append(f"validation loss         {r['val_loss_before']:.3f} -> {r['val_loss_after']:.3f}")
-    if {"exact_match_before", "exact_match_after"} <= r.keys():
-        lines.append(f"validation exact match  {r['exact_match_before']:.0%} -> {r['exact_match_after']:.0%}")
-    lines.append(
-        f"training took {r['training_seconds']:.0f} s at {r['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {r['peak_memory_mib']:,.0f} MiB"
-    )
-    return lines
-
-
-def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
-    """Validation loss, completions and exact match into the run's manifest, under names that end in `when`."""
-    data, run = setup.data, setup.recorder
-    config = run.config.eval
-    results: dict[str, Any] = {}
-    if (loss := validate(setup, objective)) is not None:
-        results[f"val_loss_{when}"] = loss
-    if asked := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
-        from litmini.evaluation.metrics import exact_match, predict
-
-        answers = predict(setup.module, data.tokenizer, asked, config.max_new_tokens)
-        results[f"samples_{when}"] = [vars(a) for a in answers[: config.samples]]
-        if config.exact_match:
-            results[f"exact_match_{when}"] = exact_match(answers)
-    run.write_manifest(**results)
-
-
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
-    """Completions of the first validation prompts into samples.jsonl. Every rank takes part, as a sharded model needs them."""
+    """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
     from litmini.evaluation.metrics import predict
 
     config = setup.recorder.config.eval
-    answers = predict(
+    predictions = predict(
         setup.module, setup.data.tokenizer, setup.data.val_examples[: config.samples], config.max_new_tokens
     )
-    setup.recorder.log_samples(progress.step, [vars(answer) for answer in answers])
+    setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a tied one counts once."""
+    """Return the number of (trained, all) parameters; a tied one counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def _worth_compiling(
     fabric: Fabric, model: nn.Module, dtype: torch.dtype, flops: Callable[[list[Batch]], float], data: Data
 ) -> bool:
-    """By all steps of the run, so that it decides the same when it is resumed."""
+    """Decide `--compile auto` by the FLOPs of the whole run, so that a resumed run decides the same."""
     from litmini.compiler import compilable
     from litmini.training.compile import is_worth_compiling
 
     planned = planned_flops(flops, data, fabric.world_size)
     worth = fabric.broadcast(compilable(model, dtype) and is_worth_compiling(planned, fabric.device))
-    fabric.print(f"compile auto: {'on' if worth else 'off'}, for {planned:.1e} FLOPs in each process")
+    fabric.print(f"compile auto: {'on' if worth else 'off'}, for {planned:.1e} FLOPs per process")
     return bool(worth)
 
 
 def planned_flops(flops: Callable[[list[Batch]], float], data: Data, world: int) -> float:
-    """FLOPs of a process of `world` in the whole run, by its share of the first step."""
+    """Return the FLOPs of one of `world` processes in the whole run, extrapolated from its part of the first step."""
     return flops(data.batches(0, 0, world)) * data.total_sequences / min(data.global_batch_size, data.total_sequences)
 
 
 def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
-    """Settings of the optimizer -> whether they have no effect in a run of `steps` steps."""
+    """Return setting of the optimizer -> whether it is ineffective in a run of `steps` steps."""
     plain = OptimConfig()
     return {
         "optim.betas": config.name == "sgd" and config.betas != plain.betas,
@@ -280,7 +201,7 @@ def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
 
 
 def ineffective_memory(config: RunConfig, device: torch.device) -> dict[str, bool]:
-    """Settings that save memory -> whether they have no effect here."""
+    """Return setting that saves memory -> whether it is ineffective on this device."""
     return {
         "train.offload_activations": config.train.offload_activations and device.type == "cpu",
         "optim.offload": config.optim.offload and device.type == "cpu",
@@ -289,6 +210,6 @@ def ineffective_memory(config: RunConfig, device: torch.device) -> dict[str, boo
 
 
 def warn(fabric: Fabric, ineffective: dict[str, bool]) -> None:
-    """Print the settings that have no effect."""
-    if found := [name for name, has_no_effect in ineffective.items() if has_no_effect]:
-        fabric.print(f"warning: without effect, or not the one that one expects: {', '.join(found)}")
+    """Print the ineffective settings."""
+    if names := [name for name, is_ineffective in ineffective.items() if is_ineffective]:
+        fabric.print(f"warning: ineffective settings: {', '.join(names)}")

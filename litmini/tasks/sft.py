@@ -1,4 +1,4 @@
-"""Supervised finetuning: which data it trains on, and for how many steps."""
+"""Supervised finetuning: its data and number of steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
-    """Get the checkpoint if it is missing, tokenise the data, and plan the run."""
+    """Download the checkpoint if it is missing, tokenise the data, and plan the run.
+
+    Raises:
+        UserError: the sequences are longer than the model's context, or the data cannot be read.
+    """
     use_model_file(config.model_file)
     with fabric.rank_zero_first():
         if not Path(config.checkpoint_dir).is_dir():
@@ -41,10 +45,10 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
         )
     to_answer = None if config.eval.exact_match else config.eval.samples
     failed: UserError | None = None
-    with fabric.rank_zero_first(local=True):  # the others find its tokens on disk
+    with fabric.rank_zero_first(local=True):  # the other ranks read its tokens from the cache
         try:
             train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_answer)
-        except UserError as error:  # which all of them meet; leaving this block now would leave them waiting
+        except UserError as error:  # all ranks raise it, but after this block: rank 0 would leave the others waiting
             failed = error
     if failed:
         raise failed
@@ -62,9 +66,9 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
     fabric.print(describe("training", train))
     if val:
         fabric.print(describe("validation", val))
-    filled = 100 * rows.tokens(0) / (len(rows) * rows.length)
-    full = f" of {rows.length} tokens, {filled:.1f}% filled" if rows.pack else ""
-    fabric.print(f"{steps:,} steps of {batch} rows{full}: {total_rows / len(rows):.2f} epochs")
+    efficiency = 100 * rows.tokens(0) / (len(rows) * rows.length)
+    packed = f" of {rows.length} tokens, packing efficiency {efficiency:.1f}%" if rows.pack else ""
+    fabric.print(f"{steps:,} steps of {batch} sequences{packed}: {total_rows / len(rows):.2f} epochs")
     validation = (
         PackedDataset(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
     )

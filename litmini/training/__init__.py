@@ -1,1 +1,1 @@
-"""The loop and what it needs: optimizer, memory and FLOP accounting, compilation. It knows no data, method or file format."""
+"""The training loop, optimizers, memory and FLOP accounting, compilation. Independent of data, methods and file formats."""

@@ -1,4 +1,4 @@
-"""torch.compile for training, block by block: they have the same code, so one compilation serves all and is kept on disk."""
+"""torch.compile for training, block by block: blocks have the same code, so all use one compilation, cached on disk."""
 
 import functools
 import importlib.util
@@ -11,16 +11,16 @@ from torch import nn
 from litmini.compiler import check_compiler, has_cxx
 from litmini.distributed.fsdp import blocks
 
-# FLOPs of each process in a whole run from which on `auto` compiles. On a CPU: 20 minutes of a small model, where a
-# minute of compiling and a tenth off each step were measured. On a GPU: 10 minutes at 100 Tflop/s, by judgement alone.
+# `auto` compiles if each process computes at least this many FLOPs in the run. On a CPU: 20 minutes of a small model, where
+# compiling took a minute and saved a tenth of each step. On a GPU: 10 minutes at 100 TFLOP/s, an estimate.
 COMPILE_THRESHOLD = {"cpu": 2.5e14, "cuda": 6e16}
 
 
 def is_worth_compiling(flops: float, device: torch.device) -> bool:
-    """Whether `--compile auto` compiles for a run of so many FLOPs in each process: it is long enough, and can be."""
+    """Return whether `--compile auto` compiles a run of `flops` FLOPs per process: it is long enough, and can be compiled."""
     if device.type == "cpu":
         can_compile = has_cxx()
-    else:  # torch.compile needs Triton there, which needs GPUs of this generation
+    else:  # torch.compile needs Triton, which needs GPUs of compute capability 7.0
         can_compile = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (
             7,
             0,
@@ -29,16 +29,16 @@ def is_worth_compiling(flops: float, device: torch.device) -> bool:
 
 
 def compile_training(model: nn.Module, dtype: torch.dtype, backend: str = "inductor") -> None:
-    """Let torch.compile make the training forward and backward of every `Block`; the first step takes a minute or so more.
+    """Compile forward and backward of every `Block` in training mode; the first step takes about a minute longer.
 
-    What is not training (evaluation, generation, with their caches) runs as it is written, to the bit. So `forward` is
-    chosen by mode: `nn.Module.compile()` compiles evaluation, too, and nothing at all under activation checkpointing.
+    Evaluation and generation stay uncompiled and bit-identical. So the mode selects the `forward`: `nn.Module.compile()`
+    would compile evaluation as well, and nothing under activation checkpointing.
 
     Args:
-        dtype: of the matmuls.
+        dtype: compute dtype.
 
     Raises:
-        UserError: there is no C++ compiler, or it is a model that cannot be compiled.
+        UserError: there is no C++ compiler, or the model cannot be compiled.
     """
     check_compiler(model, dtype)
 

@@ -1,13 +1,13 @@
-"""How well a run uses its hardware: MFU, with flops counted from shapes and a peak that is published or measured; memory.
+"""Throughput of training: MFU, from FLOPs counted by shape and a published or measured peak; and peak memory.
 
-    MFU = flops a second that the model needs / peak flops a second of the device
+    MFU = FLOPs per second that the model needs / peak FLOPs per second of the device
 
-The flops of a step are sums over its tokens, in which recomputed activations do not count:
+The FLOPs of a step are sums over its tokens; recomputed activations do not count:
 
-    each matrix        2 x numbers in it forward, 2 for the gradient of its input, 2 for its own where it is trained
-    the head           the same, for tokens with a target only: other rows of logits are never computed
-    experts            the same, for those that a token goes to
-    attention          4 x layers x heads x head_dim x keys that a token sees (its own document's), forward; twice that back
+    each matrix        2 x its values in forward, 2 x for the gradient of its input, 2 x for its own gradient if it is trained
+    the head           the same, for tokens with a target only: other logits are never computed
+    experts            the same, for the active experts of a token
+    attention          4 x layers x heads x head_dim x keys that a token sees in its document in forward; 8 x in backward
 """
 
 import time
@@ -19,7 +19,7 @@ from torch import nn
 from litmini.system import peak_resident_bytes
 
 Batch = dict[str, torch.Tensor]
-PUBLISHED = {  # dense bf16 tensor flops a second, by the makers' data sheets; a name is looked for in the device's
+PUBLISHED = {  # dense bf16 FLOPs per second from data sheets; the first name that occurs in the device's name is used
     "B200": 2.25e15,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -36,11 +36,11 @@ PUBLISHED = {  # dense bf16 tensor flops a second, by the makers' data sheets; a
 
 
 class Throughput:
-    """Measures optimizer steps.
+    """Measures the throughput of optimizer steps.
 
     Args:
         model: with its adapters.
-        dtype: of its products.
+        dtype: compute dtype.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -60,11 +60,11 @@ class Throughput:
 
     @property
     def mfu(self) -> float:
-        """Of all steps measured so far."""
+        """MFU of all steps so far."""
         return self.done / max(self.seconds, 1e-9) / self.peak
 
     def flops(self, batches: list[Batch]) -> float:
-        """What a forward and backward pass over micro-batches needs."""
+        """Return the FLOPs of a forward and backward pass over micro-batches."""
         total = 0.0
         for batch in batches:
             tokens = batch["tokens"]
@@ -76,32 +76,32 @@ class Throughput:
         return total
 
     def __call__(self, batches: list[Batch], seconds: float) -> dict[str, float]:
-        """The metrics of a step in which this process ran `batches`."""
+        """Return the metrics of a step in which this process ran `batches`."""
         flops = self.flops(batches)
         self.done, self.seconds = self.done + flops, self.seconds + seconds
         return {"mfu": flops / seconds / self.peak, "memory_mib": peak_memory_mib(self.device)}
 
 
 def matrices(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
-    """(numbers that a token is multiplied with, whether they are trained) of each matrix that is the module's own."""
+    """Return (values that a token is multiplied with, whether they are trained) for each matrix of the module itself."""
     if isinstance(module, nn.Embedding):  # a lookup
         return []
-    if "in_features" in vars(module):  # whatever form its weight is stored in
+    if "in_features" in vars(module):  # for any storage format of its weight
         own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        copies = config.n_active if any(p.dim() == 3 for p in own) else 1
-        size = int(module.in_features) * int(module.out_features) * copies  # type: ignore[arg-type]
+        active = config.n_active if any(p.dim() == 3 for p in own) else 1  # experts
+        size = int(module.in_features) * int(module.out_features) * active  # type: ignore[arg-type]
         return [(size, any(p.requires_grad for p in own))]
-    found = []
+    entries = []
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 2:
-            found.append((float(parameter.numel()), parameter.requires_grad))
+            entries.append((float(parameter.numel()), parameter.requires_grad))
         elif parameter.dim() == 3:  # experts
-            found.append((parameter.numel() * config.n_active / config.n_experts, parameter.requires_grad))
-    return found
+            entries.append((parameter.numel() * config.n_active / config.n_experts, parameter.requires_grad))
+    return entries
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Flops a second that a device can do, and where that number is from."""
+    """Return the peak FLOPs per second of a device, and the source of that number."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PUBLISHED.items():
@@ -112,13 +112,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     best, end = 0.0, time.perf_counter() + 0.3
     while not best or time.perf_counter() < end:
         started = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for a GPU
+        (a @ a)[0, 0].item()  # CPU-GPU sync point
         best = max(best, 2 * n**3 / (time.perf_counter() - started))
-    return best, f"measured, a product of {n} x {n} in {str(dtype).removeprefix('torch.')}"
+    return best, f"measured with a matmul of {n} x {n} in {str(dtype).removeprefix('torch.')}"
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: on the GPU where there is one, else resident."""
+    """Return the peak memory of this process in MiB: on the GPU if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return peak_resident_bytes() / 2**20

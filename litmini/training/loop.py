@@ -1,6 +1,7 @@
-"""The training loop: the only one. What is learned is an objective; what it runs on is a `Setup`.
+"""The training loop. It takes an objective, and a `Setup` with model, optimizer and data.
 
-The loss of an optimizer step is the sum over the objective's units, divided by their number: over micro-batches and ranks.
+The loss of an optimizer step is the sum over all units of the objective, over all micro-batches and ranks, divided by their
+number.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from litmini.errors import UserError
 from litmini.training.objective import Batch, Objective, count_tokens
 from litmini.training.optimizer import learning_rate
 from litmini.training.setup import Progress, Setup
-from litmini.training.signals import Interrupted, caught
+from litmini.training.signals import Interrupted, graceful_shutdown
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-MOST_SKIPPED = 25  # steps in a row; a gradient scaler may need 16 to find its scale
+MAX_SKIPPED = 25  # consecutive steps; a gradient scaler may need 16 to find its scale
 
 
 def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Progress:
     """Train from `setup.progress` to the last step, or until the validation loss stops falling (`train.patience`).
 
     Args:
-        stop_after: return after this step; schedule and data are those of the whole run. None: the last one.
+        stop_after: return after this step, with the schedule and data of the whole run; None: after the last step.
 
     Raises:
-        UserError: loss or gradients are not finite; skipping, `MOST_SKIPPED` times in a row.
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        UserError: loss or gradients are not finite; with `on_nonfinite` skip, in `MAX_SKIPPED` consecutive steps.
+        Interrupted: by SIGTERM or Ctrl-C; the state is saved.
     """
     fabric, progress, total_steps = setup.fabric, setup.progress, setup.data.total_steps
     last = total_steps if stop_after is None else stop_after
@@ -43,10 +44,10 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
     if scaler and progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
     setup.model.train()
-    hidden = None if fabric.is_global_zero else True  # None: where nobody looks at a terminal
+    hidden = None if fabric.is_global_zero else True  # None: hidden if stderr is not a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     try:
-        with caught() as received, bar:
+        with graceful_shutdown() as received, bar:
             while progress.step < last:
                 metrics, stop = _step(setup, objective, scaler, len(received))
                 _report(setup, objective, bar, metrics)
@@ -66,7 +67,7 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
 
 
 def _step(setup: Setup, objective: Objective, scaler: Any, signals: int) -> tuple[dict[str, float], bool]:
-    """Take one optimizer step and count it; returns its metrics, and whether any rank received a signal."""
+    """Take one optimizer step; return its metrics, and whether any rank received a signal."""
     fabric, progress, data = setup.fabric, setup.progress, setup.data
     started, step = time.perf_counter(), progress.step
     rank, world = fabric.global_rank, fabric.world_size
@@ -93,7 +94,7 @@ def _step(setup: Setup, objective: Objective, scaler: Any, signals: int) -> tupl
 
 
 def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, float]) -> None:
-    """Validate, log, show and sample, where this step is due for it. A validation loss is added to `metrics`."""
+    """Validate, log, show progress and sample, if they are due after this step; add a validation loss to `metrics`."""
     progress, train = setup.progress, setup.train
     last = progress.step == setup.data.total_steps
     if train.eval_every and progress.step % train.eval_every == 0 and not last:
@@ -112,12 +113,12 @@ def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, fl
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """`torch.manual_seed`, which takes a tenth of a millisecond to write down who called it, for GPUs to come."""
+    """Call `torch.manual_seed`; on a CPU, seed its generator alone, which saves 0.1 ms."""
     torch.default_generator.manual_seed(seed) if device.type == "cpu" else torch.manual_seed(seed)
 
 
 def _total(fabric: Fabric, *counts: int) -> list[int]:
-    """Sums over all ranks; of signals, too, so that all stop after the same step."""
+    """Return the sums of `counts` over all ranks. Signals are among them, so that all ranks stop after the same step."""
     if fabric.world_size == 1:
         return list(counts)
     total: Any = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum")
@@ -125,13 +126,13 @@ def _total(fabric: Fabric, *counts: int) -> list[int]:
 
 
 def _is_due(progress: Progress, config: TrainConfig) -> bool:
-    """Whether to save after this step."""
+    """Return whether a checkpoint is due after this step."""
     is_best = config.keep_best and progress.best_step == progress.step
     return is_best or bool(config.save_every and progress.step % config.save_every == 0)
 
 
 def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
-    """Whether the last `config.patience` evaluations found no lower validation loss."""
+    """Return whether the last `config.patience` evaluations found no lower validation loss."""
     assert config.eval_every
     enough = bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
     if enough:
@@ -143,16 +144,16 @@ def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
 
 
 def _show(fabric: Fabric, bar: tqdm, metrics: dict[str, float], progress: Progress) -> None:
-    """Move the bar or, in log files, print a line for each twentieth of the run."""
-    bar.set_postfix_str(_in_words(metrics), refresh=False)
+    """Advance the progress bar or, without a terminal, print a line for each twentieth of the run."""
+    bar.set_postfix_str(_format_metrics(metrics), refresh=False)
     bar.update()
     if bar.disable and progress.step % max(1, bar.total // 20) == 0:
-        left = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
-        fabric.print(f"step {progress.step} of {bar.total}: {_in_words(metrics)}, {left} left")
+        remaining = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
+        fabric.print(f"step {progress.step} of {bar.total}: {_format_metrics(metrics)}, {remaining} left")
 
 
-def _in_words(metrics: dict[str, float]) -> str:
-    """A line for people."""
+def _format_metrics(metrics: dict[str, float]) -> str:
+    """Return metrics as a line of text."""
     words = f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
     words += f"{metrics['tokens_per_second']:,.0f} tok/s"
     if "mfu" in metrics:
@@ -163,28 +164,28 @@ def _in_words(metrics: dict[str, float]) -> str:
 def _take_step(
     setup: Setup, objective: Objective, micro_batches: list[Batch], units: int, scaler: Any
 ) -> tuple[list[float], float, float]:
-    """One optimizer step, not taken where loss or gradients are not finite.
+    """Run the micro-batches and take one optimizer step, unless loss or gradients are not finite.
 
     Args:
         units: of all micro-batches on all ranks.
         scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
 
     Returns:
-        The summed losses of this rank's micro-batches, the loss a unit and the gradient norm before clipping, both over
+        The summed losses of this rank's micro-batches; the loss per unit and the gradient norm before clipping, both over
         all ranks.
     """
     fabric, model, optimizer = setup.fabric, setup.model, setup.optimizer
     losses = []
-    sharded = is_dtensor(next(model.parameters()))  # gradients are, too, after each micro-batch
+    sharded = is_dtensor(next(model.parameters()))  # gradients are sharded after each micro-batch as well
     for i, batch in enumerate(micro_batches):
         more = i + 1 < len(micro_batches)
         with fabric.no_backward_sync(model, enabled=more and not sharded):
-            if sharded:  # Fabric has just switched it on
-                model.module.set_requires_all_reduce(not more)  # replicas of the shards (hsdp) are added up once a step
+            if sharded:  # Fabric has just enabled the all-reduce
+                model.module.set_requires_all_reduce(not more)  # replicas of shards (hsdp) are summed once per step
             loss = objective.loss(model, fabric.to_device(batch))
-            fabric.backward(loss * (fabric.world_size / max(1, units)))  # ranks are averaged: undo it
+            fabric.backward(loss * (fabric.world_size / max(1, units)))  # gradients are averaged over ranks: undo it
         losses.append(loss.detach())
-    if getattr(optimizer, "in_backward", False):  # the steps were taken there
+    if getattr(optimizer, "in_backward", False):  # the backward pass took the steps
         clipped: Any = torch.tensor(optimizer.take_norm())
     else:
         clip = setup.optim.max_grad_norm or math.inf
@@ -204,35 +205,35 @@ def _take_step(
 
 
 def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> bool:
-    """Whether a step was left out for a reason that the user should know; counts those in a row."""
+    """Return whether the step was skipped, other than to find the loss scale; count skipped steps."""
     taken = math.isfinite(loss) and math.isfinite(norm)
     progress.skipped += not taken
     progress.skipped_in_row = 0 if taken else progress.skipped_in_row + 1
-    scaling = scaler and math.isfinite(loss) and progress.skipped_in_row < MOST_SKIPPED  # it finds its scale that way
+    scaling = scaler and math.isfinite(loss) and progress.skipped_in_row < MAX_SKIPPED  # the scaler finds its scale
     return not (taken or scaling)
 
 
 def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, progress: Progress) -> None:
-    """Say that a step was not taken, as a warning or as the error that ends the run."""
+    """Report a non-finite step as a warning, or as the error that ends the run."""
     what += f": not finite, so the step was not taken.{where}"
     if config.on_nonfinite == "stop":
         raise UserError(
-            f"{what} Look at that data, or try a lower --optim.lr; --train.on_nonfinite skip leaves such steps out."
+            f"{what} Look at that data, or try a lower --optim.lr; --train.on_nonfinite skip skips such steps."
         )
-    if progress.skipped_in_row >= MOST_SKIPPED:
-        raise UserError(f"{what} So were the {MOST_SKIPPED - 1} before it: the weights are likely to be damaged.")
+    if progress.skipped_in_row >= MAX_SKIPPED:
+        raise UserError(f"{what} So were the {MAX_SKIPPED - 1} steps before it: the weights are probably damaged.")
     fabric.print(f"warning: {what}")
 
 
 def validate(setup: Setup, objective: Objective) -> float | None:
-    """The mean validation loss a unit; None where there is no validation set."""
+    """Return the mean validation loss per unit; None if there is no validation set."""
     batches = setup.data.validation_batches(setup.fabric.global_rank, setup.fabric.world_size)
     return None if batches is None else evaluate(setup.fabric, setup.model, objective, batches)
 
 
 @torch.no_grad()
 def evaluate(fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch]) -> float:
-    """Mean loss a unit over all `batches` of all ranks: it does not depend on batch size or number of ranks."""
+    """Return the mean loss per unit over all `batches` of all ranks, independent of batch size and number of ranks."""
     model.eval()
     losses, units = [], 0
     for batch in batches:
@@ -246,9 +247,9 @@ def evaluate(fabric: Fabric, model: Any, objective: Objective, batches: Iterable
 
 
 def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
-    """Run the largest micro-batch forward and backward: whatever runs out of memory does so now, not after hours.
+    """Run the largest micro-batch forward and backward, so that a run that needs too much memory fails at once.
 
-    Leaves no trace: the gradients are dropped.
+    The gradients are dropped, so the run is unchanged.
     """
     setup.model.train()
     setup.fabric.backward(objective.loss(setup.model, setup.fabric.to_device(batch)))

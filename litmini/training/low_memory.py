@@ -1,5 +1,5 @@
-"""Optimizer steps that need less memory: one parameter at a time, in the backward pass, with averages kept elsewhere, or on
-bf16 weights that lose nothing.
+"""Low-memory training: optimizer steps per parameter, in the backward pass, with offloaded state, or with stochastic rounding
+of bf16 weights; activation checkpointing and offloading.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from litmini.ops.rounding import stochastic_round
 
 
 class PerParameter(torch.optim.Optimizer):
-    """Any optimizer, parameter by parameter: what the step of one needs is there for that one only.
+    """Wraps an optimizer to step parameter by parameter: temporary tensors exist for one parameter at a time.
 
     Args:
-        groups: as for any optimizer.
-        make: groups -> the optimizer that does the work.
-        rounding: bf16 parameters take their step in fp32, with averages in fp32, and are rounded stochastically: the same
-            way on every rank and after resuming, as a function of the parameter's number and its steps.
-        in_backward: each step is taken as soon as its gradient is there, which is then dropped. Such a gradient is whole
-            only without accumulation, clipping and other ranks. One that is not finite is not used.
-        offload: the averages are in CPU memory between steps.
+        groups: parameter groups, as for any optimizer.
+        make: groups -> the wrapped optimizer.
+        rounding: step bf16 parameters in fp32, with moments in fp32, and round stochastically. The noise is a function of
+            the parameter's index and its number of steps: the same on every rank and after resuming.
+        in_backward: take the step of a parameter as soon as its gradient exists, and drop the gradient. This excludes
+            accumulation, clipping and several ranks. Non-finite gradients are not used.
+        offload: keep the moments in CPU memory between steps.
 
     Raises:
         UserError: the parameters are sharded.
@@ -45,7 +45,7 @@ class PerParameter(torch.optim.Optimizer):
         if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
             raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --strategy fsdp.")
         self.in_backward, self.offload = in_backward, offload
-        self.squares: list[Tensor] = []  # of the gradient norms of a step in the backward pass
+        self.squares: list[Tensor] = []  # squared gradient norms of the steps in one backward pass
         self._parts: dict[Tensor, tuple[int, torch.optim.Optimizer, Tensor, dict[str, Any]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -57,13 +57,13 @@ class PerParameter(torch.optim.Optimizer):
                     parameter.register_post_accumulate_grad_hook(self._update)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take the step of every parameter that has a gradient; with `in_backward` all were taken already."""
+        """Take the step of every parameter that has a gradient; with `in_backward`, none has."""
         for parameter in self._parts:
             if parameter.grad is not None:
                 self._update(parameter)
 
     def take_norm(self) -> float:
-        """With `in_backward`: the norm of the gradients since the last call."""
+        """Return the norm of the gradients since the last call, with `in_backward`."""
         total = float(torch.stack(self.squares).sum().sqrt()) if self.squares else 0.0
         self.squares.clear()
         return total
@@ -101,16 +101,16 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let every `Block` of a model keep only its input for the backward pass and compute the rest again.
+    """Let every `Block` of a model keep only its input for the backward pass and recompute the rest.
 
-    Dropout draws the same mask again: the random state is preserved.
+    Recomputed dropout masks are the same: the random state is preserved.
     """
     for module in blocks(model):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def offload_activations(model: nn.Module) -> None:
-    """Let what every `Block` of a model keeps for the backward pass wait in CPU memory. Its weights stay where they are."""
+    """Keep the activations of every `Block` of a model in CPU memory until the backward pass. Weights stay on the device."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:

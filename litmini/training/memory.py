@@ -1,7 +1,7 @@
-"""How much memory a training step will take, by part, before it is taken; and how long a run will be.
+"""Estimates the peak memory of a training step, by part, without running it.
 
-Nothing is guessed about a model: its forward and backward run on fake tensors, which have shapes and no values, while
-every storage that comes and goes is counted. Index tensors (tokens, documents, labels) stay real, as code looks at them.
+Forward and backward of the model run on fake tensors, which have shapes but no values, and every storage that is allocated
+and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ class Memory:
     """Bytes at the peak of a training step, by part."""
 
     frozen: int
-    """Weights that are not trained."""
+    """Frozen weights."""
     trained: int
     """Adapters, or all weights."""
     optimizer: int
-    """Its averages."""
+    """Optimizer state."""
     gradients: int
-    """Of what is trained, as far as they are there at the peak."""
+    """The gradients that exist at the peak."""
     activations: int
-    """Kept by the forward pass for the backward pass."""
+    """Tensors that the forward pass keeps for the backward pass."""
     loss: int
-    """Logits and what is made of them; also the head's gradient while it is summed up."""
+    """Logits and tensors computed from them, and the gradient of the head while it is summed."""
     temporary: int
-    """In use by the operation that runs at the peak."""
+    """Temporary tensors of the operation that runs at the peak."""
     process: int = 0
-    """Python, torch, the data: what is there before the model."""
+    """Memory of the process without the model: Python, torch, the data."""
     allocator: int = 0
-    """What a CPU's malloc has between the pieces: three tenths of what comes and goes, by experience."""
+    """Fragmentation of the CPU's allocator: 30% of activations, loss and temporary tensors, from experience."""
 
     @property
     def total(self) -> int:
@@ -57,16 +57,16 @@ class Memory:
 def estimate(
     model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool = False, process: int = 0
 ) -> Memory:
-    """The memory of the training steps of `model`, which may be on the meta device.
+    """Estimate the memory of the training steps of `model`, which may be on the meta device.
 
     Args:
-        batch: a micro-batch as training has it, on the CPU.
-        precision: as in `FinetuneConfig`.
-        accumulate: gradients of one micro-batch are there while the next one runs.
-        process: bytes that the process takes without the model; 0 on a GPU.
+        batch: a micro-batch of training, on the CPU.
+        precision: as in `RunConfig`.
+        accumulate: the gradients of one micro-batch exist while the next one runs.
+        process: bytes of the process without the model; 0 on a GPU.
 
     Raises:
-        UserError: the model decides by values which tensors it makes (experts, say), so this cannot know them.
+        UserError: the shapes of the model's tensors depend on values, as those of experts do.
     """
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     matrices = block_matrices(model) if config.name == "muon" else set()
@@ -87,20 +87,20 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig, by_muon: bool = False) -> int:
-    """What the optimizer keeps for a parameter. Muon, which has one average, does the matrices inside of blocks."""
+    """Return the bytes of the optimizer state of a parameter. Muon, for the matrices of blocks, has one moment."""
     if config.name == "sgd" or config.offload:
         return 0
     if config.stochastic_rounding:
         return 8 * parameter.numel()
     if "8bit" in config.name and parameter.numel() >= 4096:
-        return 2 * parameter.numel() + 8 * (parameter.numel() // 256 + 1)  # and a scale for each block of 256
+        return 2 * parameter.numel() + 8 * (parameter.numel() // 256 + 1)  # with a scale for each block of 256
     return (1 if by_muon else 2) * (4 * parameter.numel() if "8bit" in config.name else nbytes(parameter))
 
 
 def _peak(
     model: nn.Module, batch: Batch, precision: str, accumulate: bool = False, in_backward: bool = False
 ) -> dict[str, int]:
-    """What is alive at the peak of a micro-step, by part."""
+    """Return the bytes that are allocated at the peak of a forward and backward pass, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with _faked(model, mode) as fakes:
@@ -117,19 +117,19 @@ def _peak(
                     ledger.end_of_forward()
                     loss.backward()
                 del loss
-        except RuntimeError as error:  # torch's DataDependentOutputException is one, too
+        except RuntimeError as error:  # such as torch's DataDependentOutputException
             what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the memory of this model cannot be known in advance: {what}") from error
+            raise UserError(f"the memory of this model cannot be estimated: {what}") from error
         gradients = {fake.grad.untyped_storage()._cdata for fake in fakes if fake.grad is not None}
         return ledger.parts(gradients)
 
 
 @contextmanager
 def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[list[torch.Tensor]]:
-    """Fake tensors in the place of all parameters and buffers, tied ones tied, in training mode; yields them."""
-    held = [(owner, dict(owner)) for m in model.modules() for owner in (m._parameters, m._buffers)]
+    """Replace all parameters and buffers by fake tensors, tied ones by one tensor, in training mode; yield the fakes."""
+    originals = [(owner, dict(owner)) for m in model.modules() for owner in (m._parameters, m._buffers)]
     training, fakes = model.training, dict[int, torch.Tensor]()
-    for owner, tensors in held:
+    for owner, tensors in originals:
         for name, real in tensors.items():
             if real is not None and id(real) not in fakes:
                 with mode:
@@ -144,52 +144,52 @@ def _faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[list[torch.Tensor
         yield list(fakes.values())
     finally:
         model.train(training)
-        for owner, tensors in held:
+        for owner, tensors in originals:
             owner.update(tensors)  # type: ignore[arg-type]
 
 
 class _Ledger(TorchDispatchMode):
-    """Every storage that an operation made: when, how large, and when it went.
+    """Records every storage that an operation allocates, its size, and when it is freed.
 
     Args:
-        vocab: what has a dimension of this size belongs to the loss.
-        there: tensors that are there before; views of them are nothing new.
+        vocab: tensors with a dimension of this size belong to the loss.
+        existing: tensors that exist before; views of them are not counted.
     """
 
-    def __init__(self, vocab: int, there: list[torch.Tensor]) -> None:
+    def __init__(self, vocab: int, existing: list[torch.Tensor]) -> None:
         super().__init__()
         self._vocab = vocab
-        self._there = {tensor.untyped_storage()._cdata for tensor in there}
+        self._existing = {tensor.untyped_storage()._cdata for tensor in existing}
         self._alive: dict[int, int] = {}  # address of a storage -> its entry
-        self._entries: list[tuple[int, int, bool]] = []  # (bytes, address, of the vocabulary's size)
-        self._events: list[tuple[int, int]] = []  # (entry, +1 made or -1 gone)
+        self._entries: list[tuple[int, int, bool]] = []  # (bytes, address, whether a dimension is the vocabulary)
+        self._events: list[tuple[int, int]] = []  # (entry, +1 allocated or -1 freed)
         self._forward_end = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._note, result)
+        tree_map_only(torch.Tensor, self._record, result)
         return result
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _record(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address not in self._alive and address not in self._there:
+        if address not in self._alive and address not in self._existing:
             entry = len(self._entries)
             self._alive[address] = entry
             self._entries.append((storage.nbytes(), address, self._vocab in tensor.shape))
             self._events.append((entry, 1))
-            weakref.finalize(storage, self._gone, address, entry)
+            weakref.finalize(storage, self._free, address, entry)
 
-    def _gone(self, address: int, entry: int) -> None:
+    def _free(self, address: int, entry: int) -> None:
         self._alive.pop(address, None)
         self._events.append((entry, -1))
 
     def end_of_forward(self) -> None:
-        """The last forward pass ends here."""
+        """Mark the end of the last forward pass."""
         self._forward_end = len(self._entries)
 
     def parts(self, gradients: set[int]) -> dict[str, int]:
-        """Bytes at the peak: gradients (which have these addresses), loss, activations and temporaries."""
+        """Return the bytes at the peak: gradients (those at these addresses), loss, activations and temporary tensors."""
         kinds = []
         for entry, (_, address, vocab) in enumerate(self._entries):
             if self._alive.get(address) == entry and address in gradients:
@@ -206,7 +206,7 @@ class _Ledger(TorchDispatchMode):
 
 
 class _KnownShapes(TorchFunctionMode):
-    """Lets fake tensors be indexed by a real mask, and large buffers be fake."""
+    """Lets a real mask index fake tensors, and makes large buffers fake."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -224,14 +224,14 @@ class _KnownShapes(TorchFunctionMode):
 
 
 def full_rows(count: int, length: int, vocab: int) -> Batch:
-    """A micro-batch of rows that one document fills, every token a target: what needs most memory."""
+    """Return the micro-batch that needs most memory: one document fills each sequence, and every token is a target."""
     tokens = torch.arange(count * length).view(count, length) % vocab
     positions = torch.arange(length).expand(count, length).contiguous()
     return {"tokens": tokens, "positions": positions, "documents": torch.ones_like(tokens), "labels": tokens}
 
 
 def describe(memory: Memory) -> str:
-    """A line for each part, in MiB."""
+    """Return a line for each part, in MiB."""
     names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, torch, data)"}
     parts = {names.get(part, part): size for part, size in vars(memory).items()} | {"peak": memory.total}
     return "\n".join(f"  {name:30}{size / 2**20:12,.0f} MiB" for name, size in parts.items())

@@ -1,7 +1,7 @@
-"""What a run learns: an objective turns a micro-batch into a summed loss and says how many units it is the sum of.
+"""Objectives: an objective turns a micro-batch into a summed loss, and counts the units of that sum.
 
 The loop divides by the units of the whole optimizer step over all ranks. So no objective depends on the size of a micro-batch
-or the number of ranks, as long as `loss` is a sum: a mean of means, or a term of the micro-batch as a whole, would.
+or the number of ranks if `loss` is a sum; a mean of means, or a term for a micro-batch as a whole, depends on them.
 """
 
 from typing import Any, Protocol
@@ -15,14 +15,14 @@ Batch = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """What the loop asks of an objective."""
+    """The methods of an objective that the loop calls."""
 
     def count(self, batch: Batch) -> int:
         """Return the units of a micro-batch (target tokens, pairs, sequences), from tensors on the host."""
         ...
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the loss summed over these units, fp32, 0-d; an exact zero with a graph where there are none.
+        """Return the loss summed over these units, fp32, 0-d; an exact zero with a graph if there are none.
 
         Args:
             model: as Fabric wrapped it; in training or evaluation mode.
@@ -49,5 +49,5 @@ class LanguageModeling:
 
 
 def count_tokens(batch: Batch) -> int:
-    """Return the tokens of a micro-batch that are no padding; where it names no documents, there is none."""
+    """Return the number of tokens of a micro-batch without padding; a batch without document ids has no padding."""
     return int((batch["documents"] > 0).sum()) if "documents" in batch else torch.numel(batch["tokens"])

@@ -1,4 +1,4 @@
-"""Optimizers by name, their parameter groups, and the learning rate as a pure function of the step."""
+"""Optimizers by name, their parameter groups, and the learning rate schedule."""
 
 import functools
 import logging
@@ -15,31 +15,31 @@ from litmini.errors import UserError
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `total_steps`.
+    """Return the learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    Linear warm-up, above zero from the first step, to `config.lr`; then down to `config.min_lr`, or constant, or
-    constant and down in the last `config.decay_fraction` of all steps ("wsd": warm-up, stable, decay).
+    Linear warm-up to `config.lr`, above zero from the first step; then decay to `config.min_lr`, or constant, or constant
+    with a decay in the last `config.decay_fraction` of all steps ("wsd": warm-up, stable, decay).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    falling = {
+    factor = {
         "constant": 1.0,
         "linear": 1.0 - done,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
         "wsd": min(1.0, (total_steps - step) / (config.decay_fraction * total_steps)),
     }[config.schedule]
-    return config.min_lr + (config.lr - config.min_lr) * falling
+    return config.min_lr + (config.lr - config.min_lr) * factor
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for `matrices`, AdamW for all other parameters, as one optimizer with one learning rate.
+    """Muon for `matrices` and AdamW for all other parameters, as one optimizer with one learning rate.
 
-    Muon's updates are scaled to the size that AdamW's have (Muon is Scalable for LLM Training, arXiv 2502.16982), so the
-    learning rate and weight decay of AdamW do for both.
+    Muon's updates are scaled to the RMS of AdamW's (Muon is Scalable for LLM Training, arXiv 2502.16982), so both use the
+    same learning rate and weight decay.
 
     Args:
-        groups: of parameters, as AdamW takes them.
+        groups: parameter groups, as for AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]], matrices: set[nn.Parameter], config: OptimConfig) -> None:
@@ -56,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         for part in self.parts:
-            part.state = self.state  # one place for all of it, which is saved by parameter
+            part.state = self.state  # one state for both, as checkpoints save it by parameter
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -65,7 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def block_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The matrices that are neither an embedding nor a head, which hangs on the model itself."""
+    """Return all matrices but embeddings and the head, which is a direct child of the model."""
     outside = {
         parameter
         for owner, module in model.named_modules()
@@ -78,14 +78,14 @@ def block_matrices(model: nn.Module) -> set[nn.Parameter]:
 def make_optimizer(
     model: nn.Module, config: OptimConfig, ratios: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """An optimizer of the trainable parameters: matrices (embeddings included) decay, vectors do not.
+    """Return an optimizer of the trainable parameters, with weight decay for matrices (embeddings included) only.
 
     Args:
-        ratios: parameter name -> its learning rate relative to the schedule's; 1 where it is not named. Each group's is
-            in its `lr_ratio`.
+        ratios: parameter name -> its learning rate divided by the schedule's; 1 by default. Each group has it as
+            `lr_ratio`.
 
     Raises:
-        UserError: nothing is trainable, or the optimizer needs a GPU, or does not go with sharded parameters.
+        UserError: no parameter is trainable, or the optimizer needs a GPU, or does not support sharded parameters.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -93,17 +93,17 @@ def make_optimizer(
             key = (parameter.dim() >= 2, (ratios or {}).get(name, 1.0))
             groups.setdefault(key, []).append(parameter)
     if not groups:
-        raise UserError("nothing is trainable in this model.")
+        raise UserError("this model has no trainable parameter.")
     named = [
         {"params": params, "weight_decay": config.weight_decay * decays, "lr": config.lr * ratio, "lr_ratio": ratio}
         for (decays, ratio), params in sorted(groups.items(), reverse=True, key=lambda item: item[0])
     ]
-    lean = config.stochastic_rounding or config.in_backward or config.offload
+    low_memory = config.stochastic_rounding or config.in_backward or config.offload
     if config.name == "muon":
-        if lean:
+        if low_memory:
             raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --optim.name muon.")
         return MuonAdamW(named, block_matrices(model), config)
-    if lean:
+    if low_memory:
         from litmini.training.low_memory import PerParameter
 
         if config.stochastic_rounding and config.name != "adamw":
@@ -122,7 +122,7 @@ def _make(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Opti
         raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
     if any(is_dtensor(parameter) for group in groups for parameter in group["params"]):
         raise UserError(f"optim.name {config.name} does not go with --strategy fsdp; use --optim.name adamw, or ddp.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels on CPUs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hide warnings about optional kernels on CPUs
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     return (AdamW8bit if config.name == "adamw8bit" else PagedAdamW8bit)(groups, lr=config.lr, betas=config.betas)

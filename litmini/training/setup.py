@@ -1,4 +1,4 @@
-"""What the loop runs on: how far a run is, its data, where it is recorded, and all of it together in a `Setup`."""
+"""The inputs of the training loop: progress, data, recorder, and a `Setup` that holds them with model and optimizer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run is; saved with every checkpoint."""
+    """The progress of a run, saved in every checkpoint."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens that went through the model, padding not counted."""
+    """Tokens trained on, without padding."""
     targets: int = 0
-    """Units of the objective: for language modelling, target tokens."""
+    """Units of the objective; for language modelling, target tokens."""
     seconds: float = 0.0
-    """Time in training steps."""
+    """Seconds in training steps."""
     best_step: int = 0
-    """After which step the validation loss was lowest; 0: none was taken."""
+    """Step with the lowest validation loss; 0: none was measured."""
     best_val_loss: float | None = None
-    """That loss."""
+    """Lowest validation loss."""
     skipped: int = 0
-    """Steps left out because loss or gradients were not finite."""
+    """Steps skipped because loss or gradients were not finite."""
     skipped_in_row: int = 0
-    """Of these, the last ones without a step taken between them."""
+    """Consecutive skipped steps up to now."""
     loss_scale: dict[str, float] | None = None
     """State of the gradient scaler of 16-mixed."""
 
@@ -45,13 +45,13 @@ class Progress:
         self.seconds += seconds
 
     def remember(self, val_loss: float) -> None:
-        """Note a validation loss if it is the lowest so far."""
+        """Record a validation loss if it is the lowest so far."""
         if self.best_val_loss is None or val_loss < self.best_val_loss:
             self.best_step, self.best_val_loss = self.step, val_loss
 
 
 class TrainingData(Protocol):
-    """Micro-batches, each a pure function of the step: so a resumed run continues exactly."""
+    """Micro-batches of a run. Each is a pure function of the step, so a resumed run continues exactly."""
 
     @property
     def total_steps(self) -> int:
@@ -59,11 +59,11 @@ class TrainingData(Protocol):
         ...
 
     def batches(self, step: int, rank: int, world: int) -> list[Batch]:
-        """Return the micro-batches of a rank in an optimizer step; as many on every rank."""
+        """Return the micro-batches of a rank in an optimizer step; the number is the same on every rank."""
         ...
 
     def validation_batches(self, rank: int, world: int) -> Iterable[Batch] | None:
-        """Return a rank's share of the validation set; None if there is none."""
+        """Return the validation batches of a rank; None if there is no validation set."""
         ...
 
     def locations(self, step: int, rank: int, world: int) -> list[list[str]]:
@@ -73,7 +73,7 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class BatchList:
-    """Training data as a list, for checks that need no data set: for each step its micro-batches, the same on every rank."""
+    """Training data as a list: for each step its micro-batches, the same on every rank. For checks without a data set."""
 
     steps: list[list[Batch]]
 
@@ -92,42 +92,42 @@ class BatchList:
 
 
 class Recorder:
-    """What is kept of a run. This one keeps nothing; `litmini.runs.run.Run` is a directory."""
+    """The record of a run. This one keeps nothing; `litmini.runs.run.Run` writes a directory."""
 
     def log(self, metrics: dict[str, float]) -> None:
         """Keep a row of metrics."""
 
     def checkpoint(self, progress: Progress) -> Path | None:
-        """Save a state that can be resumed from, maybe in the background; return where."""
+        """Save the state to resume from, possibly in the background; return its path."""
         return None
 
     def save_nonfinite_step(
         self, step: int, micro_batches: list[Batch], losses: list[float], locations: Callable[[], list[list[str]]]
     ) -> str:
-        """Keep the data of a step whose loss or gradients were not finite; return where. Every rank calls it."""
+        """Keep the data of a non-finite step; return its location. Every rank calls this."""
         return ""
 
     def wait(self) -> None:
-        """Wait until what is saved in the background is on disk."""
+        """Wait until all checkpoints are on disk."""
 
 
 @dataclass
 class Setup:
-    """What a run trains with, complete before the first step."""
+    """Everything that a run trains with."""
 
     fabric: Fabric
     model: Any
-    """As `fabric.setup_module` returned it."""
+    """The model, as `fabric.setup_module` returned it."""
     optimizer: Any
-    """As `fabric.setup_optimizers` returned it."""
+    """The optimizer, as `fabric.setup_optimizers` returned it."""
     data: TrainingData
     train: TrainConfig
     optim: OptimConfig
     seed: int
-    """Dropout in a step is a pure function of this, the step and the rank; what runs between steps changes nothing."""
+    """Seed of dropout, whose masks are a pure function of seed, step and rank."""
     progress: Progress
     recorder: Recorder
     throughput: Callable[[list[Batch], float], dict[str, float]] | None = None
-    """Further metrics of a step, from a rank's micro-batches and the seconds they took."""
+    """(micro-batches of a rank, their seconds) -> further metrics of a step."""
     sample: Callable[[Progress], None] | None = None
-    """Generates completions, each `train.sample_every` steps; every rank calls it."""
+    """Generates completions every `train.sample_every` steps; every rank calls it."""

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training: the step in progress is finished and saved first."""
+"""Graceful shutdown: after SIGTERM or Ctrl-C, training finishes the current step and saves before it ends."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from litmini.errors import UserError
 
 
 class Interrupted(UserError):
-    """SIGTERM or Ctrl-C, after the step was finished and saved."""
+    """Training ended by SIGTERM or Ctrl-C, after the current step was finished and saved."""
 
     def __init__(self, received: list[str], message: str) -> None:
         name = (received or ["SIGTERM"])[0]  # none: another rank received it
@@ -18,8 +18,8 @@ class Interrupted(UserError):
 
 
 @contextmanager
-def caught() -> Iterator[list[str]]:
-    """Collect SIGTERM and the first Ctrl-C, so that the step in progress is finished; a second Ctrl-C ends at once."""
+def graceful_shutdown() -> Iterator[list[str]]:
+    """Collect SIGTERM and the first Ctrl-C, so that training can finish its step; a second Ctrl-C ends it at once."""
     received: list[str] = []
 
     def remember(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the runners of all tools share. Only torch is imported, so that any interpreter can run it.
+"""Functions of the runners of all tools. Only torch is imported, so that any interpreter can run them.
 
 python run_TOOL.py JOB.json       (scripts/benchmark.py writes the job and reads the result)
 """
@@ -59,7 +59,7 @@ class Clock:
 
 
 def peak_memory_mib() -> float:
-    """Of this process: on the GPU where there is one, else resident."""
+    """Return the peak memory of this process in MiB: on the GPU if there is one, else resident."""
     import torch
 
     if torch.cuda.is_available():
@@ -78,7 +78,7 @@ def device() -> Any:
 def train(
     job: Job, model: Any, micro_loss: MICRO_LOSS, backward: Callable[[Any], None] = lambda loss: loss.backward()
 ) -> dict[str, Any]:
-    """A plain training loop, AdamW over what is trainable in `model`.
+    """Train in a plain loop, with AdamW over the trainable parameters of `model`.
 
     Args:
         micro_loss: (samples, targets in the whole step) -> the summed loss of the samples divided by these targets.
@@ -100,28 +100,28 @@ def train(
         torch.nn.utils.clip_grad_norm_(trained, job["max_grad_norm"])
         optimizer.step()
         optimizer.zero_grad()
-        clock.losses.append(float(total))  # waits for a GPU
+        clock.losses.append(float(total))  # CPU-GPU sync point
         clock.end()
     return clock.result()
 
 
-def held_out_losses(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, float]:
-    """Mean loss a target of the validation samples, with weights in fp32, and in bf16, as most people will use them."""
+def validation_losses(job: Job, model: Any, micro_loss: MICRO_LOSS) -> dict[str, float]:
+    """Return the mean loss per target of the validation samples, with weights in fp32, and in bf16, as for inference."""
     import torch
 
     model.eval()
-    targets, found = sum(len(sample) - 1 for sample in job["held_out"]), {}
-    for name, dtype in (("validation_loss", torch.float32), ("held_out_loss_bf16", torch.bfloat16)):
+    targets, found = sum(len(sample) - 1 for sample in job["validation"]), {}
+    for name, dtype in (("validation_loss", torch.float32), ("validation_loss_bf16", torch.bfloat16)):
         for parameter_name, parameter in model.named_parameters():
             if dtype == torch.float32 or ".lora_" not in parameter_name or job["tool"] == "litgpt":  # PEFT's are fp32
                 parameter.data = parameter.data.to(dtype)
         with torch.no_grad():
-            found[name] = sum(float(micro_loss([sample], targets)) for sample in job["held_out"])
+            found[name] = sum(float(micro_loss([sample], targets)) for sample in job["validation"])
     return found
 
 
 def in_row(samples: list[list[int]]) -> tuple[Any, Any, Any]:
-    """Tokens, positions and labels of all samples in one row (1, tokens); positions that begin again tell them apart."""
+    """Return tokens, positions and labels of all samples in one sequence (1, tokens); positions restart in each sample."""
     import torch
 
     tokens = torch.tensor([[token for sample in samples for token in sample]])
@@ -131,7 +131,7 @@ def in_row(samples: list[list[int]]) -> tuple[Any, Any, Any]:
 
 
 def padded(samples: list[list[int]]) -> tuple[Any, Any, Any]:
-    """Tokens, mask and labels, (samples, longest) each; labels are -100 on padding and on first tokens, never predicted."""
+    """Return tokens, mask and labels, (samples, longest) each; labels are -100 on padding and first tokens."""
     import torch
 
     longest = max(map(len, samples))

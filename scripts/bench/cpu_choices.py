@@ -1,9 +1,9 @@
-"""Measure what litmini chooses for CPUs: kernel of attention, chunks of the loss, lengths, matrix-vector products.
+"""Measure litmini's choices for CPUs: attention kernel, chunks of the loss, padded lengths, GEMV.
 
     OMP_NUM_THREADS=2 python scripts/bench/cpu_choices.py
 
-The alternatives of a row run in turns in one process; printed are medians in ms, and a star at what litmini takes. Shapes are
-those of SmolLM2-135M. Run it on a machine with nothing else to do.
+The alternatives of a row run in turns in one process. Times are medians in ms; a star marks litmini's choice. Shapes are
+those of SmolLM2-135M. Run this on an otherwise idle machine.
 """
 
 import itertools
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """ms of each way, run in turns; the first two rounds warm up."""
+    """Return the median ms of each alternative, run in turns; the first two rounds warm up."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 2):
         for name, function in ways.items():
@@ -46,7 +46,7 @@ def show(question: str, found: dict[str, float], taken: str) -> None:
 
 
 def attention_kernels() -> None:
-    """Two matmuls and a softmax against torch's fused kernel, forward and backward, on documents of one length."""
+    """Compare two matmuls and a softmax with torch's fused kernel, forward and backward, on documents of one length."""
     limits = ("EXPLICIT_LENGTH", "EXPLICIT_LENGTH_FP32")
     before = {name: getattr(attention, name) for name in limits}
     for dtype, windowed, length in itertools.product(DTYPES, (False, True), (32, 128, 256, 512, 1024, 2048)):
@@ -72,7 +72,7 @@ def attention_kernels() -> None:
 
 
 def loss_chunks() -> None:
-    """Rows of logits at once, with a frozen head and with a trained one."""
+    """Compare the number of rows of logits in a chunk, with a frozen and with a trained head."""
     for dtype, trained in itertools.product(DTYPES, (False, True)):
         head = torch.nn.Linear(DIM, VOCAB, bias=False).to(dtype).requires_grad_(trained)
         hidden = torch.randn(1, 1024, DIM).to(dtype).requires_grad_()
@@ -92,7 +92,7 @@ def loss_chunks() -> None:
 
 
 def rounded_lengths() -> None:
-    """Scores of documents of ever other lengths, as they are and rounded up: oneDNN makes code for each new shape."""
+    """Compare exact and rounded lengths in scores of documents: oneDNN compiles code for each new shape."""
     lengths = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:200].add(33).tolist()
     for dtype in DTYPES:
         times = {"as they are": 0.0, "rounded": 0.0}
@@ -108,7 +108,7 @@ def rounded_lengths() -> None:
 
 @torch.no_grad()
 def matrix_vector() -> None:
-    """One token through a linear: oneDNN against torch's own kernel."""
+    """Compare oneDNN with torch's GEMV on one token."""
     for rows, columns in ((FFN_DIM, DIM), (DIM, FFN_DIM), (VOCAB, DIM)):
         x, weight = torch.randn(1, columns).bfloat16(), torch.randn(rows, columns).bfloat16()
 
@@ -119,7 +119,7 @@ def matrix_vector() -> None:
 
         found = medians({"oneDNN": lambda: run(True), "torch": lambda: run(False)}, 9)
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-        show(f"20 matrix-vector products, bfloat16, {rows} x {columns}", found, "oneDNN")
+        show(f"20 GEMVs, bfloat16, {rows} x {columns}", found, "oneDNN")
 
 
 if __name__ == "__main__":

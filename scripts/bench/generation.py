@@ -1,6 +1,6 @@
-"""Prefill and greedy decoding: ours beside transformers' (where it is installed), in turns in one process.
+"""Prefill and greedy decoding of litmini and, if it is installed, of transformers, in turns in one process.
 
-Each figure is the best of all rounds: what else runs on a machine can only slow it down.
+Each figure is the best of all rounds: other processes on the machine can only slow it down.
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def benchmark_generate(config: Any) -> dict[str, Any]:
-    """Tokens a second of prefill and greedy decoding, alone and in a batch, and what memory bandwidth would allow."""
+    """Measure tokens per second of prefill and greedy decoding, single and batched, and the bound of memory bandwidth."""
     import torch
 
     from litmini.config.generate import SamplingConfig
@@ -34,7 +34,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     times: dict[tuple[str, int, int], float] = {}
     bandwidth = 0.0
     for run in engines.values():
-        run(2, config.batch_size)  # what is done once only
+        run(2, config.batch_size)  # warm-up
     for _ in range(config.rounds):
         bandwidth = max(bandwidth, read_bandwidth(next(model.parameters()).device))
         for name, run in engines.items():
@@ -43,7 +43,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
                     seconds = timed(partial(run, count, rows))
                     times[name, count, rows] = min(times.get((name, count, rows), float("inf")), seconds)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not settings.tied:  # of an embedding of its own, one row is read
+    if not settings.tied:  # decoding reads one row of an untied embedding
         weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
     found: dict[str, Any] = {"weights_bytes": weights, "bandwidth_bytes_per_second": bandwidth}
     found["bound_tokens_per_second"] = bandwidth / weights
@@ -62,7 +62,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
 
 
 def reference(config: Any, prompts: list[list[int]]) -> Callable[[int, int], None] | None:
-    """The same with transformers, or None where it is not installed."""
+    """Return the same measurement with transformers, or None if it is not installed."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -88,7 +88,7 @@ def reference(config: Any, prompts: list[list[int]]) -> Callable[[int, int], Non
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds of a call."""
     import time
 
     started = time.perf_counter()
@@ -97,16 +97,16 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def read_bandwidth(device: Any) -> float:
-    """Bytes a second at which all threads together read memory: a sum over 256 MiB."""
+    """Return the bytes per second that all threads read from memory, in a sum over 256 MiB."""
     import torch
 
-    numbers = torch.ones(2**26, device=device)
-    numbers.sum().item()
-    return max(numbers.numel() * 4 / timed(lambda: numbers.sum().item()) for _ in range(3))
+    values = torch.ones(2**26, device=device)
+    values.sum().item()
+    return max(values.numel() * 4 / timed(lambda: values.sum().item()) for _ in range(3))
 
 
 def first_token(config: Any) -> None:
-    """The whole command, from its start to one token."""
+    """Run generate.py until its first token."""
     import subprocess
     from pathlib import Path
 
@@ -117,7 +117,7 @@ def first_token(config: Any) -> None:
 
 
 def report_generate(results: dict[str, Any]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     found = results["generate"]
     bound = found["bound_tokens_per_second"]
     lines = [

@@ -1,4 +1,4 @@
-"""How litmini's cost grows: with the samples of the data, with accumulation, and with the tokens of a micro-batch."""
+"""Growth of litmini's cost with the number of samples, with accumulation, and with the tokens of a micro-batch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ NOTHING = ("real_tokens_per_second", "peak_memory_mib", "mfu", "seconds_to_first
 
 
 def measure_growth(config: Any, place: Path) -> list[dict[str, Any]]:
-    """A row for each size: `what` was measured, `value` and `unit`."""
+    """Return a row for each size: `what` was measured, `value` and `unit`."""
     fixed = {"task": "growth", "tool": "litmini", "dtype": config.dtype, **dict.fromkeys(NOTHING)}
     fixed |= {"versions": versions(), "hardware": hardware()}
     found = [*data_path(config, place), *accumulation(config, place), *activations(config.dtype)]
@@ -27,7 +27,7 @@ def measure_growth(config: Any, place: Path) -> list[dict[str, Any]]:
 
 
 def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
-    """From a file to batches, nothing cached: tokenising, packing, and every batch of an epoch."""
+    """Measure the data path from file to batches, without cache: tokenising, packing, and every batch of an epoch."""
     from litmini.config.finetune import DataConfig
     from litmini.data.dataset import load_data
     from litmini.data.packing import PackedDataset
@@ -36,7 +36,7 @@ def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
     found = []
     for count in SAMPLES:
         file = place / f"growth-{count}.jsonl"
-        write_samples(file, count, most=40)
+        write_samples(file, count, max_tokens=40)
         os.environ["LITMINI_CACHE"] = str(place / f"cache-{time.time_ns()}")
         started = time.perf_counter()
         settings = DataConfig(path=str(file), train_on="all", max_seq_len=config.max_seq_len)
@@ -50,11 +50,11 @@ def data_path(config: Any, place: Path) -> list[tuple[str, float, str]]:
 
 
 def accumulation(config: Any, place: Path) -> list[tuple[str, float, str]]:
-    """LoRA, one row in a micro-batch: time of the second half of the rows, and the peak."""
+    """Measure LoRA with one sequence per micro-batch: time of the second half of the sequences, and peak memory."""
     found = []
     rows = 2 * max(ACCUMULATED)
     data = place / "growth-accumulation.jsonl"
-    write_samples(data, rows * config.max_seq_len // 150 + 50, most=min(400, config.max_seq_len))
+    write_samples(data, rows * config.max_seq_len // 150 + 50, max_tokens=min(400, config.max_seq_len))
     for count in ACCUMULATED:
         out = place / f"growth-{count}-{time.time_ns()}"
         words = ["--checkpoint_dir", config.checkpoint_dir, "--data.path", data, "--data.train_on", "all"]
@@ -72,9 +72,9 @@ def accumulation(config: Any, place: Path) -> list[tuple[str, float, str]]:
 
 
 def activations(dtype: str) -> list[tuple[str, float, str]]:
-    """What the forward pass of a block keeps for each token, in the smallest preset of each family: counted, not run.
+    """Count the activations per token of a block, in the smallest preset of each family, without running it.
 
-    From one more block and more documents, so that what is there once only does not count; twice, at different sizes.
+    Differences between numbers of blocks and of documents exclude constant parts; measured at two sizes.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""litmini's pretraining against a plain loop in nanoGPT's manner: the same model, text and settings, in turns.
+"""Compare litmini's pretraining with a plain loop like nanoGPT's: the same model, text and settings, in turns.
 
     python scripts/bench/pretraining.py --config config_hub/pretrain/char.yaml --out_dir out/benchmark
 
-The corpus of char.yaml comes first (see there). Both train the configuration's GPT-2, the same function of the same size;
-every 20 steps the other one goes on, so that a busy machine slows both, and the median of these turns counts. At the end
-both models predict all validation text. litmini also writes its run directory.
+Prepare the corpus of char.yaml first (see that file). Both train the same GPT-2 and alternate every 20 steps, so that other
+load on the machine slows both; the result is the median of these turns. At the end, both models are evaluated on all
+validation text. litmini also writes its run directory.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ class PlainGPT(nn.Module):
 def plain_training(
     config: BenchmarkConfig, shape: Any, tokens: np.ndarray, total: int
 ) -> tuple[nn.Module, Callable[[int], None]]:
-    """The model, and a function that trains it up to a step."""
+    """Return the model, and a function that trains it up to a step."""
     torch.manual_seed(config.seed)
     model = PlainGPT(shape.vocab_size, shape.dim, shape.n_layers, shape.n_heads, shape.max_positions)
     o, length = config.optim, config.data.max_seq_len

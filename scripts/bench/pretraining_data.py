@@ -1,9 +1,9 @@
-"""What the data costs: preparation against the bare tokenizer, reading rows against a training step, opening a corpus.
+"""Measure the cost of pretraining data: preparation and the bare tokenizer, reading of sequences, opening of a corpus.
 
     python scripts/bench/pretraining_data.py --text data/stdlib/text.jsonl --tokenizer checkpoints/org/name --megabytes 50
 
-The text is repeated, shuffled, up to `--megabytes`. Preparation and the bare batch encoder of `tokenizers`, on all cores,
-go over it in turns. The corpora of the last table are sparse files that take no room on the disk.
+The text is repeated and shuffled up to `--megabytes`. Preparation and the bare batch encoder of `tokenizers` run over it in
+turns, on all cores. The corpora of the last table are sparse files that take no disk space.
 """
 
 import json
@@ -30,7 +30,7 @@ class MeasureConfig:
     megabytes: int = 50
     """Text to tokenise."""
     turns: int = 3
-    """How often each side goes over it."""
+    """Repetitions of each measurement."""
 
 
 def preparation(config: MeasureConfig, place: Path) -> None:
@@ -67,7 +67,7 @@ def preparation(config: MeasureConfig, place: Path) -> None:
 
 
 def reading(place: Path) -> None:
-    """Rows of several lengths, from random places of a corpus of 50 million tokens in the page cache."""
+    """Measure reading sequences of several lengths at random from a corpus of 50 million tokens in the page cache."""
     from litmini.data.pretrain.windows import TokenWindows
 
     corpus = fake_corpus(place / "reading", 50_000_000, real=True)
@@ -77,7 +77,7 @@ def reading(place: Path) -> None:
         batch = lambda step, w=windows, r=rows: list(w.batches(range(step * r, (step + 1) * r), r))  # noqa: E731
         for step in range(300):
             batch(step)
-        started = time.process_time()  # not in the way of others
+        started = time.process_time()  # excludes other processes
         for step in range(300, 800):
             batch(step)
         each = (time.process_time() - started) / 500
@@ -85,7 +85,7 @@ def reading(place: Path) -> None:
 
 
 def fake_corpus(directory: Path, tokens: int, real: bool = False):  # type: ignore[no-untyped-def]
-    """A corpus whose tokens are all 0: as a sparse file, or with checksums, so that it can be read."""
+    """Return a corpus whose tokens are all 0: a sparse file or, with `real`, a file with checksums that can be read."""
     import zlib
 
     from litmini.data.pretrain.read_shards import Corpus

@@ -1,4 +1,4 @@
-"""What was measured, as rows, as a table and as a chart."""
+"""The report of a benchmark: rows, a table and a chart."""
 
 import json
 from pathlib import Path
@@ -6,32 +6,32 @@ from statistics import mean, median
 from typing import Any
 
 ENDS = 5  # steps whose mean is the loss at the start, and at the end
-SAME = 0.05  # losses of the same training are closer than this
+SAME = 0.05  # maximum difference of losses of the same training
 FORMULA = (
-    "MFU = (flops of the timed steps / their seconds) / rate of a matrix product, the median of what is measured before each "
-    "run. Flops, for real tokens only: 2 forward and 2 back for each number of a matrix, 2 more where it is trained; the head "
-    "for targets; attention 12 x layers x heads x head_dim for each key that a token sees. The same for all tools."
+    "MFU = (FLOPs of the timed steps / their seconds) / matmul rate, the median of measurements before each run. FLOPs, for "
+    "real tokens only: 2 in forward and 2 in backward per value of a matrix, 2 more if it is trained; the head for targets "
+    "only; attention 12 x layers x heads x head_dim per key that a token sees. The same for all tools."
 )
 
 LOSSES = (
-    f"Other losses: further than {SAME} from those of half of the other tools, in fp32 if that was run: it is other work, or "
-    "rounding took a part of the training."
+    f"Other losses: they differ by more than {SAME} from those of half of the other tools, in fp32 if that was measured: the "
+    "work differs, or rounding lost updates."
 )
 COLUMNS = ["task", "tool", "dtype", "real tok/s", "peak MiB", "MFU", "command to first step (its end), s"]
 COLUMNS += ["loss, first and last 5 steps", "validation loss, in fp32 and in bf16"]
 
 
 def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
-    """One row for each task, tool and dtype: the medians of its rounds."""
+    """Return one row for each task, tool and dtype, with the medians of its rounds."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in found:
         job = result["job"]
         label = ", ".join(filter(None, (job["tool"], job["variant"])))
         groups.setdefault((job["task"], job["dtype"], label), []).append(result)
-    products: dict[str, list[float]] = {}
+    measurements: dict[str, list[float]] = {}
     for result in found:
-        products.setdefault(result["job"]["dtype"], []).append(result["product_rate"])
-    rates = {dtype: median(measured) for dtype, measured in products.items()}
+        measurements.setdefault(result["job"]["dtype"], []).append(result["product_rate"])
+    rates = {dtype: median(measured) for dtype, measured in measurements.items()}
     rows = [
         {
             "task": task,
@@ -51,14 +51,14 @@ def make_rows(found: list[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
 
 
 def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str, Any]:
-    """The medians of training runs."""
+    """Return the medians of training runs."""
     work = json.loads(Path(results[0]["job"]["work"]).read_text())
     targets = sum(len(sample) - 1 for step in work["steps"][warmup:] for sample in step)
     flops = sum(work["flops"][warmup:])
     spent = median(sum(result["seconds"][warmup:]) for result in results)
-    held_out = {
+    validation = {
         name: [result[name] for result in results if result.get(name) is not None]
-        for name in ("validation_loss", "held_out_loss_bf16")
+        for name in ("validation_loss", "validation_loss_bf16")
     }
     return {
         "real_tokens_per_second": targets / spent,
@@ -71,7 +71,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
         ),
         "loss_start": median(mean(result["losses"][:ENDS]) for result in results),
         "loss_end": median(mean(result["losses"][-ENDS:]) for result in results),
-        **{name: median(losses) if losses else None for name, losses in held_out.items()},
+        **{name: median(losses) if losses else None for name, losses in validation.items()},
     }
 
 
@@ -83,14 +83,14 @@ def converted(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool | None:
-    """Whether its losses, at the start, at the end and on validation samples, are those of half of the others or more.
+    """Return whether the first, last and validation losses of a row agree with those of at least half of the others.
 
-    The others in fp32, if there are any: there, rounding takes nothing from training. Else those of its dtype.
+    The others are those in fp32, if there are any, as rounding loses no updates there; else those of the same dtype.
     """
     if row["loss_start"] is None:
         return None
     exact = [other for other in others if other["dtype"] == "fp32" and other is not row]
-    tool = row["tool"].split(",")[0]  # its variants prove nothing
+    tool = row["tool"].split(",")[0]  # its variants are not independent
     others = exact or [o for o in others if o["dtype"] == row["dtype"] and o["tool"].split(",")[0] != tool]
     for name in ("loss_start", "loss_end", "validation_loss"):
         theirs = [other[name] for other in others if other[name] is not None]
@@ -101,7 +101,7 @@ def has_same_losses(row: dict[str, Any], others: list[dict[str, Any]]) -> bool |
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, under the hardware, the versions and the rates of matrix products; above the formula of MFU."""
+    """Return a Markdown table, with hardware, versions and matmul rates above it and the formula of MFU below."""
     if not rows:
         return "Nothing was measured.\n"
     lines = [_circumstances(rows), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -109,13 +109,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         tool = row["tool"] + (" (other losses)" if row.get("same_losses") is False else "")
         start = _figure(row, "seconds_to_first_step", ".1f")
         if done := _figure(row, "seconds_to_first_step_done", ".1f"):
-            start += f" ({done})"  # with what is compiled in that step
+            start += f" ({done})"  # with compilation
         losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
-        held_out = [_figure(row, name, ".3f") for name in ("validation_loss", "held_out_loss_bf16")]
+        validation = [_figure(row, name, ".3f") for name in ("validation_loss", "validation_loss_bf16")]
         whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
         cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
         cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]
-        cells += [whole or ", ".join(filter(None, losses)), ", ".join(filter(None, held_out))]
+        cells += [whole or ", ".join(filter(None, losses)), ", ".join(filter(None, validation))]
         lines.append(f"| {' | '.join(cells)} |")
     grown = [f"| {row['what']} | {row['value']:,.2f} {row['unit']} |" for row in rows if "what" in row]
     if any(row.get("same_losses") is False for row in rows):
@@ -129,17 +129,17 @@ def _figure(row: dict[str, Any], name: str, form: str) -> str:
 
 
 def _circumstances(rows: list[dict[str, Any]]) -> str:
-    """On what, and with which versions."""
+    """Return hardware, versions and matmul rates as a line of text."""
     hardware, rates = rows[0]["hardware"], {row["dtype"]: row.get("product_flops_per_second") for row in rows}
     named = sorted({(name, text) for row in rows for name, text in row["versions"].items()})
     machine = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
-    products = ", ".join(f"{dtype} {rate / 1e9:,.0f} Gflop/s" for dtype, rate in rates.items() if rate)
+    matmuls = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items() if rate)
     said = [f"{machine}, {hardware['threads']} threads", ", ".join(f"{name} {text}" for name, text in named)]
-    return "; ".join([*said, f"matrix products {products}"] if products else said)
+    return "; ".join([*said, f"matmuls {matmuls}"] if matmuls else said)
 
 
 def chart(rows: list[dict[str, Any]], file: Path) -> None:
-    """Bars of tokens a second and of peak memory, for each training task and dtype."""
+    """Draw bars of tokens per second and of peak memory, for each training task and dtype."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,10 +1,10 @@
-"""litgpt: its model, its chunked loss and its precision, in the loop of its finetuning scripts."""
+"""litgpt: its model, chunked loss and precision, in the loop of its finetuning scripts."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-from common import Job, device, held_out_losses, main, padded, peak_memory_mib, train
+from common import Job, device, main, padded, peak_memory_mib, train, validation_losses
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def finetune(job: Job) -> dict[str, Any]:
 
     found = train(job, model, loss, fabric.backward)
     model = model.module  # without Fabric's autocast
-    return {**found, **held_out_losses(job, model, loss)}
+    return {**found, **validation_losses(job, model, loss)}
 
 
 def load(job: Job, fabric: Any) -> Any:
@@ -52,7 +52,7 @@ def load(job: Job, fabric: Any) -> Any:
 
 
 def convert(job: Job) -> dict[str, Any]:
-    """Writes beside the checkpoint that it reads, so it gets a directory of links."""
+    """Convert a directory of links to the checkpoint: litgpt writes beside the checkpoint that it reads."""
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 
     source, target = Path(job["model"]).resolve(), Path(job["out_dir"])

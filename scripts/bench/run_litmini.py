@@ -1,4 +1,4 @@
-"""litmini, by its own command lines: what a user types, and what the run directory says."""
+"""litmini through its command lines; results are read from the run directory."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def finetune(job: Job) -> dict[str, Any]:
     words = [sys.executable, str(SCRIPTS / f"finetune_{job['method']}.py"), *job["words"]]
     started = time.time()
     script_log = Path(f"{run}.script.log")
-    with script_log.open("w") as log, tempfile.TemporaryDirectory() as cache:  # what was compiled before does not help
+    with script_log.open("w") as log, tempfile.TemporaryDirectory() as cache:  # empty compilation cache
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         first = first_step(run / "metrics.csv", process)
@@ -34,12 +34,12 @@ def finetune(job: Job) -> dict[str, Any]:
         "losses": [loss for _, loss in rows],
         "seconds_to_first_step": first - started,
         "peak_memory_mib": results["peak_memory_mib"],
-        **(held_out_losses(job) if job["method"] != "qlora" else {}),
+        **(validation_losses(job) if job["method"] != "qlora" else {}),
     }
 
 
 def first_step(metrics: Path, process: subprocess.Popen[bytes]) -> float:
-    """When the first step began: when metrics.csv was last written, less the time of the steps in it."""
+    """Return the time at which the first step began: the last write of metrics.csv, less the time of the steps in it."""
     while process.poll() is None:
         time.sleep(0.02)
         if metrics.is_file() and (rows := read_rows(metrics)):
@@ -48,7 +48,7 @@ def first_step(metrics: Path, process: subprocess.Popen[bytes]) -> float:
 
 
 def read_rows(metrics: Path) -> list[tuple[float, float]]:
-    """(seconds, loss) of each step."""
+    """Return (seconds, loss) of each step."""
     with metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["tokens_per_second"]]
     tokens = [0, *(int(row["tokens"]) for row in rows)]
@@ -56,8 +56,8 @@ def read_rows(metrics: Path) -> list[tuple[float, float]]:
     return list(zip(spent, (float(row["loss"]) for row in rows), strict=True))
 
 
-def held_out_losses(job: Job) -> dict[str, float]:
-    """Of the saved result, a target, in fp32 and in bf16."""
+def validation_losses(job: Job) -> dict[str, float]:
+    """Return the mean loss per target of the validation samples with the saved result, in fp32 and in bf16."""
     import torch
 
     import litmini
@@ -65,12 +65,12 @@ def held_out_losses(job: Job) -> dict[str, float]:
     final = Path(job["out_dir"]) / "final"
     base, adapter = (final, None) if job["method"] == "full" else (job["model"], final)
     found = {}
-    for name, dtype in (("validation_loss", "fp32"), ("held_out_loss_bf16", "bf16")):
+    for name, dtype in (("validation_loss", "fp32"), ("validation_loss_bf16", "bf16")):
         model, _ = litmini.load(base, adapter, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
         device = next(model.parameters()).device
         total = targets = 0.0
         with torch.no_grad():
-            for sample in job["held_out"]:
+            for sample in job["validation"]:
                 tokens = torch.tensor([sample], device=device)
                 loss, count = model(tokens[:, :-1], labels=tokens[:, 1:])
                 total, targets = total + float(loss), targets + int(count)

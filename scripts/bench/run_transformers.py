@@ -1,27 +1,27 @@
-"""transformers, with PEFT for adapters, in a plain loop: no trainer costs anything."""
+"""transformers, with PEFT for adapters, in a plain loop without the overhead of a trainer."""
 
 import time
 from typing import Any
 
-from common import Job, device, held_out_losses, in_row, main, padded, peak_memory_mib, train
+from common import Job, device, in_row, main, padded, peak_memory_mib, train, validation_losses
 
 
 def finetune(job: Job) -> dict[str, Any]:
     import torch
 
     model = load(job)
-    mixed = job["task"] == "full" and job["dtype"] == "bf16"  # weights in fp32, products in bf16
+    mixed = job["task"] == "full" and job["dtype"] == "bf16"  # fp32 master weights, bf16 compute
 
     def loss(samples: list[list[int]], targets: int) -> Any:
         with torch.autocast(device().type, torch.bfloat16, enabled=mixed and model.training):
             return model(**batch(samples, job["packed"]), num_items_in_batch=targets, use_cache=False).loss
 
     found = train(job, model, loss)
-    return found if job["method"] == "qlora" else {**found, **held_out_losses(job, model, loss)}
+    return found if job["method"] == "qlora" else {**found, **validation_losses(job, model, loss)}
 
 
 def load(job: Job) -> Any:
-    """The model of a job, with its adapters, on the device."""
+    """Return the model of a job, with its adapters, on the device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ def load(job: Job) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    # prepare_model_for_kbit_training would put embedding, head and norms into fp32, and make QLoRA slower
+    # no prepare_model_for_kbit_training: it casts embedding, head and norms to fp32, which makes QLoRA slower
     config = LoraConfig(
         r=job["rank"],
         lora_alpha=job["alpha"],
@@ -55,7 +55,7 @@ def load(job: Job) -> Any:
 
 
 def batch(samples: list[list[int]], packed: bool) -> dict[str, Any]:
-    """Padded to the longest; or all in one row, without a mask."""
+    """Return samples padded to the longest; or packed into one sequence, without a mask."""
     names = ("input_ids", "position_ids" if packed else "attention_mask", "labels")
     return dict(zip(names, in_row(samples) if packed else padded(samples), strict=True))
 

@@ -1,9 +1,9 @@
-"""TRL's SFTTrainer with its own loop, over micro-batches that are made beforehand: the same samples in each step."""
+"""TRL's SFTTrainer with its own loop, over prepared micro-batches with the same samples in each step."""
 
 import math
 from typing import Any
 
-from common import Clock, Job, held_out_losses, main
+from common import Clock, Job, main, validation_losses
 from run_transformers import batch
 
 
@@ -17,7 +17,7 @@ def finetune(job: Job) -> dict[str, Any]:
 
     bf16 = job["dtype"] == "bf16"
     clock = Clock(job)
-    # The trainer accumulates the same number of micro-batches in every step, so samples are spread evenly over them
+    # The trainer accumulates the same number of micro-batches in every step, so samples are distributed evenly
     samples = sum(map(len, job["steps"])) / len(job["steps"])
     parts = 1 if job["packed"] else math.ceil(samples / job["micro_batch_size"])
     batches = [batch(step[part::parts], job["packed"]) for step in job["steps"] for part in range(parts)]
@@ -74,7 +74,7 @@ def finetune(job: Job) -> dict[str, Any]:
     def loss(samples: list[list[int]], targets: int) -> Any:
         return model(**batch(samples, False), num_items_in_batch=targets, use_cache=False).loss
 
-    return {**found, **held_out_losses(job, model, loss)}
+    return {**found, **validation_losses(job, model, loss)}
 
 
 if __name__ == "__main__":

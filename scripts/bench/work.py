@@ -1,7 +1,7 @@
-"""The work that `scripts/benchmark.py` gives to every tool: which samples in which optimizer step, and the flops they need.
+"""The work that `scripts/benchmark.py` gives to every tool: the samples of each optimizer step, and their FLOPs.
 
-A step is as many rows as litmini puts into it, packed; other tools get the same samples in the same step, in micro-batches
-of their own. The loss of a step is the mean over its target tokens, in all tools.
+A step has the samples that litmini packs into its sequences; other tools get the same samples in the same step, in their own
+micro-batches. In all tools, the loss of a step is the mean over its target tokens.
 """
 
 import json
@@ -23,29 +23,29 @@ from litmini.tokenizer import Tokenizer
 from litmini.training.flops import Throughput
 
 SEED = 1337
-HELD_OUT = 16  # samples that every result is scored on, in fp32
-MEAN_TOKENS = 210  # of a sample that is made up
+VALIDATION_SAMPLES = 16  # samples that every result is evaluated on, in fp32
+MEAN_TOKENS = 210  # of a synthetic sample
 LORA = LoraConfig(rank=8, alpha=16)
 Method = Literal["lora", "qlora", "dora", "full"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained on."""
+    """The samples and FLOPs of a benchmark."""
 
     steps: list[list[list[int]]]
     """Optimizer step -> samples -> token ids. A sample of n tokens has n - 1 inputs and n - 1 targets."""
-    held_out: list[list[int]]
-    """Samples of no step, if the data suffice."""
+    validation: list[list[int]]
+    """Samples that are in no step, if there are enough."""
     flops: list[float]
-    """That each step needs, by `litmini.training.flops`: padding and recomputation do not count."""
+    """FLOPs of each step, by `litmini.training.flops`; padding and recomputation do not count."""
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))
 
 
-def write_samples(file: Path, count: int, seed: int = SEED, most: int = 400) -> None:
-    """A JSONL file of made-up instructions and answers, of 20 to about `most` tokens, evenly spread; always the same."""
+def write_samples(file: Path, count: int, seed: int = SEED, max_tokens: int = 400) -> None:
+    """Write a JSONL file of synthetic instructions with completions, of 20 to about `max_tokens` tokens, uniformly."""
     draw = random.Random(seed)
     who = ["The teacher", "A farmer", "My neighbour", "The old captain", "An engineer", "Our doctor", "The young cook"]
     does = ["bought", "repaired", "painted", "described", "carried", "sold", "forgot", "measured", "found", "borrowed"]
@@ -55,7 +55,7 @@ def write_samples(file: Path, count: int, seed: int = SEED, most: int = 400) -> 
         for number in range(count):
             sentences = [
                 f"{draw.choice(who)} {draw.choice(does)} {draw.choice(what)} {draw.choice(when)}."
-                for _ in range(round(draw.uniform(0, (most - 20) / 9.4)))
+                for _ in range(round(draw.uniform(0, (max_tokens - 20) / 9.4)))
             ]
             about, rest = sentences[:1] or ["Nothing."], sentences[1:]
             text = f"### Instruction:\nGo on, number {number}. {about[0]}\n\n### Response:\n{' '.join(rest)}"
@@ -65,19 +65,19 @@ def write_samples(file: Path, count: int, seed: int = SEED, most: int = 400) -> 
 def plan_work(
     checkpoint_dir: str, data: Path, method: Method, steps: int, rows: int, max_seq_len: int, dtype: torch.dtype
 ) -> Work:
-    """The first `steps` optimizer steps that litmini takes with `rows` packed rows of `max_seq_len` tokens in each."""
+    """Return the first `steps` optimizer steps of litmini, with `rows` packed sequences of `max_seq_len` tokens in each."""
     config = DataConfig(path=str(data), train_on="all", max_seq_len=max_seq_len)
     examples, _, _ = load_data(config, Tokenizer(checkpoint_dir), SEED)
     packed = PackedDataset(examples, max_seq_len, True, SEED)
     _, model = empty_model(Path(checkpoint_dir))
     if method != "full":
         add_adapters(model, LORA, DoRALinear if method == "dora" else None)
-    meter = Throughput(model, torch.device("cpu"), dtype)
+    throughput = Throughput(model, torch.device("cpu"), dtype)
     chosen, flops = [], []
     for step in range(steps):
         members = [packed.sequence(number) for number in range(step * rows, (step + 1) * rows)]
-        flops.append(meter.flops([packed.batch(members)]))
-        chosen.append(sorted(i for row in members for i in row))  # as in the file: lengths are mixed
+        flops.append(throughput.flops([packed.batch(members)]))
+        chosen.append(sorted(i for row in members for i in row))  # in the order of the file, so that lengths are mixed
     used = {i for step in chosen for i in step}
     left = [i for i in range(len(examples)) if i not in used] or list(range(len(examples)))
 
@@ -85,30 +85,30 @@ def plan_work(
         inputs, labels = examples[i]
         return [*inputs.tolist(), int(labels[-1])]
 
-    return Work([[tokens(i) for i in step] for step in chosen], [tokens(i) for i in left[:HELD_OUT]], flops)
+    return Work([[tokens(i) for i in step] for step in chosen], [tokens(i) for i in left[:VALIDATION_SAMPLES]], flops)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Flops a second of a large matrix product: the best seen in about `seconds`."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Return the FLOPs per second of a large matmul: the best in about `seconds`."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)
     best, end = 0.0, time.perf_counter() + seconds
     while not best or time.perf_counter() < end:
         started = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for a GPU
+        (a @ a)[0, 0].item()  # CPU-GPU sync point
         best = max(best, 2 * n**3 / (time.perf_counter() - started))
     return best
 
 
 def versions() -> dict[str, str]:
-    """Of what runs in this process."""
+    """Return the versions of torch and litmini in this process."""
     import litmini
 
     return {"torch": torch.__version__, "litmini": litmini.__version__}
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the hardware of the measurements."""
     import platform
 
     name = platform.processor() or platform.machine()

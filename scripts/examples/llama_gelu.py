@@ -1,7 +1,7 @@
-"""A model file of one's own: Llama with a plain GELU MLP for SwiGLU. Its checkpoints ask for this file again (--model_file).
+"""A user's model file: Llama with a GELU MLP instead of SwiGLU. Its checkpoints need this file as --model_file.
 
-Copied from litmini/models/llama.py and edited: `MLP` has two matrices for three, `Config` lost what is not used here, and
-`config.json` holds the fields of `Config` as they are, under a `model_type` of its own.
+Copied from litmini/models/llama.py and edited: `MLP` has two matrices instead of three, `Config` has only the fields in use,
+and `config.json` holds the fields of `Config` unchanged, with its own `model_type`.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ class Config:
     tied: bool = False
 
 
-PRESETS = {"tiny": Config(512, 64, 2, 4, 2, 16, 192, 256)}  # ffn_dim is 3/2 of llama/tiny's: as many parameters
+PRESETS = {
+    "tiny": Config(512, 64, 2, 4, 2, 16, 192, 256)
+}  # ffn_dim is 3/2 of llama/tiny's: the same number of parameters
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:

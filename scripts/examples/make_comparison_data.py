@@ -1,9 +1,9 @@
-"""Real text for a comparison of methods: functions of Python's standard library, and the first paragraph of their docstrings.
+"""Make data to compare methods: functions of Python's standard library, and the first paragraph of their docstrings.
 
     python scripts/examples/make_comparison_data.py out/docstrings
 
-Writes train.jsonl and heldout.jsonl, which share no module. The text is read from this Python's own files (PSF licence), so
-another version of Python gives other examples; nothing of it is kept in this repository.
+Writes train.jsonl and heldout.jsonl, from different modules. The text comes from the files of this Python (PSF licence), so
+another version of Python gives other examples; this repository contains none of it.
 """
 
 import ast
@@ -19,7 +19,7 @@ LONGEST_SOURCE = 900  # characters
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
-    """(code without its docstring, first paragraph of the docstring) of every function that has one."""
+    """Yield (code without its docstring, first paragraph of the docstring) of every function that has one."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
             continue
@@ -38,13 +38,13 @@ def main(directory: Path) -> None:
     for file in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/[a-z_]*.py")):
         if "site-packages" in file.parts or "test" in file.parts or "idlelib" in file.parts:
             continue
-        held_out = hashlib.sha256(str(file.relative_to(library)).encode()).digest()[0] < 26  # one in ten modules
+        validation = hashlib.sha256(str(file.relative_to(library)).encode()).digest()[0] < 26  # one in ten modules
         try:
             found = list(functions(file.read_text(encoding="utf-8")))
         except (SyntaxError, UnicodeDecodeError):
             continue
         for code, answer in found:
-            parts["heldout" if held_out else "train"].setdefault(code, answer)  # no code twice
+            parts["heldout" if validation else "train"].setdefault(code, answer)  # no code twice
     directory.mkdir(parents=True, exist_ok=True)
     for name, pairs in parts.items():
         order = sorted(pairs, key=lambda code: hashlib.sha256(code.encode()).digest())

@@ -1,9 +1,9 @@
-"""A small English corpus out of the Python installation: its language reference and the docstrings of its library.
+"""Make a small English corpus from the Python installation: its language reference and the docstrings of its library.
 
     python scripts/examples/make_corpus.py
 
-Writes data/stdlib/text.jsonl, some 2 MB, one document a topic or module; the same for the same version of Python. The
-text is Python's own, under the PSF licence, and is made here, not shipped. Characters beyond ASCII are left out.
+Writes data/stdlib/text.jsonl, about 2 MB, one document per topic or module; the same for the same version of Python. The
+text is Python's (PSF licence), and is not in this repository. Characters beyond ASCII are dropped.
 """
 
 import ast
@@ -27,7 +27,7 @@ SKIP = {
 
 
 def docstrings(file: Path) -> str:
-    """All docstrings of a file, in their order."""
+    """Return all docstrings of a file, in order."""
     tree = ast.parse(file.read_bytes())
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]

@@ -1,9 +1,9 @@
-"""Writes train.jsonl and heldout.jsonl beside this file: orders in plain English, to be answered with a line of JSON.
+"""Write train.jsonl and heldout.jsonl of config_hub/quickstart: orders in plain English, with a line of JSON as completion.
 
     python scripts/examples/make_quickstart_data.py
 
-The answer can be checked exactly: keys in order, numbers as digits, sizes as one letter. Held-out orders have customers,
-and combinations of item, size and city, that training never saw. Dedicated to the public domain (CC0).
+The completion can be checked exactly: keys in order, numbers as digits, sizes as one letter. Validation orders have
+customers, and combinations of item, size and city, that are not in the training data. Public domain (CC0).
 """
 
 import json
@@ -83,7 +83,7 @@ CUSTOMERS = [
     "Olga",
     "Paul",
 ]
-HELD_OUT_CUSTOMERS = ["Quentin", "Rosa", "Stefan", "Tilda", "Ulrich", "Vera", "Walter", "Yara"]
+VALIDATION_CUSTOMERS = ["Quentin", "Rosa", "Stefan", "Tilda", "Ulrich", "Vera", "Walter", "Yara"]
 SIZES = {"S": "small", "M": "medium", "L": "large"}
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 PATTERNS = (
@@ -106,7 +106,7 @@ def main() -> None:
     pick.shuffle(combinations)
     for name, chosen, customers in (
         ("train", combinations[:320], CUSTOMERS),
-        ("heldout", combinations[320:370], HELD_OUT_CUSTOMERS),
+        ("heldout", combinations[320:370], VALIDATION_CUSTOMERS),
     ):
         lines = []
         for item, size, city in chosen:

@@ -214,7 +214,7 @@ def test_an_incomplete_or_damaged_base_writes_nothing(tiny_dir, tmp_path):
 
 def test_a_checkpoint_is_no_adapter_and_the_other_way_round(tiny_dir, adapter, tmp_path):
     assert "is no adapter directory" in refused(tiny_dir, tmp_path / "out", tiny_dir)
-    assert "is an adapter, no checkpoint" in refused(adapter, tmp_path / "out")
+    assert "is an adapter, not a checkpoint" in refused(adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

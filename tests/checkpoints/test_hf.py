@@ -135,7 +135,7 @@ def test_a_broken_config_is_named(tiny, content):
         ({"vision_config": {}, "audio_config": {"a": 1}}, "multimodal model (audio_config); only text models"),
         (
             {"model_type": "gemma3", "vision_config": {"a": 1}, "text_config": {"model_type": "gemma3_text"}},
-            "a text-only checkpoint of model_type 'gemma3_text' would work",
+            "a text-only checkpoint of model_type 'gemma3_text' works",
         ),
         ({"hidden_size": "DROP"}, "lacks the key 'hidden_size'"),
         ({"hidden_act": "gelu"}, "not implemented in llama.py: hidden_act = 'gelu'"),
@@ -181,7 +181,7 @@ def test_a_tensor_in_two_shards_is_an_error(tiny):
     shutil.copy(tiny / "model.safetensors", tiny / "a.safetensors")
     save_file({"model.norm.weight": torch.ones(64)}, tiny / "b.safetensors")
     write_json(tiny / INDEX, {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
-    assert "model.norm.weight is there twice" in refused(tiny)
+    assert "model.norm.weight occurs twice" in refused(tiny)
 
 
 def test_long_lists_of_problems_are_cut(tiny):
@@ -384,7 +384,7 @@ def test_rounding_in_pieces(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_saved_is_known_before_a_byte_is_written(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="a is there twice"):
+    with pytest.raises(UserError, match="a occurs twice"):
         save_model(tmp_path, {}, [("a", torch.zeros(1))] * 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 399}))
     with pytest.raises(UserError, match=r"too little disk: 0\.00 GB are still to come and 0\.00 GB are free in"):

@@ -115,7 +115,7 @@ def test_what_cannot_be_resolved(run: Path, tmp_path: Path) -> None:
         resolve(tmp_path / "empty")
     settings = read_json(run / "final" / "adapter_config.json")
     (run / "final" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "gone"}))
-    with pytest.raises(UserError, match=r"its base gone is not here: give the base .* --adapter"):
+    with pytest.raises(UserError, match=r"its base gone does not exist: give the base .* --adapter"):
         resolve(run)
     with pytest.raises(UserError, match="push_to_hub is 'x'; expected ORG/NAME"):
         convert_to_hf.ConvertConfig("a", "b", push_to_hub="x")

@@ -35,7 +35,7 @@ from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
 from litmini.ops.cross_entropy import IGNORE
-from litmini.runs.training_state import SHARES
+from litmini.runs.training_state import SHARDS
 from litmini.training.low_memory import checkpoint_activations
 
 DATA = ROOT / "config_hub/quickstart"
@@ -116,7 +116,7 @@ def test_sharded_equals_one_process_and_resumes_on_any_number(tiny_dir, tmp_path
     one, two = (words(tiny_dir, tmp_path / name, *more, "--eval.max_new_tokens", 2) for name in ("one", "two"))
     two += map(str, [*FSDP, "--train.checkpoint_activations"])
     run_alone(script, *one)
-    assert "2 processes share the parameters" in run_both(script, *two)
+    assert "parameters are sharded over 2 processes" in run_both(script, *two)
     assert_runs_agree(tmp_path / "one", tmp_path / "two")
     shares = list((tmp_path / "two/step-000002/training_state").glob("*.safetensors"))
     sizes = [file.stat().st_size for file in shares]
@@ -151,10 +151,10 @@ def test_a_lost_or_damaged_share_is_named(tiny_dir, tmp_path):
     share.write_bytes(share.read_bytes()[:-100])
     ended = run_two(command, "finetune_lora", *arguments, "--resume", "auto")
     step = share.parent.parent
-    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARES}/{share.name} changed since it was written)")
+    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARDS}/{share.name} changed since it was written)")
     share.unlink()
     ended = run_two(command, "finetune_lora", *arguments, "--resume", "auto")
-    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARES}/{share.name} changed since it was written)")
+    assert said_once(ended).startswith(f"error: {step} is damaged ({SHARDS}/{share.name} changed since it was written)")
 
 
 def said_once(ended: list[Any]) -> str:

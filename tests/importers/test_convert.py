@@ -180,7 +180,7 @@ def test_a_tensor_that_is_in_two_files(source: Path, tmp_path: Path) -> None:
         save_file(tensors, source / f"model-0000{i}-of-00002.safetensors")
     index = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(tensors)}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert "is there twice: the files to be read are not of one checkpoint" in refused(source, tmp_path / "out")
+    assert "occurs twice: the files do not belong to one checkpoint" in refused(source, tmp_path / "out")
 
 
 def test_litgpt(source: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from litmini.models import llama
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run, read_metrics, read_samples
 from litmini.runs.training_state import load_state
-from litmini.tasks import setup
+from litmini.tasks import measure
 from litmini.tokenizer import Tokenizer
 from litmini.training import loop
 from litmini.training.setup import Progress
@@ -170,7 +170,7 @@ def test_the_last_ones_and_the_best_are_kept(start):
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
         save(run, model, step, best_step=best)
     run.saving.wait()
-    assert [p.name for p in run.place.checkpoints()] == ["step-000002", "step-000004", "step-000005"]
+    assert [p.name for p in run.run_directory.checkpoints()] == ["step-000002", "step-000004", "step-000005"]
 
 
 def test_what_fails_on_its_way_to_the_disk_is_raised(start, monkeypatch):
@@ -322,7 +322,7 @@ def test_weights_that_are_nan_end_a_run_that_skips(poisoned, tmp_path, monkeypat
 
 def test_the_best_step_is_saved_when_it_is_found(tiny_dir, tmp_path, monkeypatch, capfd):
     losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before, after steps 1 to 4, after the run
-    for module in (loop, setup):
+    for module in (loop, measure):
         monkeypatch.setattr(module, "validate", lambda *_: next(losses))
     words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 1, "--train.keep_best", "true"]
     assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--train.max_steps", 5)[0] == 0

@@ -31,7 +31,7 @@ def test_every_sample_of_a_step_is_what_the_file_says(tmp_path, tiny_dir):
     known = {tuple([*tokenizer.encode(text), tokenizer.stop_ids[0]])[:129] for text in texts}
     chosen = [tuple(sample) for step in work.steps for sample in step]
     assert set(chosen) <= known and len(set(chosen)) == len(chosen)
-    assert not set(map(tuple, work.held_out)) & set(chosen)
+    assert not set(map(tuple, work.validation)) & set(chosen)
     assert all(sum(len(sample) - 1 for sample in step) <= 2 * 128 for step in work.steps)
     assert len(work.flops) == 3 and min(work.flops) > 0
 
@@ -52,7 +52,7 @@ def test_the_command_compares_the_same_work(tmp_path, tiny_dir, monkeypatch, cap
         assert row["real_tokens_per_second"] > 0 and row["peak_memory_mib"] > 100 and 0 < row["mfu"] < 1
         assert 0.5 < row["seconds_to_first_step"] < 100 and row["versions"]["torch"] and row["same_losses"]
     one, other = rows.values()
-    for name in ("loss_start", "loss_end", "validation_loss", "held_out_loss_bf16"):
+    for name in ("loss_start", "loss_end", "validation_loss", "validation_loss_bf16"):
         assert one[name] == pytest.approx(other[name], abs=0.01)  # adapters start at random
     assert "| lora | litmini | fp32 |" in said.out and (tmp_path / "out/chart.png").stat().st_size > 5_000
 
@@ -62,7 +62,7 @@ def result(
     tool: str,
     seconds: float,
     loss: float,
-    held_out: float = 2.0,
+    validation: float = 2.0,
     dtype: str = "bf16",
     rate: float = 1e10,
 ) -> dict:
@@ -74,7 +74,7 @@ def result(
         "losses": [loss] * 4,
         "seconds_to_first_step": 1.0,
         "peak_memory_mib": 100.0,
-        "validation_loss": held_out,
+        "validation_loss": validation,
         "product_rate": rate,
         "versions": {},
         "hardware": {"cpu": "a", "device": "cpu", "threads": 1},

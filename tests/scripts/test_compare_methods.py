@@ -55,7 +55,7 @@ def test_every_rate_is_trained_once_and_the_best_is_named(tmp_path, monkeypatch)
     assert len(started) == 3  # nothing twice
 
 
-@pytest.mark.parametrize(("lrs", "says"), [("{lara: [1e-3]}", "no method lara"), ("{lora: []}", "lrs is empty")])
+@pytest.mark.parametrize(("lrs", "says"), [("{lara: [1e-3]}", "unknown method lara"), ("{lora: []}", "lrs is empty")])
 def test_refuses(tmp_path, lrs, says):
     (tmp_path / "run.yaml").write_text("")
     words = ["--settings", tmp_path / "run.yaml", "--out_dir", tmp_path / "out", f"--lrs={lrs}"]

@@ -153,7 +153,7 @@ def test_merge_convert_and_generate(place, tiny_dir, tmp_path):
     adapter, merged, converted = place / "lora/final", tmp_path / "merged", tmp_path / "converted"
     base = ["--checkpoint_dir", tiny_dir, "--adapter_dir", adapter]
     said = run("merge_adapter.py", *base, "--out_dir", merged, "--dtype", "fp32")
-    assert "same best token 100.0%" in said
+    assert "same top-1 token 100.0%" in said
     run("convert_to_hf.py", "--out_dir", converted, "--adapter", adapter, tiny_dir, "--max_shard_size", "100KB")
     assert len(list(converted.glob("model-*-of-*.safetensors"))) > 2
     asked = ["--prompt", "Say 7.", "--max_new_tokens", "12", "--dtype", "fp32"]
@@ -199,7 +199,7 @@ def test_a_runs_own_config_repeats_it(place, tmp_path):
 def test_a_directory_that_holds_a_run_is_left_alone(place, tiny_dir):
     before = tree(place / "lora")
     error = run("finetune_lora.py", *settings(place, tiny_dir, "lora"), status=1)
-    assert "holds a run already" in error and "--resume auto" in error and f"--out_dir {place / 'lora-2'}" in error
+    assert "already holds a run" in error and "--resume auto" in error and f"--out_dir {place / 'lora-2'}" in error
     error = run("finetune_lora.py", "--config", place / "lora/config.yaml", "--resume", "auto", status=1)
     assert "is finished" in error
     assert tree(place / "lora") == before
@@ -209,7 +209,7 @@ def test_resume_refuses_what_is_no_checkpoint_and_other_settings(place, tiny_dir
     resume = ["--config", place / "lora/config.yaml", "--out_dir", tmp_path / "new", "--resume"]
     for wrong in (tmp_path, place / "lora", place / "lora/final", tmp_path / "none"):
         error = run("finetune_lora.py", *resume, wrong, status=1)
-        assert f"{wrong} is no training checkpoint" in error
+        assert f"{wrong} is not a training checkpoint" in error
     error = run("finetune_lora.py", *resume, place / "lora/step-000002", "--optim.lr=1", "--lora.rank=2", status=1)
     assert "optim.lr: 0.01 -> 1.0" in error and "lora.rank: 4 -> 2" in error
     assert not (tmp_path / "new").exists()

@@ -224,7 +224,12 @@ def test_chat_answers_mistakes_and_goes_on(base, tmp_path, monkeypatch, capsys):
     typed = ["/nonsense", f"/save {tmp_path}", "Say " * 300, "/save", "/quit", "never"]
     printed, errors = chat(typed, *base, "--max_new_tokens=3", monkeypatch=monkeypatch, capsys=capsys)
     assert printed.count(">") == 5 and errors.count("error: ") == 4
-    for expected in ("/nonsense is no command", "exists", "no token remains for a completion", "/save is no command"):
+    for expected in (
+        "/nonsense is not a command",
+        "exists",
+        "no token remains for a completion",
+        "/save is not a command",
+    ):
         assert expected in errors
     (tmp_path / "two.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     assert "holds 2 conversations" in run("chat.py", *base, "--history", tmp_path / "two.jsonl", status=1)

@@ -127,7 +127,7 @@ def one(place):
 def shared(place, one):
     """The same of two processes that share the model."""
     said, file = train(place, "fsdp", *FSDP, devices=2)
-    assert "2 processes share the parameters" in said
+    assert "parameters are sharded over 2 processes" in said
     assert seen(file) == list(range(STEPS * BATCH))
     return place / "fsdp"
 
@@ -167,7 +167,7 @@ def test_started_by_slurm(place, one):
     how = ["--devices", 1, "--num_nodes", 2, "--strategy", "fsdp"]
     ended = run_two(slurm, *words(place, "slurm", *how))
     assert all(end.status == 0 for end in ended), "\n".join(end.err for end in ended)
-    assert "2 processes share the parameters" in ended[0].out and not ended[1].out
+    assert "parameters are sharded over 2 processes" in ended[0].out and not ended[1].out
     assert_runs_agree(one, place / "slurm")
 
 
@@ -215,7 +215,7 @@ def saved_in_the_background(directory):
 
     from litmini.distributed.fsdp import shard
     from litmini.models import llama
-    from litmini.runs.training_state import load_shares, named_state, save_shares
+    from litmini.runs.training_state import load_shards, named_state, save_shards
 
     distributed.init_process_group("gloo")
     model = llama.Model(llama.PRESETS["tiny"])
@@ -237,7 +237,7 @@ def saved_in_the_background(directory):
     trained, write = threading.Event(), HuggingFaceStorageWriter.write_data
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HuggingFaceStorageWriter, "write_data", lambda *args: (trained.wait(60), write(*args))[1])
-        wait = save_shares(directory, model, optimizer)
+        wait = save_shards(directory, model, optimizer)
         step()  # with gathers and sums among the processes
         written_too_soon = any(directory.glob("*.safetensors"))
         distributed.barrier()  # both have looked
@@ -245,7 +245,7 @@ def saved_in_the_background(directory):
         wait()
     distributed.barrier()
     after = {name: value.full_tensor() if value.ndim else value for name, value in named_state(model, optimizer)}
-    found = dict(load_shares(directory, dict(model.named_parameters())))
+    found = dict(load_shards(directory, dict(model.named_parameters())))
     found = {name: value.full_tensor() if value.ndim else value for name, value in found.items()}
     distributed.destroy_process_group()
     same = found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in found)

@@ -30,7 +30,7 @@ from litmini.runs import manifest as manifest_module
 from litmini.runs.loggers import make_loggers
 from litmini.runs.manifest import git_state, weights_hash
 from litmini.runs.report import write_report
-from litmini.tasks import setup
+from litmini.tasks import measure
 from litmini.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def run(tiny_dir, tmp_path, monkeypatch, capfd):
 def test_the_longest_batch_runs_first_where_lengths_differ(run, monkeypatch):
     """Requirement 10."""
     seen = []
-    monkeypatch.setattr(setup, "memory_warmup", lambda *words: seen.append(words[-1]["tokens"].shape[1]))
+    monkeypatch.setattr(measure, "memory_warmup", lambda *words: seen.append(words[-1]["tokens"].shape[1]))
     assert run("finetune_lora", "packed")[0] == 0
     assert seen == []
     assert run("finetune_lora", "unpacked", "--data.pack", "false")[0] == 0
@@ -158,7 +158,7 @@ def test_resuming_with_other_data_or_template_is_refused(run, tmp_path):
 def test_resuming_on_another_cpu_is_noted(run, tmp_path):
     """Bits are promised with one instruction set and one number of threads."""
     words = ["--train.save_every", 2]
-    assert "no longer the same" not in run("finetune_lora", "run", *words)[1]
+    assert "not bit-identical" not in run("finetune_lora", "run", *words)[1]
     for then in ("as now", 64):
         shutil.rmtree(tmp_path / "run/final")
         shutil.rmtree(tmp_path / "run/step-000004")
@@ -170,7 +170,7 @@ def test_resuming_on_another_cpu_is_noted(run, tmp_path):
         file.write_text(json.dumps(manifest))
         status, out, error = run("finetune_lora", "run", *words, "--resume", "auto")
         assert status == 0, error
-        assert ("threads: 64 -> " in out and "no longer the same to the bit" in out) == (then == 64)
+        assert ("threads: 64 -> " in out and "not bit-identical" in out) == (then == 64)
 
 
 def test_a_checkpoint_of_one_run_does_not_overwrite_another(run, tmp_path):
@@ -194,7 +194,7 @@ def test_the_result_is_saved_before_it_is_measured(run, tmp_path, monkeypatch):
         if words[-1] == "after":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(setup, "measure", fail)
+    monkeypatch.setattr(measure, "measure", fail)
     assert run("finetune_lora", "run")[0] == 130
     assert (tmp_path / "run/final/adapter_model.safetensors").is_file()
 
@@ -254,7 +254,7 @@ def test_a_run_one_can_look_at(run, finished, logged, tmp_path):
     rows = rows_of(directory)
     for row in rows:
         assert float(row["mfu"]) > 0 and float(row["memory_mib"]) > 100 and float(row["grad_norm"]) > 0
-    assert "MFU is of" in out and "Tflop/s, measured, a product of" in out
+    assert "MFU is relative to" in out and "TFLOP/s, measured with a matmul of" in out
     assert re.search(
         r"step 4 of 4: loss [\d.]+, lr [\d.e-]+, norm [\d.]+, [\d,]+ tok/s, MFU \d+%, [\d,]+ MiB, 00:00 left", out
     )

@@ -121,7 +121,7 @@ def test_mfu_is_flops_by_time_by_peak() -> None:
 
 def test_the_peak_of_a_cpu_is_measured() -> None:
     peak, source = peak_flops(CPU, torch.float32)
-    assert 1e8 < peak < 1e15 and source == "measured, a product of 1024 x 1024 in float32"
+    assert 1e8 < peak < 1e15 and source == "measured with a matmul of 1024 x 1024 in float32"
 
 
 @pytest.mark.parametrize(

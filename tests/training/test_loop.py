@@ -342,7 +342,7 @@ def test_full_state_is_of_this_model(fabric, tiny_dir, tmp_path):
     model = add_lora(load_model(tiny_dir, torch.float32))
     save_state(tmp_path, Progress(), model, make_optimizer(model, OptimConfig()))
     other = load_model(tiny_dir, torch.float32)
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="to another model"):
         load_state(tmp_path, other, make_optimizer(other, OptimConfig()))
 
 

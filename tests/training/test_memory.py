@@ -12,7 +12,16 @@ from litmini.config.training import OptimConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import llama, mixtral
-from litmini.training.gpus import CARDS, GIB, Traffic, communication_volume, compare, fitting, share, tokens_per_day
+from litmini.training.gpus import (
+    GIB,
+    GPUS,
+    Traffic,
+    communication_volume,
+    compare,
+    fitting,
+    memory_per_device,
+    tokens_per_day,
+)
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import Memory, _Ledger, estimate, full_rows, optimizer_bytes
 from litmini.training.optimizer import make_optimizer
@@ -146,16 +155,16 @@ def test_several_devices_and_cards():
     memory = Memory(
         frozen=0, trained=1000, optimizer=2000, gradients=1000, activations=300, loss=50, temporary=7, process=9
     )
-    assert share(memory, model, 1, "fsdp") == memory
-    assert share(memory, model, 4, "ddp").total == memory.total + 1000
-    shared = share(memory, model, 4, "fsdp")
+    assert memory_per_device(memory, model, 1, "fsdp") == memory
+    assert memory_per_device(memory, model, 4, "ddp").total == memory.total + 1000
+    shared = memory_per_device(memory, model, 4, "fsdp")
     assert (shared.trained, shared.optimizer, shared.gradients, shared.activations) == (250, 500, 250, 300)
     assert shared.temporary > memory.temporary
-    assert share(memory, model, 4, "hsdp", 16) == shared == share(memory, model, 1, "fsdp", 4)
-    assert [gib for _, gib in CARDS] == sorted(gib for _, gib in CARDS)
+    assert memory_per_device(memory, model, 4, "hsdp", 16) == shared == memory_per_device(memory, model, 1, "fsdp", 4)
+    assert [gib for _, gib in GPUS] == sorted(gib for _, gib in GPUS)
     assert fitting(memory) == "RTX 4060 (8 GiB) and larger"
     assert fitting(Memory(20 * GIB, 0, 0, 0, 0, 0, 0, process=10**15)) == "RTX 4090 (24 GiB) and larger"
-    assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the ordinary cards: 221 GiB"
+    assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the common GPUs: 221 GiB"
 
 
 def test_what_gpus_send_to_each_other():
@@ -170,8 +179,8 @@ def test_what_gpus_send_to_each_other():
     hsdp = Traffic(((2 * all_ + trained) * 7 / 8, 0), (0, 2 * trained / 8 / 2))
     assert communication_volume(model, "hsdp", 8, 2) == hsdp
     said = compare(Traffic((4e9, 0), (0, 1e9)), 989e12 / 1000, 500, 2, 0.5, (8e9, 1e9))
-    assert "sends 8.0 GB inside of a node: 1 s at 8 GB/s" in said and "sends 1.0 GB between nodes: 1 s at 1" in said
-    assert "computes 2 s (H100), which does not hide that: a step has 1,000 tokens for each, 1,000 would do" in said
+    assert "sends 8.0 GB within a node: 1 s at 8 GB/s" in said and "sends 1.0 GB between nodes: 1 s at 1" in said
+    assert "computes 2 s (H100), which does not hide that: a step has 1,000 tokens per GPU, 1,000 are enough" in said
 
 
 def test_tokens_a_day():
@@ -211,7 +220,7 @@ def test_the_estimate_script(capfd, monkeypatch, tiny_dir):
     )
     assert (
         "16 x H100" in out
-        and "inside of a node" in out
+        and "within a node" in out
         and "between nodes" in out
         and f"{6 * 16 * 2 * 128:,} parameters are trained" in out
     )
@@ -235,4 +244,4 @@ def test_dry_run_says_what_a_run_takes(capfd, monkeypatch, tiny_dir, tmp_path):
     assert "Nothing was trained or written" in out and not (tmp_path / "x").exists()
     monkeypatch.setattr("litmini.tasks.dry_run._memory_of", lambda device: 1)
     out = run(capfd, monkeypatch, "finetune_lora", *words, "--precision", "32-true")
-    assert "warning: it does not fit here. " in out and "for 10 steps" not in out
+    assert "warning: it does not fit on this device. " in out and "for 10 steps" not in out

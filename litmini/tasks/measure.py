@@ -1,0 +1,90 @@
+"""The measurements before and after training, and the results that a run reports."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from litmini.runs.run import today_keys
+from litmini.tasks.setup import TrainingSetup
+from litmini.training.flops import Throughput, peak_memory_mib
+from litmini.training.loop import memory_warmup, validate
+from litmini.training.objective import Objective
+
+
+def measure_start(setup: TrainingSetup, objective: Objective) -> None:
+    """Measure the model before training, and run the longest batch once. Do nothing if the run is resumed."""
+    if setup.progress.step == 0:
+        measure(setup, objective, "before")
+        longest = setup.data.train.longest_batch(setup.train.micro_batch_size)
+        if longest is not None:
+            memory_warmup(setup, objective, longest)
+
+
+def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = None) -> str:
+    """Save the result of training, measure it, write plot and report, and return a summary with the command to type next.
+
+    Args:
+        adapter_of: the base checkpoint, if the result is an adapter.
+    """
+    run, throughput, progress = setup.recorder, setup.throughput, setup.progress
+    assert isinstance(throughput, Throughput)
+    if setup.train.keep_best and progress.best_step:
+        run.results |= {"best_step": progress.best_step, "best_val_loss": progress.best_val_loss}
+    run.results |= {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "target_tokens": progress.targets,
+        "training_seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "mfu": throughput.mfu,
+        "peak_flops": throughput.peak,
+        "peak_flops_source": throughput.source,
+    }
+    final = run.save_final()
+    run.results["peak_memory_mib"] = peak_memory_mib(setup.fabric.device)
+    measure(setup, objective, "after")
+    if setup.fabric.is_global_zero:
+        from litmini.runs.report import plot_metrics, write_report
+
+        plot_metrics(run.directory, run.results)
+        write_report(run.directory, setup.data.train.lengths(), setup.data.train.length)
+    adapter = ["--adapter_dir", str(final)] if adapter_of else []
+    words = ["python", "scripts/generate.py", "--checkpoint_dir", adapter_of or str(final), *adapter, "--prompt", "..."]
+    return "\n".join([*describe_results(run.results), f"\nThe result is {final}. Try it:\n  {shlex.join(words)}"])
+
+
+def describe_results(r: dict[str, Any]) -> list[str]:
+    """Return the results of a run as lines of text."""
+    lines = []
+    samples = (today_keys(r.get(f"samples_{when}", [])) for when in ("before", "after"))
+    for before, after in zip(*samples, strict=False):
+        lines += [f"\nprompt     {before['prompt']}", f"reference  {before['reference']}"]
+        lines += [f"before     {before['prediction']}", f"after      {after['prediction']}"]
+    lines.append("")
+    if {"val_loss_before", "val_loss_after"} <= r.keys():
+        lines.append(f"validation loss         {r['val_loss_before']:.3f} -> {r['val_loss_after']:.3f}")
+    if {"exact_match_before", "exact_match_after"} <= r.keys():
+        lines.append(f"validation exact match  {r['exact_match_before']:.0%} -> {r['exact_match_after']:.0%}")
+    lines.append(
+        f"training took {r['training_seconds']:.0f} s at {r['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {r['peak_memory_mib']:,.0f} MiB"
+    )
+    return lines
+
+
+def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
+    """Measure validation loss, completions and exact match, and write them to the manifest under names ending in `when`."""
+    data, run = setup.data, setup.recorder
+    config = run.config.eval
+    results: dict[str, Any] = {}
+    if (loss := validate(setup, objective)) is not None:
+        results[f"val_loss_{when}"] = loss
+    if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
+        from litmini.evaluation.metrics import exact_match, predict
+
+        predictions = predict(setup.module, data.tokenizer, examples, config.max_new_tokens)
+        results[f"samples_{when}"] = [vars(p) for p in predictions[: config.samples]]
+        if config.exact_match:
+            results[f"exact_match_{when}"] = exact_match(predictions)
+    run.write_manifest(**results)
