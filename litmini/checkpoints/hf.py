@@ -18,6 +18,7 @@ from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map,
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import read_json, restore, write_json
+from litmini.methods.heads import head_name, original_head
 from litmini.models import FAMILIES, family, meta_model
 from litmini.system import check_disk_space
 from litmini.tokenizer import copy_side_files
@@ -250,11 +251,13 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
         return
     source = Path(base)
     module, fresh = empty_model(source)
-    parameters = list(model.named_parameters())
+    with original_head(model):
+        parameters = list(model.named_parameters())
     shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
     empty = disk_tensors(module, model.config, shapes)
     tensors = disk_tensors(module, model.config, ((name, full_tensor(p.detach())) for name, p in parameters))
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
-    if parameter_names(model).keys() > parameter_names(fresh).keys():  # a merge untied the head
+    head = f"{head_name(fresh)}.weight"
+    if head in dict(parameters) and head not in parameter_names(fresh):  # a merge untied it
         raw["tie_word_embeddings"] = False
     save_model(directory, raw, tensors, side_files=source, empty=empty)

@@ -17,6 +17,7 @@ from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears
+from litmini.methods.heads import original_head
 from litmini.methods.nf4 import NF4Linear
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -198,17 +199,8 @@ def _targets(linears: list[str], config: dict[str, Any]) -> list[str]:
     return [name for name in linears if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
-def save_adapter(
-    model: nn.Module, directory: Path | None, base: str, *, quantize: QuantizeConfig | None = None
-) -> None:
-    """Write the adapters of `model` in PEFT's format into `directory`, which exists.
-
-    Ranks that have no `directory` take part with their shards of a sharded model.
-
-    Args:
-        base: the checkpoint directory, or hub id, that they belong to.
-        quantize: of the base while they were trained.
-    """
+def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the `adapter_config.json` of the adapters in `model`."""
     by_method: dict[type[AdapterLayer], dict[str, AdapterLayer]] = {}
     for name, layer in adapters(model).items():
         by_method.setdefault(type(layer), {})[name] = layer
@@ -225,6 +217,22 @@ def save_adapter(
         for name, layer in layers.items():
             tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
         config |= method.peft_config(layers, model)
+    return tensors, config
+
+
+def save_adapter(
+    model: nn.Module, directory: Path | None, base: str, *, quantize: QuantizeConfig | None = None
+) -> None:
+    """Write the adapters of `model` in PEFT's format into `directory`, which exists.
+
+    Ranks that have no `directory` take part with their shards of a sharded model.
+
+    Args:
+        base: the checkpoint directory, or hub id, that they belong to.
+        quantize: of the base while they were trained.
+    """
+    with original_head(model):
+        tensors, config = _in_peft(model, base)
     if directory is None:
         return
     write_tensors(directory / "adapter_model.safetensors", tensors)

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 
 from litmini.distributed.fsdp import is_sharded
+from litmini.errors import UserError
 from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
 from litmini.runs.directory import RunDirectory, flat, plain
 from litmini.runs.manifest import check_same, describe_run
@@ -86,6 +87,11 @@ class Run(Recorder):
         checkpoint = self.run_directory.restart_from
         assert checkpoint is not None
         check_same(self.run_directory.before, self.facts, checkpoint)
+        names = self.run_directory.before.get("data", self.facts["data"]).keys()
+        if others := names ^ self.facts["data"].keys():
+            raise UserError(
+                f"cannot resume {checkpoint}: data were added or removed since the run began: {', '.join(others)}."
+            )
         check_checksums(checkpoint)
         progress = load_state(checkpoint, self.model, self.optimizer)
         self.fabric.print(f"resuming from {checkpoint}, after step {progress.step}")

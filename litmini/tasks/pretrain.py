@@ -22,7 +22,7 @@ from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import content_hash
-from litmini.methods.heads import head_name
+from litmini.methods.heads import head_name, original_head
 from litmini.models import FAMILIES, family, use_model_file
 from litmini.ops.cross_entropy import ZLossHead
 from litmini.tasks.setup import Data, ineffective_optim, warn
@@ -62,7 +62,8 @@ class Blueprint:
         def save(directory: Path | None) -> None:
             if self.checkpoint:
                 return save_trained(model, directory, base=self.checkpoint)
-            parameters = list(model.named_parameters())
+            with original_head(model):
+                parameters = list(model.named_parameters())
             tensors = ((name, full_tensor(parameter.detach())) for name, parameter in parameters)
             if directory is None:
                 for _ in tensors:  # this process takes part in gathering the shards

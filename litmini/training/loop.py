@@ -240,10 +240,11 @@ def evaluate(fabric: Fabric, model: Any, objective: Objective, batches: Iterable
         losses.append(objective.loss(model, fabric.to_device(batch)))
         units += objective.count(batch)
     loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # CPU-GPU sync point
-    mine = torch.tensor([loss_sum, units], dtype=torch.float64, device=fabric.device)
-    total: Any = fabric.all_reduce(mine, reduce_op="sum")
-    loss_sum, units = total.tolist()
-    return loss_sum / max(1.0, units)
+    if fabric.world_size > 1:
+        mine = torch.tensor([loss_sum, units], dtype=torch.float64, device=fabric.device)
+        total: Any = fabric.all_reduce(mine, reduce_op="sum")
+        loss_sum, units = total.tolist()
+    return loss_sum / max(1, units)
 
 
 def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:

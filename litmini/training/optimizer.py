@@ -12,6 +12,7 @@ from torch import nn
 from litmini.config.training import OptimConfig
 from litmini.distributed.fsdp import is_dtensor
 from litmini.errors import UserError
+from litmini.ops.cross_entropy import OutputHead
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -70,7 +71,9 @@ def block_matrices(model: nn.Module) -> set[nn.Parameter]:
         parameter
         for owner, module in model.named_modules()
         for parameter in module.parameters(recurse=False)
-        if isinstance(module, nn.Embedding) or "." not in owner
+        if isinstance(module, nn.Embedding)
+        or "." not in owner
+        or isinstance(model.get_submodule(owner.split(".")[0]), OutputHead)
     }
     return {p for p in model.parameters() if p.dim() == 2} - outside
 

@@ -282,7 +282,7 @@ def test_a_full_cache_and_documents_with_a_cache_raise():
     cache.advance(torch.arange(3)[None])
     with pytest.raises(ValueError, match="the cache holds 4 tokens, 5 are needed"):
         cache.advance(torch.arange(3, 5)[None])
-    with pytest.raises(ValueError, match="documents and cache"):
+    with pytest.raises(ValueError, match="documents and a cache"):
         make_mask(torch.arange(1)[None], torch.ones(1, 1), cache, None)
 
 
