@@ -119,7 +119,7 @@ def test_what_cannot_be_resolved(run: Path, tmp_path: Path) -> None:
         resolve(run)
     with pytest.raises(UserError, match="push_to_hub is 'x'; expected ORG/NAME"):
         convert_to_hf.ConvertConfig("a", "b", push_to_hub="x")
-    with pytest.raises(UserError, match="--merge false writes an adapter as it is"):
+    with pytest.raises(UserError, match="--merge false writes an adapter unchanged"):
         convert_to_hf.main(convert_to_hf.ConvertConfig(str(tmp_path), "b", merge=False))
 
 

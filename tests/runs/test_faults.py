@@ -317,7 +317,7 @@ def test_weights_that_are_nan_end_a_run_that_skips(poisoned, tmp_path, monkeypat
     data.write_text('{"prompt": "~", "completion": "yes"}\n' * 2)
     words = ["--data.path", data, "--train.on_nonfinite", "skip", "--train.max_steps", 40]
     status, _, error = finetune(base, tmp_path / "run", monkeypatch, capfd, *words)
-    assert status == 1 and "step 25: loss nan" in error and "the 24 before it" in error
+    assert status == 1 and "step 25: loss nan" in error and "the 24 steps before it" in error
 
 
 def test_the_best_step_is_saved_when_it_is_found(tiny_dir, tmp_path, monkeypatch, capfd):
