@@ -55,9 +55,26 @@ def numeric_tests() -> list[str]:
     ]
 
 
+CHECK = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), sep=', ')"
+
+
+def in_effect(setting: dict[str, str]) -> str:
+    """ATen's instruction set and the number of threads that a process has with this setting.
+
+    Raises:
+        RuntimeError: it has no effect on one of them that it names.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **setting}
+    shown = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment, check=True)
+    isa, threads = shown.stdout.strip().split(", ")
+    if isa != setting.get("ATEN_CPU_CAPABILITY", isa).upper() or threads != setting.get("OMP_NUM_THREADS", "1"):
+        raise RuntimeError(f"{setting} gives {isa} and {threads} threads: this CPU cannot imitate it")
+    return f"{isa}, {threads}"
+
+
 def run(setting: dict[str, str], files: list[str], log: Path) -> tuple[list[str], str, dict[str, float]]:
     """Failed tests, pytest's last line, and for each test the largest share of its tolerance."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **setting, "LITMINI_NUMERICS_LOG": str(log)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **setting, "LITMINI_NUMERICS_LOG": str(log)}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(log.with_suffix(""))  # its cache does not ask for the instruction set
     command = [
         sys.executable,
@@ -89,13 +106,16 @@ def main() -> int:
     if unknown := set(options.settings) - SETTINGS.keys():
         parser.error(f"no such setting: {', '.join(unknown)}")
     files = [str(TESTS / f"{name}.py") for name in SHORT_FILES] if options.short else numeric_tests()
-    print("| setting | outcome | largest share of a tolerance | test |\n|---|---|---|---|", flush=True)
+    print(
+        "| setting | ATen, threads | outcome | largest share of a tolerance | test |\n|---|---|---|---|---|", flush=True
+    )
     any_failed = False
     with tempfile.TemporaryDirectory() as directory:
         for number, name in enumerate(options.settings or (SHORT if options.short else SETTINGS)):
             failed, outcome, used = run(SETTINGS[name], files, Path(directory) / f"{number}.jsonl")
             closest = max(used, key=lambda test: used[test], default="none")
-            print(f"| {name} | {outcome} | {used[closest]:.2f} | {closest.removeprefix('tests/')} |", flush=True)
+            share, test = f"{used[closest]:.2f}", closest.removeprefix("tests/")
+            print(f"| {name} | {in_effect(SETTINGS[name])} | {outcome} | {share} | {test} |", flush=True)
             print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr, flush=True)
             any_failed |= bool(failed)
     return int(any_failed)

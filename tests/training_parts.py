@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from litmini.config.training import OptimConfig, TrainConfig
+from litmini.evaluation.verify import BatchList
 from litmini.training.objective import Batch
-from litmini.training.setup import BatchList, Progress, Recorder, Setup
+from litmini.training.setup import Progress, Recorder, Setup
 
 
 class Listening(Recorder):

@@ -18,8 +18,8 @@ from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map,
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import read_json, restore, write_json
-from litmini.methods.heads import head_name, original_head
 from litmini.models import FAMILIES, family, meta_model
+from litmini.ops.cross_entropy import original_head
 from litmini.system import check_disk_space
 from litmini.tokenizer import copy_side_files
 
@@ -257,7 +257,7 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
     empty = disk_tensors(module, model.config, shapes)
     tensors = disk_tensors(module, model.config, ((name, full_tensor(p.detach())) for name, p in parameters))
     raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
-    head = f"{head_name(fresh)}.weight"
-    if head in dict(parameters) and head not in parameter_names(fresh):  # a merge untied it
+    added = {name for name, _ in parameters} - parameter_names(fresh).keys()
+    if any(hasattr(fresh, name.partition(".")[0]) for name in added):  # a merge untied the head
         raw["tie_word_embeddings"] = False
     save_model(directory, raw, tensors, side_files=source, empty=empty)

@@ -17,8 +17,8 @@ from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears
-from litmini.methods.heads import original_head
 from litmini.methods.nf4 import NF4Linear
+from litmini.ops.cross_entropy import original_head
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained

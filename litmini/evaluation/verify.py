@@ -26,9 +26,9 @@ from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.kv_cache import KVCache
 from litmini.runs.training_state import load_state, save_state
 from litmini.training.loop import fit
-from litmini.training.objective import LanguageModeling
+from litmini.training.objective import Batch, LanguageModeling
 from litmini.training.optimizer import make_optimizer
-from litmini.training.setup import BatchList, Progress, Recorder, Setup
+from litmini.training.setup import Progress, Recorder, Setup
 
 BOUND = 1e-4  # of the largest logit, or of the largest update: how much fp32 sums in another order differ
 TEXTS = (
@@ -153,6 +153,26 @@ def check_merge(model: nn.Module, tokens: Tensor) -> Check:
     check.measured["effect"] = float((unmerged - base).abs().max())
     check.passed = bool(check.passed) and check.measured["effect"] > check.measured["max_difference"]
     return check
+
+
+@dataclass(frozen=True)
+class BatchList:
+    """Training data as a list: for each step its micro-batches, the same on every rank. For checks without a data set."""
+
+    steps: list[list[Batch]]
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.steps)
+
+    def batches(self, step: int, rank: int, world: int) -> list[Batch]:
+        return self.steps[step]
+
+    def validation_batches(self, rank: int, world: int) -> None:
+        return None
+
+    def locations(self, step: int, rank: int, world: int) -> list[list[str]]:
+        return []
 
 
 def _train(

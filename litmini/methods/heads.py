@@ -5,8 +5,6 @@ The heads here return more than the summed loss of language modelling, and like 
 mixture-of-experts model adds to that loss in training, its load-balancing loss, is left out with these heads.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,12 +28,12 @@ class LogProbHead(OutputHead):
             head: gives logits (..., vocab): a linear, an adapted one, or one that is trained beside adapters.
             chunk: rows of logits in memory at once.
         """
-        super().__init__()
-        self.head, self.chunk = head, chunk
+        super().__init__(head)
+        self.chunk = chunk
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits, as without labels."""
-        return self.head(hidden)  # type: ignore[no-any-return]
+        return self.original(hidden)  # type: ignore[no-any-return]
 
     def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return (B, T) fp32 log-probabilities, 0 where there is no label, and the number of labels (int64, 0-d)."""
@@ -51,7 +49,7 @@ class LogProbHead(OutputHead):
         return zeros.index_copy(0, index, torch.cat(parts)).view_as(labels), targets.sum()
 
     def _log_probs(self, rows: Tensor, wanted: Tensor, softcap: float | None) -> Tensor:
-        logits = self.head(rows).float()  # (c, vocab)
+        logits = self.original(rows).float()  # (c, vocab)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)  # (c,)
@@ -105,19 +103,6 @@ def use_log_probs(model: nn.Module, chunk: int = CHUNK) -> LogProbHead:
     head = LogProbHead(getattr(model, name), chunk)
     setattr(model, name, head)
     return head
-
-
-@contextmanager
-def original_head(model: nn.Module) -> Iterator[None]:
-    """Give a model with a `LogProbHead` its own head back for as long as this lasts: to save it, or to generate."""
-    heads = {name: module for name, module in model.named_children() if isinstance(module, LogProbHead)}
-    for name, head in heads.items():
-        setattr(model, name, head.head)
-    try:
-        yield
-    finally:
-        for name, head in heads.items():
-            setattr(model, name, head)
 
 
 def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | None = None) -> nn.Linear:

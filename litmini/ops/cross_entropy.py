@@ -3,6 +3,10 @@
 The full logits (positions x vocabulary) never exist. The caller divides the sum by the targets of the whole optimizer step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +22,30 @@ CACHED = 8  # rows of logits in one softmax on a CPU: in fp32 they fit into its 
 class OutputHead(nn.Module):
     """A head whose outputs a model with labels returns instead of the summed loss; see `litmini/methods/heads.py`."""
 
+    def __init__(self, original: nn.Module | None = None) -> None:
+        """
+        Args:
+            original: the head that it takes the place of, and whose name in files is that of the place.
+        """
+        super().__init__()
+        self.original: Any = original
+
     def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return the outputs at the labelled positions of hidden (B, T, dim), and their number (int64, 0-d)."""
         raise TypeError(f"{type(self).__name__} has no outputs")
+
+
+@contextmanager
+def original_head(model: nn.Module) -> Iterator[None]:
+    """Put the original of an `OutputHead` back for as long as this lasts: to save the model, or to generate."""
+    heads = {n: m for n, m in model.named_children() if isinstance(m, OutputHead) and m.original is not None}
+    for name, head in heads.items():
+        setattr(model, name, head.original)
+    try:
+        yield
+    finally:
+        for name, head in heads.items():
+            setattr(model, name, head)
 
 
 class ZLossHead(nn.Linear):

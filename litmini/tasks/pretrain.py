@@ -22,9 +22,9 @@ from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import content_hash
-from litmini.methods.heads import head_name, original_head
+from litmini.methods.heads import head_name
 from litmini.models import FAMILIES, family, use_model_file
-from litmini.ops.cross_entropy import ZLossHead
+from litmini.ops.cross_entropy import ZLossHead, original_head
 from litmini.tasks.setup import Data, ineffective_optim, warn
 from litmini.tokenizer import Tokenizer
 

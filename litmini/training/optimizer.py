@@ -67,13 +67,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def block_matrices(model: nn.Module) -> set[nn.Parameter]:
     """Return all matrices but embeddings and the head, which is a direct child of the model."""
-    outside = {
+    heads = [module for module in model.children() if isinstance(module, OutputHead)]
+    outside = {parameter for head in heads for parameter in head.parameters()} | {
         parameter
         for owner, module in model.named_modules()
         for parameter in module.parameters(recurse=False)
-        if isinstance(module, nn.Embedding)
-        or "." not in owner
-        or isinstance(model.get_submodule(owner.split(".")[0]), OutputHead)
+        if isinstance(module, nn.Embedding) or "." not in owner
     }
     return {p for p in model.parameters() if p.dim() == 2} - outside
 

@@ -71,26 +71,6 @@ class TrainingData(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class BatchList:
-    """Training data as a list: for each step its micro-batches, the same on every rank. For checks without a data set."""
-
-    steps: list[list[Batch]]
-
-    @property
-    def total_steps(self) -> int:
-        return len(self.steps)
-
-    def batches(self, step: int, rank: int, world: int) -> list[Batch]:
-        return self.steps[step]
-
-    def validation_batches(self, rank: int, world: int) -> None:
-        return None
-
-    def locations(self, step: int, rank: int, world: int) -> list[list[str]]:
-        return []
-
-
 class Recorder:
     """The record of a run. This one keeps nothing; `litmini.runs.run.Run` writes a directory."""
 

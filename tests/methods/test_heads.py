@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from numerics import assert_close, assert_gradients_close
+from numerics import assert_close, assert_gradients_close, difference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters
-from litmini.methods.heads import head_name, original_head, use_log_probs, use_scores
+from litmini.methods.heads import head_name, use_log_probs, use_scores
 from litmini.models import FAMILIES, llama, use_model_file
-from litmini.ops.cross_entropy import IGNORE
+from litmini.ops.cross_entropy import IGNORE, original_head
+from litmini.training.optimizer import block_matrices
 
 OWN_FILE = Path(__file__).parents[2] / "scripts/examples/llama_gelu.py"
 MODULES = [*sorted(set(FAMILIES.values())), str(OWN_FILE)]
@@ -176,6 +177,69 @@ def test_scores_are_those_of_transformers(name, tmp_path):
     labels[:, -1] = 0
     with torch.no_grad():
         assert_close(model(tokens, labels=labels)[0], theirs.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_score_is_trained_beside_adapters(before):
+    """Requirement 40: added after the adapters, or before them and named in modules_to_save."""
+    model, given = tiny("litmini.models.llama").bfloat16(), batch(False)
+    if before:
+        use_scores(model, 2)
+        add_adapters(model, LoraConfig(rank=2, targets=["q_proj"], modules_to_save=["score"]))
+    else:
+        add_adapters(model, LoraConfig(rank=2, targets=["q_proj"]))
+        use_scores(model, 2)
+    model(**given)[0].square().sum().backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("score" in n for n in trained)
+    assert trained == {n for n, p in model.named_parameters() if p.grad is not None}
+    with original_head(model):
+        assert head_name(model) == "lm_head"
+
+
+def test_scores_are_in_fp32_under_autocast():
+    model, given = tiny("litmini.models.llama"), batch(False)
+    use_scores(model, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = model(**given)
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+
+
+def test_log_probabilities_without_gradients_and_under_autocast():
+    model, given = tiny("litmini.models.llama"), batch(True)
+    use_log_probs(model, chunk=5)
+    expected, _ = model(**given)
+    with torch.no_grad():
+        assert torch.equal(model(**given)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = model(**given)
+    assert found.dtype == torch.float32 and 0 < difference(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_saved_with_another_head_in_place(method, tiny_dir, tmp_path):
+    """Under the names that modules have without it."""
+    from litmini.checkpoints.hf import load_model, save_trained
+    from litmini.checkpoints.peft import load_adapter, save_adapter
+
+    model, tokens = load_model(tiny_dir, torch.float32), batch(False)["tokens"]
+    if method == "lora":
+        add_adapters(model, LoraConfig(rank=2, targets=["q_proj", "lm_head"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    expected, own = model(tokens), model.lm_head
+    use_log_probs(model)
+    matrices = block_matrices(model)
+    assert matrices and not matrices & set(own.parameters()), "the head is no matrix of a block"
+    if method == "full":
+        save_trained(model, tmp_path, tiny_dir)
+        again = load_model(tmp_path, torch.float32)
+    else:
+        save_adapter(model, tmp_path, str(tiny_dir))
+        again = load_model(tiny_dir, torch.float32)
+        load_adapter(again, tmp_path)
+    assert torch.equal(again(tokens), expected)
 
 
 def test_a_model_without_a_head_is_refused():

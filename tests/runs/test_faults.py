@@ -165,6 +165,17 @@ def test_kills_at_random_moments_of_saves(start):
     assert last > 25
 
 
+def test_data_that_were_added_are_refused_on_resuming(start):
+    run, model, _ = start()
+    save(run, model, 1)
+    run.saving.wait()
+    write_json(run.directory / "manifest.json", {"data": {"hub:org/name/train-0.parquet": {"sha256": "0" * 64}}})
+    with pytest.raises(
+        UserError, match=r"data were added or removed since the run began: hub:org/name/train-0.parquet"
+    ):
+        start(resume="auto")
+
+
 def test_the_last_ones_and_the_best_are_kept(start):
     run, model, _ = start(keep_last=2, keep_best=True)
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
