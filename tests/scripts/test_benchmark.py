@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[2]
 
 def test_samples_are_the_same_each_time_and_of_all_lengths(tmp_path, tiny_dir):
     for name in ("one", "two"):
-        write_samples(tmp_path / name, 200, most=200)
+        write_samples(tmp_path / name, 200, max_tokens=200)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     texts = [json.loads(line)["text"].split() for line in (tmp_path / "one").open()]
     assert len(set(map(len, texts))) > 15 and len(texts) == 200
 
 
 def test_every_sample_of_a_step_is_what_the_file_says(tmp_path, tiny_dir):
-    write_samples(tmp_path / "data.jsonl", 40, most=60)
+    write_samples(tmp_path / "data.jsonl", 40, max_tokens=60)
     tokenizer = Tokenizer(tiny_dir)
     work = plan_work(str(tiny_dir), tmp_path / "data.jsonl", "lora", 3, 2, 128, torch.float32)
     texts = [json.loads(line)["text"] for line in (tmp_path / "data.jsonl").open()]

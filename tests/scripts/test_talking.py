@@ -77,7 +77,7 @@ def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     for n in (0, 1, 4, 333, 998):
         assert found[n]["answer"] == litmini.generate(model, tokenizer, asked[n], max_new_tokens=3)
         assert found[n]["id"] == n and found[n]["n_tokens"] <= 3 and found[n]["finish_reason"] in ("length", "stop")
-    assert "there already" in run("generate.py", *base, "--prompts", questions, "--out", answers, status=1)
+    assert "exists already" in run("generate.py", *base, "--prompts", questions, "--out", answers, status=1)
 
 
 def test_messages_seeds_and_logprobs_of_a_file(base, tmp_path):

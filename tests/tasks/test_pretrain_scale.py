@@ -174,7 +174,7 @@ def test_started_by_slurm(place, one):
 def test_four_processes_share_on_nodes_and_copy_across_them(place, one):
     """hsdp on 2 x 2: each process holds half, and a share is written once."""
     said, file = train(place, "hsdp", *HSDP, devices=2, nodes=2)
-    mine, every = re.search(r"4 processes share .* holds ([\d.]+) of ([\d.]+) MiB", said).groups()
+    mine, every = re.search(r"over 4 processes: this one holds ([\d.]+) of ([\d.]+) MiB", said).groups()
     assert float(mine) == pytest.approx(float(every) / 2, abs=0.06) and float(every) > 0.4
     assert seen(file) == list(range(STEPS * BATCH))
     assert_runs_agree(one, place / "hsdp")
