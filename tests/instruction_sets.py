@@ -59,7 +59,7 @@ CHECK = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_
 
 
 def in_effect(setting: dict[str, str]) -> str | None:
-    """ATen's instruction set and the number of threads that a process has with this setting; None: other ones than it names."""
+    """ATen's instruction set and number of threads of a process with this setting; None: others than it names."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **setting}
     shown = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment, check=True)
     isa, threads = shown.stdout.strip().split(", ")
