@@ -1,8 +1,8 @@
 """Heads for objectives other than language modelling. Each takes the place of a model's output head, whatever the family.
 
 With labels, `Model.forward` returns what its head makes of the last hidden states: (outputs, number of labelled positions).
-The heads here return more than the summed loss of language modelling, and like it, never hold whole logits. What a
-mixture-of-experts model adds to that loss in training, its load-balancing loss, is left out with these heads.
+The heads here return other outputs than the summed loss, and never hold whole logits either. A mixture-of-experts model adds
+its load-balancing loss to the summed loss only, so not with these heads.
 """
 
 from typing import Any
@@ -58,8 +58,8 @@ class LogProbHead(OutputHead):
 class ScoreHead(OutputHead):
     """n outputs at each labelled position, from the model's module `score`, as Hugging Face's checkpoints call it.
 
-    Which position is labelled is the caller's choice; what the label is does not matter here. `score` may
-    be swapped, for one that is trained beside adapters say: it is looked up at each call.
+    The caller chooses which positions are labelled; the value of a label is not used. `score` is looked up at each call, so
+    it may be swapped, for one that is trained beside adapters, say.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -88,9 +88,9 @@ class Run(Recorder):
         assert checkpoint is not None
         check_same(self.run_directory.before, self.facts, checkpoint)
         names = self.run_directory.before.get("data", self.facts["data"]).keys()
-        if others := names ^ self.facts["data"].keys():
+        if changed := sorted(names ^ self.facts["data"].keys()):
             raise UserError(
-                f"cannot resume {checkpoint}: data were added or removed since the run began: {', '.join(others)}."
+                f"cannot resume {checkpoint}: data were added or removed since the run began: {', '.join(changed)}."
             )
         check_checksums(checkpoint)
         progress = load_state(checkpoint, self.model, self.optimizer)

@@ -98,7 +98,10 @@ def test_logits_and_tensors_are_those_of_the_original(
     with torch.no_grad():
         logits = theirs(tokens).logits
         assert logits.std() > 0.1
-        assert_close(imported(tokens).logits, logits)  # mapped weights lie elsewhere, and MKL sums by alignment
+        if "gemma" in case:
+            assert_close(imported(tokens).logits, logits)
+        else:
+            assert torch.equal(imported(tokens).logits, logits)
         assert_close(load_model(out, torch.float32)(tokens), logits)
 
 
