@@ -16,8 +16,7 @@ from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
-from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears
-from litmini.methods.nf4 import NF4Linear
+from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, QuantizedLayer, grouped_experts, linears
 from litmini.ops.cross_entropy import original_head
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -238,6 +237,6 @@ def save_adapter(
     write_tensors(directory / "adapter_model.safetensors", tensors)
     write_json(directory / "adapter_config.json", config)
     if quantize is not None and quantize.bits == 4:
-        packed = next(m for m in model.modules() if isinstance(m, NF4Linear))
+        packed = next(m for m in model.modules() if isinstance(m, QuantizedLayer))
         dtype = str(packed.dtype).removeprefix("torch.")
         write_json(directory / BASE_FILE, {"type": "nf4", "dtype": dtype, **asdict(quantize)})

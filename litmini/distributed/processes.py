@@ -1,4 +1,5 @@
-"""The processes of one run: only the first one prints, one of them reports an error, and all end together.
+"""The processes of one run: only the first one prints, one of them reports an error, and all end together; signals end
+training after its current step.
 
 torchrun and Fabric end all ranks as well, but with SIGKILL, before the first one can report which process failed; and
 Fabric's processes outlive the process that started them. Nothing heavy is imported here: `litmini.cli` calls this on every
@@ -9,13 +10,18 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from subprocess import Popen
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from litmini.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -108,3 +114,30 @@ def leave(status: int) -> NoReturn:
         for process in _started:
             process.wait()
     sys.exit(status)
+
+
+class Interrupted(UserError):
+    """Training ended by SIGTERM or Ctrl-C, after the current step was finished and saved."""
+
+    def __init__(self, received: list[str], message: str) -> None:
+        name = (received or ["SIGTERM"])[0]  # none: another rank received it
+        super().__init__(f"{name}: {message}")
+        self.status = 128 + signal.Signals[name]
+
+
+@contextmanager
+def graceful_shutdown() -> Iterator[list[str]]:
+    """Collect SIGTERM and the first Ctrl-C, so that training can finish its step; a second Ctrl-C ends it at once."""
+    received: list[str] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """Adapters as layer swaps: `LoRALinear(base)` takes the place of a linear in any model, by module name.
 
 `add_adapters` puts a method's layer over the linears that are asked for, whatever the model, and whatever the base: a plain
-linear, one in 4 bits (`NF4Linear`), or grouped experts.
+linear, a quantised one (`NF4Linear`), or grouped experts.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,9 +12,15 @@ from torch import nn
 
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
-from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, grouped_experts, linears, module_name
+from litmini.methods.base_layer import (
+    AdapterLayer,
+    ModulesToSaveLayer,
+    QuantizedLayer,
+    grouped_experts,
+    linears,
+    module_name,
+)
 from litmini.methods.lora import LoRALinear, matches, pattern_value
-from litmini.methods.nf4 import NF4Linear
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def _modules_to_save(model: nn.Module, targets: list[str], wanted: list[str]) ->
     in_full = [name for names in matching.values() for name in names]
     if both := sorted({module_name(n) for n in in_full} & {module_name(n) for n in targets}):
         raise UserError(f"{', '.join(both)}: in both lora.targets and lora.modules_to_save, expected one of them.")
-    if packed := sorted({module_name(n) for n in in_full if isinstance(model.get_submodule(n), NF4Linear)}):
+    if packed := sorted({module_name(n) for n in in_full if isinstance(model.get_submodule(n), QuantizedLayer)}):
         raise UserError(f"lora.modules_to_save {', '.join(packed)}: in 4 bits, which are not trained.")
     return in_full
 

@@ -1,4 +1,4 @@
-"""The base of every method: `AdapterLayer`, and the layer that it stands over, plain, in 4 bits, or grouped experts."""
+"""The base of every method: `AdapterLayer`, and the layer that it stands over, plain, quantised, or grouped experts."""
 
 import copy
 from typing import Any
@@ -8,8 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.distributed.fsdp import full_tensor
-from litmini.methods.nf4 import NF4Linear
 from litmini.ops.rounding import stochastic_round
+
+
+class QuantizedLayer(nn.Module):
+    """A frozen linear, or grouped experts, that keeps its weight in fewer bits and dequantises it for each matmul."""
+
+    shape: torch.Size
+    """Of the dequantised weight: (out, in), or (n_experts, out, in)."""
+    dtype: torch.dtype
+    """In which it computes where nothing else is asked for."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight, (..., out, in), in `dtype` or its own."""
+        raise NotImplementedError
 
 
 class AdapterLayer(nn.Module):
@@ -131,7 +143,7 @@ class ModulesToSaveLayer(AdapterLayer):
 
 def linears(model: nn.Module) -> dict[str, Any]:
     """Return every linear, in 16 or 4 bits, by its full name; grouped experts are not among them."""
-    existing = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear)}
+    existing = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLayer)}
     return {name: m for name, m in existing.items() if len(shape(m)) == 2}
 
 
@@ -140,7 +152,7 @@ def grouped_experts(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__ == "GroupedLinear" or (isinstance(module, NF4Linear) and len(module.shape) == 3)
+        if type(module).__name__ == "GroupedLinear" or (isinstance(module, QuantizedLayer) and len(module.shape) == 3)
     }
 
 
@@ -151,7 +163,7 @@ def module_name(full_name: str) -> str:
 
 def is_plain_linear(base: Any) -> bool:
     """Whether it gives x W^T + bias, and nothing else is known to happen there."""
-    return type(base) in (nn.Linear, NF4Linear)
+    return type(base) is nn.Linear or isinstance(base, QuantizedLayer)
 
 
 def matmul(x: Tensor, weight: Tensor, *offsets: Tensor) -> Tensor:
@@ -161,17 +173,17 @@ def matmul(x: Tensor, weight: Tensor, *offsets: Tensor) -> Tensor:
 
 def shape(base: Any) -> torch.Size:
     """Return the shape of a layer's weight, whatever it is stored in: (out, in), or (n_experts, out, in)."""
-    return base.shape if isinstance(base, NF4Linear) else base.weight.shape
+    return base.shape if isinstance(base, QuantizedLayer) else base.weight.shape
 
 
 def weight_in(dtype: torch.dtype, base: Any, stored: Tensor) -> Tensor:
     """Return the weight of `base`, which keeps it as `stored`, in the dtype of a matmul."""
-    return base.dequantize(dtype) if isinstance(base, NF4Linear) else stored.to(dtype)
+    return base.dequantize(dtype) if isinstance(base, QuantizedLayer) else stored.to(dtype)
 
 
 def weight_in_own_dtype(base: Any) -> Tensor:
     """Return the weight of `base` in the dtype that it computes in."""
-    return base.dequantize() if isinstance(base, NF4Linear) else base.weight.detach()
+    return base.dequantize() if isinstance(base, QuantizedLayer) else base.weight.detach()
 
 
 def dense(base: Any) -> Tensor:
@@ -185,7 +197,7 @@ def rounded_sum(base: Any, weight: Tensor, generator: torch.Generator | None) ->
     Deltas below half a ULP would leave a 16-bit weight as it was, so rounding is stochastic, the same way each time. The
     values of a 4-bit weight lie anywhere between two 16-bit ones: it stays in fp32, to be rounded to nearest.
     """
-    if isinstance(base, NF4Linear):
+    if isinstance(base, QuantizedLayer):
         return weight
     generator = generator or torch.Generator(weight.device).manual_seed(0)
     return stochastic_round(weight.detach(), base.weight.dtype, generator)
@@ -193,7 +205,7 @@ def rounded_sum(base: Any, weight: Tensor, generator: torch.Generator | None) ->
 
 def plain_layer(base: Any, weight: Tensor) -> nn.Module:
     """Return a layer like `base` before it was quantised or adapted, with another weight, rounded once to the base's dtype."""
-    dtype = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
+    dtype = base.dtype if isinstance(base, QuantizedLayer) else base.weight.dtype
     with torch.device("meta"):
         if weight.dim() == 2:
             layer: nn.Module = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)

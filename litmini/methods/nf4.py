@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.errors import UserError
+from litmini.methods.base_layer import QuantizedLayer
 
 BLOCK = 64  # weights that share an absmax
 CHUNK = 2**18  # weights that are quantised at once, whole blocks
 NESTED = 256  # values of absmax that share a scale, with double quantisation
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(QuantizedLayer):
     """A frozen linear, or grouped experts, in 4 bits a weight.
 
     `weight` holds two 4-bit weights a byte, (..., out, in / 2) uint8; `absmax` the largest magnitude in each block of 64,
@@ -52,7 +53,6 @@ class NF4Linear(nn.Module):
         self.bias = getattr(base, "bias", None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight, (..., out, in), in `dtype` or the one that it was quantised from."""
         absmax = self.absmax
         if self.nested:
             absmax = _kernels().dequantize_blockwise.default(

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from litmini.models.hf_config import Table, layer_types, read_fields, read_rope, refuse, write_fields
-from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import geglu, rms_norm
-from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ from litmini.models.hf_config import (
     write_fields,
     write_rope,
 )
-from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import geglu, rms_norm
-from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)

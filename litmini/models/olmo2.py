@@ -29,10 +29,9 @@ from litmini.models.hf_config import (
     write_fields,
     write_rope,
 )
-from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm, swiglu
-from litmini.ops.positions import advance
 
 FULL_EVERY = 4  # Olmo 3: three layers with a window, then one that sees everything
 

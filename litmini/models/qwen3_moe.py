@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
-from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.experts import Groups, balance_loss, group_experts, split_experts
 from litmini.ops.norms import rms_norm_llama, swiglu
-from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Attention for all families: the mask of each query, and the choice of a kernel.
+"""Attention for all families: positions, the mask of each query, and the choice of a kernel.
 
-`make_mask` runs once per forward and `attend` once per layer. A query sees the keys of its own document that are not after
-it and less than a window before it. On a CPU, attention runs document by document over a packed sequence: 30 short
-documents cost 30 small squares of scores, not one large square.
+`advance` and `make_mask` run once per forward and `attend` once per layer. A query sees the keys of its own document that
+are not after it and less than a window before it. On a CPU, attention runs document by document over a packed sequence: 30
+short documents cost 30 small squares of scores, not one large square.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ class Mask:
     """Number of keys that a query sees, its own included; None: all."""
     slots: Slots | None = None
     """With a cache: the slots of the new keys."""
+
+
+def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+    """Return the positions (B, T) int64 of tokens (B, T), and advance the cache to them.
+
+    Without positions, each sequence continues after the last position in the cache, or starts at 0.
+    """
+    if positions is None:
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if cache is not None:
+        cache.advance(positions)
+    return positions
 
 
 def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from litmini.config.training import TrainConfig
 from litmini.distributed.fsdp import full_tensor, is_dtensor
+from litmini.distributed.processes import Interrupted, graceful_shutdown
 from litmini.errors import UserError
 from litmini.training.objective import Batch, Objective, count_tokens
 from litmini.training.optimizer import learning_rate
 from litmini.training.setup import Progress, Setup
-from litmini.training.signals import Interrupted, graceful_shutdown
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

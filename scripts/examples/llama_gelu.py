@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama
-from litmini.ops.positions import advance
 
 
 @dataclass(frozen=True)
