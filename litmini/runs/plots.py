@@ -25,7 +25,7 @@ def plot_runs(directories: list[Path], file: Path, smooth: float, by: str) -> di
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=by, ylabel="loss (nats a target token)")
+    axes = figure.add_subplot(xlabel=by, ylabel="loss (nats per target token)")
     last: dict[str, float | None] = {}
     for number, directory in enumerate(directories):
         rows = read_metrics(existing_file(str(directory / "metrics.csv"), "metrics of a run"))

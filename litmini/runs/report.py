@@ -109,7 +109,7 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 
 
 def _draw_loss(axes: Any, rows: list[dict[str, str]], results: dict[str, Any], title: str) -> None:
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a target token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], BLUE, label="training", linewidth=1.2)
     validation = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
     if "val_loss_after" in results:
