@@ -52,8 +52,8 @@ class Batch:
             request.generator = torch.Generator(self.device)
             seed = request.sampling.seed
             request.generator.seed() if seed is None else request.generator.manual_seed(seed)
-        capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        cache = KVCache(self.config, len(requests), capacity, self.dtype, self.device, self.chunk)
+        capacities = [len(r.prompt) + r.max_new_tokens for r in requests]
+        cache = KVCache(self.config, len(requests), capacities, self.dtype, self.device, self.chunk)
         longest = max(len(r.prompt) for r in requests)
         tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests], device=self.device)
         lengths = torch.tensor([[len(r.prompt)] for r in requests], device=self.device)  # (B, 1)
@@ -64,7 +64,7 @@ class Batch:
                 prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
             self._gather(self._rows() + rows, [*self.requests, *requests])
         if self.draft is not None:
-            self.draft.begin(capacity)
+            self.draft.begin(cache.capacity)
 
     def step(self) -> None:
         """Add the next token to every request (with a draft: one or more); those that end leave the batch."""
@@ -109,11 +109,10 @@ class Batch:
         return [(self.cache, i, len(r.tokens) - 1) for i, r in enumerate(self.requests)] if self.cache else []
 
     def _gather(self, rows: list[tuple[KVCache, int, int]], requests: list[Request]) -> None:
-        capacity = max((len(r.prompt) + r.max_new_tokens for r in requests), default=0)
         if rows and all(cache is rows[0][0] for cache, _, _ in rows) and len(rows) == rows[0][0].batch:
             self.cache = rows[0][0]  # nothing to rearrange
         else:
-            self.cache = KVCache.gather(self.config, rows, capacity) if rows else None
+            self.cache = KVCache.gather(self.config, rows) if rows else None
         self.requests = requests
 
 
