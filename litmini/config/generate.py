@@ -25,6 +25,8 @@ class ModelConfig:
     """4 quantizes the base's linears to NF4 while they are loaded: a quarter of the memory, slightly different results."""
     device: str = "auto"
     """auto: a GPU if there is one, else the CPU."""
+    check_finite: bool = False
+    """Check that no weight is NaN or infinite, which takes a moment: every weight is read."""
     compile: bool = False
     """Compile the decoding step: faster, but the first completion takes longer, and the first ever takes much longer."""
 

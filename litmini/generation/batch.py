@@ -15,6 +15,12 @@ from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.kv_cache import CHUNK, KVCache
 
 
+NOT_FINITE = (
+    "the model's logits are not finite: weights of the model or its adapter are NaN or infinite, or values overflow in this "
+    "dtype. litmini.load(..., check_finite=True) and --check_finite true name such weights."
+)
+
+
 class Batch:
     """Requests in progress over one cache.
 
@@ -76,20 +82,36 @@ class Batch:
                 positions = torch.tensor([[len(r.tokens) - 1] for r in self.requests], device=self.device)
                 with self._adapters(self.requests):
                     logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
-                for request, row in zip(self.requests, logits, strict=True):
-                    request.choose(row)
+                self._choose(self.requests, logits)
         self.drop()
+
+    def _choose(self, requests: list[Request], logits: Tensor) -> int | None:
+        """Let each request choose its next token from fp32 logits (B, vocab); an error ends the request that it happens to.
+
+        Returns the token of the last one, None at its end.
+        """
+        token = None
+        finite = logits.amax(-1).isfinite().tolist()  # CPU-GPU sync point; the maximum of NaN and others is NaN
+        for request, row, is_finite in zip(requests, logits, finite, strict=True):
+            try:
+                if not is_finite:
+                    raise UserError(NOT_FINITE)
+                token = request.choose(row)
+            except Exception as error:
+                token = request.fail(error)
+        return token
 
     def _step_drafted(self, draft: Draft, request: Request) -> None:
         """Verify the drafted tokens in one forward; accept those that greedy decoding would choose."""
-        drafted = draft.propose(request.tokens, request.remaining_tokens - 1)
+        most = min(request.remaining_tokens, self.chunk) - 1  # with the last token they are one forward
+        drafted = draft.propose(request.tokens, most)
         start = len(request.tokens) - 1
         tokens = torch.tensor([[request.tokens[-1], *drafted]], device=self.device)  # (1, T)
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
         with self._adapters([request]):
             logits = self.model(tokens, positions, cache=self.cache)[0].float()  # (T, vocab)
         for row, proposed in zip(logits, [*drafted, None], strict=True):
-            if request.choose(row) != proposed or request.finish:
+            if self._choose([request], row[None]) != proposed or request.finish:
                 break  # rejected positions are overwritten in the cache
 
     def drop(self) -> None:

@@ -13,7 +13,7 @@ from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.files import existing_file
 from litmini.generation.batch import check_prompt
-from litmini.generation.generate import finish_all
+from litmini.generation.generate import complete_all
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer
@@ -144,7 +144,7 @@ def _request(
     except UserError as error:
         return error
     if sampling.seed is not None:
-        sampling = replace(sampling, seed=sampling.seed + prompt.line)
+        sampling = replace(sampling, seed=(sampling.seed + prompt.line) % 2**63)
     return Request(ids, sampling, tokenizer.stop_ids, tokenizer)
 
 
@@ -152,12 +152,16 @@ def _complete(
     model: nn.Module, tokenizer: Tokenizer, part: list[tuple[Prompt, Request | UserError]]
 ) -> Iterator[dict[str, Any]]:
     if requests := [request for _, request in part if isinstance(request, Request)]:
-        finish_all(model, requests)
+        complete_all(model, requests)
     for prompt, request in part:
         result: dict[str, Any] = {**prompt.record, "line": prompt.line}
-        if isinstance(request, UserError):
-            yield {**result, "error": str(request)}
+        error = request if isinstance(request, UserError) else request.error
+        if isinstance(error, UserError):
+            yield {**result, "error": str(error)}
             continue
+        if error is not None:
+            raise error
+        assert isinstance(request, Request), "checked above"
         result |= {"answer": request.text, "finish_reason": request.finish, "n_tokens": len(request.ids)}
         if request.logprobs:
             result["logprobs"] = [describe(token, tokenizer) for token in request.logprobs]

@@ -76,7 +76,8 @@ class Request:
         self.stop_ids = [] if sampling.ignore_eos else stop_ids
         self.tokens = list(prompt)
         self.logprobs: list[Logprobs] = []
-        self.finish: Literal["stop", "length"] | None = None
+        self.finish: Literal["stop", "length", "error"] | None = None
+        self.error: Exception | None = None
         self.max_new_tokens = sampling.max_new_tokens  # `Batch.add` limits it to the model's context
         self.generator: torch.Generator | None = None
         self._text = TextStream(tokenizer, sampling.stop) if tokenizer else None
@@ -120,6 +121,10 @@ class Request:
         if self.finish is None and self.remaining_tokens <= 0:
             self.end("length")
         return token
+
+    def fail(self, error: Exception) -> None:
+        """End the completion with an error, which is this request's and not its neighbours'."""
+        self.finish, self.error = "error", error
 
     def end(self, why: Literal["stop", "length"]) -> None:
         """End the completion."""
