@@ -23,6 +23,8 @@ from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
 
 Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles that a message can have."""
 
 
 class _GenerationTag(Extension):
@@ -67,7 +69,9 @@ class Tokenizer:
         if "added_tokens_decoder" not in self.settings:  # with older files, special_tokens_map.json takes precedence
             self._tokens = {**self.settings, **self._optional("special_tokens_map.json")}
         self.generation = self._optional("generation_config.json")
-        self.special_ids = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        added = self.fast.get_added_tokens_decoder()
+        self.added_ids = set(added)
+        self.special_ids = {i for i, token in added.items() if token.special}
         self.chat_template = self._find_template(chat_template)
         ids: list[int | None] = []
         if eos := self._token("eos_token"):

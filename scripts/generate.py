@@ -58,7 +58,7 @@ def main(config: GenerateConfig) -> None:
     import time
 
     from litmini.generation.generate import open_model, stream_text
-    from litmini.generation.prompts import check_text
+    from litmini.generation.prompts import check_text, describe
     from litmini.generation.request import Request
     from litmini.tokenizer import Message
 
@@ -79,8 +79,9 @@ def main(config: GenerateConfig) -> None:
     seconds = time.perf_counter() - started
     print(flush=True)
     for token in reply.logprobs:
-        others = " ".join(f"{tokenizer.decode([t], False)!r} {p:.3f}" for t, p in token.top)
-        print(f"{tokenizer.decode([token.token], False)!r:24} {token.logprob:8.3f}  {others}", file=sys.stderr)
+        named = describe(token, tokenizer)
+        others = " ".join(f"{top['token']!r} {top['logprob']:.3f}" for top in named["top_logprobs"])
+        print(f"{named['token']!r:24} {named['logprob']:8.3f}  {others}", file=sys.stderr)
     print(f"[{len(reply.ids)} tokens, {seconds:.1f} s]", file=sys.stderr)
 
 

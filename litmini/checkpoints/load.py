@@ -63,7 +63,6 @@ def load(
             f"{len(wrong)} tensors of {checkpoint_dir}{f' with {adapter_dir}' * (adapter_dir is not None)} have values that "
             f"are NaN or infinite: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}; fetch or train it again."
         )
-    if adapter_dir is not None:
-        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
-            return model, Tokenizer(adapter_dir)
+    if adapter_dir is not None and (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+        return model, Tokenizer(adapter_dir)
     return model, Tokenizer(checkpoint_dir)

@@ -14,7 +14,6 @@ from litmini.generation.speculative import Draft
 from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.kv_cache import CHUNK, KVCache
 
-
 NOT_FINITE = (
     "the model's logits are not finite: weights of the model or its adapter are NaN or infinite, or values overflow in this "
     "dtype. litmini.load(..., check_finite=True) and --check_finite true name such weights."
@@ -50,7 +49,7 @@ class Batch:
             UserError: a prompt is empty, or fills the model's context.
         """
         for request in requests:
-            check_prompt(request.prompt, self.config.max_positions)
+            check_prompt(request.prompt, self.config.max_positions, self.config.vocab_size)
         if self.draft is not None:
             _check_draft([*self.requests, *requests])
         for request in requests:
@@ -98,7 +97,8 @@ class Batch:
                     raise UserError(NOT_FINITE)
                 token = request.choose(row)
             except Exception as error:
-                token = request.fail(error)
+                request.fail(error)
+                token = None
         return token
 
     def _step_drafted(self, draft: Draft, request: Request) -> None:
@@ -138,13 +138,18 @@ class Batch:
         self.requests = requests
 
 
-def check_prompt(prompt: list[int], context: int) -> None:
-    """Raise a `UserError` for a prompt that is empty, or fills a context of so many tokens."""
+def check_prompt(prompt: list[int], context: int, vocab_size: int) -> None:
+    """Raise a `UserError` for a prompt that is empty, fills a context of so many tokens, or has ids beyond the vocabulary."""
     if not prompt:
         raise UserError("the prompt is empty.")
     if len(prompt) >= context:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {context}: no token remains for a completion."
+        )
+    if wrong := sorted({token for token in prompt if not 0 <= token < vocab_size}):
+        raise UserError(
+            f"the prompt has the token ids {', '.join(map(str, wrong[:5]))}, but the model has rows for 0 to {vocab_size - 1} "
+            f"only: the tokenizer does not belong to this model."
         )
 
 

@@ -21,6 +21,11 @@ class TextStream:
         self._ids: list[int] = []  # the last ones: those in the text, then those that are not yet
         self._shown = 0
 
+    @property
+    def length(self) -> int:
+        """Characters so far, those that may become a stop string included."""
+        return len(self.text) + len(self._pending)
+
     def push(self, token: int) -> None:
         self._ids.append(token)
         before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
@@ -75,7 +80,7 @@ class Request:
         self.prompt, self.sampling, self.adapter = prompt, sampling, adapter
         self.stop_ids = [] if sampling.ignore_eos else stop_ids
         self.tokens = list(prompt)
-        self.logprobs: list[Logprobs] = []
+        self.logprobs: list[Logprobs] = []  # those not taken
         self.finish: Literal["stop", "length", "error"] | None = None
         self.error: Exception | None = None
         self.max_new_tokens = sampling.max_new_tokens  # `Batch.add` limits it to the model's context
@@ -105,6 +110,12 @@ class Request:
         piece, self._taken = text[self._taken :], len(text)
         return piece
 
+    def take_logprobs(self) -> list[Logprobs]:
+        """Return the log-probabilities since the last call, and forget them. Another thread may add to them meanwhile."""
+        taken = self.logprobs[:]
+        del self.logprobs[: len(taken)]
+        return taken
+
     def choose(self, logits: Tensor) -> int | None:
         """Add the next token, chosen from fp32 logits (vocab,), and return it; None at a stop token."""
         token = choose(logits, self.sampling, self.tokens, self.generator)
@@ -113,7 +124,8 @@ class Request:
             return None
         self.tokens.append(token)
         if self.sampling.logprobs is not None:
-            self.logprobs.append(log_probabilities(logits, token, self.sampling.logprobs))
+            offset = self._text.length if self._text is not None else 0
+            self.logprobs.append(log_probabilities(logits, token, self.sampling.logprobs, offset))
         if self._text is not None:
             self._text.push(token)
             if self._text.stopped:

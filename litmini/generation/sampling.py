@@ -16,6 +16,8 @@ class Logprobs:
     logprob: float
     top: list[tuple[int, float]]
     """The top-k tokens and theirs."""
+    offset: int = 0
+    """Characters of the completion before it."""
 
 
 def penalize(logits: Tensor, tokens: list[int], penalty: float) -> Tensor:
@@ -62,8 +64,9 @@ def choose(logits: Tensor, sampling: SamplingConfig, tokens: list[int], generato
     return int(index[torch.multinomial(kept, 1, generator=generator)])
 
 
-def log_probabilities(logits: Tensor, token: int, count: int) -> Logprobs:
-    """Return those of `token` and of the top `count`, from fp32 logits (vocab,)."""
+def log_probabilities(logits: Tensor, token: int, count: int, offset: int = 0) -> Logprobs:
+    """Return those of `token` and of the top `count`, from fp32 logits (vocab,); `offset` characters are before it."""
     logs = logits.log_softmax(-1)
     best = logs.topk(min(count, len(logs)))
-    return Logprobs(token, float(logs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Logprobs(token, float(logs[token]), top, offset)

@@ -1,16 +1,21 @@
 """A thread that decodes one `Batch`, and a queue of limited length before it."""
 
+import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
+from litmini.errors import UserError
 from litmini.generation.batch import Batch
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
+
+MAX_LINE, MAX_LINES = 300, 40
+"""Letters in a line of the log, and lines of one error."""
 
 
 class Busy(Exception):
@@ -22,10 +27,11 @@ class Job:
 
     Args:
         news: called on the engine's thread whenever there may be more text, and when `done` is set.
+        max_kept: most tokens whose log-probabilities are kept for a client that does not take them; None: any number.
     """
 
-    def __init__(self, request: Request, news: Callable[[], object]) -> None:
-        self.request, self.news = request, news
+    def __init__(self, request: Request, news: Callable[[], object], max_kept: int | None = None) -> None:
+        self.request, self.news, self.max_kept = request, news, max_kept
         self.done = False
         self.cancelled = False
         self.error: Exception | None = None
@@ -101,12 +107,19 @@ class Engine:
     def _step(self) -> None:
         for job in self.running:
             if job.cancelled:
-                job.request.end("stop")
+                with self._guard([job]):
+                    job.request.end("stop")
         self.batch.drop()
         if self.batch.requests:
             self.batch.step()
         for job in self.running:
-            job.end() if job.request.finish else job.news()
+            with self._guard([job]):
+                if job.request.error is not None:
+                    raise job.request.error
+                if job.max_kept is not None and len(job.request.logprobs) > job.max_kept:
+                    raise UserError("the client does not receive what it asked for.")
+                job.end() if job.request.finish else job.news()
+        self.batch.drop()
 
     @contextmanager
     def _guard(self, jobs: list[Job]) -> Iterator[None]:
@@ -114,8 +127,18 @@ class Engine:
         try:
             yield
         except Exception as error:
-            traceback.print_exc()
+            log_error(error)
             if jobs is self.running:
                 self.batch = Batch(self.model, multi_lora=self.multi_lora)
             for job in jobs:
-                job.end(error)
+                job.request.finish = job.request.finish or "error"
+                with suppress(RuntimeError):  # the server's event loop has ended
+                    job.end(error)
+
+
+def log_error(error: Exception) -> None:
+    """Print an error: its message if a user can do something about it, else its traceback; short lines, and few."""
+    lines = [str(error)] if isinstance(error, UserError) else traceback.format_exception(error)
+    text = "error: " + "".join(lines)
+    shown = [line[:MAX_LINE].encode("unicode_escape").decode() for line in text.splitlines()]
+    print("\n".join(shown[:1] + shown[1:][-MAX_LINES:]), file=sys.stderr, flush=True)

@@ -256,7 +256,9 @@ def test_bodies_that_are_too_large_slow_or_no_json(address, server):
 
     def raw(head: str, body: bytes = b"") -> bytes:
         with socket.create_connection(address, timeout=10) as connection:
-            start = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+            start = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+            )
             connection.sendall(start.encode() + body)
             return connection.recv(300)
 
@@ -271,7 +273,8 @@ def test_bodies_that_are_too_large_slow_or_no_json(address, server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(address, server, stream):
     body = json.dumps({"prompt": ["a", "b"], "max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     jobs: list[Job] = []
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head.encode() + body)
@@ -298,7 +301,7 @@ def test_a_flood_is_refused_and_nothing_grows(address, server, client):
     open_ones = []
     for _ in range(60):  # idle connections
         open_ones.append(socket.create_connection(address, timeout=10))
-    open_ones[-1].sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    open_ones[-1].sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 503 " in open_ones[-1].recv(300)
     for connection in open_ones:
         connection.close()

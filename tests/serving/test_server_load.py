@@ -38,7 +38,9 @@ class Running:
 
     @staticmethod
     def head(more: str) -> bytes:
-        return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}\r\n".encode()
+        return (
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}\r\n".encode()
+        )
 
     def ask(self, **change) -> tuple[int, dict]:
         connection = http.client.HTTPConnection(*self.address, timeout=20)
