@@ -66,6 +66,7 @@ class ServeConfig(ModelConfig):
 
 
 def main(config: ServeConfig) -> None:
+    import logging
     import os
     import socket
     import sys
@@ -76,6 +77,7 @@ def main(config: ServeConfig) -> None:
 
         from litmini.serving.access import AllowedHosts
         from litmini.serving.connections import connection_type
+        from litmini.serving.log import BoundedLog
         from litmini.serving.server import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
@@ -121,6 +123,8 @@ def main(config: ServeConfig) -> None:
             ws="none",
             timeout_graceful_shutdown=5,
         )
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(BoundedLog())
         uvicorn.Server(settings).run(sockets=[listener])
 
 

@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 
 
@@ -32,10 +33,11 @@ class AllowedHosts:
 
 
 def _name(header: str) -> str:
-    """Return a host without its port and an IPv6 address's brackets, in lower case."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return (header if header.count(":") > 1 else header.partition(":")[0]).lower().removesuffix(".")
+    """Return a host without its port and an IPv6 address's brackets, in lower case; empty if it is none."""
+    if _address(header):
+        return header.lower()
+    parts = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::\d*)?", header)
+    return (parts[1] or parts[2]).lower().removesuffix(".") if parts else ""
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -1,8 +1,6 @@
 """A thread that decodes one `Batch`, and a queue of limited length before it."""
 
-import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +11,7 @@ from litmini.errors import UserError
 from litmini.generation.batch import Batch
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
-
-MAX_LINE, MAX_LINES = 300, 40
-"""Letters in a line of the log, and lines of one error."""
+from litmini.serving.log import log_error
 
 
 class Busy(Exception):
@@ -134,11 +130,3 @@ class Engine:
                 job.request.finish = job.request.finish or "error"
                 with suppress(RuntimeError):  # the server's event loop has ended
                     job.end(error)
-
-
-def log_error(error: Exception) -> None:
-    """Print an error: its message if a user can do something about it, else its traceback; short lines, and few."""
-    lines = [str(error)] if isinstance(error, UserError) else traceback.format_exception(error)
-    text = "error: " + "".join(lines)
-    shown = [line[:MAX_LINE].encode("unicode_escape").decode() for line in text.splitlines()]
-    print("\n".join(shown[:1] + shown[1:][-MAX_LINES:]), file=sys.stderr, flush=True)

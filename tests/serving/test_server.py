@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import openai
 import pytest
@@ -46,11 +47,6 @@ def serving(server: Server):
         running.should_exit = True
         thread.join(10)
         assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_dir) -> tuple[nn.Module, Tokenizer]:
-    return litmini.load(tiny_dir, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +104,15 @@ def wait_until_idle(server: Server) -> None:
         time.sleep(0.01)
 
 
-def post(address, body: bytes | dict, path="/v1/chat/completions", **headers) -> tuple[int, dict]:
-    """A request by hand."""
+def post(address, body: bytes | dict, path="/v1/chat/completions", raw: bool = False, **headers) -> tuple[int, Any]:
+    """A request by hand, and the status and JSON (or bytes) of its response."""
     connection = http.client.HTTPConnection(*address, timeout=10)
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
-    content = json.loads(response.read())
+    content = response.read()
     connection.close()
-    return response.status, content
+    return response.status, content if raw else json.loads(content)
 
 
 def test_models(client):
