@@ -7,6 +7,7 @@ from torch import Tensor
 
 from litmini.config.generate import SamplingConfig
 from litmini.generation.sampling import Logprobs, choose, log_probabilities
+from litmini.generation.token_bytes import token_bytes, token_text
 from litmini.tokenizer import Tokenizer
 
 
@@ -21,17 +22,18 @@ class TextStream:
         self._ids: list[int] = []  # the last ones: those in the text, then those that are not yet
         self._shown = 0
 
-    @property
-    def length(self) -> int:
-        """Characters so far, those that may become a stop string included."""
-        return len(self.text) + len(self._pending)
-
-    def push(self, token: int) -> None:
+    def push(self, token: int) -> int:
+        """Add a token, and return the place of its first character in the text; of the character that it is part of."""
         self._ids.append(token)
         before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
+        offset = len(self.text) + len(self._pending)  # without bytes of a character that is not complete
+        if len(self._ids) > self._shown + 1:  # after bytes, which may turn out to be no character
+            own = token_text(token_bytes(self.tokenizer, token))
+            offset += max(0, len(now) - len(before) - len(own)) if now.endswith(own) else 0
         if not now.endswith("\ufffd"):  # else bytes of a character are still to come
             self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
             self._show(now[len(before) :])
+        return offset
 
     def finish(self) -> None:
         """Show the rest, after the last token."""
@@ -123,13 +125,11 @@ class Request:
             self.end("stop")
             return None
         self.tokens.append(token)
+        offset = 0 if self._text is None else self._text.push(token)
         if self.sampling.logprobs is not None:
-            offset = self._text.length if self._text is not None else 0
             self.logprobs.append(log_probabilities(logits, token, self.sampling.logprobs, offset))
-        if self._text is not None:
-            self._text.push(token)
-            if self._text.stopped:
-                self.end("stop")
+        if self._text is not None and self._text.stopped:
+            self.end("stop")
         if self.finish is None and self.remaining_tokens <= 0:
             self.end("length")
         return token

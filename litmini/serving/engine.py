@@ -108,7 +108,7 @@ class Engine:
         self.batch.drop()
         if self.batch.requests:
             self.batch.step()
-        for job in self.running:
+        for job in (job for job in self.running if not job.done):
             with self._guard([job]):
                 if job.request.error is not None:
                     raise job.request.error

@@ -104,11 +104,13 @@ def wait_until_idle(server: Server) -> None:
         time.sleep(0.01)
 
 
-def post(address, body: bytes | dict, path="/v1/chat/completions", raw: bool = False, **headers) -> tuple[int, Any]:
+def post(
+    address, body: bytes | dict, path="/v1/chat/completions", raw: bool = False, method: str = "POST", **headers
+) -> tuple[int, Any]:
     """A request by hand, and the status and JSON (or bytes) of its response."""
     connection = http.client.HTTPConnection(*address, timeout=10)
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
+    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
     content = response.read()
     connection.close()
