@@ -83,6 +83,7 @@ def main(config: ServeConfig) -> None:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
     from litmini.generation.generate import open_model
     from litmini.generation.multi_adapter import MultiLoRA
+    from litmini.system import has_colors
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None
@@ -121,6 +122,7 @@ def main(config: ServeConfig) -> None:
             log_level="warning",
             http=connection_type(config.max_connections, config.idle_seconds, config.write_seconds),
             ws="none",
+            use_colors=has_colors(sys.stderr),
             timeout_graceful_shutdown=5,
         )
         for name in ("uvicorn.error", "asyncio"):

@@ -15,6 +15,7 @@ from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
 from litmini.ops.cross_entropy import IGNORE
+from litmini.system import has_colors
 from litmini.tokenizer import Tokenizer
 
 
@@ -159,8 +160,8 @@ def describe(name: str, examples: Examples) -> str:
 
 
 def show_masks(examples: Examples, tokenizer: Tokenizer, count: int) -> str:
-    """Return the first examples token by token: supervised ones green, others dim; in brackets outside a terminal."""
-    supervised_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if sys.stdout.isatty() else ("[{}]", "{}")
+    """Return the first examples token by token: supervised ones green, others dim; in brackets where there are no colors."""
+    supervised_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if has_colors(sys.stdout) else ("[{}]", "{}")
     shown: list[str] = []
     for i in range(min(count, len(examples))):
         inputs, labels = examples[i]
