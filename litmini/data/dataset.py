@@ -46,6 +46,15 @@ class Examples:
         inputs, labels = self.arrays[entry["file"]]
         return inputs[span], labels[span]
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise a `UserError` that names the first example with a token id that a model of so many rows does not have."""
+        for i in range(len(self)):
+            if (largest := int(max(map(np.max, self[i])))) >= vocab_size:
+                raise UserError(
+                    f"{self.locations([i])[0]}: token id {largest}, but the model has rows for 0 to {vocab_size - 1} only: "
+                    f"the tokenizer does not belong to this model."
+                )
+
     def locations(self, numbers: Sequence[int]) -> list[str]:
         """Return file:line of examples, for which the file is read again; or their record, if the file has changed."""
         entries = self.table[list(numbers)]

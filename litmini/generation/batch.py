@@ -150,9 +150,14 @@ def check_prompt(prompt: list[int], context: int, vocab_size: int) -> None:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {context}: no token remains for a completion."
         )
-    if wrong := sorted({token for token in prompt if not 0 <= token < vocab_size}):
+    check_ids(prompt, vocab_size)
+
+
+def check_ids(ids: list[int], vocab_size: int) -> None:
+    """Raise a `UserError` for token ids that a model of so many rows does not have."""
+    if wrong := sorted({token for token in ids if not 0 <= token < vocab_size}):
         raise UserError(
-            f"the prompt has the token ids {', '.join(map(str, wrong[:5]))}, but the model has rows for 0 to {vocab_size - 1} "
+            f"the text has the token ids {', '.join(map(str, wrong[:5]))}, but the model has rows for 0 to {vocab_size - 1} "
             f"only: the tokenizer does not belong to this model."
         )
 

@@ -11,6 +11,9 @@ from test_scripts import run
 
 import litmini
 from litmini.checkpoints.hf import save_model
+from litmini.errors import UserError
+from litmini.evaluation.lm_eval_harness import log_likelihoods
+from litmini.evaluation.metrics import perplexity
 from litmini.models import llama
 
 PLAIN = (
@@ -104,3 +107,32 @@ def test_weights_of_nan(tiny_dir, tmp_path):
     assert "logits are not finite" in error and "--check_finite true" in error and "Traceback" not in error
     error = run("generate.py", *words, "--check_finite=true", status=1)
     assert "model.norm.weight" in error and "Traceback" not in error
+
+
+def test_ids_beyond_the_model_in_training_and_evaluation(fewer_rows, tmp_path):
+    """The example is named; a tokenizer with more ids than the model has rows is fine as long as none of them occurs."""
+    model, tokenizer = litmini.load(fewer_rows, dtype="fp32")
+    beyond = next(tokenizer.decode([i]) for i in range(400, 512) if tokenizer.encode(tokenizer.decode([i])) == [i])
+    data = {"good": ["a", "b", "a b", "b a"], "bad": ["a", "b", f"a{beyond}", "b a"]}
+    for name, texts in data.items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": "a", "completion": t}) + "\n" for t in texts)
+        )
+    words = [
+        "--checkpoint_dir",
+        fewer_rows,
+        "--lora.rank=2",
+        "--eval.samples=0",
+        "--dry_run=true",
+        "--data.max_seq_len=32",
+    ]
+    words += ["--out_dir", tmp_path / "run", "--data.path"]
+    run("finetune_lora.py", *words, tmp_path / "good.jsonl")
+    error = run("finetune_lora.py", *words, tmp_path / "bad.jsonl", status=1)
+    assert "bad.jsonl:3: token id" in error and "rows for 0 to 399 only" in error and "Traceback" not in error
+    for check in (
+        lambda: perplexity(model, tokenizer, f"a b a{beyond}", 8, 4),
+        lambda: log_likelihoods(model, [([1], [450])]),
+    ):
+        with pytest.raises(UserError, match="rows for 0 to 399 only"):
+            check()
