@@ -118,6 +118,22 @@ class Batch:
             if self._choose([request], row[None]) != proposed or request.finish:
                 break  # rejected positions are overwritten in the cache
 
+    def step_apart(self) -> None:
+        """`step` for each request alone, after it has failed for all together; an error ends the request that causes it."""
+        rows: list[tuple[KVCache, int, int]] = []
+        for row, request in zip(self._rows(), self.requests, strict=True):
+            single = Batch(self.model, None, self.chunk, self.multi_lora)
+            try:
+                with self._without_gradients():
+                    single._gather([row], [request])
+                single.step()
+            except Exception as error:
+                request.fail(error)
+            if request.finish is None and single.cache is not None:
+                rows.append((single.cache, 0, len(request.tokens) - 1))
+        with self._without_gradients():
+            self._gather(rows, [request for request in self.requests if request.finish is None])
+
     def drop(self) -> None:
         """Remove requests that have ended."""
         going = [(row, r) for row, r in zip(self._rows(), self.requests, strict=True) if r.finish is None]

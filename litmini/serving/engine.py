@@ -107,7 +107,13 @@ class Engine:
                     job.request.end("stop")
         self.batch.drop()
         if self.batch.requests:
-            self.batch.step()
+            try:
+                self.batch.step()
+            except Exception as error:
+                if len(self.batch.requests) == 1:
+                    raise
+                log_error(error)
+                self.batch.step_apart()
         for job in (job for job in self.running if not job.done):
             with self._guard([job]):
                 if job.request.error is not None:

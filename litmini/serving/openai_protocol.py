@@ -57,8 +57,9 @@ def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
     if not isinstance(body, dict):
         raise UserError("the body is not a JSON object.")
     body = {key: value for key, value in body.items() if value is not None}
-    if unknown := sorted(set(body) - KNOWN - IGNORED - set(NEUTRAL)):
-        raise UserError(f"unknown settings: {', '.join(unknown)}; supported: {', '.join(sorted(KNOWN))}.")
+    known = KNOWN - {"prompt" if chat else "messages"}  # that of the other endpoint
+    if unknown := sorted(set(body) - known - IGNORED - set(NEUTRAL)):
+        raise UserError(f"unknown settings: {', '.join(unknown)[:500]}; supported: {', '.join(sorted(known))}.")
     if unsupported := [f"{key} = {body[key]!r}"[:80] for key in NEUTRAL if key in body and body[key] != NEUTRAL[key]]:
         raise UserError(f"not implemented: {', '.join(unsupported)}.")
     kinds: dict[type, tuple[str, ...]] = {

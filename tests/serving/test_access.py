@@ -107,6 +107,7 @@ def test_hosts_and_keys_over_http(base):
 
 
 BAD = [
+    b'{"messages": [{"role": "user", "content": "a"}], "prompt": "b"}',
     b'{"max_tokens": 2, "messages": [{"role": "\\ud800", "content": "a"}]}',
     b'{"max_tokens": 2, "messages": [{"role": "user", "content": "a", "name": "\\udfff"}]}',
     b'{"max_tokens": 2, "messages": [{"role": "user", "content": "a", "\\ud800": 1}]}',

@@ -141,3 +141,29 @@ def test_token_ids_beyond_the_model_do_not_reach_the_batch(base, tmp_path):
                 assert status == 400 and "512, but the model has rows for 0 to 511" in answer["error"]["message"]
     finally:
         tokenizer.fast = type(tokenizer)(tokenizer.directory).fast
+
+
+def test_a_forward_that_fails_for_one_request_fails_for_it_alone(tiny_dir, base, capfd):
+    """As a request that is too long for the memory, or an adapter that fails."""
+    model, tokenizer = litmini.load(tiny_dir, dtype="fp32")
+
+    def fail(module, args, kwargs):
+        if (args[1] > 60).any():
+            raise RuntimeError("out of memory, say")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    sampling = {"max_new_tokens": 50, "ignore_eos": True, "temperature": 1.0, "seed": 1, "logprobs": 2}
+    prompts = [[1, 2, 3], [4, 5] * 15, [7], [5] * 28]  # the second and fourth come to position 61
+    engine = Engine(model, None, 4, 10)
+    jobs = [Job(Request(prompt, SamplingConfig(**sampling), [], tokenizer), lambda: None) for prompt in prompts]
+    engine.submit(jobs)
+    until = time.monotonic() + 20
+    while not all(job.done for job in jobs):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    engine.close()
+    assert [job.error is None for job in jobs] == [True, False, True, False]
+    for job, prompt in zip(jobs, prompts, strict=True):
+        expected = alone(base[0], tokenizer, prompt, **sampling)
+        assert job.request.ids == expected.ids[: len(job.request.ids)] and len(job.request.ids) >= 30
+    assert "out of memory, say" in capfd.readouterr().err
