@@ -119,8 +119,12 @@ class Engine:
                 if job.request.error is not None:
                     raise job.request.error
                 if job.max_kept is not None and len(job.request.logprobs) > job.max_kept:
-                    raise UserError("the client does not receive what it asked for.")
-                job.end() if job.request.finish else job.news()
+                    job.request.finish = "error"
+                    job.end(UserError("the client does not receive what it asked for."))  # no matter for the log
+                elif job.request.finish:
+                    job.end()
+                else:
+                    job.news()
         self.batch.drop()
 
     @contextmanager
@@ -134,5 +138,5 @@ class Engine:
                 self.batch = Batch(self.model, multi_lora=self.multi_lora)
             for job in jobs:
                 job.request.finish = job.request.finish or "error"
-                with suppress(RuntimeError):  # the server's event loop has ended
+                with suppress(Exception):  # such as that the event loop has ended
                     job.end(error)

@@ -100,7 +100,7 @@ def test_an_error_in_the_work_of_one_request(base, where, capfd):
     assert max(map(len, capfd.readouterr().err.splitlines())) < 1_500
 
 
-def test_log_probabilities_that_a_client_does_not_take_are_bounded(base):
+def test_log_probabilities_that_a_client_does_not_take_are_bounded(base, capfd):
     model, tokenizer = base
     engine = Engine(model, None, 4, 10)
     sampling = SamplingConfig(max_new_tokens=60, ignore_eos=True, logprobs=20)
@@ -114,6 +114,7 @@ def test_log_probabilities_that_a_client_does_not_take_are_bounded(base):
         time.sleep(0.01)
     engine.close()
     assert len(slow.request.logprobs) == 11 and "does not receive" in str(slow.error)
+    assert capfd.readouterr().err == ""
     assert len(taken) == 60 and fast.error is None and not fast.request.logprobs
 
 
