@@ -23,7 +23,7 @@ class Logprobs:
 def penalize(logits: Tensor, tokens: list[int], penalty: float) -> Tensor:
     """Return logits (vocab,) in which those of `tokens` are divided by `penalty` where positive, else multiplied."""
     seen = torch.tensor(sorted(set(tokens)), device=logits.device)
-    values, penalty = logits[seen], min(max(penalty, 1e-20), 1e20)  # beyond, fp32 overflows and 0 * inf is NaN
+    values, penalty = logits[seen], float(min(max(penalty, 1e-20), 1e20))  # beyond, fp32 overflows and 0 * inf is NaN
     return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 

@@ -115,7 +115,7 @@ class Completion:
                 self.check()
                 for i, job in enumerate(self.jobs):
                     done, piece = job.done, job.request.take()
-                    if ended[i] or not (done or piece):
+                    if ended[i] or not (done or piece or job.request.logprobs):
                         continue
                     logprobs, ended[i] = job.request.take_logprobs(), done
                     part = choice(

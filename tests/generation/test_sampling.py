@@ -29,7 +29,7 @@ def test_any_setting_chooses_a_token():
             "top_p": draw.choice([None, *TINY, 1.0, draw.uniform(0.01, 1)]),
             "min_p": draw.choice([None, *TINY, 0, 1, draw.uniform(0, 1)]),
             "top_k": draw.choice([None, 1, 5, 10**30]),
-            "repetition_penalty": draw.choice([1.0, *TINY, 1.3, 1e20, 1e40, 1e308]),
+            "repetition_penalty": draw.choice([1, 1.0, *TINY, 1.3, 2**63, 2**64, 1e20, 1e40, 1e308]),
         }
         logits = torch.randn(40, generator=generator) * draw.choice([1e-30, 1.0, 30.0, 1e10]) + draw.choice(
             [0.0, 100, -100]

@@ -1,5 +1,6 @@
 """What one request does is that request's own: its errors, and what is kept for it."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -168,3 +169,20 @@ def test_a_forward_that_fails_for_one_request_fails_for_it_alone(tiny_dir, base,
         expected = alone(base[0], tokenizer, prompt, **sampling)
         assert job.request.ids == expected.ids[: len(job.request.ids)] and len(job.request.ids) >= 30
     assert "out of memory, say" in capfd.readouterr().err
+
+
+def test_tokens_without_text_do_not_wait_for_text(base):
+    """Log-probabilities of special tokens and of parts of characters are sent as they come."""
+    model, tokenizer = base
+    limits = Limits(4, 16, 200, 256, 20_000, max_output_bytes=200 * 3 * 10)  # of ten tokens
+    with serving(Server(model, {"tiny": tokenizer}, limits, None)) as address:
+        server_tokens = []
+        tokenizer_decode, tokenizer.decode = tokenizer.decode, lambda ids, skip_special=True: ""
+        try:
+            asked = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "logprobs": 2, "stream": True}
+            status, answer = post(address, asked, "/v1/completions", raw=True)
+        finally:
+            tokenizer.decode = tokenizer_decode
+        for event in answer.decode().strip().split("\n\n")[:-1]:
+            server_tokens += json.loads(event.removeprefix("data: "))["choices"][0]["logprobs"]["tokens"]
+    assert status == 200 and len(server_tokens) == 100
