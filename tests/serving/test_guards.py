@@ -174,7 +174,7 @@ def test_a_forward_that_fails_for_one_request_fails_for_it_alone(tiny_dir, base,
 def test_tokens_without_text_do_not_wait_for_text(base):
     """Log-probabilities of special tokens and of parts of characters are sent as they come."""
     model, tokenizer = base
-    limits = Limits(4, 16, 200, 256, 20_000, max_output_bytes=200 * 3 * 10)  # of ten tokens
+    limits = Limits(4, 16, 200, 256, 20_000, max_output_bytes=200 * 3 * 50)  # of fifty tokens
     with serving(Server(model, {"tiny": tokenizer}, limits, None)) as address:
         server_tokens = []
         tokenizer_decode, tokenizer.decode = tokenizer.decode, lambda ids, skip_special=True: ""
