@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 try:
     import fcntl
@@ -80,6 +81,11 @@ def unlock_all() -> None:
 
 def being_written(directory: Path) -> str:
     return f"another process is writing {directory}: wait for it, or stop it, or choose another name."
+
+
+def has_colors(stream: TextIO) -> bool:
+    """Whether to write colors to `stream`: to a terminal that knows them, whose user wants them (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def cpu_count() -> int:

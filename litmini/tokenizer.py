@@ -23,6 +23,10 @@ from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
 
 Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles that a message can have."""
+NAMED = {"name", "template"}
+"""The keys of one of several chat templates in tokenizer_config.json."""
 
 
 class _GenerationTag(Extension):
@@ -67,13 +71,19 @@ class Tokenizer:
         if "added_tokens_decoder" not in self.settings:  # with older files, special_tokens_map.json takes precedence
             self._tokens = {**self.settings, **self._optional("special_tokens_map.json")}
         self.generation = self._optional("generation_config.json")
-        self.special_ids = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        added = self.fast.get_added_tokens_decoder()
+        self.added_ids = set(added)
+        self.special_ids = {i for i, token in added.items() if token.special}
         self.chat_template = self._find_template(chat_template)
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
-        for found in (self.generation.get("eos_token_id"), self._optional("config.json").get("eos_token_id")):
-            ids += found if isinstance(found, list) else [found]
+        for name, settings in (("generation_config", self.generation), ("config", self._optional("config.json"))):
+            found = settings.get("eos_token_id")
+            found = found if isinstance(found, list) else [found]
+            if any(i is not None and type(i) is not int for i in found):
+                raise self._wrong(f"{name}.json", "eos_token_id", found, "a token id or a list of them")
+            ids += found
         if self.chat_template:
             ids.append(self._turn_end())
         self.stop_ids: list[int] = list(dict.fromkeys(i for i in ids if i is not None))
@@ -85,8 +95,14 @@ class Tokenizer:
         return read_json(file) if file.is_file() else {}
 
     def _token(self, key: str) -> str | None:
-        token = self._tokens.get(key)
-        return token["content"] if isinstance(token, dict) else token
+        found = self._tokens.get(key)
+        token = found.get("content", found) if isinstance(found, dict) else found
+        if token is not None and not isinstance(token, str):
+            raise self._wrong("tokenizer_config.json", key, found, "a token's text or an object with it as content")
+        return token
+
+    def _wrong(self, file: str, key: str, found: Any, expected: str) -> UserError:
+        return UserError(f"{self.directory / file}: {key} is {found!r:.80}; expected {expected}.")
 
     def special_id(self, key: str) -> int | None:
         """Return the id of the token that `tokenizer_config.json` calls bos_token, eos_token, ..., or None."""
@@ -105,8 +121,13 @@ class Tokenizer:
         if file.is_file():
             return file.read_text(encoding="utf-8")
         found = self.settings.get("chat_template")
-        if isinstance(found, list):  # several named ones
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
+            found = next(
+                (entry["template"] for entry in found if entry["name"] == "default"), None
+            )  # of several named ones
+        if found is not None and not isinstance(found, str):
+            expected = "a template's text or a list of objects with name and template"
+            raise self._wrong("tokenizer_config.json", "chat_template", found, expected)
         return found
 
     @cached_property

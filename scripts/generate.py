@@ -58,7 +58,7 @@ def main(config: GenerateConfig) -> None:
     import time
 
     from litmini.generation.generate import open_model, stream_text
-    from litmini.generation.prompts import check_text
+    from litmini.generation.prompts import check_text, describe
     from litmini.generation.request import Request
     from litmini.tokenizer import Message
 
@@ -74,17 +74,18 @@ def main(config: GenerateConfig) -> None:
         prompt = [{"role": "system", "content": check_text(config.system)}, {"role": "user", "content": prompt}]
     reply = Request(tokenizer.encode_prompt(prompt), config, tokenizer.stop_ids, tokenizer)
     started = time.perf_counter()
-    for piece in stream_text(model, reply, make_draft(config)):
+    for piece in stream_text(model, reply, make_draft(config, tokenizer)):
         print(piece, end="", flush=True)
     seconds = time.perf_counter() - started
     print(flush=True)
     for token in reply.logprobs:
-        others = " ".join(f"{tokenizer.decode([t], False)!r} {p:.3f}" for t, p in token.top)
-        print(f"{tokenizer.decode([token.token], False)!r:24} {token.logprob:8.3f}  {others}", file=sys.stderr)
+        named = describe(token, tokenizer)
+        others = " ".join(f"{top['token']!r} {top['logprob']:.3f}" for top in named["top_logprobs"])
+        print(f"{named['token']!r:24} {named['logprob']:8.3f}  {others}", file=sys.stderr)
     print(f"[{len(reply.ids)} tokens, {seconds:.1f} s]", file=sys.stderr)
 
 
-def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
+def make_draft(config: GenerateConfig, tokenizer):  # type: ignore[no-untyped-def]
     """Return the draft of speculative decoding, or None."""
     from dataclasses import replace
 
@@ -94,7 +95,12 @@ def make_draft(config: GenerateConfig):  # type: ignore[no-untyped-def]
     if config.prompt_lookup is not None:
         return PromptLookup(config.prompt_lookup)
     if config.draft_dir is not None:
-        model, _ = open_model(replace(config, checkpoint_dir=config.draft_dir, adapter_dir=None))
+        model, own = open_model(replace(config, checkpoint_dir=config.draft_dir, adapter_dir=None))
+        ids = tokenizer.fast.get_vocab()
+        if any(ids.get(token, i) != i for token, i in own.fast.get_vocab().items()):
+            raise UserError(
+                f"--draft_dir {config.draft_dir}: its tokens have other ids; expected the model's tokenizer."
+            )
         return DraftModel(model, config.draft_tokens)
     return None
 

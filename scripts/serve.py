@@ -25,6 +25,8 @@ class ServeConfig(ModelConfig):
     """Address to listen at; 0.0.0.0 listens at all addresses."""
     port: int = 8000
     """Port to listen at."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names, beside that of --host, by which clients may call this server: that of a proxy, say."""
     max_batch: int = 8
     """Maximum requests in one batch; others wait."""
     max_queue: int = 64
@@ -33,12 +35,16 @@ class ServeConfig(ModelConfig):
     """Maximum connections; others are refused with status 503."""
     idle_seconds: float = 10.0
     """Seconds after which a connection without requests is closed."""
+    write_seconds: float = 20.0
+    """Seconds after which a connection is closed whose client does not read the response."""
     max_new_tokens: int = 1024
     """Longest completion in tokens."""
     max_context: int = 8192
     """Maximum tokens of prompt and completion together, at most the model's context."""
     max_body_mib: float = 1.0
     """Maximum size of a request in MiB; all connections together can take max_connections times that."""
+    max_output_mib: float = 8.0
+    """Maximum MiB of log-probabilities that are kept for one client until it receives them."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -46,9 +52,11 @@ class ServeConfig(ModelConfig):
             "max_queue",
             "max_connections",
             "idle_seconds",
+            "write_seconds",
             "max_new_tokens",
             "max_context",
             "max_body_mib",
+            "max_output_mib",
         )
         check("", self, **{name: getattr(self, name) > 0 for name in sizes}, port=0 <= self.port < 2**16)
         if self.adapters and self.adapter_dir is not None:
@@ -58,6 +66,7 @@ class ServeConfig(ModelConfig):
 
 
 def main(config: ServeConfig) -> None:
+    import logging
     import os
     import socket
     import sys
@@ -66,12 +75,15 @@ def main(config: ServeConfig) -> None:
     try:
         import uvicorn
 
+        from litmini.serving.access import AllowedHosts
         from litmini.serving.connections import connection_type
+        from litmini.serving.log import BoundedLog
         from litmini.serving.server import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
     from litmini.generation.generate import open_model
     from litmini.generation.multi_adapter import MultiLoRA
+    from litmini.system import has_colors
     from litmini.tokenizer import Tokenizer
 
     key = os.environ.get("LITMINI_API_KEY") or None
@@ -97,18 +109,24 @@ def main(config: ServeConfig) -> None:
             config.max_new_tokens,
             config.max_context,
             int(config.max_body_mib * 2**20),
+            max_output_bytes=int(config.max_output_mib * 2**20),
         )
+        hosts = AllowedHosts(config.host, config.allowed_hosts)
         listener.listen()  # clients that read the next line may connect at once
         port = listener.getsockname()[1]
         print(f"{', '.join(tokenizers)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
         if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
             print("warning: anyone who can reach this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
         settings = uvicorn.Config(
-            make_app(Server(model, tokenizers, limits, key, multi_lora)),
+            make_app(Server(model, tokenizers, limits, key, multi_lora, hosts)),
             log_level="warning",
-            http=connection_type(config.max_connections, config.idle_seconds),
+            http=connection_type(config.max_connections, config.idle_seconds, config.write_seconds),
+            ws="none",
+            use_colors=has_colors(sys.stderr),
             timeout_graceful_shutdown=5,
         )
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(BoundedLog())
         uvicorn.Server(settings).run(sockets=[listener])
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from litmini.checkpoints.hf import check_checkpoint_dir, empty_model, load_model, parse_dtype
 from litmini.checkpoints.peft import load_adapter, read_adapter
 from litmini.config.finetune import QuantizeConfig
+from litmini.errors import UserError
 from litmini.methods.nf4 import NF4Linear, convert, quantizable
 from litmini.tokenizer import Tokenizer
 
@@ -32,12 +33,14 @@ def load(
     dtype: str = "bf16",
     device: str = "cpu",
     bits: Literal[4, 16] = 16,
+    check_finite: bool = False,
 ) -> tuple[nn.Module, Tokenizer]:
     """The model of a checkpoint directory, with an adapter if given, and its tokenizer.
 
     Args:
         dtype: "bf16" or "fp32".
         bits: 4 puts the linears of the base into NF4 while they are loaded, as for QLoRA.
+        check_finite: read all weights, and raise if any is NaN or infinite.
 
     Raises:
         litmini.errors.UserError: a directory is missing, incomplete or damaged, or the adapter is of another base.
@@ -55,6 +58,11 @@ def load(
         convert(model, wanted)
     if adapter_dir is not None:
         load_adapter(model, adapter_dir)
-        if (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
-            return model, Tokenizer(adapter_dir)
+    if check_finite and (wrong := [n for n, t in model.state_dict().items() if not t.isfinite().all()]):
+        raise UserError(
+            f"{len(wrong)} tensors of {checkpoint_dir}{f' with {adapter_dir}' * (adapter_dir is not None)} have values that "
+            f"are NaN or infinite: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}; fetch or train it again."
+        )
+    if adapter_dir is not None and (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
+        return model, Tokenizer(adapter_dir)
     return model, Tokenizer(checkpoint_dir)

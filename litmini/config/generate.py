@@ -1,6 +1,6 @@
 """The settings of commands that generate: the model, and how its completions are sampled."""
 
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,8 @@ class ModelConfig:
     """4 quantizes the base's linears to NF4 while they are loaded: a quarter of the memory, slightly different results."""
     device: str = "auto"
     """auto: a GPU if there is one, else the CPU."""
+    check_finite: bool = False
+    """Check that no weight is NaN or infinite, which takes a moment: every weight is read."""
     compile: bool = False
     """Compile the decoding step: faster, but the first completion takes longer, and the first ever takes much longer."""
 
@@ -59,11 +61,11 @@ class SamplingConfig:
             "",
             self,
             max_new_tokens=self.max_new_tokens > 0,
-            temperature=0 <= self.temperature < math.inf,
+            temperature=0 <= self.temperature <= sys.float_info.max,
             top_k=self.top_k is None or self.top_k > 0,
             top_p=self.top_p is None or 0 < self.top_p <= 1,
             min_p=self.min_p is None or 0 <= self.min_p <= 1,
-            repetition_penalty=0 < self.repetition_penalty < math.inf,
+            repetition_penalty=0 < self.repetition_penalty <= sys.float_info.max,
             seed=self.seed is None or 0 <= self.seed < 2**63,
             stop=all(self.stop),
             logprobs=self.logprobs is None or 0 <= self.logprobs <= 20,

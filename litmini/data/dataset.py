@@ -15,6 +15,7 @@ from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
 from litmini.ops.cross_entropy import IGNORE
+from litmini.system import has_colors
 from litmini.tokenizer import Tokenizer
 
 
@@ -44,6 +45,15 @@ class Examples:
         span = slice(entry["start"], entry["start"] + entry["size"])
         inputs, labels = self.arrays[entry["file"]]
         return inputs[span], labels[span]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise a `UserError` that names the first example with a token id that a model of so many rows does not have."""
+        for i in range(len(self)):
+            if (largest := int(max(map(np.max, self[i])))) >= vocab_size:
+                raise UserError(
+                    f"{self.locations([i])[0]}: token id {largest}, but the model has rows for 0 to {vocab_size - 1} only: "
+                    f"the tokenizer does not belong to this model."
+                )
 
     def locations(self, numbers: Sequence[int]) -> list[str]:
         """Return file:line of examples, for which the file is read again; or their record, if the file has changed."""
@@ -159,8 +169,8 @@ def describe(name: str, examples: Examples) -> str:
 
 
 def show_masks(examples: Examples, tokenizer: Tokenizer, count: int) -> str:
-    """Return the first examples token by token: supervised ones green, others dim; in brackets outside a terminal."""
-    supervised_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if sys.stdout.isatty() else ("[{}]", "{}")
+    """Return the first examples token by token: supervised ones green, others dim; in brackets where there are no colors."""
+    supervised_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if has_colors(sys.stdout) else ("[{}]", "{}")
     shown: list[str] = []
     for i in range(min(count, len(examples))):
         inputs, labels = examples[i]

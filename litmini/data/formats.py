@@ -12,7 +12,7 @@ from typing import Any
 
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
 from litmini.errors import UserError
-from litmini.tokenizer import Message
+from litmini.tokenizer import ROLES, Message
 
 FORMS = {
     "messages": ("messages",),
@@ -22,7 +22,6 @@ FORMS = {
     "text": ("text",),
 }
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "tool": "tool"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"

@@ -7,6 +7,7 @@ from torch import nn
 
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
+from litmini.generation.batch import check_ids
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
 from litmini.tokenizer import Tokenizer
@@ -129,6 +130,8 @@ def log_likelihoods(model: nn.Module, pairs: list[tuple[list[int], list[int]]]) 
     config: Any = model.config
     device = next(model.parameters()).device
     rows = [(context + continuation)[-(config.max_positions + 1) :][:-1] for context, continuation in pairs]
+    for context, continuation in pairs:
+        check_ids(context + continuation, config.vocab_size)
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     positions = torch.arange(longest, device=device).expand_as(tokens)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from litmini.config.generate import SamplingConfig
 from litmini.data.dataset import Example
 from litmini.errors import UserError
+from litmini.generation.batch import check_ids
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
 from litmini.ops.cross_entropy import IGNORE
@@ -104,6 +105,7 @@ def perplexity(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, s
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens; at least 2 are needed.")
+    check_ids(ids, config.vocab_size)
     device = next(model.parameters()).device
     loss_sum, n_targets = 0.0, 0
     with tqdm(total=len(ids) - 1, desc="reading", unit="tok", disable=None) as bar:

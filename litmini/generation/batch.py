@@ -1,6 +1,7 @@
 """Requests that are decoded together, one token each a step; they join and leave between steps."""
 
 import contextlib
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from litmini.generation.request import Request
 from litmini.generation.speculative import Draft
 from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.kv_cache import CHUNK, KVCache
+
+NOT_FINITE = (
+    "the model's logits are not finite: weights of the model or its adapter are NaN or infinite, or values overflow in this "
+    "dtype. litmini.load(..., check_finite=True) and --check_finite true name such weights."
+)
 
 
 class Batch:
@@ -44,7 +50,7 @@ class Batch:
             UserError: a prompt is empty, or fills the model's context.
         """
         for request in requests:
-            check_prompt(request.prompt, self.config.max_positions)
+            check_prompt(request.prompt, self.config.max_positions, self.config.vocab_size)
         if self.draft is not None:
             _check_draft([*self.requests, *requests])
         for request in requests:
@@ -52,8 +58,8 @@ class Batch:
             request.generator = torch.Generator(self.device)
             seed = request.sampling.seed
             request.generator.seed() if seed is None else request.generator.manual_seed(seed)
-        capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        cache = KVCache(self.config, len(requests), capacity, self.dtype, self.device, self.chunk)
+        capacities = [len(r.prompt) + r.max_new_tokens for r in requests]
+        cache = KVCache(self.config, len(requests), capacities, self.dtype, self.device, self.chunk)
         longest = max(len(r.prompt) for r in requests)
         tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests], device=self.device)
         lengths = torch.tensor([[len(r.prompt)] for r in requests], device=self.device)  # (B, 1)
@@ -64,7 +70,7 @@ class Batch:
                 prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
             self._gather(self._rows() + rows, [*self.requests, *requests])
         if self.draft is not None:
-            self.draft.begin(capacity)
+            self.draft.begin(cache.capacity)
 
     def step(self) -> None:
         """Add the next token to every request (with a draft: one or more); those that end leave the batch."""
@@ -76,21 +82,57 @@ class Batch:
                 positions = torch.tensor([[len(r.tokens) - 1] for r in self.requests], device=self.device)
                 with self._adapters(self.requests):
                     logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
-                for request, row in zip(self.requests, logits, strict=True):
-                    request.choose(row)
+                self._choose(self.requests, logits)
         self.drop()
+
+    def _choose(self, requests: list[Request], logits: Tensor) -> int | None:
+        """Let each request choose its next token from fp32 logits (B, vocab); an error ends the request that it happens to.
+
+        Returns the token of the last one, None at its end.
+        """
+        token = None
+        finite = logits.amax(-1).isfinite().tolist()  # CPU-GPU sync point; the maximum of NaN and others is NaN
+        for request, row, is_finite in zip(requests, logits, finite, strict=True):
+            try:
+                if not is_finite:
+                    raise UserError(NOT_FINITE)
+                token = request.choose(row)
+            except Exception as error:
+                request.fail(error)
+                token = None
+        return token
 
     def _step_drafted(self, draft: Draft, request: Request) -> None:
         """Verify the drafted tokens in one forward; accept those that greedy decoding would choose."""
-        drafted = draft.propose(request.tokens, request.remaining_tokens - 1)
+        most = min(request.remaining_tokens, self.chunk) - 1  # with the last token they are one forward
+        drafted = draft.propose(request.tokens, most)
+        drafted = list(
+            takewhile(lambda token: token < self.config.vocab_size, drafted)
+        )  # a draft model may have more rows
         start = len(request.tokens) - 1
         tokens = torch.tensor([[request.tokens[-1], *drafted]], device=self.device)  # (1, T)
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
         with self._adapters([request]):
             logits = self.model(tokens, positions, cache=self.cache)[0].float()  # (T, vocab)
         for row, proposed in zip(logits, [*drafted, None], strict=True):
-            if request.choose(row) != proposed or request.finish:
+            if self._choose([request], row[None]) != proposed or request.finish:
                 break  # rejected positions are overwritten in the cache
+
+    def step_apart(self) -> None:
+        """`step` for each request alone, after it has failed for all together; an error ends the request that causes it."""
+        rows: list[tuple[KVCache, int, int]] = []
+        for row, request in zip(self._rows(), self.requests, strict=True):
+            single = Batch(self.model, None, self.chunk, self.multi_lora)
+            try:
+                with self._without_gradients():
+                    single._gather([row], [request])
+                single.step()
+            except Exception as error:
+                request.fail(error)
+            if request.finish is None and single.cache is not None:
+                rows.append((single.cache, 0, len(request.tokens) - 1))
+        with self._without_gradients():
+            self._gather(rows, [request for request in self.requests if request.finish is None])
 
     def drop(self) -> None:
         """Remove requests that have ended."""
@@ -109,21 +151,30 @@ class Batch:
         return [(self.cache, i, len(r.tokens) - 1) for i, r in enumerate(self.requests)] if self.cache else []
 
     def _gather(self, rows: list[tuple[KVCache, int, int]], requests: list[Request]) -> None:
-        capacity = max((len(r.prompt) + r.max_new_tokens for r in requests), default=0)
         if rows and all(cache is rows[0][0] for cache, _, _ in rows) and len(rows) == rows[0][0].batch:
             self.cache = rows[0][0]  # nothing to rearrange
         else:
-            self.cache = KVCache.gather(self.config, rows, capacity) if rows else None
+            self.cache = KVCache.gather(self.config, rows) if rows else None
         self.requests = requests
 
 
-def check_prompt(prompt: list[int], context: int) -> None:
-    """Raise a `UserError` for a prompt that is empty, or fills a context of so many tokens."""
+def check_prompt(prompt: list[int], context: int, vocab_size: int) -> None:
+    """Raise a `UserError` for a prompt that is empty, fills a context of so many tokens, or has ids beyond the vocabulary."""
     if not prompt:
         raise UserError("the prompt is empty.")
     if len(prompt) >= context:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, the model's context {context}: no token remains for a completion."
+        )
+    check_ids(prompt, vocab_size)
+
+
+def check_ids(ids: list[int], vocab_size: int) -> None:
+    """Raise a `UserError` for token ids that a model of so many rows does not have."""
+    if wrong := sorted({token for token in ids if not 0 <= token < vocab_size}):
+        raise UserError(
+            f"the text has the token ids {', '.join(map(str, wrong[:5]))}, but the model has rows for 0 to {vocab_size - 1} "
+            f"only: the tokenizer does not belong to this model."
         )
 
 

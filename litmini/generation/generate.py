@@ -32,7 +32,9 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     except (RuntimeError, AssertionError) as error:  # torch raises either
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     use_model_file(config.model_file)
-    model, tokenizer = load(config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits)
+    model, tokenizer = load(
+        config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits, config.check_finite
+    )
     if config.compile:
         from litmini.generation.compile import compile_decoding
 
@@ -43,12 +45,28 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
 
 
 def finish_all(model: nn.Module, requests: list[Request]) -> None:
-    """Generate all requests to their ends in one batch."""
+    """Generate all requests to their ends in one batch.
+
+    Raises:
+        Exception: a request failed; the others are complete.
+    """
+    complete_all(model, requests)
+    raise_first(requests)
+
+
+def complete_all(model: nn.Module, requests: list[Request]) -> None:
+    """Generate all requests to their ends in one batch; one that fails has its `error` set."""
     batch = Batch(model)
     batch.add(requests)
     while batch.requests:
         with _native_gemv(batch):
             batch.step()
+
+
+def raise_first(requests: list[Request]) -> None:
+    """Raise the error of the first request that failed, if one did."""
+    if error := next((request.error for request in requests if request.error is not None), None):
+        raise error
 
 
 @contextlib.contextmanager
@@ -88,6 +106,7 @@ def stream_text(model: nn.Module, request: Request, draft: Draft | None = None) 
             batch.step()
         if piece := request.take():
             yield piece
+    raise_first([request])
 
 
 def generate(

@@ -108,13 +108,17 @@ class _Layer(nn.Module):
         self.assignment = assignment
 
     def forward(self, x: Tensor, *offsets: Any) -> Tensor:
+        if not x.numel():  # the head, while a prompt is read: at no position logits are needed
+            return self.base(x, *offsets)
         delta, others = None, []
         for name, indices in self.assignment.sequences.items():
             if name not in self.adapters:
                 continue
             if offsets:
                 raise UserError("adapters over experts serve alone: their tokens are sorted by expert.")
-            if len(x) != self.assignment.batch_size:
+            if len(x) != self.assignment.batch_size or (
+                x.is_floating_point() and x.dim() != 3
+            ):  # tokens, not sequences
                 raise UserError(
                     f"{self.assignment.batch_size} names of adapters for a batch of {len(x)} sequences, expected one for "
                     f"each."

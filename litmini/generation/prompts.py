@@ -13,10 +13,11 @@ from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.files import existing_file
 from litmini.generation.batch import check_prompt
-from litmini.generation.generate import finish_all
+from litmini.generation.generate import complete_all
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
-from litmini.tokenizer import Message, Tokenizer
+from litmini.generation.token_bytes import token_bytes, token_text
+from litmini.tokenizer import ROLES, Message, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class Prompt:
 
 def check_text(text: str) -> str:
     """Return `text`, unless it has a lone surrogate, which JSON escapes can hold and UTF-8 cannot."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError("the prompt is not UTF-8 text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text.") from None
     return text
 
 
@@ -49,6 +52,8 @@ def check_messages(value: Any) -> list[Message]:
     for number, turn in enumerate(value):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise UserError(f"messages[{number}] is {_kind(turn)}, expected an object with role and content.")
+        if turn["role"] not in ROLES:
+            raise UserError(f"messages[{number}].role is {turn['role']!r:.60}, expected one of {', '.join(ROLES)}.")
         content = turn.get("content")
         if isinstance(content, list):
             if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -57,7 +62,18 @@ def check_messages(value: Any) -> list[Message]:
         if not isinstance(content, str):
             raise UserError(f"messages[{number}].content is {_kind(content)}, expected text.")
         messages.append({**turn, "content": check_text(content)})
+    check_utf8(value)
     return messages
+
+
+def check_utf8(value: Any) -> None:
+    """Raise a UserError if a text anywhere in a JSON value, keys included, has a lone surrogate."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("a text is not UTF-8: it has half of a surrogate pair.") from None
+    except RecursionError:
+        raise UserError("the JSON is nested too deeply.") from None
 
 
 def _kind(value: Any) -> str:
@@ -140,11 +156,11 @@ def _request(
         content = [{"role": "system", "content": system}, *content]
     try:
         ids = tokenizer.encode_prompt(content)
-        check_prompt(ids, config.max_positions)  # type: ignore[union-attr,arg-type]
+        check_prompt(ids, config.max_positions, config.vocab_size)  # type: ignore[union-attr,arg-type]
     except UserError as error:
         return error
     if sampling.seed is not None:
-        sampling = replace(sampling, seed=sampling.seed + prompt.line)
+        sampling = replace(sampling, seed=(sampling.seed + prompt.line) % 2**63)
     return Request(ids, sampling, tokenizer.stop_ids, tokenizer)
 
 
@@ -152,12 +168,16 @@ def _complete(
     model: nn.Module, tokenizer: Tokenizer, part: list[tuple[Prompt, Request | UserError]]
 ) -> Iterator[dict[str, Any]]:
     if requests := [request for _, request in part if isinstance(request, Request)]:
-        finish_all(model, requests)
+        complete_all(model, requests)
     for prompt, request in part:
         result: dict[str, Any] = {**prompt.record, "line": prompt.line}
-        if isinstance(request, UserError):
-            yield {**result, "error": str(request)}
+        error = request if isinstance(request, UserError) else request.error
+        if isinstance(error, UserError):
+            yield {**result, "error": str(error)}
             continue
+        if error is not None:
+            raise error
+        assert isinstance(request, Request), "checked above"
         result |= {"answer": request.text, "finish_reason": request.finish, "n_tokens": len(request.ids)}
         if request.logprobs:
             result["logprobs"] = [describe(token, tokenizer) for token in request.logprobs]
@@ -171,5 +191,6 @@ def describe(token: Logprobs, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.decode([token], skip_special=False)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    content = token_bytes(tokenizer, token)
+    # OpenAI's value for a token that cannot be; JSON has no infinity
+    return {"token": token_text(content), "logprob": max(logprob, -9999.0), "bytes": list(content)}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from litmini.config.generate import SamplingConfig
 from litmini.generation.sampling import Logprobs, choose, log_probabilities
+from litmini.generation.token_bytes import token_bytes, token_text
 from litmini.tokenizer import Tokenizer
 
 
@@ -21,12 +22,18 @@ class TextStream:
         self._ids: list[int] = []  # the last ones: those in the text, then those that are not yet
         self._shown = 0
 
-    def push(self, token: int) -> None:
+    def push(self, token: int) -> int:
+        """Add a token, and return the place of its first character in the text; of the character that it is part of."""
         self._ids.append(token)
         before, now = self._decode(self._ids[: self._shown]), self._decode(self._ids)
+        offset = len(self.text) + len(self._pending)  # without bytes of a character that is not complete
+        if len(self._ids) > self._shown + 1:  # after bytes, which may turn out to be no character
+            own = token_text(token_bytes(self.tokenizer, token))
+            offset += max(0, len(now) - len(before) - len(own)) if now.endswith(own) else 0
         if not now.endswith("\ufffd"):  # else bytes of a character are still to come
             self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
             self._show(now[len(before) :])
+        return offset
 
     def finish(self) -> None:
         """Show the rest, after the last token."""
@@ -75,8 +82,9 @@ class Request:
         self.prompt, self.sampling, self.adapter = prompt, sampling, adapter
         self.stop_ids = [] if sampling.ignore_eos else stop_ids
         self.tokens = list(prompt)
-        self.logprobs: list[Logprobs] = []
-        self.finish: Literal["stop", "length"] | None = None
+        self.logprobs: list[Logprobs] = []  # those not taken
+        self.finish: Literal["stop", "length", "error"] | None = None
+        self.error: Exception | None = None
         self.max_new_tokens = sampling.max_new_tokens  # `Batch.add` limits it to the model's context
         self.generator: torch.Generator | None = None
         self._text = TextStream(tokenizer, sampling.stop) if tokenizer else None
@@ -104,6 +112,12 @@ class Request:
         piece, self._taken = text[self._taken :], len(text)
         return piece
 
+    def take_logprobs(self) -> list[Logprobs]:
+        """Return the log-probabilities since the last call, and forget them. Another thread may add to them meanwhile."""
+        taken = self.logprobs[:]
+        del self.logprobs[: len(taken)]
+        return taken
+
     def choose(self, logits: Tensor) -> int | None:
         """Add the next token, chosen from fp32 logits (vocab,), and return it; None at a stop token."""
         token = choose(logits, self.sampling, self.tokens, self.generator)
@@ -111,15 +125,18 @@ class Request:
             self.end("stop")
             return None
         self.tokens.append(token)
+        offset = 0 if self._text is None else self._text.push(token)
         if self.sampling.logprobs is not None:
-            self.logprobs.append(log_probabilities(logits, token, self.sampling.logprobs))
-        if self._text is not None:
-            self._text.push(token)
-            if self._text.stopped:
-                self.end("stop")
+            self.logprobs.append(log_probabilities(logits, token, self.sampling.logprobs, offset))
+        if self._text is not None and self._text.stopped:
+            self.end("stop")
         if self.finish is None and self.remaining_tokens <= 0:
             self.end("length")
         return token
+
+    def fail(self, error: Exception) -> None:
+        """End the completion with an error, which is this request's and not its neighbours'."""
+        self.finish, self.error = "error", error
 
     def end(self, why: Literal["stop", "length"]) -> None:
         """End the completion."""

@@ -71,6 +71,8 @@ class DraftModel:
             same += 1
         new = tokens[same:]
         drafted: list[int] = []
+        if max(new) >= self.config.vocab_size:  # a larger model may have more rows than its tokenizer has ids
+            return drafted
         while len(drafted) < min(self.count, limit):
             for part in torch.tensor([new], device=self._cache.device).split(self._cache.chunk, 1):
                 where = torch.arange(same, same + part.shape[1], device=part.device)[None]

@@ -165,10 +165,10 @@ class RMSNorm(nn.Module):
 def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Tensor:
     """Return the length of the text that each token is in, (B, T) or (B, 1), which decides between LongRoPE's factors.
 
-    With a cache it is the cache's capacity: keys, once rotated, stay in use until the text is complete.
+    With a cache it is the capacity of each sequence: keys, once rotated, stay in use until the text is complete.
     """
     if cache is not None:
-        return torch.full_like(positions[:, :1], cache.capacity)
+        return cache.capacities
     if documents is None:
         return positions.amax(1, keepdim=True) + 1
     starts = torch.ones_like(documents, dtype=torch.bool)

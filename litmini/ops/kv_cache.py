@@ -63,7 +63,8 @@ class KVCache:
     Args:
         config: any family's `Config`, of which only n_layers is used.
         batch: number of sequences.
-        capacity: positions per sequence; a forward beyond it is an error. Memory is allocated for these, or for a window.
+        capacity: positions per sequence, one number for all or one each. A forward beyond the largest is an error; memory is
+            allocated for it, or for a window.
         chunk: maximum tokens of a sequence in one forward, if a window is shorter than `capacity`.
     """
 
@@ -71,13 +72,16 @@ class KVCache:
         self,
         config: Any,
         batch: int,
-        capacity: int,
+        capacity: int | list[int],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
     ) -> None:
         self.layers = [LayerCache(dtype) for _ in range(config.n_layers)]
-        self.batch, self.capacity, self.device, self.chunk = batch, capacity, torch.device(device), chunk
+        self.batch, self.device, self.chunk = batch, torch.device(device), chunk
+        capacities = [capacity] * batch if isinstance(capacity, int) else capacity
+        self.capacity = max(capacities)
+        self.capacities = torch.tensor(capacities, device=device)[:, None]  # (B, 1)
         self.length = 0  # of the longest sequence
         self.ragged = False  # whether sequences differ in length or have gaps: then every forward needs a mask
         self._slots: dict[int | None, Slots] = {}
@@ -123,10 +127,11 @@ class KVCache:
         return slots
 
     @staticmethod
-    def gather(config: Any, rows: "list[tuple[KVCache, int, int]]", capacity: int) -> "KVCache":
+    def gather(config: Any, rows: "list[tuple[KVCache, int, int]]") -> "KVCache":
         """Return a new cache of the given sequences, each as (cache, row of that cache, number of tokens to keep)."""
+        capacities = [int(cache.capacities[row]) for cache, row, _ in rows]
         first = max((cache for cache, _, _ in rows), key=lambda cache: len(cache._slots))  # one in use, if there is one
-        new = KVCache(config, len(rows), capacity, first.layers[0].dtype, first.device, first.chunk)
+        new = KVCache(config, len(rows), capacities, first.layers[0].dtype, first.device, first.chunk)
         lengths = [length for _, _, length in rows]
         new.length = max(lengths)
         new.ragged = len(set(lengths)) > 1

@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from litmini.errors import UserError
 from litmini.generation.request import Request
 from litmini.serving.engine import Engine, Job
-from litmini.serving.openai_protocol import CompletionSettings, choice, usage
+from litmini.serving.openai_protocol import ENTRY_BYTES, CompletionSettings, choice, n_logprobs, usage
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Completion:
         adapter: str | None,
         prompts: list[list[int]],
         context: int,
+        max_output_bytes: int,
     ) -> None:
         """
         Args:
@@ -50,17 +52,22 @@ class Completion:
             adapter: its name in the engine; None: the base.
             prompts: token ids.
             context: most tokens of a prompt and its completion.
+            max_output_bytes: most log-probabilities that are kept until they are sent.
         """
         self.engine, self.tokenizer, self.settings, self.prompts = engine, tokenizer, settings, prompts
         self.moved = moved = asyncio.Event()  # the jobs know it, not this object: no cycle keeps requests in memory
         loop = asyncio.get_running_loop()
         self.jobs: list[Job] = []
+        n_jobs = len(prompts) * settings.n
+        max_kept = None
+        if settings.stream and settings.sampling.logprobs is not None:  # else they are kept for the whole response
+            max_kept = max(1, max_output_bytes // (ENTRY_BYTES * n_logprobs(settings, n_jobs)))
         for number, prompt in enumerate(p for p in prompts for _ in range(settings.n)):
             remaining = min(settings.sampling.max_new_tokens, context - len(prompt))
             seed = None if settings.sampling.seed is None else (settings.sampling.seed + number) % 2**63
             sampling = replace(settings.sampling, max_new_tokens=remaining, seed=seed)
             request = Request(prompt, sampling, self.tokenizer.stop_ids, self.tokenizer, adapter)
-            self.jobs.append(Job(request, lambda: loop.call_soon_threadsafe(moved.set)))
+            self.jobs.append(Job(request, lambda: loop.call_soon_threadsafe(moved.set), max_kept))
         kind = "chat.completion" if settings.chat else "text_completion"
         self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if settings.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -75,8 +82,10 @@ class Completion:
             self.engine.cancel(job)
 
     def check(self) -> None:
+        """Raise `Refused` if a job has failed."""
         if error := next((job.error for job in self.jobs if job.error is not None), None):
-            raise Refused(500, f"{type(error).__name__}: {error}"[:300], "server_error")
+            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            raise Refused(500, f"{name}{error}"[:300], "server_error")
 
     async def whole(self, request: "HTTPRequest") -> dict[str, Any]:
         """Return the response when it is complete; nothing if the client leaves before."""
@@ -98,7 +107,7 @@ class Completion:
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events. When the client hangs up, this is closed and `leave` frees its slots."""
-        sent, ended = [0] * len(self.jobs), [False] * len(self.jobs)
+        ended = [False] * len(self.jobs)
         try:
             while not all(ended):
                 await self.moved.wait()
@@ -106,10 +115,9 @@ class Completion:
                 self.check()
                 for i, job in enumerate(self.jobs):
                     done, piece = job.done, job.request.take()
-                    if ended[i] or not (done or piece):
+                    if ended[i] or not (done or piece or job.request.logprobs):
                         continue
-                    logprobs = job.request.logprobs[sent[i] :]
-                    sent[i], ended[i] = sent[i] + len(logprobs), done
+                    logprobs, ended[i] = job.request.take_logprobs(), done
                     part = choice(
                         self.settings, i, piece, job.request.finish if done else None, logprobs, self.tokenizer
                     )

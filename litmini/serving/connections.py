@@ -1,23 +1,33 @@
-"""Limits on open and idle connections.
+"""Limits on open and idle connections, and on those whose client does not read.
 
-uvicorn has a setting for neither: `limit_concurrency` answers requests, while connections that send none stay and count; its
-`timeout_keep_alive` starts after the first response, and any byte stops it. So its `http` setting takes this class.
+uvicorn has a setting for none of them: `limit_concurrency` answers requests, while connections that send none stay and
+count; its `timeout_keep_alive` starts after the first response, and any byte stops it. So its `http` setting takes this class.
 """
 
 import asyncio
 import json
+import socket
 
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
 
 
-def connection_type(max_connections: int, idle_seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with two limits, for `uvicorn.Config(http=...)`.
+SEND_BUFFER = 256 * 1024
+"""Bytes that the operating system keeps for a client; by default it may be several MiB."""
+PROGRESS = 16 * 1024
+"""Bytes that a client must read in `write_seconds` while there are more."""
+
+
+def connection_type(max_connections: int, idle_seconds: float, write_seconds: float = 20.0) -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with limits, for `uvicorn.Config(http=...)`.
 
     Args:
         max_connections: one more gets status 503 at once.
         idle_seconds: a connection is closed on which no request has begun for so long, counted from its start or from the
             last response; the head of a request that comes byte by byte has not begun.
+        write_seconds: a connection is closed whose client has read less than `PROGRESS` bytes of a response in so long, with
+            bytes of it left.
     """
+    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     content = json.dumps(
@@ -27,9 +37,14 @@ def connection_type(max_connections: int, idle_seconds: float) -> type[asyncio.P
 
     class Connection(H11Protocol):
         deadline: asyncio.TimerHandle | None = None
+        write_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            transport.set_write_buffer_limits(
+                0
+            )  # pause_writing: as soon as bytes are left, resume_writing: when none are
             if len(self.connections) > max_connections:
                 transport.write(full)
                 transport.close()
@@ -45,8 +60,31 @@ def connection_type(max_connections: int, idle_seconds: float) -> type[asyncio.P
                 self.deadline.cancel()
                 self.deadline = None
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.check_reader(None)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.stop_checking()
+
+        def check_reader(self, before: int | None) -> None:
+            left = self.transport.get_write_buffer_size()
+            if before is not None and before - left < PROGRESS:
+                self.transport.abort()
+            else:
+                self.write_deadline = self.loop.call_later(write_seconds, self.check_reader, left)
+
+        def stop_checking(self) -> None:
+            if self.write_deadline is not None:
+                self.write_deadline.cancel()
+                self.write_deadline = None
+
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            try:
+                super().data_received(data)
+            except h11.LocalProtocolError:  # an invalid request during the response to another
+                self.transport.abort()
             if self.cycle is not None and not self.cycle.response_complete:
                 self.stop_waiting()
 
@@ -57,6 +95,7 @@ def connection_type(max_connections: int, idle_seconds: float) -> type[asyncio.P
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.stop_waiting()
+            self.stop_checking()
             super().connection_lost(exc)
 
     return Connection

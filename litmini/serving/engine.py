@@ -1,16 +1,17 @@
 """A thread that decodes one `Batch`, and a queue of limited length before it."""
 
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
+from litmini.errors import UserError
 from litmini.generation.batch import Batch
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
+from litmini.serving.log import log_error
 
 
 class Busy(Exception):
@@ -22,10 +23,11 @@ class Job:
 
     Args:
         news: called on the engine's thread whenever there may be more text, and when `done` is set.
+        max_kept: most tokens whose log-probabilities are kept for a client that does not take them; None: any number.
     """
 
-    def __init__(self, request: Request, news: Callable[[], object]) -> None:
-        self.request, self.news = request, news
+    def __init__(self, request: Request, news: Callable[[], object], max_kept: int | None = None) -> None:
+        self.request, self.news, self.max_kept = request, news, max_kept
         self.done = False
         self.cancelled = False
         self.error: Exception | None = None
@@ -101,12 +103,29 @@ class Engine:
     def _step(self) -> None:
         for job in self.running:
             if job.cancelled:
-                job.request.end("stop")
+                with self._guard([job]):
+                    job.request.end("stop")
         self.batch.drop()
         if self.batch.requests:
-            self.batch.step()
-        for job in self.running:
-            job.end() if job.request.finish else job.news()
+            try:
+                self.batch.step()
+            except Exception as error:
+                if len(self.batch.requests) == 1:
+                    raise
+                log_error(error)
+                self.batch.step_apart()
+        for job in (job for job in self.running if not job.done):
+            with self._guard([job]):
+                if job.request.error is not None:
+                    raise job.request.error
+                if job.max_kept is not None and len(job.request.logprobs) > job.max_kept:
+                    job.request.finish = "error"
+                    job.end(UserError("the client does not receive what it asked for."))  # no matter for the log
+                elif job.request.finish:
+                    job.end()
+                else:
+                    job.news()
+        self.batch.drop()
 
     @contextmanager
     def _guard(self, jobs: list[Job]) -> Iterator[None]:
@@ -114,8 +133,10 @@ class Engine:
         try:
             yield
         except Exception as error:
-            traceback.print_exc()
+            log_error(error)
             if jobs is self.running:
                 self.batch = Batch(self.model, multi_lora=self.multi_lora)
             for job in jobs:
-                job.end(error)
+                job.request.finish = job.request.finish or "error"
+                with suppress(Exception):  # such as that the event loop has ended
+                    job.end(error)

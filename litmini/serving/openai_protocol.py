@@ -57,8 +57,9 @@ def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
     if not isinstance(body, dict):
         raise UserError("the body is not a JSON object.")
     body = {key: value for key, value in body.items() if value is not None}
-    if unknown := sorted(set(body) - KNOWN - IGNORED - set(NEUTRAL)):
-        raise UserError(f"unknown settings: {', '.join(unknown)}; supported: {', '.join(sorted(KNOWN))}.")
+    known = KNOWN - {"prompt" if chat else "messages"}  # that of the other endpoint
+    if unknown := sorted(set(body) - known - IGNORED - set(NEUTRAL)):
+        raise UserError(f"unknown settings: {', '.join(unknown)[:500]}; supported: {', '.join(sorted(known))}.")
     if unsupported := [f"{key} = {body[key]!r}"[:80] for key in NEUTRAL if key in body and body[key] != NEUTRAL[key]]:
         raise UserError(f"not implemented: {', '.join(unsupported)}.")
     kinds: dict[type, tuple[str, ...]] = {
@@ -105,9 +106,28 @@ def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
     wanted = body.get("logprobs", False if chat else None)
     if (chat and not isinstance(wanted, bool)) or (not chat and wanted is not None and type(wanted) is not int):
         raise UserError(f"logprobs is {wanted!r:.60}, expected {'bool' if chat else 'int'}.")
-    if chat:
-        return body.get("top_logprobs", 0) if wanted else None
-    return wanted
+    if "top_logprobs" in body and not (chat and wanted):
+        raise UserError("top_logprobs goes with logprobs: true, in chat completions.")
+    return body.get("top_logprobs", 0) if chat and wanted else None if chat else wanted
+
+
+ENTRY_BYTES = 200
+"""What one log-probability takes, in memory or as JSON."""
+
+
+def n_logprobs(settings: CompletionSettings, n_tokens: int) -> int:
+    """Return how many log-probabilities so many tokens have."""
+    return 0 if settings.sampling.logprobs is None else n_tokens * (1 + settings.sampling.logprobs)
+
+
+def check_output(settings: CompletionSettings, prompts: list[list[int]], context: int, max_bytes: int) -> None:
+    """Raise a UserError if the log-probabilities of a response that is sent as a whole may take more than allowed."""
+    tokens = sum(min(settings.sampling.max_new_tokens, context - len(prompt)) for prompt in prompts) * settings.n
+    if not settings.stream and n_logprobs(settings, tokens) * ENTRY_BYTES > max_bytes:
+        raise UserError(
+            f"{tokens} tokens with {n_logprobs(settings, tokens)} log-probabilities are more than {max_bytes // ENTRY_BYTES}, "
+            f"which a response may have: ask for a stream, fewer choices, fewer tokens or fewer log-probabilities."
+        )
 
 
 def _prompts(value: Any) -> list[Any]:
@@ -156,21 +176,33 @@ def choice(
     named: dict[str, Any] | None = None
     if settings.sampling.logprobs is not None:
         tokens = [describe(token, tokenizer) for token in logprobs]
-        named = {"content": tokens} if settings.chat else _old_logprobs(tokens)
+        offsets = [token.offset for token in logprobs]
+        named = {"content": tokens, "refusal": None} if settings.chat else _old_logprobs(tokens, offsets)
     common = {"index": index, "logprobs": named, "finish_reason": finish}
     if not settings.chat:
         return {**common, "text": piece}
     return {**common, "delta" if settings.stream else "message": {"role": "assistant", "content": piece}}
 
 
-def _old_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return log-probabilities as the completions endpoint has them."""
+def _old_logprobs(tokens: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
+    """Return log-probabilities as the completions endpoint has them.
+
+    Args:
+        offsets: characters of the completion before each token.
+    """
     return {
-        "tokens": [t["token"] for t in tokens],
+        "tokens": [_old_name(t) for t in tokens],
         "token_logprobs": [t["logprob"] for t in tokens],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in t["top_logprobs"]} for t in tokens],
-        "text_offset": [],
+        # with the token that was chosen, which may be none of the top ones
+        "top_logprobs": [{_old_name(top): top["logprob"] for top in (*t["top_logprobs"], t)} for t in tokens],
+        "text_offset": offsets,
     }
+
+
+def _old_name(token: dict[str, Any]) -> str:
+    """Return a token's text; for part of a character its bytes, such as `bytes:\\xf0\\x9f`."""
+    whole = bytes(token["bytes"]) == token["token"].encode()
+    return token["token"] if whole else f"bytes:{token['token']}"
 
 
 def usage(prompts: list[list[int]], requests: list[Request]) -> dict[str, int]:

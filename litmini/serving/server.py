@@ -4,7 +4,6 @@ Needs the `serve` extra (starlette, uvicorn). Everything a client can make grow 
 """
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import AsyncIterator
@@ -18,9 +17,11 @@ from torch import nn
 from litmini.errors import UserError
 from litmini.generation.batch import check_prompt
 from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.prompts import check_utf8
+from litmini.serving.access import AllowedHosts, has_key
 from litmini.serving.completion import Completion, Refused, error_body
 from litmini.serving.engine import Busy, Engine
-from litmini.serving.openai_protocol import CompletionSettings, encode, read_request
+from litmini.serving.openai_protocol import CompletionSettings, check_output, encode, read_request
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Limits:
     max_body_bytes: int
     body_seconds: float = 30.0
     """Time to send a body in."""
+    max_output_bytes: int = 8 * 2**20
+    """Most log-probabilities that are kept for a client that has not received them."""
 
 
 class Server:
@@ -50,6 +53,7 @@ class Server:
         tokenizers: by the names that clients give. The first is the bare model's, and taken where none is given; the
             others are those of adapters in `multi_lora`, by the same names.
         api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
+        hosts: the names of this server in `Host` headers.
     """
 
     def __init__(
@@ -59,9 +63,11 @@ class Server:
         limits: Limits,
         api_key: str | None,
         multi_lora: MultiLoRA | None = None,
+        hosts: AllowedHosts | None = None,
     ) -> None:
         config: Any = model.config
-        self.tokenizers, self.limits, self.api_key = tokenizers, limits, api_key
+        self.tokenizers, self.limits, self.api_key, self.hosts = tokenizers, limits, api_key, hosts or AllowedHosts()
+        self.vocab_size = config.vocab_size
         self.base = next(iter(tokenizers))
         self.context = min(limits.max_context, config.max_positions)
         self.engine = Engine(model, multi_lora, limits.max_batch, limits.max_queue)
@@ -73,9 +79,12 @@ class Server:
         self.engine.close()
         self.preparing.shutdown(cancel_futures=True)
 
-    def check_key(self, request: "HTTPRequest") -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+    def check_access(self, request: "HTTPRequest") -> None:
+        """Check the name that the client calls this server by, and its key."""
+        if (host := request.headers.get("host", "")) not in self.hosts:
+            hint = "start the server with --allowed_hosts '[NAME]' if it is."
+            raise Refused(403, f"{host!r:.100} is no name of this server; {hint}", "permission_error")
+        if self.api_key is not None and not has_key(request.headers.get("authorization", ""), self.api_key):
             raise Refused(401, "wrong or missing API key.", "authentication_error")
 
     async def read_body(self, request: "HTTPRequest") -> bytes:
@@ -105,38 +114,54 @@ class Server:
     def prepare(self, body: bytes, chat: bool) -> tuple[CompletionSettings, str, list[list[int]]]:
         """Return the settings in a body, the model's name, and the token ids of its prompts."""
         try:
-            content = json.loads(body)
+            content = json.loads(body.decode("utf-8-sig"))  # of bytes, json would take lone surrogates, too
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not valid JSON: {error}"[:300]) from None
         try:
+            check_utf8(content)
             settings = read_request(content, chat, self.limits.max_new_tokens)
             name = settings.model or self.base
-            if name not in self.tokenizers:
-                raise Refused(404, f"no model {name!r:.100}; available: {', '.join(self.tokenizers)}.")
+            self.describe(name)
             prompts = encode(settings, self.tokenizers[name])
             for prompt in prompts:
-                check_prompt(prompt, self.context)
+                check_prompt(prompt, self.context, self.vocab_size)
+            check_output(settings, prompts, self.context, self.limits.max_output_bytes)
         except UserError as error:
             raise Refused(400, str(error)) from None
+        except RecursionError:
+            raise Refused(400, "the body is nested too deeply.") from None
         return settings, name, prompts
 
     async def models(self, request: "HTTPRequest") -> dict[str, Any]:
         """List the base model and its adapters."""
-        self.check_key(request)
-        listing = [
-            {"id": name, "object": "model", "created": self.started, "owned_by": "litmini"} for name in self.tokenizers
-        ]
-        return {"object": "list", "data": listing}
+        self.check_access(request)
+        return {"object": "list", "data": [self.describe(name) for name in self.tokenizers]}
+
+    async def model(self, request: "HTTPRequest") -> dict[str, Any]:
+        """Return one entry of the list of models."""
+        self.check_access(request)
+        return self.describe(request.path_params["name"])
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return what clients read about a model.
+
+        Raises:
+            Refused: there is none of this name.
+        """
+        if name not in self.tokenizers:
+            raise Refused(404, f"no model {name!r:.100}; available: {', '.join(self.tokenizers)}.")
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "litmini"}
 
     async def complete(self, request: "HTTPRequest", chat: bool) -> dict[str, Any] | AsyncIterator[str]:
         """Check and queue a request; return the body of the response, or the events of a stream."""
-        self.check_key(request)
+        self.check_access(request)
         body = await self.read_body(request)
         loop = asyncio.get_running_loop()
         settings, name, prompts = await loop.run_in_executor(self.preparing, self.prepare, body, chat)
         adapter = None if name == self.base else name
         tokenizer = self.tokenizers[name]
-        completion = Completion(self.engine, tokenizer, settings, name, adapter, prompts, self.context)
+        most = self.limits.max_output_bytes
+        completion = Completion(self.engine, tokenizer, settings, name, adapter, prompts, self.context, most)
         try:
             self.engine.submit(completion.jobs)
         except Busy:
@@ -155,6 +180,9 @@ def make_app(server: Server) -> "Starlette":
 
     async def models(request: "HTTPRequest") -> Response:
         return JSONResponse(await server.models(request))
+
+    async def model(request: "HTTPRequest") -> Response:
+        return JSONResponse(await server.model(request))
 
     async def complete(request: "HTTPRequest") -> Response:
         response = await server.complete(request, chat=request.url.path.endswith("/chat/completions"))
@@ -177,6 +205,7 @@ def make_app(server: Server) -> "Starlette":
 
     routes = [
         Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
     ]

@@ -52,6 +52,10 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
             failed = error
     if failed:
         raise failed
+    if tokenizer.fast.get_vocab_size() > base.vocab_size:
+        for examples in (train, val):
+            if examples is not None:
+                examples.check_ids(base.vocab_size)
     rows = PackedDataset(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
     batch = config.train.global_batch_size
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)

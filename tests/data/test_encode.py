@@ -344,6 +344,8 @@ def test_show_masks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> No
     assert first.endswith("supervised\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A][<|im_end|>]")
     assert second == "example 2: 2 of 3 tokens supervised\nQ:[ A][<|im_end|>]"
     assert show_masks(data, tokenizer, 99).count("--- example") == 3
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     coloured = show_masks(data, tokenizer, 2).split("\n--- ")[1]
     assert coloured.endswith("\033[2mQ\033[0m\033[2m:\033[0m\033[32m A\033[0m\033[32m<|im_end|>\033[0m")

@@ -223,7 +223,7 @@ class Scripted(nn.Module):
 
     def __init__(self, *scripts: list[int], context: int = 64) -> None:
         super().__init__()
-        self.config = SimpleNamespace(n_layers=1, n_kv_heads=1, head_dim=2, max_positions=context)
+        self.config = SimpleNamespace(n_layers=1, n_kv_heads=1, head_dim=2, max_positions=context, vocab_size=600)
         self.weight = nn.Parameter(torch.zeros(1))
         self.scripts = scripts
 

@@ -8,10 +8,16 @@ import litmini
 from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.finetune import LoraConfig
+from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
+from litmini.generation.batch import Batch
+from litmini.generation.generate import finish_all
 from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
+from litmini.methods.lora import LoRALinear
+from litmini.ops.cross_entropy import IGNORE
 
 TOKENS = torch.arange(80).reshape(4, 20) * 7 % 512
 KINDS = {
@@ -107,3 +113,51 @@ def test_an_adapter_that_does_not_fit_leaves_the_others(tiny_dir, saved, tmp_pat
     with multi_lora.use(["good"] * 4), torch.no_grad():
         expected = litmini.load(tiny_dir, saved["lora"], dtype="fp32")[0](TOKENS)
         assert_close(model(TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    "covers", [{"targets": ["lm_head", "q_proj"]}, {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+@pytest.mark.parametrize("layer", [LoRALinear, DoRALinear])
+@pytest.mark.parametrize("saved_too", [[], ["embed_tokens"]])
+def test_adapters_over_the_head_generate_as_alone(tiny_dir, tmp_path, covers, layer, saved_too):
+    """A prompt is read without any logits: then the head gets no sequences."""
+    model = load_model(tiny_dir, torch.float32)
+    config = LoraConfig(rank=2, **{**covers, "modules_to_save": covers.get("modules_to_save", []) + saved_too})
+    add_adapters(model, config, layer)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    save_adapter(model, tmp_path, str(tiny_dir))
+    base = load_model(tiny_dir, torch.float32)
+    prompts = [[5, 9, 33, 1, 60], [12], [3, 50]]
+
+    def requests(*names: str | None) -> list[Request]:
+        return [Request(p, SamplingConfig(max_new_tokens=12), [], None, n) for p, n in zip(prompts, names, strict=True)]
+
+    plain, adapted = requests(None, None, None), requests(None, None, None)
+    finish_all(base, plain)
+    finish_all(litmini.load(tiny_dir, tmp_path, dtype="fp32")[0], adapted)
+    multi_lora = MultiLoRA(base)
+    multi_lora.add("head", tmp_path)
+    both = requests("head", None, "head")
+    batch = Batch(base, multi_lora=multi_lora)
+    batch.add(both[:1])
+    batch.step()
+    batch.add(both[1:])
+    while batch.requests:
+        batch.step()
+    assert [r.ids for r in both] == [adapted[0].ids, plain[1].ids, adapted[2].ids]
+    assert all(a.ids != p.ids for a, p in zip(adapted, plain, strict=True))
+
+
+@torch.no_grad()
+def test_labelled_positions_are_not_taken_for_sequences(tiny_dir, saved):
+    """Of two labelled positions in one of two sequences, the head would give each to another adapter."""
+    multi_lora = MultiLoRA(load_model(tiny_dir, torch.float32))
+    multi_lora.add("head", saved["head"])
+    labels = torch.full_like(TOKENS[:2], IGNORE)
+    labels[0, :2] = 3
+    with multi_lora.use(["head", None]), pytest.raises(UserError, match="2 names of adapters"):
+        multi_lora.model(TOKENS[:2], labels=labels)

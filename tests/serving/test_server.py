@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import openai
 import pytest
@@ -46,11 +47,6 @@ def serving(server: Server):
         running.should_exit = True
         thread.join(10)
         assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_dir) -> tuple[nn.Module, Tokenizer]:
-    return litmini.load(tiny_dir, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +104,17 @@ def wait_until_idle(server: Server) -> None:
         time.sleep(0.01)
 
 
-def post(address, body: bytes | dict, path="/v1/chat/completions", **headers) -> tuple[int, dict]:
-    """A request by hand."""
+def post(
+    address, body: bytes | dict, path="/v1/chat/completions", raw: bool = False, method: str = "POST", **headers
+) -> tuple[int, Any]:
+    """A request by hand, and the status and JSON (or bytes) of its response."""
     connection = http.client.HTTPConnection(*address, timeout=10)
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
+    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
-    content = json.loads(response.read())
+    content = response.read()
     connection.close()
-    return response.status, content
+    return response.status, content if raw else json.loads(content)
 
 
 def test_models(client):
@@ -256,7 +254,9 @@ def test_bodies_that_are_too_large_slow_or_no_json(address, server):
 
     def raw(head: str, body: bytes = b"") -> bytes:
         with socket.create_connection(address, timeout=10) as connection:
-            start = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+            start = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+            )
             connection.sendall(start.encode() + body)
             return connection.recv(300)
 
@@ -271,7 +271,8 @@ def test_bodies_that_are_too_large_slow_or_no_json(address, server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(address, server, stream):
     body = json.dumps({"prompt": ["a", "b"], "max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     jobs: list[Job] = []
     with socket.create_connection(address, timeout=10) as connection:
         connection.sendall(head.encode() + body)
@@ -298,7 +299,7 @@ def test_a_flood_is_refused_and_nothing_grows(address, server, client):
     open_ones = []
     for _ in range(60):  # idle connections
         open_ones.append(socket.create_connection(address, timeout=10))
-    open_ones[-1].sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    open_ones[-1].sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 503 " in open_ones[-1].recv(300)
     for connection in open_ones:
         connection.close()

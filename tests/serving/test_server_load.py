@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -38,7 +39,9 @@ class Running:
 
     @staticmethod
     def head(more: str) -> bytes:
-        return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}\r\n".encode()
+        return (
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}\r\n".encode()
+        )
 
     def ask(self, **change) -> tuple[int, dict]:
         connection = http.client.HTTPConnection(*self.address, timeout=20)
@@ -81,7 +84,7 @@ class Running:
 @pytest.fixture(scope="module")
 def server(tiny_dir):
     words = ["--checkpoint_dir", str(tiny_dir), "--dtype=fp32", "--port=0", "--max_connections=100", "--max_queue=16"]
-    words += [f"--idle_seconds={IDLE_SECONDS}", "--max_new_tokens=250"]
+    words += [f"--idle_seconds={IDLE_SECONDS}", "--max_new_tokens=250", "--write_seconds=1", "--max_output_mib=8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -200,3 +203,55 @@ def test_more_requests_than_the_queue_holds(server):
     statuses = [status for status, _ in found]
     assert set(statuses) == {200, 429} and statuses.count(200) >= 16
     assert len({answer["choices"][0]["text"] for status, answer in found if status == 200}) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_never_read(server, stream):
+    """Their connections are closed and their slots freed; what is kept for each of them is bounded."""
+    asked = {"messages": [{"role": "user", "content": "Two large mugs"}], "n": 8, "max_tokens": 230, "ignore_eos": True}
+    body = json.dumps({**asked, "stream": stream, "logprobs": True, "top_logprobs": 20}).encode()
+    before, held, open_ones = server.memory(), server.held(), []
+    for _ in range(2):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.address)
+        head = server.head(f"Content-Length: {len(body)}\r\n").replace(b"/completions", b"/chat/completions")
+        connection.sendall(head + body)
+        open_ones.append(connection)
+    for connection in open_ones:
+        assert connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+    server.wait_for(held)
+    assert server.memory() < before + 60
+    for connection in open_ones:
+        connection.close()
+
+
+def test_a_client_that_reads_slowly_gets_everything(server):
+    """Slower than the server writes, faster than it has patience for."""
+    body = json.dumps({**ASKED, "max_tokens": 200, "logprobs": 20}).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(server.address)
+    connection.sendall(server.head(f"Content-Length: {len(body)}\r\nConnection: close\r\n") + body)
+    received = b""
+    while part := connection.recv(20_000):
+        received += part
+        time.sleep(0.02)
+    connection.close()
+    answer = json.loads(received.partition(b"\r\n\r\n")[2])
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 200
+
+
+def test_garbage_in_the_middle_of_a_request(server):
+    """A body that is refused for its size, and goes on with what is no chunk; a second request that is none."""
+    for more in (b"zz\r\n", b"1000\r\n" + b"x" * 5_000):
+        with server.connect() as connection:
+            connection.sendall(server.head("Transfer-Encoding: chunked\r\n"))
+            connection.sendall(b"200000\r\n" + b"x" * 0x200000 + b"\r\n")
+            assert b" 413 " in connection.recv(1000)
+            with suppress(OSError):
+                connection.sendall(more)
+                connection.recv(1000)
+    with server.send(json.dumps(ASKED).encode()) as connection:
+        connection.sendall(b"\0\0\0 garbage\r\n\r\n" * 100)
+        assert b" 200 " in connection.recv(1000)
