@@ -14,6 +14,7 @@ are not after it and less than a window before it. `choose_kernel` has the rules
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,8 +161,9 @@ def make_mask(
     if documents is None:
         fits = window is None or window >= T
         padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # CPU-GPU sync point, not in training
-        allowed = None if fits and not padded else allowed_keys(positions, positions, window)
-        return Mask(positions, positions, window, allowed)
+        return Mask(
+            positions, positions, window, None if fits and not padded else allowed_keys(positions, positions, window)
+        )
     if isinstance(documents, Tensor):
         if documents.device.type == "cpu":
             return Mask(positions, positions, window, padded=pad_documents(documents))
@@ -186,7 +188,10 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
         return "sdpa"
     changed = softcap is not None or slopes is not None
     can_compute = {
-        "varlen": not (changed or dropout) and q.dtype in VARLEN_DTYPES and q.shape[-1] <= VARLEN_HEAD_DIM,
+        "varlen": not (changed or dropout)
+        and q.dtype in VARLEN_DTYPES
+        and q.shape[-1] <= VARLEN_HEAD_DIM
+        and _has_flash(q.device),
         "flex": not dropout and mask.blocks is not None,
         "sdpa": not changed,
         "explicit": True,
@@ -197,9 +202,18 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
     if not can_compute[wanted]:
         raise UserError(
             f"--attention {wanted} cannot compute the attention of this model: {q.dtype}, heads of {q.shape[-1]}, "
-            f"softcap {softcap}, {'ALiBi' if slopes is not None else 'no ALiBi'}, dropout {dropout}; use --attention auto."
+            f"softcap {softcap}, {'ALiBi' if slopes is not None else 'no ALiBi'}, dropout {dropout}, on {q.device}; "
+            f"use --attention auto."
         )
     return wanted
+
+
+@functools.lru_cache
+def _has_flash(device: torch.device) -> bool:
+    """Return whether FlashAttention runs on a device: GPUs since A100 and RTX 30."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"  # for tests, which register the operator
 
 
 def attend(
