@@ -22,7 +22,7 @@ from parity import FamilyTests, batch, reference  # noqa: E402
 
 from litmini.checkpoints.hf import load_model  # noqa: E402
 from litmini.models import FAMILIES, family  # noqa: E402
-from litmini.ops import attention  # noqa: E402
+from litmini.ops import cpu_attention  # noqa: E402
 
 COVERED, MEASURED = ROOT / "README.md", ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- families: python tests/family_table.py --{} -->\n", "<!-- families end -->"
@@ -47,7 +47,7 @@ def suites() -> dict[str, type[FamilyTests]]:
 def difference(suite: type[FamilyTests]) -> float:
     """Return the largest difference of fp32 logits over all its cases; the logits themselves are of order 1 to 10."""
     worst = 0.0
-    attention.EXPLICIT_LENGTH_FP32 = attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
+    cpu_attention.EXPLICIT_LENGTH_FP32 = cpu_attention.EXPLICIT_LENGTH  # the matmuls that the reference takes, too
     for config in (config for name, config in suite.cases.items() if name not in suite.fixed):
         torch.manual_seed(0)
         theirs = reference(config)

@@ -128,6 +128,11 @@ class RunConfig(ABC):
     compile: bool | Literal["auto"] = False
     """torch.compile for each block: it takes a minute or more at first. auto: if the run is long enough to save time.
     Needs a C++ compiler on a CPU."""
+    attention: Literal["auto", "varlen", "flex", "sdpa"] = "auto"
+    """Attention kernel on a GPU. auto: varlen (FlashAttention) where it can compute the attention, flex (FlexAttention)
+    for softcap and ALiBi, else sdpa. On a CPU: document by document."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of matmuls of fp32 tensors. high: TF32 on a GPU; medium: bf16."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers beside metrics.csv; wandb sends the metrics to its service unless WANDB_MODE=offline is set."""
     seed: int = 1337

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import sys
 import warnings
@@ -41,6 +42,11 @@ def make_fabric(config: RunConfig) -> Fabric:
             "precision 16-mixed needs a GPU: on a CPU, fp16 matmuls take thousands of times as long as bf16 matmuls. "
             "Use --precision bf16-mixed."
         )
+    if config.attention != "auto" and not torch.cuda.is_available():
+        raise UserError(
+            f"--attention {config.attention} needs a GPU: on a CPU, attention runs document by document. Leave it out."
+        )
+    torch.set_float32_matmul_precision(config.float32_matmul_precision)
     strategy: Any = config.strategy
     if strategy in ("fsdp", "hsdp"):
         if config.precision == "16-mixed":
@@ -69,6 +75,23 @@ def make_fabric(config: RunConfig) -> Fabric:
         keep_memory()
     torch.manual_seed(config.seed)  # initial adapter weights, the same on every rank
     return fabric
+
+
+def sum_on_host(fabric: Fabric, *counts: int) -> list[int]:
+    """Return the sums of `counts` over all ranks, without waiting for the work that is queued on a GPU."""
+    if fabric.world_size == 1:
+        return list(counts)
+    total = torch.tensor(counts)
+    torch.distributed.all_reduce(total, group=_host_group())
+    return total.tolist()
+
+
+@functools.lru_cache(1)
+def _host_group() -> Any:
+    """Return a group of all processes whose tensors are on the host. Every rank makes it at the same time."""
+    if torch.distributed.get_backend() == "gloo":
+        return None
+    return torch.distributed.new_group(backend="gloo")
 
 
 def keep_memory() -> None:

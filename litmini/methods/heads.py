@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer
-from litmini.ops.cross_entropy import CHUNK, IGNORE, OutputHead
+from litmini.ops.cross_entropy import CHUNK, OutputHead, Targets
 
 
 class LogProbHead(OutputHead):
@@ -35,18 +35,17 @@ class LogProbHead(OutputHead):
         """Return logits, as without labels."""
         return self.original(hidden)  # type: ignore[no-any-return]
 
-    def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def outputs(self, hidden: Tensor, labels: Tensor | Targets, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return (B, T) fp32 log-probabilities, 0 where there is no label, and the number of labels (int64, 0-d)."""
-        targets = labels != IGNORE
-        index = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
-        rows = hidden.flatten(0, 1).index_select(0, index)  # (n, dim)
-        wanted = labels.flatten().index_select(0, index)  # (n,)
+        targets = Targets.of(labels)
+        rows = hidden.flatten(0, 1).index_select(0, targets.index)  # (n, dim)
+        wanted = targets.labels.flatten().index_select(0, targets.index)  # (n,)
         parts = [
             checkpoint(self._log_probs, part, want, softcap, use_reentrant=False)
             for part, want in zip(rows.split(self.chunk), wanted.split(self.chunk), strict=True)
         ]
-        zeros = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
-        return zeros.index_copy(0, index, torch.cat(parts)).view_as(labels), targets.sum()
+        zeros = torch.zeros(targets.labels.numel(), dtype=torch.float32, device=hidden.device)
+        return zeros.index_copy(0, targets.index, torch.cat(parts)).view_as(targets.labels), targets.count()
 
     def _log_probs(self, rows: Tensor, wanted: Tensor, softcap: float | None) -> Tensor:
         logits = self.original(rows).float()  # (c, vocab)
@@ -72,10 +71,10 @@ class ScoreHead(OutputHead):
         with torch.autocast(hidden.device.type, enabled=False):
             return score(hidden.to(next(score.parameters()).dtype)).float()  # type: ignore[no-any-return]
 
-    def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def outputs(self, hidden: Tensor, labels: Tensor | Targets, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return (n, n_outputs) fp32, the labelled positions row by row, and their number (int64, 0-d)."""
-        index = (labels != IGNORE).flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
-        return self(hidden.flatten(0, 1).index_select(0, index)), torch.tensor(len(index), device=hidden.device)
+        targets = Targets.of(labels)
+        return self(hidden.flatten(0, 1).index_select(0, targets.index)), targets.count()
 
 
 def head_name(model: nn.Module) -> str:

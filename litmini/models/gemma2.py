@@ -219,8 +219,8 @@ class Model(nn.Module):
     ) -> Any:
         """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
         positions = advance(tokens, positions, cache)
-        local = make_mask(positions, documents, cache, self.config.window)
-        full = make_mask(positions, documents, cache, window=None)
+        local = make_mask(positions, documents, cache, self.config.window, changes_scores=True)
+        full = make_mask(positions, documents, cache, None, changes_scores=True)
         x = self.model["embed_tokens"](tokens)  # (B, T, dim)
         x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype)  # in bf16, sqrt(3584) = 59.867 becomes 59.75
         rope = rotary(positions, self.config, x.dtype)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
-from litmini.ops.attention import Mask, advance, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, document_ids, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.experts import Groups, balance_loss, group_experts, split_experts
 from litmini.ops.norms import rms_norm_llama, swiglu
@@ -280,7 +280,7 @@ class Model(nn.Module):
             return self.lm_head(x)  # (B, T, vocab_size)
         loss, n_targets = linear_cross_entropy(x, self.lm_head, labels)
         if self.training and self.config.balance_coef > 0 and loss.dim() == 0:  # other heads return no summed loss
-            real = positions >= 0 if documents is None else documents > 0
+            real = positions >= 0 if documents is None else document_ids(documents) > 0
             loss = loss + n_targets * self.config.balance_coef * balance_loss(routing, self.config.n_active, real)
         return loss, n_targets
 

@@ -222,7 +222,7 @@ class Model(nn.Module):
     ) -> Any:
         """Return logits (B, T, vocab_size); with labels the summed loss (fp32) and the number of targets."""
         positions = advance(tokens, positions, cache)
-        mask = make_mask(positions, documents, cache, None)
+        mask = make_mask(positions, documents, cache, None, changes_scores=True)
         x = self.transformer["wte"](tokens)  # (B, T, dim)
         slopes = alibi_slopes(self.config, x.device)
         for i, block in enumerate(self.transformer["blocks"].children()):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
-from litmini.ops.attention import Mask, advance, attend, make_mask
+from litmini.ops.attention import Mask, advance, attend, document_ids, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama, swiglu
 
@@ -171,8 +171,9 @@ def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
         return cache.capacities
     if documents is None:
         return positions.amax(1, keepdim=True) + 1
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    ids = document_ids(documents)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     index = starts.flatten().cumsum(0) - 1  # (B * T,) of the document in the batch
     last = torch.full_like(index, -1).scatter_reduce(0, index, positions.flatten(), "amax")  # one entry per document
     return last[index].view_as(positions) + 1

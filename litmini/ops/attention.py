@@ -1,47 +1,113 @@
 """Attention for all families: positions, the mask of each query, and the choice of a kernel.
 
 `advance` and `make_mask` run once per forward and `attend` once per layer. A query sees the keys of its own document that
-are not after it and less than a window before it. On a CPU, attention runs document by document over a packed sequence: 30
-short documents cost 30 small squares of scores, not one large square.
+are not after it and less than a window before it. `choose_kernel` has the rules by which a kernel is chosen:
+
+| kernel | what it computes |
+|---|---|
+| `varlen` | packed sequences by FlashAttention, in 16 bits; neither mask nor scores are in memory |
+| `flex` | packed sequences whose scores are changed (softcap, ALiBi) or whose heads are large, by FlexAttention |
+| `documents` | packed sequences on a CPU, document by document (`cpu_attention.py`) |
+| `sdpa` | everything else, by `scaled_dot_product_attention`, with a dense mask where one is needed |
+| `explicit` | what none of them has, by matmuls and a softmax |
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from litmini.ops.packed_layout import Documents, _Repack, _Unpack, _unpack
+from litmini.errors import UserError
+from litmini.ops.cpu_attention import (
+    PaddedDocuments,
+    alibi,
+    allowed_keys,
+    attend_dense,
+    attend_fused,
+    document_by_document,
+    pad_documents,
+)
 
 if TYPE_CHECKING:
     from litmini.ops.kv_cache import KVCache, Slots
 
-# On a CPU, two matmuls and a softmax are faster than the fused kernel up to this length, forward and backward: measured with
-# and without AMX (`python scripts/bench/cpu_choices.py`). In fp32, which has no matmul instructions, they never are.
-EXPLICIT_LENGTH = 512
-EXPLICIT_LENGTH_FP32 = 0
+VARLEN_HEAD_DIM, VARLEN_DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
+_chosen: set[str] | None = None  # while `record_kernels` runs
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch with their bounds, which the host computes: no kernel has to wait for the device's.
+
+    The tokens of a document are contiguous. Padding is a document of its own.
+    """
+
+    ids: Tensor
+    """(B, T) int64, one id per document; 0: padding."""
+    bounds: Tensor
+    """(n + 1,) int32: the first of the B * T tokens of each document, then B * T. Documents at the end may be empty, so that
+    few sizes occur and compiled code fits all batches."""
+    longest: int
+    """At least the tokens of the longest document, for the same reason a power of two."""
+    kernel: str | None = None
+    """The kernel to use; None: by the rules."""
+
+    @classmethod
+    def of(cls, ids: Tensor, kernel: str | None = None) -> Documents:
+        """Return the documents of ids (B, T); on a GPU, this waits for the device."""
+        B, T = ids.shape
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        first = starts.flatten().nonzero().flatten().to(torch.int32)  # CPU-GPU sync point, if on a GPU
+        bounds = torch.full((-(-(len(first) + 1) // 64) * 64,), B * T, dtype=torch.int32, device=ids.device)
+        bounds[: len(first)] = first
+        longest = int(bounds.diff().max()) if len(first) else 1
+        return cls(ids, bounds, 1 << (longest - 1).bit_length(), kernel)
+
+    def map(self, function: Any) -> Documents:
+        """Return the same documents with `function` applied to both tensors, to move them, say."""
+        return Documents(function(self.ids), function(self.bounds), self.longest, self.kernel)
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees. With neither `allowed` nor `documents`: causal, and the last query sees every key."""
+    """Which keys each query sees. Without `allowed`, `packed` and `documents`: causal, and the last query sees every key."""
 
     queries: Tensor
     """(B, T) int64 positions."""
     keys: Tensor
     """(B, S) int64 positions."""
-    allowed: Tensor | None = None
-    """(B, 1, T, S) bool: query t may see key s."""
-    documents: Documents | None = None
-    """Documents packed into sequences; `allowed` is then unused."""
     window: int | None = None
     """Number of keys that a query sees, its own included; None: all."""
+    allowed: Tensor | None = None
+    """(B, 1, T, S) bool: query t may see key s."""
+    padded: PaddedDocuments | None = None
+    """Documents packed into sequences, for `documents`."""
+    packed: Documents | None = None
+    """Documents packed into sequences, for the other kernels."""
+    blocks: Any = None
+    """FlexAttention's block mask of these documents."""
     slots: Slots | None = None
     """With a cache: the slots of the new keys."""
+    _dense: list[Tensor] = field(default_factory=list, repr=False)
+
+    def dense(self) -> Tensor | None:
+        """Return the mask (B, 1, T, S) bool; None: causal. Of packed documents it is made once, as it is large."""
+        if self.packed is None or self._dense:
+            return self._dense[0] if self._dense else self.allowed
+        ids = self.packed.ids
+        same = ids[:, None, :, None] == ids[:, None, None, :]  # (B, 1, T, T)
+        mask = allowed_keys(self.queries, self.keys, self.window) & same
+        if not torch.compiler.is_compiling():  # compiled code makes it as it is used
+            self._dense.append(mask)
+        return mask
 
 
 def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -57,14 +123,27 @@ def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> 
     return positions
 
 
-def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
+def document_ids(documents: Tensor | Documents) -> Tensor:
+    """Return the ids (B, T) int64 of documents, with or without their bounds."""
+    return documents.ids if isinstance(documents, Documents) else documents
+
+
+def make_mask(
+    positions: Tensor,
+    documents: Tensor | Documents | None,
+    cache: KVCache | None,
+    window: int | None,
+    changes_scores: bool = False,
+) -> Mask:
     """Return the mask of one forward pass, for all layers with the same window.
 
     Args:
         positions: (B, T) int64 within each document, increasing; below 0 is padding, which only padding sees.
-        documents: (B, T) document ids; the tokens of one document are contiguous; None: one document per sequence.
+        documents: (B, T) document ids, with their bounds or without; the tokens of one document are contiguous; None: one
+            document per sequence.
         cache: already advanced by these T positions.
         window: number of keys that a query sees, its own included; None: all.
+        changes_scores: the layers have a softcap, ALiBi or heads of more than 256, so that a GPU needs FlexAttention.
     """
     T = positions.shape[1]
     if cache is not None:
@@ -74,26 +153,67 @@ def make_mask(positions: Tensor, documents: Tensor | None, cache: KVCache | None
         keys = slots.positions[:, : slots.used]  # (B, S)
         simple = not cache.ragged and (window is None or cache.length <= window) and T in (1, cache.length)
         if simple:
-            return Mask(positions, keys, None, None, window, slots)
-        allowed = _allowed(positions, keys, window)
+            return Mask(positions, keys, window, slots=slots)
+        allowed = allowed_keys(positions, keys, window)
         if cache.ragged:  # padding has no keys in the cache: it sees all keys, as its output must be finite
             allowed = allowed | (positions < 0)[:, None, :, None]
-        return Mask(positions, keys, allowed, None, window, slots)
+        return Mask(positions, keys, window, allowed, slots=slots)
     if documents is None:
         fits = window is None or window >= T
         padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # CPU-GPU sync point, not in training
-        return Mask(positions, positions, None if fits and not padded else _allowed(positions, positions, window))
-    if documents.device.type == "cpu":
-        return Mask(positions, positions, documents=_unpack(documents), window=window)
-    same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
-    return Mask(positions, positions, _allowed(positions, positions, window) & same)
+        return Mask(
+            positions, positions, window, None if fits and not padded else allowed_keys(positions, positions, window)
+        )
+    if isinstance(documents, Tensor):
+        if documents.device.type == "cpu":
+            return Mask(positions, positions, window, padded=pad_documents(documents))
+        documents = Documents.of(documents)
+    blocks = None
+    if documents.kernel == "flex" or (changes_scores and documents.kernel is None):
+        from litmini.ops.flex_attention import block_mask  # imports torch.compile's parts
+
+        blocks = block_mask(documents.ids, positions, window)
+    return Mask(positions, positions, window, packed=documents, blocks=blocks)
 
 
-def _allowed(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Return the mask (B, 1, T, S) bool of positions (B, T) and (B, S)."""
-    distance = queries[:, None, :, None] - keys[:, None, None, :]  # (B, 1, T, S)
-    seen = (distance >= 0) & ((keys >= 0)[:, None, None, :] | (queries < 0)[:, None, :, None])
-    return seen if window is None else seen & (distance < window)
+def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor | None, dropout: float) -> str:
+    """Return the kernel of one attention; see the table at the top of this file.
+
+    Raises:
+        UserError: the kernel that was asked for cannot compute it.
+    """
+    if mask.padded is not None:
+        return "documents"
+    if mask.packed is None:
+        return "sdpa"
+    changed = softcap is not None or slopes is not None
+    can_compute = {
+        "varlen": not (changed or dropout)
+        and q.dtype in VARLEN_DTYPES
+        and q.shape[-1] <= VARLEN_HEAD_DIM
+        and _has_flash(q.device),
+        "flex": not dropout and mask.blocks is not None,
+        "sdpa": not changed,
+        "explicit": True,
+    }
+    wanted = mask.packed.kernel
+    if wanted is None:
+        return next(name for name, can in can_compute.items() if can)
+    if not can_compute[wanted]:
+        raise UserError(
+            f"--attention {wanted} cannot compute the attention of this model: {q.dtype}, heads of {q.shape[-1]}, "
+            f"softcap {softcap}, {'ALiBi' if slopes is not None else 'no ALiBi'}, dropout {dropout}, on {q.device}; "
+            f"use --attention auto."
+        )
+    return wanted
+
+
+@functools.lru_cache
+def _has_flash(device: torch.device) -> bool:
+    """Return whether FlashAttention runs on a device: GPUs since A100 and RTX 30."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"  # for tests, which register the operator
 
 
 def attend(
@@ -122,100 +242,47 @@ def attend(
     if k.dtype != v.dtype or q.dtype != v.dtype:  # under autocast, rotary leaves q and k in fp32
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = scale or 1.0 / math.sqrt(q.shape[-1])
-    if mask.documents is None:
-        return _kernel(q, k, v, mask.allowed, scale, softcap, _alibi(mask.queries, mask.keys, slopes), dropout)
+    kernel = choose_kernel(q, mask, softcap, slopes, dropout)
+    if _chosen is not None:
+        _chosen.add(kernel)
+    if kernel == "varlen":
+        return _varlen(q, k, v, mask, scale)
+    if kernel == "flex":
+        from litmini.ops.flex_attention import attend_flex
+
+        return attend_flex(q, k, v, mask.blocks, scale, softcap, slopes, mask.queries)
+    if kernel == "sdpa" and mask.packed is not None:
+        return attend_fused(q, k, v, mask.dense(), scale, dropout, expand=True)
+    if mask.padded is None:
+        bias = alibi(mask.queries, mask.keys, slopes)
+        return attend_dense(q, k, v, mask.dense(), scale, softcap, bias, dropout)
+    args = (mask.padded, mask.window, scale, softcap, slopes, dropout)
     if torch.compiler.is_compiling():  # the loop over documents differs in each batch, and large kernels take its time
         from litmini.ops.uncompiled import call_uncompiled  # imports torch._dynamo
 
-        return call_uncompiled(_document_by_document, q, k, v, mask, scale, softcap, slopes, dropout)
-    return _document_by_document(q, k, v, mask, scale, softcap, slopes, dropout)
+        return call_uncompiled(document_by_document, q, k, v, *args)
+    return document_by_document(q, k, v, *args)
 
 
-def _document_by_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scale: float,
-    softcap: float | None,
-    slopes: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """Compute `attend` for packed sequences on a CPU."""
-    assert mask.documents is not None
-    head_dim = q.shape[-1]
-    parts = []
-    for x in (q, k, v):
-        sizes = [count * x.shape[1] * longest for count, longest in mask.documents.shapes]
-        parts.append(_Unpack.apply(x, mask.documents).split(sizes))
-    outputs = []
-    for (count, longest), *qkv in zip(mask.documents.shapes, *parts, strict=True):
-        rows = [x.view(count, -1, longest, head_dim) for x in qkv]  # (count, heads, longest, head_dim)
-        steps, allowed = torch.arange(longest)[None], None
-        if mask.window is not None and longest > mask.window:
-            allowed = _allowed(steps, steps, mask.window)
-        # padding comes last: no real token sees it
-        y = _kernel(rows[0], rows[1], rows[2], allowed, scale, softcap, _alibi(steps, steps, slopes), dropout)
-        outputs.append(y.reshape(-1, head_dim))  # (count * n_heads * longest, head_dim)
-    return _Repack.apply(torch.cat(outputs), mask.documents, q.shape)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
 
-
-def _alibi(queries: Tensor, keys: Tensor, slopes: Tensor | None) -> Tensor | None:
-    """Return the bias of scores (B, n_heads, T, S) fp32 from positions (B, T) and (B, S)."""
-    if slopes is None:
-        return None
-    return slopes[:, None, None] * (keys[:, None, None, :] - queries[:, None, :, None])
-
-
-def _kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    allowed: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    bias: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """Compute attention with one kernel; `allowed` None means causal, where T is S or 1."""
+    assert mask.packed is not None
     B, n_heads, T, head_dim = q.shape
-    n_kv_heads, S = k.shape[1], k.shape[2]
-    plain = softcap is None and bias is None
-    longest = EXPLICIT_LENGTH_FP32 if q.dtype == torch.float32 else EXPLICIT_LENGTH
-    if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > longest):
-        causal = False
-        if allowed is None and T > 1:  # a branch: under torch.compile `T > 1` would be symbolic, not a bool
-            causal = True
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=allowed,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=n_heads != n_kv_heads,
-            dropout_p=dropout,
-        )
-    if allowed is None:
-        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
-    repeats = n_heads // n_kv_heads
-    q = q.reshape(B * n_kv_heads, repeats * T, head_dim)  # query heads with the same key head are stacked
-    k, v = k.reshape(B * n_kv_heads, S, head_dim), v.reshape(B * n_kv_heads, S, head_dim)
-    if plain:  # one matmul scales and masks
-        if hidden.dim() == 2:
-            hidden = hidden.repeat(repeats, 1)  # (repeats * T, S)
-        else:
-            hidden = hidden.expand(B, n_heads, T, S).reshape(B * n_kv_heads, repeats * T, S)
-        scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scale).view(B, n_heads, T, S)
-    else:
-        scores = torch.bmm(q, k.transpose(1, 2)).view(B, n_heads, T, S) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + bias
-        scores = scores + hidden
-    weights = torch.softmax(scores, dim=-1).to(v.dtype)  # computed in fp32
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return torch.bmm(weights.view(B * n_kv_heads, repeats * T, S), v).view(B, n_heads, T, head_dim)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, head_dim)
+    bounds, longest = mask.packed.bounds, mask.packed.longest
+    window = (-1 if mask.window is None else mask.window - 1, 0)  # keys before the query's own, and after it
+    gqa = q.shape[1] != k.shape[1]
+    y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=gqa)
+    return y.view(B, T, n_heads, head_dim).transpose(1, 2)
+
+
+@contextmanager
+def record_kernels() -> Iterator[set[str]]:
+    """Collect the names of the kernels that `attend` uses, uncompiled, in this process."""
+    global _chosen
+    _chosen = set()
+    try:
+        yield _chosen
+    finally:
+        _chosen = None

@@ -5,6 +5,7 @@ The full logits (positions x vocabulary) never exist. The caller divides the sum
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,31 @@ VOCAB_CHUNK = 2048  # rows of the head's gradient that are computed at once
 CACHED = 8  # rows of logits in one softmax on a CPU: in fp32 they fit into its cache
 
 
+@dataclass(frozen=True)
+class Targets:
+    """The labels of a batch with the positions that have one, which the host computes: no kernel waits for the device's."""
+
+    labels: Tensor
+    """(B, T) int64, `IGNORE` where there is no target."""
+    index: Tensor
+    """(n,) int64 positions of the targets among the B * T."""
+
+    @classmethod
+    def of(cls, labels: "Tensor | Targets") -> "Targets":
+        """Return the targets of labels (B, T); on a GPU, this waits for the device."""
+        if isinstance(labels, Targets):
+            return labels
+        return cls(labels, (labels != IGNORE).flatten().nonzero().flatten())  # CPU-GPU sync point, if on a GPU
+
+    def map(self, function: Any) -> "Targets":
+        """Return the same targets with `function` applied to both tensors, to move them, say."""
+        return Targets(function(self.labels), function(self.index))
+
+    def count(self) -> Tensor:
+        """Return the number of targets, int64, 0-d."""
+        return (self.labels != IGNORE).sum()
+
+
 class OutputHead(nn.Module):
     """A head whose outputs a model with labels returns instead of the summed loss; see `litmini/methods/heads.py`."""
 
@@ -30,7 +56,7 @@ class OutputHead(nn.Module):
         super().__init__()
         self.original: Any = original
 
-    def outputs(self, hidden: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def outputs(self, hidden: Tensor, labels: Tensor | Targets, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Return the outputs at the labelled positions of hidden (B, T, dim), and their number (int64, 0-d)."""
         raise TypeError(f"{type(self).__name__} has no outputs")
 
@@ -61,7 +87,11 @@ class ZLossHead(nn.Linear):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None, chunk: int | None = None
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor | Targets,
+    softcap: float | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed cross entropy of `head(hidden)` against `labels`, and the number of targets.
 
@@ -69,7 +99,7 @@ def linear_cross_entropy(
         hidden: (B, T, dim).
         head: a plain `nn.Linear`, or any module that returns logits, such as an adapter layer; an `OutputHead` returns its
             own outputs.
-        labels: (B, T) int64, `IGNORE` where there is no target.
+        labels: (B, T) int64, `IGNORE` where there is no target; or `Targets`.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         chunk: rows of logits in memory at once; None: `CHUNK`, or `TRAINED_CHUNK`.
 
@@ -78,11 +108,10 @@ def linear_cross_entropy(
     """
     if isinstance(head, OutputHead):
         return head.outputs(hidden, labels, softcap)
-    targets = labels != IGNORE
-    rows, wanted = hidden.flatten(0, 1), labels.flatten()
-    indices = targets.flatten().nonzero().flatten()  # (n,); CPU-GPU sync point
-    if len(indices) < len(rows):  # in pretraining, every position has a target
-        rows, wanted = rows.index_select(0, indices), wanted.index_select(0, indices)  # (n, dim), (n,)
+    targets = Targets.of(labels)
+    rows, wanted, index = hidden.flatten(0, 1), targets.labels.flatten(), targets.index
+    if len(index) < len(rows):  # in pretraining, every position has a target
+        rows, wanted = rows.index_select(0, index), wanted.index_select(0, index)  # (n, dim), (n,)
     chunk = chunk or (TRAINED_CHUNK if any(p.requires_grad for p in head.parameters()) else CHUNK)
     if type(head) in (nn.Linear, ZLossHead) and head.bias is None:
         z_weight = head.z_weight if isinstance(head, ZLossHead) else 0.0
@@ -92,11 +121,11 @@ def linear_cross_entropy(
         weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead ignores no_grad
         with torch.autocast(rows.device.type, enabled=False):
             loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk, z_weight)
-        return loss, targets.sum()
+        return loss, targets.count()
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
     for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):  # no target: one empty chunk
         total = total + checkpoint(_chunk_loss, part, head, want, softcap, use_reentrant=False)
-    return total, targets.sum()
+    return total, targets.count()
 
 
 def _chunk_loss(rows: Tensor, head: nn.Module, wanted: Tensor, softcap: float | None) -> Tensor:

@@ -16,13 +16,14 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
+from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
 from litmini.training.flops import Throughput
 from litmini.training.objective import Batch
 from litmini.training.optimizer import make_optimizer
-from litmini.training.setup import Progress, Setup
+from litmini.training.setup import Progress, Setup, on_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -136,6 +137,9 @@ def make_setup(
     dtype = torch.float32 if config.precision == "32-true" else torch.bfloat16
     throughput = Throughput(model, fabric.device, dtype)
     fabric.print(f"MFU is relative to {throughput.peak / 1e12:,.2f} TFLOP/s, {throughput.source}")
+    attention = None if config.attention == "auto" else config.attention
+    run.results["attention"] = attention_kernels(wrapped, fabric.device, attention)
+    fabric.print(f"attention: {run.results['attention']}")
     worth = config.compile == "auto" and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
         from litmini.training.compile import compile_training
@@ -152,7 +156,26 @@ def make_setup(
         fabric, wrapped, optimizer, data, config.train, config.optim, config.seed, run.progress, run, throughput
     )
     setup.sample = functools.partial(log_samples, setup)
+    setup.attention = attention
     return setup
+
+
+@torch.no_grad()
+def attention_kernels(model: nn.Module, device: torch.device, attention: str | None) -> str:
+    """Return the names of the attention kernels that training uses, found by a forward pass of two short documents.
+
+    Raises:
+        UserError: `attention`, which the user asked for, cannot compute this model's.
+    """
+    tokens, documents = torch.zeros(1, 8, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
+    batch = on_device(
+        {"tokens": tokens, "positions": torch.arange(8)[None] % 4, "documents": documents}, device, attention
+    )
+    training = model.training
+    with torch.random.fork_rng(), record_kernels() as kernels:
+        model.train()(**batch)
+    model.train(training)
+    return " and ".join(sorted(kernels))
 
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:

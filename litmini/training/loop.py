@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from litmini.config.training import TrainConfig
+from litmini.distributed.fabric import sum_on_host
 from litmini.distributed.fsdp import full_tensor, is_dtensor
 from litmini.distributed.processes import Interrupted, graceful_shutdown
 from litmini.errors import UserError
 from litmini.training.objective import Batch, Objective, count_tokens
 from litmini.training.optimizer import learning_rate
-from litmini.training.setup import Progress, Setup
+from litmini.training.setup import Feed, Progress, Setup, on_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -44,12 +45,13 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
     if scaler and progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
     setup.model.train()
+    feed = Feed(setup.data, fabric.device, fabric.global_rank, fabric.world_size, setup.attention)
     hidden = None if fabric.is_global_zero else True  # None: hidden if stderr is not a terminal
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     try:
         with graceful_shutdown() as received, bar:
             while progress.step < last:
-                metrics, stop = _step(setup, objective, scaler, len(received))
+                metrics, stop = _step(setup, objective, feed, scaler, len(received))
                 _report(setup, objective, bar, metrics)
                 stop = bool(stop or (received and fabric.world_size == 1))
                 if stop or _is_due(progress, setup.train):
@@ -66,19 +68,20 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
     return progress
 
 
-def _step(setup: Setup, objective: Objective, scaler: Any, signals: int) -> tuple[dict[str, float], bool]:
+def _step(setup: Setup, objective: Objective, feed: Feed, scaler: Any, signals: int) -> tuple[dict[str, float], bool]:
     """Take one optimizer step; return its metrics, and whether any rank received a signal."""
     fabric, progress, data = setup.fabric, setup.progress, setup.data
     started, step = time.perf_counter(), progress.step
     rank, world = fabric.global_rank, fabric.world_size
     _seed(fabric.device, hash((setup.seed, step, rank)) % 2**63)  # ints hash the same in every process
-    micro_batches = data.batches(step, rank, world)
+    batches = feed.take(step)
+    micro_batches = [batch for batch, _ in batches]
     counts = sum(map(objective.count, micro_batches)), sum(map(count_tokens, micro_batches))
-    units, tokens, stop = _total(fabric, *counts, signals)
+    units, tokens, stop = sum_on_host(fabric, *counts, signals)  # signals, too: all ranks stop after the same step
     rate = learning_rate(step, data.total_steps, setup.optim)
     for group in setup.optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]
-    losses, loss, norm = _take_step(setup, objective, micro_batches, units, scaler)
+    losses, loss, norm = _take_step(setup, objective, [ready for _, ready in batches], units, scaler)
     if _not_taken(loss, norm, scaler, progress):
         where = setup.recorder.save_nonfinite_step(
             step + 1, micro_batches, losses, lambda: data.locations(step, rank, world)
@@ -115,14 +118,6 @@ def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, fl
 def _seed(device: torch.device, seed: int) -> None:
     """Call `torch.manual_seed`; on a CPU, seed its generator alone, which saves 0.1 ms."""
     torch.default_generator.manual_seed(seed) if device.type == "cpu" else torch.manual_seed(seed)
-
-
-def _total(fabric: Fabric, *counts: int) -> list[int]:
-    """Return the sums of `counts` over all ranks. Signals are among them, so that all ranks stop after the same step."""
-    if fabric.world_size == 1:
-        return list(counts)
-    total: Any = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum")
-    return total.tolist()
 
 
 def _is_due(progress: Progress, config: TrainConfig) -> bool:
@@ -162,11 +157,12 @@ def _format_metrics(metrics: dict[str, float]) -> str:
 
 
 def _take_step(
-    setup: Setup, objective: Objective, micro_batches: list[Batch], units: int, scaler: Any
+    setup: Setup, objective: Objective, micro_batches: list[dict[str, Any]], units: int, scaler: Any
 ) -> tuple[list[float], float, float]:
     """Run the micro-batches and take one optimizer step, unless loss or gradients are not finite.
 
     Args:
+        micro_batches: on the device.
         units: of all micro-batches on all ranks.
         scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
 
@@ -182,7 +178,7 @@ def _take_step(
         with fabric.no_backward_sync(model, enabled=more and not sharded):
             if sharded:  # Fabric has just enabled the all-reduce
                 model.module.set_requires_all_reduce(not more)  # replicas of shards (hsdp) are summed once per step
-            loss = objective.loss(model, fabric.to_device(batch))
+            loss = objective.loss(model, batch)
             fabric.backward(loss * (fabric.world_size / max(1, units)))  # gradients are averaged over ranks: undo it
         losses.append(loss.detach())
     if getattr(optimizer, "in_backward", False):  # the backward pass took the steps
@@ -228,16 +224,22 @@ def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, pr
 def validate(setup: Setup, objective: Objective) -> float | None:
     """Return the mean validation loss per unit; None if there is no validation set."""
     batches = setup.data.validation_batches(setup.fabric.global_rank, setup.fabric.world_size)
-    return None if batches is None else evaluate(setup.fabric, setup.model, objective, batches)
+    return None if batches is None else evaluate(setup.fabric, setup.model, objective, batches, setup.attention)
 
 
 @torch.no_grad()
-def evaluate(fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch]) -> float:
-    """Return the mean loss per unit over all `batches` of all ranks, independent of batch size and number of ranks."""
+def evaluate(
+    fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch], attention: str | None = None
+) -> float:
+    """Return the mean loss per unit over all `batches` of all ranks, independent of batch size and number of ranks.
+
+    Args:
+        attention: the kernel to use; None: by the rules.
+    """
     model.eval()
     losses, units = [], 0
     for batch in batches:
-        losses.append(objective.loss(model, fabric.to_device(batch)))
+        losses.append(objective.loss(model, on_device(batch, fabric.device, attention)))
         units += objective.count(batch)
     loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # CPU-GPU sync point
     if fabric.world_size > 1:
@@ -253,5 +255,5 @@ def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
     The gradients are dropped, so the run is unchanged.
     """
     setup.model.train()
-    setup.fabric.backward(objective.loss(setup.model, setup.fabric.to_device(batch)))
+    setup.fabric.backward(objective.loss(setup.model, on_device(batch, setup.fabric.device, setup.attention)))
     setup.optimizer.zero_grad()

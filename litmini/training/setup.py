@@ -1,13 +1,20 @@
-"""The inputs of the training loop: progress, data, recorder, and a `Setup` that holds them with model and optimizer."""
+"""The inputs of the training loop: progress, data, recorder, and a `Setup` that holds them with model and optimizer; and how
+batches reach the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch import Tensor
+
 from litmini.config.training import OptimConfig, TrainConfig
+from litmini.ops.attention import Documents
+from litmini.ops.cross_entropy import Targets
 from litmini.training.objective import Batch
 
 if TYPE_CHECKING:
@@ -71,6 +78,77 @@ class TrainingData(Protocol):
         ...
 
 
+def on_device(batch: Batch, device: torch.device, attention: str | None = None) -> dict[str, Any]:
+    """Return a batch of the host on a device. On a GPU its documents and labels have their bounds and positions with them.
+
+    Copies do not block the host. On a CPU the batch stays as it is.
+
+    Args:
+        attention: the kernel to use, see `litmini/ops/attention.py`; None: by the rules.
+    """
+    if device.type == "cpu" and attention is None:
+        return batch
+
+    def move(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    ids = (
+        batch["documents"] if "documents" in batch else torch.ones_like(batch["tokens"])
+    )  # a document for each sequence
+    ready: dict[str, Any] = {
+        name: move(tensor) for name, tensor in batch.items() if name not in ("documents", "labels")
+    }
+    ready["documents"] = Documents.of(ids, attention).map(move)
+    if "labels" in batch:
+        ready["labels"] = Targets.of(batch["labels"]).map(move)
+    return ready
+
+
+class Feed:
+    """The micro-batches of each step of this rank, on the host and on the device.
+
+    On a GPU a thread makes those of the next step while this one runs. They are a pure function of the step, so a resumed run
+    gets the same.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        device: torch.device,
+        rank: int,
+        world: int,
+        attention: str | None = None,
+        prefetch: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            prefetch: whether a thread makes the next step's; None: on a GPU.
+        """
+        self._data, self._device, self._attention = data, device, attention
+        self._rank, self._world = rank, world
+        self._thread = (
+            ThreadPoolExecutor(1, "batches") if prefetch or (prefetch is None and device.type == "cuda") else None
+        )
+        self._next: tuple[int, Future[list[tuple[Batch, dict[str, Any]]]]] | None = None
+
+    def take(self, step: int) -> list[tuple[Batch, dict[str, Any]]]:
+        """Return the micro-batches of a step, each as it is on the host and on the device."""
+        if self._thread is None:
+            return self._make(step)
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._thread.submit(self._make, step)
+        batches = self._next[1].result()
+        self._next = None
+        if step + 1 < self._data.total_steps:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return batches
+
+    def _make(self, step: int) -> list[tuple[Batch, dict[str, Any]]]:
+        batches = self._data.batches(step, self._rank, self._world)
+        return [(batch, on_device(batch, self._device, self._attention)) for batch in batches]
+
+
 class Recorder:
     """The record of a run. This one keeps nothing; `litmini.runs.run.Run` writes a directory."""
 
@@ -111,3 +189,5 @@ class Setup:
     """(micro-batches of a rank, their seconds) -> further metrics of a step."""
     sample: Callable[[Progress], None] | None = None
     """Generates completions every `train.sample_every` steps; every rank calls it."""
+    attention: str | None = None
+    """The attention kernel that the user asked for; None: by the rules of `litmini/ops/attention.py`."""

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from work import hardware, versions  # noqa: E402
 
-from litmini.ops import attention, cross_entropy, packed_layout  # noqa: E402
+from litmini.ops import attention, cpu_attention, cross_entropy  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, FFN_DIM, VOCAB = 9, 3, 64, 576, 1536, 49_152
 TOKENS = 2048
@@ -48,7 +48,7 @@ def show(question: str, found: dict[str, float], taken: str) -> None:
 def attention_kernels() -> None:
     """Compare two matmuls and a softmax with torch's fused kernel, forward and backward, on documents of one length."""
     limits = ("EXPLICIT_LENGTH", "EXPLICIT_LENGTH_FP32")
-    before = {name: getattr(attention, name) for name in limits}
+    before = {name: getattr(cpu_attention, name) for name in limits}
     for dtype, windowed, length in itertools.product(DTYPES, (False, True), (32, 128, 256, 512, 1024, 2048)):
         shape = (max(1, TOKENS // length), length, HEAD_DIM)
         q, k, v = (torch.randn(shape[0], h, *shape[1:]).to(dtype).requires_grad_() for h in (HEADS, KV_HEADS, KV_HEADS))
@@ -57,7 +57,7 @@ def attention_kernels() -> None:
 
         def run(limit: int, q=q, k=k, v=v, mask=mask) -> None:  # type: ignore[no-untyped-def]
             for name in limits:
-                setattr(attention, name, limit)
+                setattr(cpu_attention, name, limit)
             attention.attend(q, k, v, mask).sum().backward()
 
         found = medians({"explicit": lambda: run(1 << 30), "fused": lambda: run(0)}, 9)
@@ -68,7 +68,7 @@ def attention_kernels() -> None:
             "explicit" if length <= limit else "fused",
         )
     for name, value in before.items():
-        setattr(attention, name, value)
+        setattr(cpu_attention, name, value)
 
 
 def loss_chunks() -> None:
@@ -98,7 +98,7 @@ def rounded_lengths() -> None:
         times = {"as they are": 0.0, "rounded": 0.0}
         for length in lengths:
             for name in times:
-                n = packed_layout._round_up(length) if name == "rounded" else length
+                n = cpu_attention._round_up(length) if name == "rounded" else length
                 q, k = torch.randn(KV_HEADS, 3 * n, HEAD_DIM).to(dtype), torch.randn(KV_HEADS, HEAD_DIM, n).to(dtype)
                 started = time.perf_counter()
                 torch.bmm(q, k)

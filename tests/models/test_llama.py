@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from litmini.checkpoints.hf import load_model, save_model
 from litmini.errors import UserError
 from litmini.models import llama
-from litmini.ops import attention
+from litmini.ops import cpu_attention
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}  # within a head of 16: kept, blended and stretched frequencies
@@ -99,7 +99,7 @@ def trained_gradients(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_logits_loss_and_gradients_are_those_of_transformers(case, kernel, monkeypatch):
     for name in ("EXPLICIT_LENGTH", "EXPLICIT_LENGTH_FP32"):
-        monkeypatch.setattr(attention, name, 512 if kernel == "eager" else 0)
+        monkeypatch.setattr(cpu_attention, name, 512 if kernel == "eager" else 0)
     theirs = reference(**CASES[case])
     theirs.set_attn_implementation(kernel)
     model, (tokens, labels) = ours(theirs), random_batch()

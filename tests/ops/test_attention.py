@@ -6,11 +6,11 @@ import pytest
 import torch
 from numerics import assert_gradients_close, ulps
 
-import litmini.ops.attention as attention
+import litmini.ops.cpu_attention as cpu_attention
 from litmini.models import llama
-from litmini.ops.attention import Mask, _allowed, attend, make_mask
+from litmini.ops.attention import Mask, attend, make_mask
+from litmini.ops.cpu_attention import ALIGN, _Repack, _round_up, _Unpack, allowed_keys, pad_documents
 from litmini.ops.kv_cache import KVCache
-from litmini.ops.packed_layout import ALIGN, _Repack, _round_up, _Unpack, _unpack
 
 ROWS = [[5, 1, 9, 9, 13], [37], [1, 2, 3, 4, 5, 6, 7, 9], [20, 17]]  # lengths of the documents in each row
 PADDING = [0, 0, 0, 3]  # how many tokens at the end of the last documents are padding, document 0
@@ -25,7 +25,7 @@ CAUSAL = Mask(torch.arange(T)[None], torch.arange(T)[None])
 @pytest.fixture(params=["explicit", "sdpa", "both"])
 def kernel(request, monkeypatch) -> str:
     """Which kernel is used; "both": the explicit one for short documents only."""
-    monkeypatch.setattr(attention, "EXPLICIT_LENGTH", {"explicit": 512, "sdpa": 0, "both": 6}[request.param])
+    monkeypatch.setattr(cpu_attention, "EXPLICIT_LENGTH", {"explicit": 512, "sdpa": 0, "both": 6}[request.param])
     return request.param
 
 
@@ -113,17 +113,17 @@ def test_dense_masks_equal_grouped_documents(window, kernel):
     """The way of an accelerator and that of the CPU."""
     documents, positions = packed()
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    dense = Mask(positions, positions, _allowed(positions, positions, window) & same)
+    dense = Mask(positions, positions, allowed=allowed_keys(positions, positions, window) & same)
     assert torch.equal(dense.allowed[:, 0], by_definition(positions, documents, window))
     grouped = make_mask(positions, documents, None, window)
-    assert grouped.documents is not None
+    assert grouped.padded is not None
     qkv = random_qkv()
     assert_same(attend(*qkv, grouped), attend(*qkv, dense), qkv)
 
 
 def test_groups_hold_every_token_once_and_little_padding():
     documents, _ = packed()
-    groups = _unpack(documents)
+    groups = pad_documents(documents)
     places = groups.index[groups.real]
     assert torch.equal(places.sort().values, torch.arange(documents.numel()))
     assert sum(count for count, _ in groups.shapes) == 17  # 16 documents and one of padding
@@ -149,7 +149,7 @@ def test_lengths_are_few_and_little_longer():
 def test_unpack_and_repack_are_plain_indexing():
     """Each document has its heads one after the other; the way back is the inverse, and so are the gradients."""
     documents, _ = packed()
-    groups, (B, T), n_heads = _unpack(documents), documents.shape, 2
+    groups, (B, T), n_heads = pad_documents(documents), documents.shape, 2
     plain, used, at = [], [], 0  # which (token, head) stands where, counted one by one
     for count, longest in groups.shapes:
         for _ in range(count):
@@ -191,7 +191,7 @@ def test_left_padding_by_definition(window, kernel):
     seen = by_definition(positions, padding.long(), window)  # padding keeps to itself
     for mask in (
         make_mask(positions, None, None, window),
-        Mask(positions, positions, _allowed(positions, positions, window)),
+        Mask(positions, positions, allowed=allowed_keys(positions, positions, window)),
     ):
         assert_same(attend(*qkv, mask), plain_attention(*qkv, seen), qkv, kept=~padding)
         assert attend(*qkv, mask).isfinite().all()

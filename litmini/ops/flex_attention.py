@@ -1,0 +1,63 @@
+"""FlexAttention for packed sequences whose scores are changed before the softmax: softcap (Gemma 2), ALiBi (MPT, Falcon).
+
+On a GPU it is compiled once for each shape, and computes only blocks of 128 x 128 in which some query sees some key. On a CPU
+it runs uncompiled, forward only, for tests. It has not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+def block_mask(documents: Tensor, positions: Tensor, window: int | None) -> BlockMask:
+    """Return which blocks of scores are computed: causal, within a document and a window.
+
+    Args:
+        documents: (B, T) int64 ids; the tokens of one document are contiguous.
+        positions: (B, T) int64 within each document.
+        window: number of keys that a query sees, its own included; None: all.
+    """
+
+    def is_seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (documents[b, q] == documents[b, k]) & (q >= k)
+        return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
+
+    B, T = documents.shape
+    on_gpu = documents.device.type == "cuda"
+    return create_block_mask(is_seen, B, None, T, T, device=documents.device, _compile=on_gpu)
+
+
+def attend_flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockMask,
+    scale: float,
+    softcap: float | None,
+    slopes: Tensor | None,
+    positions: Tensor,
+) -> Tensor:
+    """Compute `attention.attend` for packed sequences, whose `positions` (B, T) count from 0 in each document."""
+
+    def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if slopes is not None:
+            score = score + slopes[h] * (positions[b, j] - positions[b, i])
+        return score
+
+    changes = None if softcap is None and slopes is None else change
+    run: Any = flex_attention
+    if q.device.type == "cuda" and not torch.compiler.is_compiling():
+        run = _compiled()
+    return run(q, k, v, score_mod=changes, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.lru_cache(1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention)

@@ -1,0 +1,171 @@
+"""The attention of GPUs, on a CPU: the varlen operator by its contract, FlexAttention uncompiled, and tensors that pretend."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import varlen_kernel
+from numerics import assert_as_accurate, assert_close, assert_gradients_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litmini.errors import UserError
+from litmini.models import FAMILIES, family
+from litmini.ops import attention
+from litmini.ops.attention import Documents, record_kernels
+
+MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
+FLEX = ("gemma2", "mpt")
+T = 50
+ROWS = [[17, 1, 22, 10], [50], [1, 1, 1, 32, 15], [42, 8]]
+PADDING = [0, 0, 5, 8]  # tokens at the end that are padding
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 500, (len(ROWS), T), generator=generator)
+    documents, positions = torch.zeros(2, len(ROWS), T, dtype=torch.int64)
+    labels = torch.full_like(tokens, -100)
+    for row, (lengths, padding) in enumerate(zip(ROWS, PADDING, strict=True)):
+        at = 0
+        for number, length in enumerate([*lengths[:-1], lengths[-1] - padding], 1):
+            part = slice(at, at + length)
+            documents[row, part], positions[row, part] = number, torch.arange(length)
+            labels[row, part] = torch.randint(3, 500, (length,), generator=generator)
+            at += length
+        positions[row, at:] = torch.arange(T - at)
+    return {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
+
+
+def tiny(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    module = family(MODULES[name])
+    config = module.PRESETS["tiny"]
+    if getattr(config, "window", None) is not None or name in ("llama", "mixtral", "phi3"):
+        config = replace(config, window=7)
+    model = module.Model(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    for parameter in model.parameters():  # scores that differ
+        parameter.data.mul_(1.0 if parameter.ndim == 1 else 3.0)
+    return model.to(dtype)
+
+
+def with_kernel(data: dict, kernel: str | None) -> dict:
+    return {**data, "documents": Documents.of(data["documents"], kernel)}
+
+
+def loss_and_gradients(model: torch.nn.Module, data: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss, _ = model.train()(**data)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in FLEX])
+def test_varlen_equals_the_cpu_path(name, monkeypatch):
+    """Windows, GQA, documents of one token and padding; in fp32, which the operator of the tests computes, too."""
+    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    model, data = tiny(name, torch.float32), batch()
+    real = data["documents"] > 0
+    varlen_kernel.calls.clear()
+    with torch.no_grad(), record_kernels() as kernels:
+        ours = model.eval()(**with_kernel({**data, "labels": None}, None))
+    assert kernels == {"varlen"} and len(varlen_kernel.calls) == model.config.n_layers
+    assert {call["documents"] for call in varlen_kernel.calls} == {13}
+    with torch.no_grad():
+        theirs = model(**{**data, "labels": None})
+    assert_close(ours[real], theirs[real])
+    loss, gradients = loss_and_gradients(model, with_kernel(data, "varlen"))
+    expected, expected_gradients = loss_and_gradients(model, data)
+    assert_close(loss, expected)
+    assert_gradients_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "falcon"])
+def test_varlen_in_16_bits_is_as_accurate_as_the_cpu_path(name):
+    data = {**batch(), "labels": None}
+    real = data["documents"] > 0
+    model, exact = tiny(name, torch.bfloat16).eval(), tiny(name, torch.float64).eval()
+    with torch.no_grad():
+        ours = model(**with_kernel(data, "varlen"))
+        assert_as_accurate(ours[real].float(), model(**data)[real].float(), exact(**data)[real])
+
+
+@pytest.mark.parametrize("name", [*FLEX, "llama"])
+def test_flex_equals_the_cpu_path(name):
+    """Uncompiled, FlexAttention has no backward pass on a CPU."""
+    model, data = tiny(name, torch.float32).eval(), {**batch(), "labels": None}
+    real = data["documents"] > 0
+    with torch.no_grad(), record_kernels() as kernels:
+        ours = model(**with_kernel(data, "flex" if name == "llama" else None))
+        assert kernels == {"flex"}
+        assert_close(ours[real], model(**data)[real])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_dense_mask_equals_the_cpu_path(name):
+    """fp32 on a GPU, and attention dropout."""
+    model, data = tiny(name, torch.float32), batch()
+    with record_kernels() as kernels:
+        loss, gradients = loss_and_gradients(model, with_kernel(data, None))
+    assert kernels == {"sdpa"}
+    expected, expected_gradients = loss_and_gradients(model, data)
+    assert_close(loss, expected)
+    assert_gradients_close(gradients, expected_gradients)
+
+
+class Operators(TorchDispatchMode):
+    """Records each operator and the largest tensor that it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.calls.append((str(func.overloadpacket), value))
+        return result
+
+
+SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.masked_select", "aten.unique")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in FLEX])
+def test_a_training_step_makes_no_mask_and_waits_for_nothing(name):
+    """Of what runs for a batch with its bounds known, nothing reads a value on the host, and nothing has T x T values."""
+    model, data = tiny(name, torch.bfloat16), with_kernel(batch(), "varlen")
+    with Operators() as seen:
+        model(**{**data, "labels": None}).sum().backward()
+    names = [name for name, _ in seen.calls]
+    assert names.count("torch_attn._varlen_attn") == 3 * model.config.n_layers  # three results each
+    assert not set(names) & set(SYNCS), set(names) & set(SYNCS)
+    masks = [value.shape for _, value in seen.calls if value.shape[-2:] == (T, T)]
+    assert not masks
+
+
+def test_grouped_heads_never_meet_a_dense_mask(monkeypatch):
+    """With both, `scaled_dot_product_attention` takes the math kernel on a GPU, quadratic in memory."""
+    used = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **how: used.append(how["attn_mask"] is not None and how["enable_gqa"]) or plain(*args, **how),
+    )
+    tiny("llama", torch.float32)(**with_kernel(batch(), None))
+    assert used == [False, False]
+
+
+@pytest.mark.parametrize(
+    "kernel, name, dtype, found",
+    [
+        ("varlen", "llama", torch.float32, "float32"),
+        ("varlen", "gemma2", torch.bfloat16, "softcap 50"),
+        ("varlen", "mpt", torch.bfloat16, "ALiBi"),
+        ("sdpa", "gemma2", torch.bfloat16, "softcap 50"),
+    ],
+)
+def test_a_kernel_that_cannot_is_refused(kernel, name, dtype, found):
+    with pytest.raises(UserError, match=f"--attention {kernel} cannot .*{found}.*use --attention auto"):
+        tiny(name, dtype)(**with_kernel({**batch(), "labels": None}, kernel))
