@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ class RunDirectory:
         if holds_run and chosen.resolve().parent != self.directory.resolve():
             raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
         return chosen
+
+    @property
+    def began(self) -> datetime | None:
+        """When the run to resume began; None: unknown, or a new run. Its templates go on to write that time."""
+        try:
+            return datetime.fromisoformat(self.before["began"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of this run, oldest first."""
