@@ -14,6 +14,7 @@ from typing import Any
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
+from litmini.setting_values import Text
 
 COMMANDS = "/reset, /save FILE, /quit"
 
@@ -24,7 +25,7 @@ class ChatConfig(SamplingConfig, ModelConfig):
 
     max_new_tokens: int = 1024
     """Longest completion in tokens."""
-    system: str | None = None
+    system: Text | None = None
     """System turn before the conversation."""
     history: str | None = None
     """File of messages, as /save writes it, to continue from."""
