@@ -3,8 +3,10 @@
 Nothing heavy is imported here, so that `--help` is fast: a script imports torch after parsing.
 """
 
+import litmini.interrupts  # noqa: F401  (first, for Ctrl-C during all other imports)
+
+# isort: split
 import difflib
-import io
 import os
 import signal
 import sys
@@ -19,7 +21,7 @@ from litmini.distributed.processes import alone, first_to_fail, is_first, leave
 from litmini.errors import UserError
 from litmini.setting_values import Unknown
 from litmini.settings import build, defaults, merge, missing, read_file, read_word, types_of
-from litmini.system import is_disk_full, unlock_all
+from litmini.system import is_disk_full, outlive_readers, repair_streams, unlock_all
 
 T = TypeVar("T")
 
@@ -161,9 +163,8 @@ def command(
     main: Callable[[T], object], config_class: type[T], doc: str | None, positional: Sequence[str] = ()
 ) -> NoReturn:
     """Run a script: parse, call `main`, print errors that the user can fix in a line on stderr, and set the exit status."""
+    repair_streams()
     config = parse(config_class, doc, positional=positional)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for other characters
     # oneDNN caches up to a MiB of compiled code for each shape of a matmul, by default for 1,024 shapes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():
@@ -190,7 +191,7 @@ def _report(error: BaseException) -> int:
         print("\ninterrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):  # the reader of our output has ended, as in `generate.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        outlive_readers()
     elif is_disk_full(error):
         print(
             f"error: the disk is full ({error}). Nothing finished was lost; free some space and run the command again.",

@@ -40,6 +40,8 @@ def main(config: ChatConfig) -> None:
 
     with contextlib.suppress(ImportError):  # arrow keys and earlier lines, on systems that have readline
         import readline  # noqa: F401
+    if sys.stdin is None:
+        raise UserError("standard input is closed; expected a terminal to read your turns from.")
     before = start(config)
     model, tokenizer = open_model(config)
     if tokenizer.chat_template is None:

@@ -69,6 +69,8 @@ def main(config: GenerateConfig) -> None:
     if config.prompts is not None:
         answer_file(config, model, tokenizer)
         return
+    if config.prompt == "-" and sys.stdin is None:
+        raise UserError("standard input is closed; expected the prompt there, or --prompt TEXT.")
     text = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
     prompt: str | list[Message] = check_text(text)
     if config.system is not None:

@@ -14,6 +14,7 @@ from litmini.config.training import RunConfig
 from litmini.errors import UserError
 from litmini.files import content_hash, read_json, restore
 from litmini.runs.manifest import check_same
+from litmini.system import outlive_readers
 
 PROCESSES = ("devices", "num_nodes", "strategy")
 REPORT = "report.html"  # the last file that a run writes: without it, the result has not been measured
@@ -41,6 +42,7 @@ class RunDirectory:
             from litmini.runs.loggers import check_loggers
 
             check_loggers(config.loggers)
+        outlive_readers()
         self.directory = Path(config.out_dir)
         self.config = config
         self.before: dict[str, Any] = {}
