@@ -46,7 +46,7 @@ DATA = ROOT / "config_hub/quickstart"
 def start(tmp_path, monkeypatch):
     """Begin, or go on with, a run that trains one linear; returns (run, model, progress)."""
     fabric = Fabric(accelerator="cpu", devices=1)
-    data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, save=lambda directory: None)
+    data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, began=None, save=lambda _: None)
     data.touch()
     monkeypatch.setattr("litmini.runs.run.describe_run", lambda *_: {})  # there is no base model
 
