@@ -54,7 +54,8 @@ def parse(
             raise UserError(f"missing: {', '.join(f'--{name}' for name in names)}. See --help.")
         return build(config_class, values)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error).encode("utf-8", "backslashreplace").decode()
+        print(f"error: {text if len(text) < 2000 else f'{text[:1000]} ... {text[-500:]}'}", file=sys.stderr)
         sys.exit(2)
 
 

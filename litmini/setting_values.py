@@ -125,7 +125,7 @@ class Reader:
             raise ValueError
         if kind in (str, Text) and _is_null(node) and node.value and self.path:
             raise ValueError
-        return SCALARS[kind](node.value)
+        return SCALARS[kind](node.value if node.style is None else _whole_characters(node.value))
 
     def _any(self, node: yaml.Node, name: str) -> Any:
         """Return a value whose form decides its type."""
@@ -152,12 +152,12 @@ class Reader:
             if key.tag == "tag:yaml.org,2002:merge":
                 for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(one, yaml.MappingNode):
-                        more = {name: (at, entry) for (name, at), entry in self._pairs(one, prefix).items()}
+                        more = {inner: (at, entry) for (inner, at), entry in self._pairs(one, prefix).items()}
                         merged = {**more, **merged}
-            elif key.value in own:
-                raise UserError(self._twice(prefix + key.value, own[key.value][0], line))
+            elif (name := key.value if key.style is None else _whole_characters(key.value)) in own:
+                raise UserError(self._twice(prefix + name, own[name][0], line))
             else:
-                own[key.value] = line, value
+                own[name] = line, value
         return {(name, at): entry for name, (at, entry) in {**merged, **own}.items()}
 
     def _count(self) -> None:
@@ -180,6 +180,14 @@ def _source(node: yaml.Node) -> str:
 
 def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULLS
+
+
+def _whole_characters(text: str) -> str:
+    """Return quoted text with pairs of escapes, as JSON writes characters beyond 16 bits, joined."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError("whole characters (a \\ud800 to \\udfff escape stands alone)") from None
 
 
 def _int(text: str) -> int:
