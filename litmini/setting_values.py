@@ -75,8 +75,8 @@ class Reader:
         """Return a setting, or an entry of one that is a mapping, with its value; `word` is what was typed for it."""
         kind = self.types.get(name)
         if kind is None:
-            entries = [get_args(part) for part in parts_of(self.types.get(name.rpartition(".")[0]))]
-            kind = next((types[1] for types in entries if len(types) == 2 and types[0] is str), None)
+            parts = parts_of(self.types.get(name.rpartition(".")[0]))
+            kind = next((get_args(part)[1] for part in parts if get_origin(part) is dict), None)
             if kind is None:
                 first = node.value[0][0].value if isinstance(node, yaml.MappingNode) and node.value else None
                 raise Unknown(f"{name}.{first}" if first else name)

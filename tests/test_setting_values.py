@@ -176,6 +176,8 @@ def test_merged_keys_are_no_second_ones(read: Any) -> None:
         ("name", "!!python/object/apply:os.system [ls]", "tag"),
         ("fields", "{a: !x 1}", "tag"),
         ("group.number", "9" * 41, "64 bits"),
+        ("said.a", "1", "unknown setting 'said.a'"),
+        ("name.a", "1", "unknown setting 'name.a'"),
     ],
 )
 def test_a_wrong_value_is_one_line(
