@@ -51,9 +51,19 @@ def render(
     Raises:
         BadTemplate: it is not valid jinja, or a text exceeds a limit.
     """
-    request = {"template": template, "conversations": conversations, "variables": variables}
-    if count := sum(len(parts) for _, parts in conversations):
-        yield from _child.ask({**request, "now": now.isoformat(), "seconds": SECONDS}, count)
+    request: dict[str, Any] = {"template": template, "conversations": conversations, "variables": variables}
+    request |= {"now": now.isoformat(), "seconds": SECONDS}
+    count = sum(len(parts) for _, parts in conversations)
+    try:
+        line = json.dumps(request, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # of one conversation: the others are rendered
+        if len(conversations) == 1:
+            yield from [UserError(f"cannot render these messages, which are no JSON: {error}")] * count
+        for one in conversations if len(conversations) > 1 else ():
+            yield from render(template, [one], variables, now)
+        return
+    if count:
+        yield from _child.ask(line.encode() + b"\n", count)
 
 
 class _Child:
@@ -63,9 +73,8 @@ class _Child:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, request: dict[str, Any], left: int) -> Iterator[str | UserError]:
+    def ask(self, line: bytes, left: int) -> Iterator[str | UserError]:
         """Yield the answers to a request, `left` in number; if not all of them are taken, the process is ended."""
-        line = json.dumps(request, default=str).encode() + b"\n"
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.process = _start()
@@ -120,10 +129,8 @@ TOO_LARGE = 75  # exit status
 
 def serve() -> None:
     """Answer requests, a line each, until the process that asks has ended: a line for each text."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # to all processes of a terminal or a job: the run decides when it ends
+    # Signals to all processes of a terminal or a job: the one that asks decides when it ends
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with suppress(ImportError, ValueError, OSError):  # Windows; macOS knows no such limit
         import resource
@@ -131,7 +138,9 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEBIBYTES << 20, MEBIBYTES << 20))
     try:
         for line in sys.stdin.buffer:
+            sys.setrecursionlimit(5000)  # what the other process could write can be read here
             request = json.loads(line)
+            sys.setrecursionlimit(1000)
             for messages, parts in request["conversations"]:
                 for count, is_prompt, left_out in parts:
                     kept = [message for i, message in enumerate(messages[:count]) if i != left_out]
@@ -163,9 +172,9 @@ def _render(request: dict[str, Any], messages: list[Any], is_prompt: bool) -> tu
 
     now = datetime.fromisoformat(request["now"])
     variables = {"messages": messages, "add_generation_prompt": is_prompt, "tools": None, "documents": None}
-    most = SPARE_CHARACTERS + GROWTH * len(str(messages))
     pieces, size = [], 0
     try:
+        most = SPARE_CHARACTERS + GROWTH * len(str(messages))
         stream = _compile(request["template"]).generate(strftime_now=now.strftime, **variables, **request["variables"])
         for piece in stream:
             pieces.append(piece)
@@ -176,14 +185,12 @@ def _render(request: dict[str, Any], messages: list[Any], is_prompt: bool) -> tu
     except MemoryError:
         raise
     except UnicodeEncodeError:
-        return (
-            "writes half a character: these messages, or the template, hold a lone \\ud800 to \\udfff escape",
-            "messages",
-        )
+        return "writes half a character: a lone \\ud800 to \\udfff escape of these messages or its own", "messages"
     except TemplateSyntaxError as error:
-        return f"is not valid jinja: {error}", "template"
+        return f"is not valid jinja: {str(error)[:1000]}", "template"
     except Exception as error:  # a template can fail in any way, and it is data, not our code
-        return f"fails on these messages: {error}", "messages"
+        reason = str(error)[:1000].encode("utf-8", "backslashreplace").decode()
+        return f"fails on these messages: {reason}", "messages"
     return "".join(pieces), ""
 
 

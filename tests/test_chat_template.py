@@ -114,6 +114,31 @@ def test_values_that_json_does_not_have_are_passed_as_their_text() -> None:
     assert text == "2026-11-29 00:00:00 29.11.2026"
 
 
+def test_messages_that_are_no_json_are_errors_in_place() -> None:
+    deep: object = []
+    for _ in range(100_000):
+        deep = [deep]
+    bad = [[{"content": "x", "more": deep}], [{"content": "x", (1, 2): 3}]]
+    both = [(MESSAGES, [(1, False, None)]), *[(one, [(1, False, None), (1, True, None)]) for one in bad]]
+    first, *errors, last = render(PLAIN, [*both, (MESSAGES, [(2, False, None)])], {}, NOW)
+    assert (first, last) == ("hello.", "hello.hi.") and len(errors) == 4
+    assert all(isinstance(error, UserError) and "cannot render" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("depth", [300, 900, 960, 980, 990])
+def test_deep_messages_are_rendered_or_refused(depth: int) -> None:
+    deep: object = []
+    for _ in range(depth):
+        deep = [deep]
+    (text,) = render(PLAIN, [([{"content": "x", "more": deep}], [(1, False, None)])], {}, NOW)
+    assert text == "x." or "cannot render" in str(text) or "recursion" in str(text)
+
+
+def test_what_a_template_says_is_bounded() -> None:
+    (error,) = texts("{{ raise_exception('a' * 10**6 + '\\ud83d') }}")
+    assert isinstance(error, UserError) and len(str(error)) < 1100
+
+
 def test_answers_that_nobody_takes_are_not_those_of_the_next_request() -> None:
     answers = render(PLAIN, [(MESSAGES, [(1, False, None), (2, False, None)])], {}, NOW)
     assert next(answers) == "hello."
