@@ -80,11 +80,13 @@ class Reader:
             if kind is None:
                 first = node.value[0][0].value if isinstance(node, yaml.MappingNode) and node.value else None
                 raise Unknown(f"{name}.{first}" if first else name)
+        typed = _source(node) if word is None else word
+        typed = typed if len(typed) <= 60 else f"{typed[:57]}..."
         try:
             return {name: self.value(node, kind, name)}
+        except OverflowError:
+            raise UserError(f"out of range: {name} is {typed}. See --help.") from None
         except ValueError as error:
-            typed = _source(node) if word is None else word
-            typed = typed if len(typed) <= 60 else f"{typed[:57]}..."
             raise UserError(f"{name} is {typed or 'empty'}; expected {str(error) or describe(kind)}.") from None
 
     def value(self, node: yaml.Node, kind: Any, name: str) -> Any:
@@ -194,7 +196,7 @@ def _int(text: str) -> int:
     if not re.fullmatch(r"[-+]?\d[\d_]*", text):
         raise ValueError
     if len(text) > 40 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError("a whole number of at most 64 bits")
+        raise OverflowError
     return int(text)
 
 

@@ -140,23 +140,22 @@ def repair_streams() -> None:
     A closed one becomes the null device, lest a file that is opened gets its number, and what others print; `sys.stdin` stays
     None. A terminal that is not UTF-8 shows ? for other characters.
     """
-    if os.name != "posix":
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        return
-    for number in range(3):
+    is_posix = os.name == "posix"
+    for number in range(3) if is_posix else ():
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # nobody has put another in its place
+        if is_posix and stream is getattr(sys, f"__{name}__"):  # nobody has put another in its place
             encoding = getattr(stream, "encoding", "utf-8")
             errors = "replace" if number == 1 else "backslashreplace"
             raw = io.BufferedWriter(_Output(number, "w", closefd=False))
             is_lines = os.isatty(number) or number == 2
             setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=is_lines))
+        elif number == 1 and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def outlive_readers() -> None:

@@ -172,7 +172,7 @@ def test_a_wrong_value_says_what_is_expected(file, capsys, key, value, expected)
         ("devices", "0"),
         ("num_nodes", "-1"),
         ("seed", "-1"),
-        ("seed", str(2**40)),
+        ("seed", str(2**70)),
         ("show_masks", "-1"),
         ("out_dir", "''"),
     ],

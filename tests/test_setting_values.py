@@ -149,9 +149,9 @@ def test_merged_keys_are_no_second_ones(read: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("whole", "9" * 400, "a whole number of at most 64 bits"),
-        ("whole", "9" * 9000, "a whole number of at most 64 bits"),
-        ("maybe", "-" + "9" * 25, "a whole number of at most 64 bits"),
+        ("whole", "9" * 400, "out of range"),
+        ("whole", "9" * 9000, "out of range"),
+        ("maybe", "-" + "9" * 25, "out of range"),
         ("whole", "1:30", "a whole number"),
         ("whole", "1.0", "a whole number"),
         ("whole", "true", "a whole number"),
@@ -175,7 +175,7 @@ def test_merged_keys_are_no_second_ones(read: Any) -> None:
         ("group", "high", "is a group of settings, expected group.number, group.text"),
         ("name", "!!python/object/apply:os.system [ls]", "tag"),
         ("fields", "{a: !x 1}", "tag"),
-        ("group.number", "9" * 41, "64 bits"),
+        ("group.number", "9" * 41, "out of range"),
         ("said.a", "1", "unknown setting 'said.a'"),
         ("name.a", "1", "unknown setting 'name.a'"),
     ],

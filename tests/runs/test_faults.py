@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -387,6 +388,35 @@ def test_a_death_after_any_decision_changes_no_result(tiny_dir, tmp_path, monkey
     assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
     steps = ([p.name for p in sorted((tmp_path / name).glob("step-*"))] for name in ("whole", "run"))
     assert next(steps) == next(steps)
+
+
+def test_a_run_resumed_on_another_day_keeps_its_day(tiny_dir, tmp_path, monkeypatch, capfd):
+    """Templates that write the date: the tokens of all its steps are those of the day on which it began."""
+
+    class Day(datetime):
+        today = 28
+
+        @classmethod
+        def now(cls) -> datetime:
+            return datetime(2025, 11, cls.today)
+
+    monkeypatch.setattr("litmini.tasks.sft.datetime", Day)
+    template = tmp_path / "t.jinja"
+    plain = (tiny_dir / "chat_template.jinja").read_text()
+    template.write_text("<|im_start|>system\n{{ strftime_now('%d %B %Y') }}<|im_end|>\n" + plain)
+    words = ["--data.chat_template", template, "--train.save_every", 2]
+    assert finetune(tiny_dir, tmp_path / "whole", monkeypatch, capfd, *words)[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name in ("final", "step-000004"):
+        shutil.rmtree(tmp_path / "run" / name)
+    Day.today = 29
+    assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--resume", "auto")[0] == 0
+    one, other = (load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert finetune(tiny_dir, tmp_path / "next", monkeypatch, capfd, *words)[0] == 0
+    assert not all(
+        torch.equal(one[k], v) for k, v in load_file(tmp_path / "next/final/adapter_model.safetensors").items()
+    )
 
 
 def test_states_of_older_checkpoints_load(start):
