@@ -3,55 +3,76 @@
 Nothing heavy is imported here, so that `--help` is fast: a script imports torch after parsing.
 """
 
-import dataclasses
+import litmini.interrupts  # noqa: F401  (first, for Ctrl-C during all other imports)
+
+# isort: split
 import difflib
-import io
-import json
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from types import UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING
+from typing import Any, NoReturn, TypeVar, get_args
 
-import jsonargparse
 import yaml
 
 from litmini.distributed.processes import alone, first_to_fail, is_first, leave
 from litmini.errors import UserError
-from litmini.files import existing_file
-from litmini.system import is_disk_full, unlock_all
+from litmini.setting_values import Unknown
+from litmini.settings import build, defaults, merge, missing, read_file, read_word, types_of
+from litmini.system import is_disk_full, outlive_readers, repair_streams, unlock_all
 
 T = TypeVar("T")
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Prints errors in one short paragraph, names the nearest known key for an unknown one, and exits with status 2."""
+def parse(
+    config_class: type[T], doc: str | None, argv: Sequence[str] | None = None, positional: Sequence[str] = ()
+) -> T:
+    """Read a command line into `config_class`. The command line overrides `--config FILE`, which overrides the defaults.
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        kinds = {a.dest: getattr(a, "_typehint", None) for a in self._actions}
-        known = [key for key, kind in kinds.items() if kind and not dataclasses.is_dataclass(kind)]
-        unknown = re.findall(r"(?<!\S)--([\w.]+)", message) if "unrecognized arguments" in message.lower() else []
-        if nested := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-            unknown = [f"{nested[1]}.{nested[2]}"]
-        elif option := re.search(
-            r"(?:Option|Key) '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message
-        ):
-            unknown = [option[1] or option[2]]
-        wrong = re.search(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)
-        if unknown:
-            message = "\n".join(f"unknown setting '{key}': {_nearest(key, known)}" for key in unknown)
-        elif wrong and wrong[1] in known:
-            message = f"{wrong[1]} is {wrong[2] or 'empty'}; expected {_describe(kinds[wrong[1]])}."
-        elif group := re.search(r'Parser key "([\w.]+)":\s+Unable to load config', message):
-            inside = [key for key in known if key.startswith(f"{group[1]}.")]
-            message = f"{group[1]} is a group of settings, expected {', '.join(inside)}."
-        elif found := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
-            message = f"unexpected arguments: {found[1]}; settings are written --name value."
-        print(f"error: {message}", file=sys.stderr)
+    Errors are printed in a short paragraph and end the process with status 2.
+
+    Args:
+        config_class: a dataclass; its nested dataclasses become dotted settings.
+        doc: the script's docstring, shown by `--help`.
+        argv: the arguments after the script's name; those of this process by default.
+        positional: the fields that are positional arguments, in order.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        _print_help(config_class, doc or "")
+    types = types_of(config_class)
+    switches = {f"--{name}" for name, kind in types.items() if kind is bool or bool in get_args(kind)}
+    values: dict[str, Any] = {}
+    try:
+        given, show = _arrange(words, switches, positional)
+        _read(given, types, values)
+        if show:
+            _print_config(config_class, values)
+        if names := missing(config_class, values):
+            raise UserError(f"missing: {', '.join(f'--{name}' for name in names)}. See --help.")
+        return build(config_class, values)
+    except UserError as error:
+        text = str(error).encode("utf-8", "backslashreplace").decode()
+        print(f"error: {text if len(text) < 2000 else f'{text[:1000]} ... {text[-500:]}'}", file=sys.stderr)
         sys.exit(2)
+
+
+def _read(given: list[tuple[str, str | list[str]]], types: dict[str, Any], values: dict[str, Any]) -> None:
+    """Add the values of (name, word) to `values`; all unknown names are in one error."""
+    unknown: list[str] = []
+    for name, word in given:
+        try:
+            if isinstance(word, list):
+                more: dict[str, Any] = {name: word}
+            else:
+                more = read_file(word, types) if name == "config" else read_word(name, word, types)
+            merge(values, more, types)
+        except Unknown as error:
+            unknown.append(error.name)
+    if unknown:
+        raise UserError("\n".join(f"unknown setting '{name}': {_nearest(name, list(types))}" for name in unknown))
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -63,99 +84,88 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else "see --help for the existing ones."
 
 
-def _describe(kind: Any) -> str:
-    """Return a field's type in words."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(_describe(part) for part in get_args(kind))
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    words |= {dict[str, int]: "names and numbers such as '{q_proj: 8}'", dict[str, float]: "such as '{q_proj: 8.0}'"}
-    words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
-    return words.get(kind) or str(kind)
+def _arrange(
+    words: list[str], switches: Collection[str], positional: Sequence[str]
+) -> tuple[list[tuple[str, str | list[str]]], bool]:
+    """Return (name, word) of the arguments, config files first, so that the rest overrides them; and whether to print them.
 
-
-def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, positional: Sequence[str] = ()) -> T:
-    """Read a command line into `config_class`. The command line overrides `--config FILE`, which overrides the defaults.
-
-    Args:
-        config_class: a dataclass; its nested dataclasses become dotted settings.
-        doc: the script's docstring, shown by `--help`.
-        argv: the arguments after the script's name; those of this process by default.
-        positional: the fields that are positional arguments, in order.
+    `--switch` alone is true. A positional field written `names...` takes all remaining positional arguments.
     """
+    files: list[tuple[str, str | list[str]]] = []
+    rest: list[tuple[str, str | list[str]]] = []
+    free = list(positional)
+    many: list[str] = []
+    extra: list[str] = []
+    show = False
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if free and free[0].endswith("...") and not word.startswith("-"):
+                many.append(word)
+            elif free and not word.startswith("-"):
+                rest.append((free.pop(0), word))
+            else:
+                extra.append(word)
+            continue
+        name, is_pair, value = word[2:].partition("=")
+        if name == "print_config":
+            show = True
+            continue
+        if not is_pair:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif word in switches:
+                value = "true"
+            else:
+                raise UserError(f"{word}: expected one argument")
+        if name.startswith("model."):  # fields of a family's Config, which is known only after the family is chosen
+            name = name.replace("model.", "model_fields.", 1)
+        (files if name == "config" else rest).append((name, value))
+    if extra:
+        raise UserError(f"unexpected arguments: {' '.join(extra)}; settings are written --name value.")
+    return files + rest + ([(free[0].removesuffix("..."), many)] if many else []), show
+
+
+def _print_config(config_class: type, values: dict[str, Any]) -> NoReturn:
+    """Print all settings, given or default, as a config file, and exit."""
+    shown: dict[str, Any] = {}
+    for name, default in defaults(config_class).items():
+        *groups, last = name.split(".")
+        inside = shown
+        for group in groups:
+            inside = inside.setdefault(group, {})
+        value = values.get(name, default)
+        value = None if value is MISSING else value
+        inside[last] = list(value) if isinstance(value, tuple) else value
+    print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
+    sys.exit(0)
+
+
+def _print_help(config_class: type, doc: str) -> NoReturn:
+    """Print all settings with their docstrings, and exit."""
+    import jsonargparse
+
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        allow_abbrev=False,
+    parser = jsonargparse.ArgumentParser(
         description=doc.strip(),
         formatter_class=type("Help", (jsonargparse.DefaultHelpFormatter,), {"_fill_text": _keep}),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(config_class, as_group=True)
-    hints = {f"--{a.dest}": getattr(a, "_typehint", None) for a in parser._actions}
-    switches = [name for name, hint in hints.items() if hint is bool or bool in get_args(hint)]
-    words = _arrange(list(sys.argv[1:] if argv is None else argv), switches, positional)
-    for word in words:
-        if word.startswith("--config="):
-            _check_yaml(word.removeprefix("--config="), parser)
-    try:
-        values = parser.instantiate(parser.parse_args(words))
-        return config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-    except UserError as error:  # a value out of range
-        parser.error(str(error))
-
-
-def _check_yaml(path: str, parser: _Parser) -> None:
-    try:
-        file = existing_file(path, "config file")
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except UserError as error:
-        parser.error(str(error))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"{path} is not valid YAML: {error}")
-    if not isinstance(settings, dict):
-        parser.error(f"{path} holds no settings; expected lines such as out_dir: out/NAME")
-
-
-def _arrange(words: list[str], switches: list[str], positional: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line as `--name=value`, config files first, so that the rest overrides them.
-
-    A positional NAME becomes --name=NAME, and --switch becomes --switch=true. A positional field written `names...` takes
-    all remaining positional arguments.
-    """
-    files: list[str] = []
-    rest: list[str] = []
-    free = list(positional)
-    many: list[str] = []
-    while words:
-        word = words.pop(0)
-        if word.startswith("--") and "=" not in word and word not in ("--help", "--print_config"):
-            if words and not words[0].startswith("--"):
-                word += f"={words.pop(0)}"
-            elif word in switches:
-                word += "=true"
-        elif not word.startswith("-") and free and free[0].endswith("..."):
-            many.append(word)
-            continue
-        elif not word.startswith("-") and free:
-            word = f"--{free.pop(0)}={word}"
-        if word.startswith("--model."):  # fields of a family's Config, which is known only after the family is chosen
-            word = word.replace("--model.", "--model_fields.", 1)
-        (files if word.startswith("--config=") else rest).append(word)
-    if many:
-        rest.append(f"--{free[0].removesuffix('...')}={json.dumps(many)}")
-    return files + rest
+    parser.print_help()
+    sys.exit(0)
 
 
 def _keep(self: Any, text: str, width: int, indent: str) -> str:
     return text
 
 
-def command(main: Callable[[T], object], config_class: type[T], doc: str, positional: Sequence[str] = ()) -> NoReturn:
+def command(
+    main: Callable[[T], object], config_class: type[T], doc: str | None, positional: Sequence[str] = ()
+) -> NoReturn:
     """Run a script: parse, call `main`, print errors that the user can fix in a line on stderr, and set the exit status."""
+    repair_streams()
     config = parse(config_class, doc, positional=positional)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for other characters
     # oneDNN caches up to a MiB of compiled code for each shape of a matmul, by default for 1,024 shapes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():
@@ -182,7 +192,7 @@ def _report(error: BaseException) -> int:
         print("\ninterrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):  # the reader of our output has ended, as in `generate.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        outlive_readers()
     elif is_disk_full(error):
         print(
             f"error: the disk is full ({error}). Nothing finished was lost; free some space and run the command again.",

@@ -1,14 +1,17 @@
 """Operating systems: locks between processes, cores, memory and disk, with a fallback where one lacks what Linux has."""
 
 import errno
+import io
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 try:
     import fcntl
@@ -119,6 +122,72 @@ def physical_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return sys.maxsize
+
+
+class _Output(io.FileIO):
+    """Standard output or error that can outlive its reader."""
+
+    outlives = False
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:  # EIO: of a terminal that was closed
+            if not (_Output.outlives and error.errno in (errno.EPIPE, errno.EIO)):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def repair_streams() -> None:
+    """Prepare standard input, output and error of a command.
+
+    A closed one becomes the null device, lest a file that is opened gets its number, and what others print; `sys.stdin` stays
+    None. A terminal that is not UTF-8 shows ? for other characters.
+    """
+    is_posix = os.name == "posix"
+    for number in range(3) if is_posix else ():
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if is_posix and stream is getattr(sys, f"__{name}__"):  # nobody has put another in its place
+            encoding = getattr(stream, "encoding", "utf-8")
+            errors = "replace" if number == 1 else "backslashreplace"
+            raw = io.BufferedWriter(_Output(number, "w", closefd=False))
+            is_lines = os.isatty(number) or number == 2
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=is_lines))
+        elif number == 1 and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def outlive_readers() -> None:
+    """Let this process go on when nobody reads its output any more: what it prints is lost, what it writes to files is not."""
+    _Output.outlives = True
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """End the block with UserError(message) if it takes longer.
+
+    Python code and regular expressions can be ended, in the main thread; not on Windows.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise UserError(message)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_disk_space(directory: Path, needed: int, spare: int = 0) -> None:

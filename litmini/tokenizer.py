@@ -4,21 +4,18 @@ Finetuning, generation and export use the same code: text rendered by a template
 special tokens (BOS) that the tokenizer itself adds.
 """
 
-import json
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from litmini.chat_template import BadTemplate, Parts, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
 
@@ -29,16 +26,6 @@ NAMED = {"name", "template"}
 """The keys of one of several chat templates in tokenizer_config.json."""
 
 
-class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}, with which some templates mark assistant turns; renders the text unchanged."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class Tokenizer:
     """The tokenizer of a checkpoint or adapter directory.
 
@@ -46,13 +33,15 @@ class Tokenizer:
         directory: holds `tokenizer.json` and, if they exist, `tokenizer_config.json`, `chat_template.jinja`,
             `generation_config.json` and `config.json`.
         chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
+        began: the time that templates write with `strftime_now`; None: the current time.
 
     Raises:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, directory: str | Path, chat_template: str = "auto") -> None:
+    def __init__(self, directory: str | Path, chat_template: str = "auto", began: datetime | None = None) -> None:
         self.directory = Path(directory)
+        self.began = began
         file = self.directory / "tokenizer.json"
         if not file.is_file():
             raise UserError(
@@ -113,13 +102,10 @@ class Tokenizer:
         if choice == "none":
             return None
         if choice != "auto":
-            try:
-                return existing_file(choice, "chat template").read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"chat template {choice} is not UTF-8 text: {error}") from None
+            return _read_template(existing_file(choice, "chat template"))
         file = self.directory / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return _read_template(file)
         found = self.settings.get("chat_template")
         if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
             found = next(
@@ -132,49 +118,56 @@ class Tokenizer:
 
     @cached_property
     def after_answer(self) -> str:
-        """The text that the template puts after an assistant's turn at the end of a conversation."""
+        """The text that the template puts after an assistant's turn: at the end of a conversation or, if the template refuses
+        that, before a user's turn; "" if it refuses both."""
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        _, found, tail = self.apply_template(turns).rpartition("answer")
-        return tail if found else ""
+        for messages in (turns, [*turns, turns[0]]):
+            try:
+                _, found, tail = self.apply_template(messages).rpartition("answer")
+            except BadTemplate:
+                raise
+            except UserError:
+                continue
+            return tail.partition("question")[0] if found else ""
+        return ""
 
     def _turn_end(self) -> int | None:
         """Return the id of the special token that the template puts after an assistant's turn, or None."""
         return next((i for i in self.encode(self.after_answer, special=False) if i in self.special_ids), None)
 
-    @cached_property
-    def _compiled(self) -> Any:
-        def fail(message: str) -> None:
-            raise TemplateError(message)
-
-        def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-        # Settings, filters and variables are those of transformers: templates are written for it
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = tojson  # jinja's own escapes HTML
-        environment.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
-        try:
-            return environment.from_string(self.chat_template or "")
-        except TemplateError as error:
-            raise UserError(f"the chat template of {self.directory} is not valid jinja: {error}") from None
-
     def apply_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """Render messages ({"role": ..., "content": ...}) as the text that the model was trained on.
 
         Raises:
-            UserError: there is no template, or it refuses these messages.
+            UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
+        """
+        (text,) = self.render([(messages, [(len(messages), add_generation_prompt, None)])])
+        if isinstance(text, UserError):
+            raise text
+        return text
+
+    def render(self, conversations: Sequence[tuple[list[Message], Parts]]) -> Iterator[str | UserError]:
+        """Yield the texts of parts of conversations (see `chat_template.render`), an error in place of one that fails.
+
+        Raises:
+            UserError: there is no template, it is not valid jinja, or exceeds a limit.
         """
         if self.chat_template is None:
             raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
         named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
         tokens = {key: token for key, token in named.items() if token}
-        settings = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        name = f"the chat template of {self.directory}"
         try:
-            return self._compiled.render(messages=messages, **tokens, **settings)
-        except Exception as error:  # a template can fail in any way, and it is data, not our code
-            raise UserError(f"the chat template of {self.directory} fails on these messages: {error}") from None
+            for text in render(self.chat_template, conversations, tokens, self.began or datetime.now()):
+                yield text if isinstance(text, str) else UserError(f"{name} {text}")
+        except BadTemplate as error:
+            raise BadTemplate(f"{name} {error}") from None
+
+    def dates(self) -> list[str]:
+        """Return the current date as the template writes it, in each of its forms; [] if it writes none."""
+        now, template = self.began or datetime.now(), self.chat_template or ""
+        forms = re.findall(r"strftime_now\(\s*['\"]([^'\"]*)", template)
+        return [now.strftime(form) for form in ("%x", *forms)] if "strftime_now" in template else []
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the token ids of `text`; with `special`, after the tokens that the tokenizer puts before raw text (BOS)."""
@@ -213,6 +206,13 @@ class Tokenizer:
             template.write_text(self.chat_template, encoding="utf-8")
         stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
         write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"chat template {file} is not UTF-8 text: {error}") from None
 
 
 SIDE_FILES = (

@@ -14,6 +14,7 @@ from typing import Any
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
+from litmini.setting_values import Text
 
 COMMANDS = "/reset, /save FILE, /quit"
 
@@ -24,7 +25,7 @@ class ChatConfig(SamplingConfig, ModelConfig):
 
     max_new_tokens: int = 1024
     """Longest completion in tokens."""
-    system: str | None = None
+    system: Text | None = None
     """System turn before the conversation."""
     history: str | None = None
     """File of messages, as /save writes it, to continue from."""
@@ -39,6 +40,8 @@ def main(config: ChatConfig) -> None:
 
     with contextlib.suppress(ImportError):  # arrow keys and earlier lines, on systems that have readline
         import readline  # noqa: F401
+    if sys.stdin is None:
+        raise UserError("standard input is closed; expected a terminal to read your turns from.")
     before = start(config)
     model, tokenizer = open_model(config)
     if tokenizer.chat_template is None:

@@ -6,8 +6,6 @@
 --check trains two steps at each given length, each in its own process, and compares the estimate with the measured peak.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -32,7 +32,7 @@ def main(config: FinetuneDoraConfig) -> None:
     fabric = make_fabric(config)
 
     # 3. Tokenizer and data
-    data = prepare_data(fabric, config)
+    data = prepare_data(fabric, config, directory.began)
 
     # 4. Base model, in 16 or 4 bits
     model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))

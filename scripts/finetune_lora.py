@@ -31,7 +31,7 @@ def main(config: FinetuneLoraConfig) -> None:
     fabric = make_fabric(config)
 
     # 3. Tokenizer and data
-    data = prepare_data(fabric, config)
+    data = prepare_data(fabric, config, directory.began)
 
     # 4. Base model
     model = load_model(config.checkpoint_dir, weight_dtype(config.precision), load_device(fabric))

@@ -31,7 +31,7 @@ def main(config: FinetuneQloraConfig) -> None:
     fabric = make_fabric(config)
 
     # 3. Tokenizer and data
-    data = prepare_data(fabric, config)
+    data = prepare_data(fabric, config, directory.began)
 
     # 4. Base model, its linears quantized to 4 bits while they are read
     model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))

@@ -13,13 +13,14 @@ from pathlib import Path
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError, check
+from litmini.setting_values import Text
 
 
 @dataclass(kw_only=True)
 class GenerateConfig(SamplingConfig, ModelConfig):
     """Settings of generate.py."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     """Prompt, as the user's turn; - reads it from standard input."""
     prompts: str | None = None
     """File of prompts, one JSON object per line, instead of one prompt."""
@@ -27,7 +28,7 @@ class GenerateConfig(SamplingConfig, ModelConfig):
     """File for their completions, in the same order."""
     batch_size: int = 16
     """Prompts of a file in one batch."""
-    system: str | None = None
+    system: Text | None = None
     """System turn before the prompt."""
     prompt_lookup: int | None = None
     """Speculative decoding: draft this many tokens from earlier text. Faster if completions quote their prompt."""
@@ -68,6 +69,8 @@ def main(config: GenerateConfig) -> None:
     if config.prompts is not None:
         answer_file(config, model, tokenizer)
         return
+    if config.prompt == "-" and sys.stdin is None:
+        raise UserError("standard input is closed; expected the prompt there, or --prompt TEXT.")
     text = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
     prompt: str | list[Message] = check_text(text)
     if config.system is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from litmini.cli import command
 from litmini.errors import check
+from litmini.setting_values import Text
 
 
 @dataclass
@@ -24,7 +25,7 @@ class PrepareConfig:
     """Directory for the shards, index.json and the tokenizer."""
     text_key: str = "text"
     """The field of JSONL records, or column of Parquet files, that holds the text."""
-    separator: str | None = None
+    separator: Text | None = None
     """Separator of documents in .txt files, such as <|endoftext|>; none: a file is one document."""
     val_fraction: float = 0.005
     """Fraction of documents for validation, chosen by a hash of their text."""

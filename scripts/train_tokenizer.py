@@ -11,6 +11,7 @@ from typing import Literal
 
 from litmini.cli import command
 from litmini.errors import check
+from litmini.setting_values import Text
 
 
 @dataclass
@@ -29,7 +30,7 @@ class TrainTokenizerConfig:
     """Further tokens, such as <|im_start|>, that plain text never produces."""
     text_key: str = "text"
     """The field of JSONL records, or column of Parquet files, that holds the text."""
-    separator: str | None = None
+    separator: Text | None = None
     """Separator of documents in .txt files; none: a file is one document."""
     max_characters: int = 10**9
     """Characters to train on, from the first file on."""

@@ -50,10 +50,11 @@ def main(config: VerifyConfig) -> None:
     from litmini.errors import UserError
     from litmini.evaluation.verify import CHECKS, check_bits, sequences
     from litmini.files import write_json
+    from litmini.generation.generate import usable_device
     from litmini.methods.nf4 import NF4Linear, convert
 
     directory = check_checkpoint_dir(config.checkpoint)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
     bits: Literal[4, 16] = config.bits or (4 if trained == 4 else 16)
     model, tokenizer = litmini.load(directory, config.adapter_dir, "fp32", device, bits)

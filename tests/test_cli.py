@@ -373,6 +373,76 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
     assert process.wait() == 1
 
 
+LINES = (
+    "from dataclasses import dataclass\nfrom litmini.cli import command\n"
+    "@dataclass\nclass C:\n    x: int = 0\n"
+    "def main(c):\n{}\ncommand(main, C, 'doc')"
+)
+posix = pytest.mark.skipif(os.name != "posix", reason="descriptors")
+
+
+@posix
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_file_of_ours(tmp_path, redirection):
+    """What is opened first would get the number of the closed one, and with it what torch and C libraries print there."""
+    main = "    f = open('file', 'w'); import os, sys; print('lost', file=sys.stderr); os.write(2, b'lost'); f.write('kept')"
+    (tmp_path / "x.py").write_text(LINES.format(main))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(f"{sys.executable} x.py {redirection}", shell=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == "kept"
+
+
+@posix
+def test_a_closed_input_is_an_error(tiny_dir, tmp_path):
+    for command_line in (f"generate.py --checkpoint_dir {tiny_dir} --prompt -", f"chat.py --checkpoint_dir {tiny_dir}"):
+        words = f"{sys.executable} {ROOT}/scripts/{command_line} <&-"
+        done = subprocess.run(
+            words, shell=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
+            "error: standard input is closed"
+        )
+
+
+@posix
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_outlives_the_reader_of_its_output(tiny_dir, tmp_path, stream):
+    words = ["--checkpoint_dir", tiny_dir, "--out_dir", tmp_path / "run", "--eval.samples", 0, "--train.max_steps", 3]
+    words += ["--data.path", ROOT / "config_hub/quickstart/train.jsonl", "--data.max_seq_len", 128]
+    command_line = [sys.executable, ROOT / "scripts/finetune_lora.py", *words]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: subprocess.PIPE}
+    process = subprocess.Popen(
+        [str(word) for word in command_line], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes
+    )
+    getattr(process, stream).close()
+    assert process.wait() == 0
+    assert (tmp_path / "run/final/adapter_model.safetensors").is_file() and (tmp_path / "run/report.html").is_file()
+
+
+@posix
+@pytest.mark.parametrize("reaction", ["pass", "raise ImportError('broken')", "raise"])
+def test_ctrl_c_during_an_import_ends_the_command(tmp_path, reaction):
+    """Packages swallow it, or turn it into another error."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n"
+        f"except BaseException:\n    {reaction}\n"
+    )
+    (tmp_path / "x.py").write_text(LINES.format("    import slow; print('went on')"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "x.py"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted.\n")
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_without_docstrings_and_asserts(tiny_dir, level):
+    """python -OO"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONOPTIMIZE": level}
+    for words in (["--help"], ["--checkpoint_dir", str(tiny_dir), "--prompt", "hi", "--max_new_tokens", "2"]):
+        command_line = [sys.executable, str(ROOT / "scripts/generate.py"), *words]
+        done = subprocess.run(command_line, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here")
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="measured with Linux's /proc")
 def test_code_for_products_of_many_shapes_takes_little_memory():

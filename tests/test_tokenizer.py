@@ -215,6 +215,46 @@ def test_a_hostile_or_broken_template_is_an_error(directory: Path, text: str, me
     assert str(directory) in str(error.value)
 
 
+def test_a_template_that_does_not_end(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litmini.chat_template.SECONDS", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"chat template of .*tokenizer takes more than 1 s"):
+        template(directory, endless)
+    late = template(directory, "{% if messages|length > 3 %}" + endless + "{% endif %}" + BOS_TEMPLATE)
+    with pytest.raises(UserError, match="takes more than 1 s"):
+        late.encode_prompt(CHAT)
+    assert late.encode_prompt("hi")
+
+
+def test_a_template_is_text_without_a_byte_order_mark(directory: Path, tmp_path: Path) -> None:
+    """As data files; it would be the first token of every prompt."""
+    plain = Tokenizer(directory)
+    file = directory / "chat_template.jinja"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for tokenizer in (Tokenizer(directory), Tokenizer(directory, str(file))):
+        assert tokenizer.encode_prompt(CHAT) == plain.encode_prompt(CHAT)
+    file.write_bytes(b"\xe9{{ 1 }}")
+    for choice in ("auto", str(file)):
+        with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8 text"):
+            Tokenizer(directory, choice)
+
+
+def test_a_template_that_ends_with_the_user(directory: Path) -> None:
+    """It refuses the conversation by which the end of a turn is found; a prompt is what it is for."""
+    refuses = "{% if messages[-1].role != 'user' %}{{ raise_exception('user last') }}{% endif %}" + BOS_TEMPLATE
+    tokenizer, theirs = template(directory, refuses), AutoTokenizer.from_pretrained(directory)
+    assert (
+        tokenizer.encode_prompt("hi")
+        == theirs.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)["input_ids"]
+    )
+    assert tokenizer.stop_ids == [STOP]
+    settings(directory, eos_token="<|endoftext|>")
+    settings(directory, "generation_config.json", eos_token_id=None)
+    assert Tokenizer(directory).stop_ids == [END, STOP]
+    nothing = template(directory, "{% if messages[0].content == 'question' %}{{ raise_exception('no') }}{% endif %}x")
+    assert nothing.after_answer == "" and nothing.stop_ids == [END]
+
+
 def test_errors_of_files(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"chat template not found: .*chat\.jinja.*chat_template\.jinja"):
         Tokenizer(directory, str(directory / "chat.jinja"))

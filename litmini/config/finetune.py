@@ -1,6 +1,8 @@
 """The settings of the finetuning scripts: method, quantisation, and what they have in common."""
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +51,14 @@ class DataConfig:
         return [self.path] if isinstance(self.path, str) else self.path
 
 
+def _are_patterns(names: Iterable[str]) -> bool:
+    """Return whether all names are regular expressions."""
+    try:
+        return all(re.compile(f"({name})$") for name in names)
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
 @dataclass
 class LoraConfig:
     """LoRA: which linears get an adapter, how large, and how it starts and learns."""
@@ -79,10 +89,10 @@ class LoraConfig:
             "lora.",
             self,
             rank=self.rank > 0,
-            alpha=self.alpha > 0,
+            alpha=0 < self.alpha < math.inf,
             dropout=0 <= self.dropout < 1,
-            rank_pattern=all(rank > 0 for rank in self.rank_pattern.values()),
-            alpha_pattern=all(alpha > 0 for alpha in self.alpha_pattern.values()),
+            rank_pattern=all(rank > 0 for rank in self.rank_pattern.values()) and _are_patterns(self.rank_pattern),
+            alpha_pattern=all(alpha > 0 for alpha in self.alpha_pattern.values()) and _are_patterns(self.alpha_pattern),
             plus_ratio=0 < self.plus_ratio < math.inf,
         )
 

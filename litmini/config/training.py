@@ -82,10 +82,10 @@ class OptimConfig:
             "optim.",
             self,
             lr=0 <= self.lr < math.inf,
-            min_lr=self.min_lr >= 0,
+            min_lr=0 <= self.min_lr < math.inf,
             decay_fraction=0 < self.decay_fraction <= 1,
             warmup_steps=self.warmup_steps >= 0,
-            weight_decay=self.weight_decay >= 0,
+            weight_decay=0 <= self.weight_decay < math.inf,
             betas=all(0 <= beta < 1 for beta in self.betas),
             max_grad_norm=self.max_grad_norm is None or self.max_grad_norm > 0,
         )

@@ -8,11 +8,10 @@ import numpy as np
 
 from litmini.config.finetune import DataConfig
 from litmini.data.formats import Example
-from litmini.errors import UserError
+from litmini.data.spans import Spans, render_examples
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
-Spans = list[tuple[int, int]]
 CHANGES = (
     "the prompt's last tokens change with what follows, so the model would see another prompt than in training. Strip white "
     "space where prompt and completion meet (one space belongs to the completion), or change the template"
@@ -80,12 +79,7 @@ def _encode(
     examples: list[Example], tokenizer: Tokenizer, train_on: str, problems: list[str]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield (number, ids, mask) of examples, arrays of int32 and bool; faults of others are added to `problems`."""
-    rendered: list[tuple[int, str, Spans]] = []
-    for number, example in enumerate(examples):
-        try:
-            rendered.append((number, *_render(example, tokenizer, train_on)))
-        except (UserError, ValueError) as error:
-            problems.append(f"{example.where}: {error}")
+    rendered = render_examples(examples, tokenizer, train_on, problems)
     bos, prompts = tokenizer.encode(""), _prompts(tokenizer)
     whole = tokenizer.encode_batch([text for _, text, _ in rendered])
     for (number, text, spans), encoding in zip(rendered, whole, strict=True):
@@ -158,34 +152,3 @@ def _supervised_mask(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids
             inside = inside[: max(int(i[-1]) for i in stops) + 1]
         mask[inside] = True
     return mask
-
-
-def _render(example: Example, tokenizer: Tokenizer, train_on: str) -> tuple[str, Spans]:
-    """Return text and its supervised spans in characters, found by rendering the conversation up to each turn."""
-    messages = example.messages
-    text = example.text if messages is None else tokenizer.apply_template(messages)
-    if train_on == "all":
-        return text, []
-    if messages is None:
-        return text, [(len(example.prompt), len(text))]
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_template(messages[:i], add_generation_prompt=True)
-            after = tokenizer.apply_template(messages[: i + 1]) if i + 1 < len(messages) else text
-            end = _common_prefix(text, after)
-            last_only = len(after) - end  # some templates end the last turn in another way, after the completion
-            if not text.startswith(before) or end <= len(before) or last_only >= max(1, len(tokenizer.after_answer)):
-                raise ValueError(
-                    f"the chat template renders turn {i + 1} differently when more follows, so its span cannot be found. "
-                    f"Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
-                )
-            spans.append((len(before), end))
-    return text, spans
-
-
-def _common_prefix(a: str, b: str) -> int:
-    """Return the number of characters that two texts have in common at their beginning."""
-    if a.startswith(b):
-        return len(b)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

@@ -101,7 +101,7 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
     parts = {
         "data": sha256 + suffix,
         "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),
-        "settings": [tokenizer.settings, tokenizer.stop_ids, tokenizer.chat_template],
+        "settings": [tokenizer.settings, tokenizer.stop_ids, tokenizer.chat_template, *tokenizer.dates()],
         "config": [config.train_on, config.max_seq_len],
         "format": FORMAT,
     }

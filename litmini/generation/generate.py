@@ -16,6 +16,21 @@ from litmini.models import use_model_file
 from litmini.tokenizer import Message, Tokenizer
 
 
+def usable_device(choice: str) -> str:
+    """Return the device that `--device` names.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    device = choice if choice != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()  # one without values, such as meta, has no item
+        torch.Generator(device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of them
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     """Load the model and tokenizer that a command names.
 
@@ -24,13 +39,7 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     """
     if config.compile and config.bits == 4:
         raise UserError("--compile is for weights in 16 or 32 bits, not for --bits 4.")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = usable_device(config.device)
     use_model_file(config.model_file)
     model, tokenizer = load(
         config.checkpoint_dir, config.adapter_dir, config.dtype, device, config.bits, config.check_finite

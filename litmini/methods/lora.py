@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.distributed.fsdp import full_tensor
+from litmini.errors import UserError
 from litmini.methods.base_layer import (
     AdapterLayer,
     dense,
@@ -20,6 +21,7 @@ from litmini.methods.base_layer import (
     shape,
 )
 from litmini.methods.lora_matmul import LoRAMatmul, is_autocast
+from litmini.system import time_limit
 
 GROUPED = ("gate_up_proj", "down_proj")  # experts' weights, in the order in which PEFT wraps them
 NEUTRAL: dict[str, Any] = {  # PEFT's settings that are implemented for this value only, and unset
@@ -200,8 +202,16 @@ def _layer_and_weight(name: str) -> tuple[str, str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` means the module `name`: the end of it, from a dot on, as a regular expression."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    """Whether a key of `rank_pattern` means the module `name`: the end of it, from a dot on, as a regular expression.
+
+    Raises:
+        UserError: it is none, or matching it does not end.
+    """
+    try:
+        with time_limit(1, f"the pattern {pattern!r} takes more than a second on {name}; expected a simpler one."):
+            return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"the pattern {pattern!r} is no regular expression: {error}.") from None
 
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from litmini.config.training import RunConfig
 from litmini.errors import UserError
 from litmini.files import content_hash, read_json, restore
 from litmini.runs.manifest import check_same
+from litmini.system import outlive_readers
 
 PROCESSES = ("devices", "num_nodes", "strategy")
 REPORT = "report.html"  # the last file that a run writes: without it, the result has not been measured
@@ -40,6 +42,7 @@ class RunDirectory:
             from litmini.runs.loggers import check_loggers
 
             check_loggers(config.loggers)
+        outlive_readers()
         self.directory = Path(config.out_dir)
         self.config = config
         self.before: dict[str, Any] = {}
@@ -72,6 +75,14 @@ class RunDirectory:
         if holds_run and chosen.resolve().parent != self.directory.resolve():
             raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
         return chosen
+
+    @property
+    def began(self) -> datetime | None:
+        """When the run to resume began; None: unknown, or a new run. Its templates go on to write that time."""
+        try:
+            return datetime.fromisoformat(self.before["began"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of this run, oldest first."""

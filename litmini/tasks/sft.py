@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
+def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None = None) -> Data:
     """Download the checkpoint if it is missing, tokenise the data, and plan the run.
+
+    Args:
+        began: the time that chat templates write, of a run that is resumed; None: the current time.
 
     Raises:
         UserError: the sequences are longer than the model's context, or the data cannot be read.
@@ -36,7 +40,8 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig) -> Data:
             from litmini.importers.download import ensure_checkpoint
 
             ensure_checkpoint(config.checkpoint_dir, config.download_from)
-    tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template)
+    began = fabric.broadcast(began or datetime.now())
+    tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template, began)
     _, base = read_config(Path(config.checkpoint_dir))
     if config.data.max_seq_len > base.max_positions:
         raise UserError(

@@ -50,7 +50,7 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
     try:
         with graceful_shutdown() as received, bar:
-            while progress.step < last:
+            while progress.step < last and not _is_enough(fabric, progress, setup.train):
                 metrics, stop = _step(setup, objective, feed, scaler, len(received))
                 _report(setup, objective, bar, metrics)
                 stop = bool(stop or (received and fabric.world_size == 1))
@@ -61,8 +61,6 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
                     raise Interrupted(
                         received, f"stopped after step {progress.step}; saved {saved}. Resume it with --resume auto"
                     )
-                if "val_loss" in metrics and _is_enough(fabric, progress, setup.train):
-                    break
     finally:
         setup.recorder.wait()
     return progress
@@ -127,13 +125,13 @@ def _is_due(progress: Progress, config: TrainConfig) -> bool:
 
 
 def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
-    """Return whether the last `config.patience` evaluations found no lower validation loss."""
-    assert config.eval_every
-    enough = bool(config.patience and progress.step - progress.best_step >= config.patience * config.eval_every)
+    """Return whether the last `config.patience` evaluations found no lower validation loss, also those before resuming."""
+    enough = bool(config.patience and progress.not_better >= config.patience)
     if enough:
+        lowest = "finite" if progress.best_val_loss is None else f"below {progress.best_val_loss:.4f}"
         fabric.print(
-            f"stopped early after step {progress.step}: the validation loss has not been below "
-            f"{progress.best_val_loss:.4f}, of step {progress.best_step}, for {config.patience} evaluations"
+            f"stopped early after step {progress.step}: the validation loss has not been {lowest}, "
+            f"of step {progress.best_step}, for {config.patience} evaluations"
         )
     return enough
 

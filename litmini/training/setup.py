@@ -3,6 +3,7 @@ batches reach the device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Progress:
     """Step with the lowest validation loss; 0: none was measured."""
     best_val_loss: float | None = None
     """Lowest validation loss."""
+    not_better: int = 0
+    """Consecutive evaluations up to now without a lower validation loss."""
     skipped: int = 0
     """Steps skipped because loss or gradients were not finite."""
     skipped_in_row: int = 0
@@ -52,9 +55,10 @@ class Progress:
         self.seconds += seconds
 
     def remember(self, val_loss: float) -> None:
-        """Record a validation loss if it is the lowest so far."""
-        if self.best_val_loss is None or val_loss < self.best_val_loss:
-            self.best_step, self.best_val_loss = self.step, val_loss
+        """Record a validation loss if it is the lowest so far; NaN never is."""
+        self.not_better += 1
+        if val_loss < (math.inf if self.best_val_loss is None else self.best_val_loss):
+            self.best_step, self.best_val_loss, self.not_better = self.step, val_loss, 0
 
 
 class TrainingData(Protocol):

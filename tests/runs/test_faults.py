@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from litmini.config.training import TrainConfig
 from litmini.errors import UserError
 from litmini.files import Background, read_json, write_atomically, write_json
 from litmini.models import llama
+from litmini.runs import report
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run, read_metrics, read_samples
 from litmini.runs.training_state import load_state
@@ -45,7 +47,7 @@ DATA = ROOT / "config_hub/quickstart"
 def start(tmp_path, monkeypatch):
     """Begin, or go on with, a run that trains one linear; returns (run, model, progress)."""
     fabric = Fabric(accelerator="cpu", devices=1)
-    data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, save=lambda directory: None)
+    data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, began=None, save=lambda _: None)
     data.touch()
     monkeypatch.setattr("litmini.runs.run.describe_run", lambda *_: {})  # there is no base model
 
@@ -340,6 +342,81 @@ def test_the_best_step_is_saved_when_it_is_found(tiny_dir, tmp_path, monkeypatch
     assert [p.name for p in sorted((tmp_path / "run").glob("step-*"))] == ["step-000001", "step-000002"]
     results = read_json(tmp_path / "run/manifest.json")["results"]
     assert (results["best_step"], results["best_val_loss"]) == (2, 3.0)
+
+
+class Death(Exception):
+    """In place of SIGKILL: nothing of a run catches it."""
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        ("save_final", ["--train.patience", 2, "--train.save_every", 4]),  # the step that decided is saved
+        ("save_final", ["--train.patience", 2, "--train.save_every", 3]),  # it is not
+        ("save_final", ["--train.patience", 2, "--train.keep_best", "true"]),
+        ("save_final", ["--train.keep_best", "true", "--train.save_every", 6]),  # the last step is saved
+        ("save_final", ["--train.keep_best", "true"]),
+        ("measure", ["--train.patience", 2, "--train.save_every", 1]),  # the result is saved, but not measured
+        ("write_report", ["--train.patience", 2, "--train.save_every", 1]),
+    ],
+)
+def test_a_death_after_any_decision_changes_no_result(tiny_dir, tmp_path, monkeypatch, capfd, at, words):
+    losses = {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0, 5: 2.0, 6: 1.0}
+    for module in (loop, measure):
+        monkeypatch.setattr(module, "validate", lambda setup, _: losses[setup.progress.step])
+    words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 1, "--train.max_steps", 6, *words]
+    assert finetune(tiny_dir, tmp_path / "whole", monkeypatch, capfd, *words)[0] == 0
+
+    holder = {"save_final": Run, "measure": measure, "write_report": report}[at]
+    original = getattr(holder, at)
+
+    def die(*args: object, **more: object) -> object:
+        if at == "measure" and args[2] != "after":
+            return original(*args, **more)
+        raise Death
+
+    with monkeypatch.context() as killed, pytest.raises(Death):
+        killed.setattr(holder, at, die)
+        finetune(tiny_dir, tmp_path / "run", killed, capfd, *words)
+    system.unlock_all()
+    assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--resume", "auto")[0] == 0
+    whole, resumed = (read_json(tmp_path / name / "manifest.json")["results"] for name in ("whole", "run"))
+    assert resumed["steps"] == whole["steps"] == (4 if "--train.patience" in words else 6)
+    assert {k: v for k, v in whole.items() if "loss" in k} == {k: v for k, v in resumed.items() if "loss" in k}
+    tensors = (load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("whole", "run"))
+    one, other = tensors
+    assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
+    steps = ([p.name for p in sorted((tmp_path / name).glob("step-*"))] for name in ("whole", "run"))
+    assert next(steps) == next(steps)
+
+
+def test_a_run_resumed_on_another_day_keeps_its_day(tiny_dir, tmp_path, monkeypatch, capfd):
+    """Templates that write the date: the tokens of all its steps are those of the day on which it began."""
+
+    class Day(datetime):
+        today = 28
+
+        @classmethod
+        def now(cls) -> datetime:
+            return datetime(2025, 11, cls.today)
+
+    monkeypatch.setattr("litmini.tasks.sft.datetime", Day)
+    template = tmp_path / "t.jinja"
+    plain = (tiny_dir / "chat_template.jinja").read_text()
+    template.write_text("<|im_start|>system\n{{ strftime_now('%d %B %Y') }}<|im_end|>\n" + plain)
+    words = ["--data.chat_template", template, "--train.save_every", 2]
+    assert finetune(tiny_dir, tmp_path / "whole", monkeypatch, capfd, *words)[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name in ("final", "step-000004"):
+        shutil.rmtree(tmp_path / "run" / name)
+    Day.today = 29
+    assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--resume", "auto")[0] == 0
+    one, other = (load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert finetune(tiny_dir, tmp_path / "next", monkeypatch, capfd, *words)[0] == 0
+    assert not all(
+        torch.equal(one[k], v) for k, v in load_file(tmp_path / "next/final/adapter_model.safetensors").items()
+    )
 
 
 def test_states_of_older_checkpoints_load(start):

@@ -256,6 +256,22 @@ def test_patience(fabric, stopped, monkeypatch):
     assert (progress.step, progress.best_step, progress.best_val_loss) == (6, 4, 1.9)
 
 
+def test_patience_is_a_function_of_what_is_saved(fabric, monkeypatch):
+    """A run resumed from any checkpoint, also that of the step that decided, ends after the same step."""
+    losses = {1: float("nan"), 2: 2.0, 3: 2.5, 4: 1.9, 5: float("nan"), 6: 2.2, 7: 1.0}
+    settings = dict(train=TrainConfig(eval_every=1, patience=2, save_every=1), rate=1e-3)
+    saved = []
+    progress = Progress()
+    monkeypatch.setattr(loop, "validate", lambda *_: losses[progress.step])
+    recorder = Listening(checkpoint=lambda p: saved.append(dataclasses.asdict(p)))
+    run(fabric, tiny_model(), [ragged(2)], steps=20, progress=progress, recorder=recorder, **settings)
+    assert (progress.step, progress.best_step, progress.best_val_loss) == (6, 4, 1.9) and len(saved) == 6
+    for state in saved:
+        progress = Progress(**state)
+        run(fabric, tiny_model(), [ragged(2)], steps=20, progress=progress, **settings)
+        assert (progress.step, progress.best_step) == (6, 4)
+
+
 def command(script, tiny_dir, out_dir, *words):
     return [
         *(sys.executable, str(ROOT / f"scripts/{script}.py"), "--checkpoint_dir", str(tiny_dir)),
