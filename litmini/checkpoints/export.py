@@ -82,7 +82,7 @@ def export(
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
         empty = [(name, like.to(dtype)) for name, like in empty]
-    with write_atomically(target) as aside:
+    with write_atomically(target, new=True) as aside:
         save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
         tokenizer.save(aside)
     return target

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map, write_stream
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
-from litmini.files import read_json, restore, write_json
+from litmini.files import read_json, write_json
 from litmini.models import FAMILIES, family, meta_model
 from litmini.ops.cross_entropy import original_head
+from litmini.staging import restore
 from litmini.system import check_disk_space
 from litmini.tokenizer import copy_side_files
 

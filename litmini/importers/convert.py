@@ -62,7 +62,7 @@ def convert(
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
     give_memory_back()
     if path.is_file() and path.suffix == ".gguf":
-        with write_atomically(target) as partial:
+        with write_atomically(target, new=True) as partial:
             facts = import_gguf(path, partial, dtype or torch.bfloat16, max_shard_bytes)
             write_json(partial / "source.json", {"source": str(path), "format": "GGUF", "gguf": facts})
         return target
@@ -97,7 +97,7 @@ def convert(
     if all(present.get(name) == like.shape for name, like in empty):  # Hugging Face's layout already: keep its order
         empty = [(name, final[name]) for name, _ in existing if name in final]
         stream = ((name, tensor) for name, tensor in opened.read(False) if name in final)
-    with write_atomically(target) as partial:
+    with write_atomically(target, new=True) as partial:
         ensure_tokenizer(path if path.is_dir() else path.parent, partial)  # before the weights: it may be refused
         save_model(partial, raw, stream, max_shard_bytes=max_shard_bytes, empty=empty)
         copy_side_files(path if path.is_dir() else path.parent, partial, replace=False)

@@ -11,8 +11,9 @@ import yaml
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
-from litmini.files import content_hash, read_json, restore
+from litmini.files import content_hash, read_json
 from litmini.runs.manifest import check_same
+from litmini.staging import restore_all
 
 PROCESSES = ("devices", "num_nodes", "strategy")
 REPORT = "report.html"  # the last file that a run writes: without it, the result has not been measured
@@ -75,8 +76,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of this run, oldest first."""
-        for old in self.directory.glob(".step-*.old"):  # a process died while it replaced one
-            restore(self.directory / old.name[1:].removesuffix(".old"))
+        restore_all(self.directory)
         return sorted((p for p in self.directory.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
     def _free_name(self) -> Path:
