@@ -178,7 +178,7 @@ def test_all_tensors_that_do_not_fit_are_in_one_error(tiny):
 
 
 def test_a_tensor_in_two_shards_is_an_error(tiny):
-    shutil.copy(tiny / "model.safetensors", tiny / "a.safetensors")
+    (tiny / "model.safetensors").rename(tiny / "a.safetensors")
     save_file({"model.norm.weight": torch.ones(64)}, tiny / "b.safetensors")
     write_json(tiny / INDEX, {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
     assert "model.norm.weight occurs twice" in refused(tiny)
