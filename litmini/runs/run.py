@@ -115,6 +115,7 @@ class Run(Recorder):
         """Make the directory, and write the configuration and the metrics so far."""
         self.directory.mkdir(parents=True, exist_ok=True)
         lock(self.directory)
+        self.run_directory.check_again()
         settings = {**plain(self.config), "resume": False}
         delete_leftovers(self.directory)
         write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
