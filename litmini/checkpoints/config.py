@@ -24,7 +24,7 @@ def parse_config(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
     Raises:
         UserError: the family or something that it asks for is not implemented, or a value is missing or impossible.
     """
-    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key)]:
+    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key) not in (None, {})]:
         text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
         works = f"; a text-only checkpoint of model_type '{text}' works" if text in FAMILIES else ""
         raise UserError(

@@ -90,8 +90,9 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     rope, grouped = read_rope(hf), read_value(hf, "new_decoder_architecture", bool, False)
     n_norms = read_value(hf, "num_ln_in_parallel_attn", int, None) or (2 if grouped else 1)
+    multi_query = read_value(hf, "multi_query", bool, True)
     checks = {
-        "multi_query": bool(grouped or read_value(hf, "multi_query", bool, True)),
+        "multi_query": bool(grouped or multi_query),
         "num_ln_in_parallel_attn": n_norms == 1 or bool(grouped and n_norms == 2),
     }
     refuse("falcon.py", hf, rope, IMPLEMENTED, **checks)

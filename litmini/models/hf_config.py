@@ -24,6 +24,12 @@ EXPECTED = {
     list: "a list",
     dict: "an object",
 }
+TYPES = {
+    **{key: bool for key in ("is_causal", "use_bidirectional_attention", "use_sliding_window", "tie_word_embeddings")},
+    **{key: int for key in ("sliding_window", "max_window_layers", "num_key_value_heads", "head_dim")},
+    **{key: int for key in ("max_position_embeddings", "original_max_position_embeddings")},
+    **{key: dict for key in ("rope_scaling", "rope_parameters")},
+}
 MAX_INT = 2**31 - 1
 MAX_LAYERS = 10_000  # more would take minutes and gigabytes, on the meta device, too
 REQUIRED: Any = object()
@@ -104,7 +110,7 @@ def refuse(
         file: the family's, for the message.
         rope: what `read_rope` gave; its keys are looked up in it, the others in hf.
         implemented: key -> its only implemented value, or a tuple of them. False stands for all that says no (null, 0,
-            an empty list) and True for all that says yes, but no text. A missing key is fine.
+            an empty list) and True for any number that says yes, but no text. A missing key is fine.
         checks: key -> whether its value is implemented, where a table cannot say so. Without `layer_types` among them,
             all layers have full attention.
 
@@ -115,15 +121,20 @@ def refuse(
     verdicts = {key: _is_implemented(found[key], values) for key, values in implemented.items() if key in found}
     verdicts |= {"layer_types": has_layer_types(hf, "full_attention")} | checks
     verdicts |= {"quantization_config": hf.get("quantization_config") is None}
-    verdicts |= {"is_causal": hf.get("is_causal") in (None, True)}  # transformers heeds it in every family
+    for key, kind in TYPES.items():  # of what some of the families read: a value of another type means nothing anywhere
+        read_value(hf, key, kind, None)
+    verdicts |= {"is_causal": hf.get("is_causal") is not False}  # transformers heeds it in every family
+    verdicts |= {"use_bidirectional_attention": not hf.get("use_bidirectional_attention")}
     verdicts |= {"mscale": not rope.get("mscale"), "truncate": rope.get("truncate", True)}  # variants of YaRN
     if refused := [f"{key} = {reprlib.repr(found.get(key))}" for key, is_fine in verdicts.items() if not is_fine]:
         raise ValueError(f"not implemented in {file}: {', '.join(refused)}")
 
 
 def _is_implemented(value: object, values: object) -> bool:
-    if isinstance(values, bool):
-        return bool(value) is values and not isinstance(value, str)
+    if values is False:
+        return not value and not isinstance(value, str)
+    if values is True:
+        return isinstance(value, int | float) and 0 < abs(value) < math.inf
     all_values = values if isinstance(values, tuple) else (values,)
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in all_values)
 
