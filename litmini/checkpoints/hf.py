@@ -21,7 +21,7 @@ from litmini.checkpoints.config import (
     parameter_names,
     read_raw_config,
 )
-from litmini.checkpoints.safetensors_io import check_one_format, read_tensors, shards, weight_map, write_stream
+from litmini.checkpoints.safetensors_io import check_one_format, read_tensors, shards, write_stream
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import write_json
@@ -43,14 +43,7 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
     if not path.is_dir():
         problem = f"checkpoint directory not found: {path}"
     else:
-        missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(weight_map(index).values()))
-            missing += [name for name in shards if not (path / name).is_file()]
-        elif not (path / "model.safetensors").is_file():
-            missing.append("model.safetensors")
-        if not missing:
+        if not (missing := missing_files(path)):
             check_one_format(path)
             return path
         problem = f"checkpoint directory {path} is incomplete: it lacks {', '.join(missing)}"
@@ -63,6 +56,12 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
         )
     get = f". To get it: python scripts/download.py {name}" if path.parts[:-2] == ("checkpoints",) else ""
     raise UserError(f"{problem}. {others}{get}")
+
+
+def missing_files(directory: Path) -> list[str]:
+    """Return the files that a checkpoint directory lacks: config.json, tokenizer.json, and the weights."""
+    files = [directory / "config.json", directory / "tokenizer.json", *shards(directory)]
+    return [file.name for file in files if not file.is_file()]
 
 
 def check_fit(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:

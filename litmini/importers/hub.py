@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from litmini.checkpoints.hf import check_checkpoint_dir
+from litmini.checkpoints.hf import missing_files
 from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
 from litmini.files import write_atomically, write_json
@@ -115,7 +115,8 @@ def _check_content(repo: str, revision: str | None, directory: Path, page: str) 
 def _cached(repo: str, revision: str | None) -> Path | None:
     """Return the directory of a repository in the cache of the hub's client, if it is complete."""
     with contextlib.suppress(Exception):
-        return check_checkpoint_dir(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
+        directory = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return None if missing_files(directory) else directory
     return None
 
 
