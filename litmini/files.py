@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from litmini.errors import UserError
-from litmini.system import being_written, try_lock
+from litmini.staging import CONTENT, OLD, OURS, PARTIAL, stage
 
 CHECKSUMS = "sha256.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -21,7 +21,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @contextmanager
 def write_atomically(
-    directory: Path, later: Callable[[Callable[..., None]], object] | None = None, checksums: bool = False
+    directory: Path,
+    later: Callable[[Callable[..., None]], object] | None = None,
+    checksums: bool = False,
+    new: bool = False,
 ) -> Iterator[Path]:
     """Yield a new directory beside `directory`; at the end everything in it is flushed to disk and it takes the name.
 
@@ -33,40 +36,49 @@ def write_atomically(
             What was written in the block is a copy already: the kernel's, in memory. It may be given what waits for others
             who write there, to call that first.
         checksums: add the sha256 of each file, for `check_checksums`.
+        new: `directory` must not exist, neither now nor at the end.
 
     Raises:
-        UserError: another process is writing this directory.
+        UserError: another process is writing this directory; or it exists and should be new.
     """
-    restore(directory)
-    partial = _partial(directory)
-    unlock = _claim(partial, directory)
+    if new:
+        _check_new(directory)
+    staging, delete = stage(directory)
+    content = staging / CONTENT
 
     def finish(wait: Callable[[], None] | None = None) -> None:
         try:
             if wait:
                 wait()
             if checksums:
-                files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
-                write_json(partial / CHECKSUMS, {str(file.relative_to(partial)): file_hash(file) for file in files})
-            for path in [*partial.rglob("*"), partial]:
+                files = [file for file in sorted(content.rglob("*")) if file.is_file()]
+                write_json(content / CHECKSUMS, {str(file.relative_to(content)): file_hash(file) for file in files})
+            for path in [*content.rglob("*"), content]:
                 _flush(path)
-            _take_name(partial, directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            if new:
+                _check_new(directory)
+            elif os.path.lexists(directory):
+                directory.rename(staging / OLD)
+            content.rename(directory)
+            _flush(directory.parent)
         finally:
-            unlock()
+            delete()
 
     try:
-        yield partial
+        content.mkdir()
+        yield content
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        unlock()
+        delete()
         raise
     if later:
         later(finish)
     else:
         finish()
+
+
+def _check_new(directory: Path) -> None:
+    if os.path.lexists(directory):
+        raise UserError(f"{directory} exists already; choose another --out_dir or remove it.")
 
 
 def check_checksums(directory: Path) -> None:
@@ -92,37 +104,9 @@ def check_checksums(directory: Path) -> None:
 
 def discard(directory: Path) -> None:
     """Delete a directory, first its name, so that nobody finds half of it under that name."""
-    partial = _partial(directory)
-    directory.rename(partial)
-    shutil.rmtree(partial)
-
-
-def _take_name(partial: Path, directory: Path) -> None:
-    if directory.exists():
-        old = _old(directory)
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-        partial.rename(directory)
-        shutil.rmtree(old)
-    else:
-        partial.rename(directory)
-    _flush(directory.parent)
-
-
-def _claim(partial: Path, directory: Path) -> Callable[[], None]:
-    """Make `partial`, empty and locked; return what unlocks it."""
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            before = partial.stat()
-            if (unlock := try_lock(partial)) is None:
-                raise UserError(being_written(directory))
-            if partial.exists() and os.path.samestat(before, partial.stat()):
-                break
-            unlock()  # its owner has just given it its name
-    for left in partial.iterdir():  # of a process that died
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return unlock
+    staging, delete = stage(directory)
+    directory.rename(staging / CONTENT)
+    delete()
 
 
 class Background:
@@ -140,29 +124,6 @@ class Background:
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.result()
-
-
-def restore(directory: Path) -> None:
-    """Rename a directory back if a process died while it replaced it."""
-    old = _old(directory)
-    if not old.is_dir():
-        return
-    with suppress(FileNotFoundError):
-        if (unlock := try_lock(_partial(directory))) is None:  # that process is alive, and about to
-            return
-        unlock()
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.rename(directory)
-
-
-def _partial(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.partial")
-
-
-def _old(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.old")
 
 
 def _flush(path: Path) -> None:
@@ -198,10 +159,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: neither a reader nor a crash finds half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    partial.rename(path)
+    partial = path.with_name(f".{path.name}{OURS}{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        with partial.open("x", encoding="utf-8") as opened:  # a new file: never through a link
+            opened.write(text)
+        _flush(partial)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_new_file(path: str, setting: str) -> Path:
+    """Return `path` if a file can be written there and nothing is overwritten: to be called before what takes long.
+
+    Raises:
+        UserError: it exists already, or its directory does not, or is not writable.
+    """
+    file = Path(path)
+    if os.path.lexists(file):
+        kind = "a directory" if file.is_dir() else "a file"
+        raise UserError(f"{setting} {file} exists already, as {kind}; choose another name or remove it.")
+    if not file.parent.is_dir():
+        raise UserError(f"{setting} {file}: there is no directory {file.parent}. Make it: mkdir -p {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{setting} {file}: the directory {file.parent} is not writable; choose another.")
+    return file
 
 
 def check_no_pointer(file: Path) -> None:

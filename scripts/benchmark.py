@@ -99,8 +99,11 @@ def main(config: BenchmarkConfig) -> None:
     from report import chart, make_rows, table
 
     from litmini.checkpoints.hf import check_checkpoint_dir
-    from litmini.files import write_json, write_text
+    from litmini.files import check_new_file, write_json, write_text
 
+    for setting, path in (("--json", config.json), ("--out", config.out)):
+        if path is not None and not config.resume:  # what this command wrote before is continued
+            check_new_file(path, setting)
     check_checkpoint_dir(config.checkpoint_dir)
     place = Path(config.out_dir)
     (place / "runs").mkdir(parents=True, exist_ok=True)

@@ -56,11 +56,10 @@ def main(config: CompareConfig) -> None:
                 train(config, method, rate, out)
             rows.append({"method": method, "lr": rate, **read(out)})
     best = [min((r for r in rows if r["method"] == m), key=lambda r: r["val_loss_after"]) for m in config.lrs]
-    table = markdown(best, rows)
+    print(table := markdown(best, rows))
     (directory / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
     (directory / "comparison.md").write_text(table)
     plot(directory / "comparison.png", rows)
-    print(table)
 
 
 def train(config: CompareConfig, method: str, rate: float, out: Path) -> None:

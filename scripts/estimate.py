@@ -88,7 +88,7 @@ def main(config: EstimateConfig) -> None:
 
 def build(config: EstimateConfig) -> Any:
     """Return the model with its method, on the meta device."""
-    from litmini.checkpoints.hf import empty_model
+    from litmini.checkpoints.config import empty_model
     from litmini.distributed.fabric import weight_dtype
     from litmini.methods.adapters import add_adapters
     from litmini.methods.nf4 import quantize_linears

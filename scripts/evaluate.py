@@ -40,7 +40,7 @@ class EvaluateConfig(ModelConfig):
     batch_size: int = 16
     """Prompts in one batch."""
     out: str | None = None
-    """JSON file for the results, which are printed as well."""
+    """New JSON file for the results, which are printed as well."""
 
     def __post_init__(self) -> None:
         if self.perplexity is None and self.exact_match is None and not self.tasks:
@@ -58,13 +58,12 @@ class EvaluateConfig(ModelConfig):
 
 
 def main(config: EvaluateConfig) -> None:
-    from pathlib import Path
-
     from litmini.data.formats import read_examples
     from litmini.evaluation.metrics import exact_match, perplexity, predict
-    from litmini.files import existing_file, write_json
+    from litmini.files import check_new_file, existing_file, write_json
     from litmini.generation.generate import open_model
 
+    out = None if config.out is None else check_new_file(config.out, "--out")
     text = None
     if config.perplexity is not None:
         try:
@@ -73,36 +72,38 @@ def main(config: EvaluateConfig) -> None:
             raise UserError(f"{config.perplexity} is not UTF-8 text: {error}.") from None
     model, tokenizer = open_model(config)
     results: dict[str, Any] = {}
+
+    def show(name: str, found: dict[str, Any]) -> None:
+        """Print a result at once: a later measurement may fail."""
+        results[name] = found
+        print(report({name: found}), flush=True)
+
     if text is not None:
         settings: Any = model.config
         window = min(config.window, settings.max_positions)
         found = perplexity(model, tokenizer, text, window, config.stride or max(1, window // 2))
-        results["perplexity"] = {
-            "file": config.perplexity,
-            "perplexity": found.perplexity,
-            "loss": found.loss_sum / found.n_targets,
-            "bits_per_byte": found.bits_per_byte,
-            "tokens": found.n_targets,
-        }
+        values = {"perplexity": found.perplexity, "loss": found.loss_sum / found.n_targets}
+        values |= {"bits_per_byte": found.bits_per_byte, "tokens": found.n_targets}
+        show("perplexity", {"file": config.perplexity, **values})
     if config.exact_match is not None:
         examples = read_examples(config.exact_match, tokenizer.chat_template is not None)[: config.limit]
         predictions = predict(model, tokenizer, examples, config.max_new_tokens, config.batch_size)
         if not predictions:
             raise UserError(f"{config.exact_match} has no prompt with a completion.")
-        results["exact_match"] = {
-            "file": config.exact_match,
+        wrong = [vars(p) for p in predictions if not p.correct][:20]
+        matched: dict[str, Any] = {
             "exact_match": exact_match(predictions),
             "examples": len(predictions),
-            "wrong": [vars(p) for p in predictions if not p.correct][:20],
+            "wrong": wrong,
         }
+        show("exact_match", {"file": config.exact_match, **matched})
     if config.tasks:
         from litmini.evaluation.lm_eval_harness import run_tasks
 
         limits = config.limit, config.fewshot, config.batch_size
-        results["tasks"] = run_tasks(model, tokenizer, config.tasks, config.include_path, *limits)
-    if config.out is not None:
-        write_json(Path(config.out), results)
-    print(report(results))
+        show("tasks", run_tasks(model, tokenizer, config.tasks, config.include_path, *limits))
+    if out is not None:
+        write_json(check_new_file(str(out), "--out"), results)
 
 
 def report(results: dict[str, Any]) -> str:

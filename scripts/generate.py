@@ -58,13 +58,14 @@ def main(config: GenerateConfig) -> None:
     import sys
     import time
 
+    from litmini.files import check_new_file
     from litmini.generation.generate import open_model, stream_text
     from litmini.generation.prompts import check_text, describe
     from litmini.generation.request import Request
     from litmini.tokenizer import Message
 
-    if config.out is not None and Path(config.out).exists():
-        raise UserError(f"{config.out} exists already; give another name, or delete it.")
+    if config.out is not None:
+        check_new_file(config.out, "--out")
     model, tokenizer = open_model(config)
     if config.prompts is not None:
         answer_file(config, model, tokenizer)

@@ -40,7 +40,6 @@ class VerifyConfig:
 
 def main(config: VerifyConfig) -> None:
     import platform
-    from pathlib import Path
 
     import torch
 
@@ -49,10 +48,11 @@ def main(config: VerifyConfig) -> None:
     from litmini.checkpoints.peft import read_adapter
     from litmini.errors import UserError
     from litmini.evaluation.verify import CHECKS, check_bits, sequences
-    from litmini.files import write_json
+    from litmini.files import check_new_file, write_json
     from litmini.generation.generate import usable_device
     from litmini.methods.nf4 import NF4Linear, convert
 
+    file = None if config.json is None else check_new_file(config.json, "--json")
     directory = check_checkpoint_dir(config.checkpoint)
     device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
@@ -76,7 +76,7 @@ def main(config: VerifyConfig) -> None:
         word = {True: "ok", False: "FAILED", None: "skipped"}[result.passed]
         numbers = ", ".join(f"{key} {value:.3g}" for key, value in result.measured.items())
         print(f"{result.name:34} {word:8} {numbers}{'; ' * bool(numbers and result.note)}{result.note}")
-    if config.json:
+    if file is not None:
         versions = {"litmini": litmini.__version__, "torch": torch.__version__, "python": platform.python_version()}
         facts: dict[str, Any] = {
             "checkpoint": str(directory),
@@ -85,7 +85,7 @@ def main(config: VerifyConfig) -> None:
             "device": device,
         }
         facts |= {"rows": list(tokens.shape), "versions": versions}
-        write_json(Path(config.json), {**facts, "checks": [vars(result) for result in results]})
+        write_json(check_new_file(str(file), "--json"), {**facts, "checks": [vars(result) for result in results]})
     if failed := [result.name for result in results if result.passed is False]:
         raise UserError(f"{directory}: {len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
 

@@ -22,7 +22,8 @@ from numerics import Float64, assert_as_accurate, assert_close, assert_gradients
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from litmini.checkpoints.hf import disk_tensors, load_model, save_model
+from litmini.checkpoints.config import disk_tensors
+from litmini.checkpoints.hf import load_model, save_model
 from litmini.models import family
 from litmini.ops.kv_cache import KVCache
 

@@ -31,7 +31,8 @@ def imports(file: Path) -> set[str]:
 ROOMS = {
     # room: the rooms that it may import; those at the bottom, `BASE`, all may
     "errors": "",
-    "files": "errors system",
+    "files": "errors staging",
+    "staging": "errors system",
     "hub_errors": "",
     "system": "errors",
     "compiler": "errors distributed",
@@ -57,7 +58,7 @@ ROOMS = {
     "tasks": "evaluation generation runs data training importers checkpoints models methods ops distributed config tokenizer "
     "compiler",
 }
-BASE = "errors files hub_errors system"
+BASE = "errors files hub_errors staging system"
 
 
 def room(module: str) -> str:
@@ -161,7 +162,7 @@ def test_a_lora_run_imports_what_it_needs(tiny_dir, tmp_path):
     families = {name for name in found if name.startswith("litmini.models.")} - {"litmini.models.hf_config"}
     assert families == {"litmini.models.llama"}
     with_code = {name: lines for name, lines in found.items() if lines > 3}  # packages are a docstring
-    assert len(with_code) <= 53 and sum(with_code.values()) <= 8_400, (len(with_code), sum(with_code.values()))
+    assert len(with_code) <= 55 and sum(with_code.values()) <= 8_800, (len(with_code), sum(with_code.values()))
 
 
 def test_no_pickle_and_no_remote_code():

@@ -11,8 +11,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 import litmini
+from litmini.checkpoints.config import disk_tensors
 from litmini.checkpoints.export import export
-from litmini.checkpoints.hf import disk_tensors, load_model, save_model
+from litmini.checkpoints.hf import load_model, save_model
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.finetune import DataConfig, LoraConfig
 from litmini.data.formats import Example

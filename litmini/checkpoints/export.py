@@ -10,20 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from litmini.checkpoints.hf import (
-    check_checkpoint_dir,
-    check_fit,
-    disk_tensors,
-    empty_model,
-    model_tensors,
-    parameter_names,
-    save_model,
-)
+from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, parameter_names, read_raw_config
+from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
-from litmini.files import read_json, write_atomically
+from litmini.files import write_atomically
 from litmini.methods.base_layer import dense
 from litmini.methods.nf4 import NF4Linear, quantizable
 from litmini.ops.rounding import stochastic_round
@@ -60,9 +53,7 @@ def export(
     module, model = empty_model(source)  # refuses what is not implemented
     empty = list(read_empty(shards(source)))
     check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
-    raw = {
-        k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"
-    }  # since transformers 5: `dtype`
+    raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}  # since transformers 5: `dtype`
     tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
@@ -82,7 +73,7 @@ def export(
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
         empty = [(name, like.to(dtype)) for name, like in empty]
-    with write_atomically(target) as aside:
+    with write_atomically(target, new=True) as aside:
         save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
         tokenizer.save(aside)
     return target

@@ -5,46 +5,46 @@ A checkpoint is `config.json`, `*.safetensors` (with an index if sharded), token
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from litmini.checkpoints.safetensors_io import read_tensors, shards, weight_map, write_stream
+from litmini.checkpoints.config import (
+    Tensors,
+    disk_tensors,
+    empty_model,
+    model_tensors,
+    parameter_names,
+    read_raw_config,
+)
+from litmini.checkpoints.safetensors_io import check_one_format, read_tensors, shards, write_stream
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
-from litmini.files import read_json, restore, write_json
-from litmini.models import FAMILIES, family, meta_model
+from litmini.files import write_json
 from litmini.ops.cross_entropy import original_head
+from litmini.staging import restore
 from litmini.system import check_disk_space
 from litmini.tokenizer import copy_side_files
-
-Tensors = Iterable[tuple[str, Tensor]]
 
 
 def check_checkpoint_dir(directory: str | Path) -> Path:
     """Return `directory` as a path if it holds a complete checkpoint.
 
     Raises:
-        UserError: it does not; says what is missing, which checkpoints exist, and the command to type next.
+        UserError: it does not; says what is missing, which checkpoints exist, and the command to type next. Or it holds
+            weights twice.
     """
     path = Path(directory)
     restore(path)
     if not path.is_dir():
         problem = f"checkpoint directory not found: {path}"
     else:
-        missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(weight_map(index).values()))
-            missing += [name for name in shards if not (path / name).is_file()]
-        elif not (path / "model.safetensors").is_file():
-            missing.append("model.safetensors")
-        if not missing:
+        if not (missing := missing_files(path)):
+            check_one_format(path)
             return path
         problem = f"checkpoint directory {path} is incomplete: it lacks {', '.join(missing)}"
     existing = sorted(str(p.parent) for p in Path("checkpoints").glob("*/*/config.json"))
@@ -58,42 +58,10 @@ def check_checkpoint_dir(directory: str | Path) -> Path:
     raise UserError(f"{problem}. {others}{get}")
 
 
-def read_config(directory: Path) -> tuple[ModuleType, Any]:
-    """Return the family module and the `Config` of a checkpoint."""
-    file = directory / "config.json"
-    raw = read_json(file)
-    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key)]:
-        text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
-        works = f"; a text-only checkpoint of model_type '{text}' works" if text in FAMILIES else ""
-        raise UserError(
-            f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
-            f"The families are: {', '.join(sorted(FAMILIES))}."
-        )
-    try:
-        module = family(raw.get("model_type", ""))
-        return module, module.config_from_hf(raw)
-    except KeyError as error:
-        raise UserError(f"{file} lacks the key {error}.") from None
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{file}: {error}.") from None
-
-
-def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
-    """Return the family module and the model of a checkpoint, with all parameters on the meta device."""
-    module, config = read_config(directory)
-    try:
-        return module, meta_model(module, config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{directory / 'config.json'} describes an impossible model: {error}.") from None
-
-
-def parameter_names(model: nn.Module) -> dict[str, list[str]]:
-    """Return the first name of each parameter -> all its names: a tied parameter has several."""
-    first = {parameter: name for name, parameter in model.named_parameters()}
-    names: dict[str, list[str]] = {name: [] for name in first.values()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[first[parameter]].append(name)
-    return names
+def missing_files(directory: Path) -> list[str]:
+    """Return the files that a checkpoint directory lacks: config.json, tokenizer.json, and the weights."""
+    files = [directory / "config.json", directory / "tokenizer.json", *shards(directory)]
+    return [file.name for file in files if not file.is_file()]
 
 
 def check_fit(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], problems: Sequence[str] = ()) -> None:
@@ -115,16 +83,6 @@ def check_fit(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], 
     if problems:
         listing = "\n  ".join(problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20))
         raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
-
-
-def model_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
-    """Convert the tensors of a checkpoint's files to the names and shapes of the family's model."""
-    return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
-
-
-def disk_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
-    """Convert a model's tensors to the names and shapes of Hugging Face's files: the inverse of `model_tensors`."""
-    return module.to_hf(tensors, config) if hasattr(module, "to_hf") else tensors
 
 
 def load_model(
@@ -256,7 +214,7 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
     shapes = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters)
     empty = disk_tensors(module, model.config, shapes)
     tensors = disk_tensors(module, model.config, ((name, full_tensor(p.detach())) for name, p in parameters))
-    raw = {k: v for k, v in read_json(source / "config.json").items() if k != "torch_dtype"}
+    raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}
     added = {name for name, _ in parameters} - parameter_names(fresh).keys()
     if any(hasattr(fresh, name.partition(".")[0]) for name in added):  # a merge untied the head
         raw["tie_word_embeddings"] = False

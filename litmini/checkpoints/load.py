@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from litmini.checkpoints.hf import check_checkpoint_dir, empty_model, load_model, parse_dtype
+from litmini.checkpoints.config import empty_model
+from litmini.checkpoints.hf import check_checkpoint_dir, load_model, parse_dtype
 from litmini.checkpoints.peft import load_adapter, read_adapter
 from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError

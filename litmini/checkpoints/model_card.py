@@ -57,7 +57,7 @@ def export_adapter(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path) -> Pa
         raise UserError(f"{out_dir} exists already; choose another --out_dir or remove it.")
     read_adapter(adapter_dir)
     settings = read_json(adapter_dir / "adapter_config.json")
-    with write_atomically(out_dir) as aside:
+    with write_atomically(out_dir, new=True) as aside:
         shutil.copyfile(adapter_dir / ADAPTER_FILES[1], aside / ADAPTER_FILES[1])
         write_json(aside / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base_name(checkpoint_dir)})
         tokenized = adapter_dir if (adapter_dir / "tokenizer.json").is_file() else checkpoint_dir

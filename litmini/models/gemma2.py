@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, layer_types, read_fields, read_rope, refuse, write_fields
+from litmini.models.hf_config import Table, layer_types, read_fields, read_rope, read_value, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import geglu, rms_norm
@@ -59,7 +59,7 @@ PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim
     "google/gemma-2-27b": Config(256_000, 4608, 46, 32, 16, 128, 36864, 8192, query_scalar=144),  # 4608 / 32 heads
 }
 
-HF: Table = {  # field of Config: (key of config.json, value if it is missing[, conversion])
+HF: Table = {  # field of Config: (key of config.json, value if it is missing)
     "vocab_size": ("vocab_size", 256_000),
     "dim": ("hidden_size", 2304),
     "n_layers": ("num_hidden_layers", 26),
@@ -70,8 +70,8 @@ HF: Table = {  # field of Config: (key of config.json, value if it is missing[, 
     "max_positions": ("max_position_embeddings", 8192),
     "window": ("sliding_window", 4096),
     "query_scalar": ("query_pre_attn_scalar", 256),
-    "attn_softcap": ("attn_logit_softcapping", 50.0, float),
-    "logit_softcap": ("final_logit_softcapping", 30.0, float),
+    "attn_softcap": ("attn_logit_softcapping", 50.0),
+    "logit_softcap": ("final_logit_softcapping", 30.0),
     "norm_eps": ("rms_norm_eps", 1e-6),
     "tied": ("tie_word_embeddings", True),
 }
@@ -90,10 +90,10 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
-    rope, fields = read_rope(hf), read_fields(HF, hf)
-    types = layer_types(fields["n_layers"], full_every=2)
+    rope = read_rope(hf)
+    types = layer_types(read_value(hf, "num_hidden_layers", int, 26), full_every=2)
     refuse("gemma2.py", hf, rope, IMPLEMENTED, layer_types=hf.get("layer_types") in (None, types))
-    return Config(**fields, rope_theta=rope["rope_theta"])
+    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

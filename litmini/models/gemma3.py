@@ -24,6 +24,7 @@ from litmini.models.hf_config import (
     layer_types,
     read_fields,
     read_rope,
+    read_value,
     refuse,
     write_fields,
     write_rope,
@@ -103,19 +104,22 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
-    fields, types = read_fields(HF, hf), hf.get("layer_types") or []
+    types = read_value(hf, "layer_types", list, None) or []
+    n_layers = read_value(hf, "num_hidden_layers", int, 26)
+    every = read_value(hf, "sliding_window_pattern", int, 6, zero=False) or 6
     if "full_attention" in types:
-        fields["global_every"] = types.index("full_attention") + 1
+        every = types.index("full_attention") + 1
     rope = read_rope(hf, theta=1_000_000.0)
-    by_type = hf.get("rope_parameters") or {}
+    by_type = read_value(hf, "rope_parameters", dict, None) or {}
     local_hf = {"rope_theta": hf.get("rope_local_base_freq"), "rope_parameters": by_type}  # rope_scaling is not theirs
     local = read_rope(local_hf, layer_type="sliding_attention")
     checks = {
         "rope_parameters": by_type.keys() <= LAYER_TYPES and local["rope_type"] == "default",
-        "layer_types": types in ([], layer_types(fields["n_layers"], fields["global_every"])),
+        "layer_types": types in ([], layer_types(n_layers, every)),
     }
     refuse("gemma3.py", hf, rope, IMPLEMENTED, **checks)
-    fields["rope_factor"] = float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0
+    fields = read_fields(HF, hf) | {"global_every": every}
+    fields["rope_factor"] = read_value(rope, "factor", float, zero=False) if rope["rope_type"] == "linear" else 1.0
     return Config(**fields, rope_theta=rope["rope_theta"], rope_local_theta=local["rope_theta"])
 
 

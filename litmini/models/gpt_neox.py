@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
+from litmini.models.hf_config import Table, read_fields, read_rope, read_value, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 
@@ -99,8 +99,8 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
-    names_of_4 = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
-    rope = read_rope(hf | names_of_4, partial=0.25)
+    names_of_4 = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    rope = read_rope(hf | {new: read_value(hf, old, float, None) for new, old in names_of_4.items()}, partial=0.25)
     refuse("gpt_neox.py", hf, rope, IMPLEMENTED)
     return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
 

@@ -4,14 +4,35 @@ Nothing here knows a family: what it reads, writes and implements stands in the 
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Table = dict[str, str | tuple[Any, ...]]
-"""Config's field -> key of config.json, which must be there; or (key, value if it is missing[, conversion])."""
+"""Config's field -> key of config.json, which must be there; or (key, value if it is missing[, type]).
+
+Values have the type of the value if it is missing; a whole number where there is none, but for `model_type`.
+"""
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+TYPES = {
+    **{key: bool for key in ("is_causal", "use_bidirectional_attention", "use_sliding_window", "tie_word_embeddings")},
+    **{key: int for key in ("sliding_window", "max_window_layers", "num_key_value_heads", "head_dim")},
+    **{key: int for key in ("max_position_embeddings", "original_max_position_embeddings")},
+    **{key: dict for key in ("rope_scaling", "rope_parameters")},
+}
+MAX_INT = 2**31 - 1
+MAX_LAYERS = 10_000  # more would take minutes and gigabytes, on the meta device, too
+REQUIRED: Any = object()
 
 
 @dataclass(frozen=True)
@@ -25,22 +46,49 @@ class Yarn:
     beta_slow: float = 1.0  # up to here they are stretched; between, blended
 
 
+def read_value(hf: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED, zero: bool = True) -> Any:
+    """Return the value of a key of config.json, or `default` if it is missing; None: it is null, and need not be there.
+
+    Args:
+        kind: bool, int, float, str, list or dict. Numbers are finite and not below zero; floats may be written as ints.
+        zero: whether a number may be zero.
+
+    Raises:
+        KeyError: a key that must be there is missing.
+        ValueError: the value has another type.
+    """
+    value = hf[key] if default is REQUIRED else hf.get(key, default)
+    if value is None and default is not REQUIRED:
+        return None
+    if kind is float and type(value) is int and 0 <= value <= MAX_INT:
+        value = float(value)
+    fits = type(value) is kind
+    if kind in (int, float):
+        most = 1e30 if kind is float else MAX_LAYERS if "layer" in key else MAX_INT
+        fits = fits and (zero or value != 0) and 0 <= value <= most  # NaN is not
+    if not fits:
+        raise ValueError(f"{key} = {reprlib.repr(value)}, expected {EXPECTED[kind]}{' above 0' * (not zero)}")
+    return value
+
+
 def read_fields(table: Table, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a family's `Config` that its table names.
+    """Return the arguments of a family's `Config` that its table names, each of its type; sizes are above zero.
 
     As in transformers, without n_kv_heads there are n_heads of them, and without head_dim it is dim // n_heads.
 
     Raises:
         KeyError: a key that must be there is missing.
+        ValueError: a value is of another type, or an impossible size.
     """
     fields: dict[str, Any] = {}
     for field, row in table.items():
-        if isinstance(row, str):
-            fields[field] = hf[row]
-        else:
-            key, default, *conversion = row
-            value = hf.get(key, default)
-            fields[field] = conversion[0](value) if conversion and value is not None else value
+        key, default, *kinds = (row, REQUIRED) if isinstance(row, str) else row
+        implied = (str if field == "model_type" else int) if default in (REQUIRED, None) else type(default)
+        implied_by_others = field in ("n_kv_heads", "head_dim")
+        kind, zero = kinds[0] if kinds else implied, implied is not int or implied_by_others
+        fields[field] = read_value(hf, key, kind, default, zero)
+        if fields[field] is None and default is not None and not implied_by_others:
+            raise ValueError(f"{key} is null, expected {EXPECTED[kind]}")
     if "n_kv_heads" in fields:
         fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
     if "head_dim" in fields:
@@ -62,24 +110,38 @@ def refuse(
         file: the family's, for the message.
         rope: what `read_rope` gave; its keys are looked up in it, the others in hf.
         implemented: key -> its only implemented value, or a tuple of them. False stands for all that says no (null, 0,
-            an empty list) and True for all that says yes. A missing key is fine.
-        checks: key -> whether its value is implemented, where a table cannot say so.
+            an empty list) and True for any number that says yes, but no text. A missing key is fine.
+        checks: key -> whether its value is implemented, where a table cannot say so. Without `layer_types` among them,
+            all layers have full attention.
 
     Raises:
         ValueError: with each such key and its value.
     """
     found = {**hf, **rope}
     verdicts = {key: _is_implemented(found[key], values) for key, values in implemented.items() if key in found}
-    verdicts |= {**checks, "quantization_config": hf.get("quantization_config") is None}
+    verdicts |= {"layer_types": has_layer_types(hf, "full_attention")} | checks
+    verdicts |= {"quantization_config": hf.get("quantization_config") is None}
+    for key, kind in TYPES.items():  # of what some of the families read: a value of another type means nothing anywhere
+        read_value(hf, key, kind, None)
+    verdicts |= {"is_causal": hf.get("is_causal") is not False}  # transformers heeds it in every family
+    verdicts |= {"use_bidirectional_attention": not hf.get("use_bidirectional_attention")}
     verdicts |= {"mscale": not rope.get("mscale"), "truncate": rope.get("truncate", True)}  # variants of YaRN
-    if refused := [f"{key} = {found.get(key)!r}" for key, is_fine in verdicts.items() if not is_fine]:
+    if refused := [f"{key} = {reprlib.repr(found.get(key))}" for key, is_fine in verdicts.items() if not is_fine]:
         raise ValueError(f"not implemented in {file}: {', '.join(refused)}")
 
 
 def _is_implemented(value: object, values: object) -> bool:
-    if isinstance(values, bool):
-        return bool(value) is values
-    return value in (values if isinstance(values, tuple) else (values,))
+    if values is False:
+        return not value and not isinstance(value, str)
+    if values is True:
+        return isinstance(value, int | float) and 0 < abs(value) < math.inf
+    all_values = values if isinstance(values, tuple) else (values,)
+    return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in all_values)
+
+
+def has_layer_types(hf: Mapping[str, Any], kind: str) -> bool:
+    """Whether `layer_types` is missing, or says that every layer is of this kind."""
+    return all(layer_type == kind for layer_type in read_value(hf, "layer_types", list, None) or ())
 
 
 def read_rope(
@@ -94,15 +156,16 @@ def read_rope(
         theta, partial: what holds where config.json says nothing.
         layer_type: whose settings to return where they differ.
     """
-    scaling, rope = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    scaling, rope = (read_value(hf, key, dict, None) or {} for key in ("rope_scaling", "rope_parameters"))
     by_layer_type = bool(LAYER_TYPES & rope.keys())
-    rope = {**(rope.get(layer_type) or {}), **scaling} if by_layer_type else scaling or rope
+    rope = {**(read_value(rope, layer_type, dict, None) or {}), **scaling} if by_layer_type else scaling or rope
     of_type = scaling or rope
-    partials = (rope.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), partial)
+    thetas = (*(read_value(found, "rope_theta", float, None, zero=False) for found in (rope, hf)), theta)
+    partials = (*(read_value(found, "partial_rotary_factor", float, None) for found in (rope, hf)), partial)
     return {
         **rope,
         "rope_type": of_type.get("rope_type", of_type.get("type", "default")),
-        "rope_theta": float(rope.get("rope_theta", hf.get("rope_theta") or theta)),
+        "rope_theta": next(value for value in thetas if value is not None),
         "partial_rotary_factor": next(value for value in partials if value is not None),
     }
 
@@ -111,13 +174,15 @@ def read_yarn(rope: dict[str, Any], max_positions: int) -> Yarn | None:
     """Return YaRN's settings from what `read_rope` gave; None: rotary settings of another type."""
     if rope["rope_type"] != "yarn":
         return None
-    factor = float(rope["factor"])
+    factor = read_value(rope, "factor", float, zero=False)
+    original = read_value(rope, "original_max_position_embeddings", int, None, zero=False)
+    implied = 0.1 * math.log(max(factor, 1.0)) + 1.0
     return Yarn(
         factor=factor,
-        original_positions=int(rope.get("original_max_position_embeddings") or max_positions),
-        attention_factor=float(rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
+        original_positions=original or max_positions,
+        attention_factor=read_value(rope, "attention_factor", float, None, zero=False) or implied,
+        beta_fast=read_value(rope, "beta_fast", float, None) or 32.0,
+        beta_slow=read_value(rope, "beta_slow", float, None) or 1.0,
     )
 
 

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
+from litmini.models.hf_config import (
+    Table,
+    has_layer_types,
+    read_fields,
+    read_rope,
+    read_value,
+    refuse,
+    write_fields,
+    write_rope,
+)
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama, swiglu
@@ -105,16 +114,19 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
-    rope, mistral, types = read_rope(hf), hf["model_type"] == "mistral", hf.get("layer_types") or []
-    checks = {"sliding_window": mistral or hf.get("sliding_window") is None, "layer_types": len(set(types)) <= 1}
+    rope, mistral = read_rope(hf), hf["model_type"] == "mistral"
+    window = read_value(hf, "sliding_window", int, 4096 if mistral else None)
+    kind = "full_attention" if window is None else "sliding_attention"
+    checks = {"sliding_window": mistral or window is None, "layer_types": has_layer_types(hf, kind)}
     refuse("llama.py", hf, rope, IMPLEMENTED, **checks)
     scaling = None
     if rope["rope_type"] == "llama3":
-        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        scaling = RopeScaling("llama3", factor, low, high, int(rope["original_max_position_embeddings"]))
+        keys = ("factor", "low_freq_factor", "high_freq_factor")
+        factor, low, high = (read_value(rope, key, float, zero=False) for key in keys)
+        original = read_value(rope, "original_max_position_embeddings", int, zero=False)
+        scaling = RopeScaling("llama3", factor, low, high, original)
     elif rope["rope_type"] == "linear":
-        scaling = RopeScaling("linear", float(rope["factor"]))
-    window = hf.get("sliding_window", 4096) if mistral else None
+        scaling = RopeScaling("linear", read_value(rope, "factor", float, zero=False))
     return Config(**read_fields(HF | BIASES, hf), rope_theta=rope["rope_theta"], rope_scaling=scaling, window=window)
 
 

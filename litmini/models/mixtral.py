@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields, write_rope
+from litmini.models.hf_config import Table, has_layer_types, read_fields, read_rope, refuse, write_fields, write_rope
 from litmini.ops.attention import Mask, advance, attend, document_ids, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.experts import Groups, balance_loss, group_experts, split_experts
@@ -91,8 +91,10 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     rope = read_rope(hf, theta=1_000_000.0)
-    refuse("mixtral.py", hf, rope, IMPLEMENTED)
-    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"])
+    fields = read_fields(HF, hf)
+    kind = "full_attention" if fields["window"] is None else "sliding_attention"
+    refuse("mixtral.py", hf, rope, IMPLEMENTED, layer_types=has_layer_types(hf, kind))
+    return Config(**fields, rope_theta=rope["rope_theta"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

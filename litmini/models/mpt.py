@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, refuse, write_fields
+from litmini.models.hf_config import Table, read_fields, read_value, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 
@@ -74,7 +74,7 @@ HF: Table = {  # field of Config: key of config.json, or (key, value if it is mi
 }
 ATTENTION: Table = {  # the same, in its entry `attn_config`
     "alibi_max": ("alibi_bias_max", 8),
-    "clip_qkv": ("clip_qkv", None),
+    "clip_qkv": ("clip_qkv", None, float),
 }
 IMPLEMENTED = {  # key: the values that this file implements; False stands for 0 and null, too
     "attn_config.attn_type": "multihead_attention",
@@ -103,12 +103,12 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     Raises:
         ValueError: it asks for something that this file does not implement.
     """
-    attn = hf.get("attn_config") or {}
+    attn = read_value(hf, "attn_config", dict, None) or {}
     found = hf | {f"attn_config.{key}": value for key, value in attn.items()}
-    mlp = (hf.get("ffn_config") or {}).get("ffn_type", "mptmlp") == "mptmlp"
+    mlp = (read_value(hf, "ffn_config", dict, None) or {}).get("ffn_type", "mptmlp") == "mptmlp"
     refuse("mpt.py", found, {}, IMPLEMENTED, ffn_config=mlp)
     fields = read_fields(HF, hf) | read_fields(ATTENTION, attn)
-    fields["clip_qkv"] = float(fields["clip_qkv"]) if fields["clip_qkv"] else None  # 0 is none, too
+    fields["clip_qkv"] = fields["clip_qkv"] or None  # 0 is none, too
     return Config(**fields)
 
 

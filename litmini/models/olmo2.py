@@ -24,6 +24,7 @@ from litmini.models.hf_config import (
     layer_types,
     read_fields,
     read_rope,
+    read_value,
     read_yarn,
     refuse,
     write_fields,
@@ -106,7 +107,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     rope = read_rope(hf, theta=500_000.0 if olmo3 else 10_000.0)
     local_hf = {"rope_parameters": hf.get("rope_parameters")}  # rope_theta and rope_scaling are of the full layers
     local = read_rope(local_hf, rope["rope_theta"], layer_type="sliding_attention")
-    window = hf.get("sliding_window", 4096 if olmo3 else None)
+    window = read_value(hf, "sliding_window", int, 4096 if olmo3 else None)
     types = [None, layer_types(fields["n_layers"], FULL_EVERY)] if olmo3 else [None]
     checks = {
         "rope_type": rope["rope_type"] == "default" or (olmo3 and rope["rope_type"] == "yarn"),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
+from litmini.models.hf_config import Table, read_fields, read_rope, read_value, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 
@@ -90,7 +90,8 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     rope = read_rope(hf, partial=0.5)
-    one_key_per_query = hf.get("num_key_value_heads") in (None, hf["num_attention_heads"])
+    n_heads = read_value(hf, "num_attention_heads", int)
+    one_key_per_query = read_value(hf, "num_key_value_heads", int, None) in (None, n_heads)
     refuse("phi.py", hf, rope, IMPLEMENTED, num_key_value_heads=one_key_per_query)
     return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
 

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
+from litmini.models.hf_config import (
+    Table,
+    has_layer_types,
+    read_fields,
+    read_rope,
+    read_value,
+    refuse,
+    write_fields,
+)
 from litmini.ops.attention import Mask, advance, attend, document_ids, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama, swiglu
@@ -115,18 +123,26 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     rope = read_rope(hf)
     if rope["rope_type"] in ("su", "yarn"):
         rope["rope_type"] = "longrope"  # what it was called at first
-    original = hf.get("original_max_position_embeddings") or 4096
+    fields, original = (
+        read_fields(HF, hf),
+        read_value(hf, "original_max_position_embeddings", int, None, zero=False) or 4096,
+    )
+    kind = "full_attention" if fields["window"] is None else "sliding_attention"
     checks = {
+        "layer_types": has_layer_types(hf, kind),
         "attention_factor": rope.get("attention_factor") is None,
-        "factor": rope.get("factor") in (None, hf.get("max_position_embeddings", 4096) / original),
+        "factor": rope.get("factor") in (None, fields["max_positions"] / original),
         "original_max_position_embeddings": rope.get("original_max_position_embeddings") in (None, original),
     }
     refuse("phi3.py", hf, rope, IMPLEMENTED, **checks)
-    long_rope, share = None, float(rope["partial_rotary_factor"])
+    long_rope, share = None, rope["partial_rotary_factor"]
     if rope["rope_type"] == "longrope":
-        short, long = (tuple(float(f) for f in rope[key]) for key in ("short_factor", "long_factor"))
+        lists = {key: read_value(rope, key, list) for key in ("short_factor", "long_factor")}
+        short, long = (
+            tuple(read_value({key: f}, key, float, zero=False) for f in values) for key, values in lists.items()
+        )
         long_rope = LongRope(short, long, original)
-    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_share=share, long_rope=long_rope)
+    return Config(**fields, rope_theta=rope["rope_theta"], rotary_share=share, long_rope=long_rope)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

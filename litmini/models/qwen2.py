@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.models.hf_config import Table, Yarn, read_fields, read_rope, read_yarn, refuse, write_fields, write_rope
+from litmini.models.hf_config import (
+    Table,
+    Yarn,
+    read_fields,
+    read_rope,
+    read_value,
+    read_yarn,
+    refuse,
+    write_fields,
+    write_rope,
+)
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.norms import rms_norm_llama, swiglu
@@ -85,9 +95,10 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
-    rope, n_layers = read_rope(hf), hf["num_hidden_layers"]
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    first = hf.get("max_window_layers", 28) if window is not None else 0
+    rope, n_layers = read_rope(hf), read_value(hf, "num_hidden_layers", int)
+    windowed = read_value(hf, "use_sliding_window", bool, False)
+    window = read_value(hf, "sliding_window", int, 4096) if windowed else None
+    first = read_value(hf, "max_window_layers", int, 28) if window is not None else 0
     types = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(n_layers)]
     refuse("qwen2.py", hf, rope, IMPLEMENTED, layer_types=(hf.get("layer_types") or types) == types)
     fields = read_fields(HF, hf) | {"window": window, "first_window_layer": first}

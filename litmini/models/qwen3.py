@@ -82,7 +82,7 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     rope = read_rope(hf)
-    refuse("qwen3.py", hf, rope, IMPLEMENTED, layer_types=set(hf.get("layer_types") or []) <= {"full_attention"})
+    refuse("qwen3.py", hf, rope, IMPLEMENTED)
     fields = read_fields(HF, hf)
     yarn = read_yarn(rope, fields["max_positions"])
     return Config(**fields, rope_theta=rope["rope_theta"], yarn=yarn)

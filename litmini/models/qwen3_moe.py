@@ -95,7 +95,8 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     rope = read_rope(hf)
     refuse("qwen3_moe.py", hf, rope, IMPLEMENTED)
     fields = read_fields(HF, hf)
-    fields["n_experts"] = hf.get("num_local_experts", fields["n_experts"])  # as transformers 5 writes it
+    if "num_local_experts" in hf:  # as transformers 5 writes it
+        fields |= read_fields({"n_experts": "num_local_experts"}, hf)
     return Config(**fields, rope_theta=rope["rope_theta"])
 
 

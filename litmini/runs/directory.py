@@ -12,12 +12,16 @@ import yaml
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
-from litmini.files import content_hash, read_json, restore
+from litmini.files import content_hash, read_json
 from litmini.runs.manifest import check_same
+from litmini.staging import restore_all
 from litmini.system import outlive_readers
 
 PROCESSES = ("devices", "num_nodes", "strategy")
 REPORT = "report.html"  # the last file that a run writes: without it, the result has not been measured
+WRITTEN = re.compile(  # by a run, in its directory
+    r"config\.yaml|manifest\.json|metrics\.csv|samples\.jsonl|loss\.png|report\.html|final|(bad-)?step-.*|tensorboard|wandb.*"
+)
 MAY_CHANGE = re.compile(  # on resuming; any other setting changes the result of the run
     r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
     r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
@@ -33,8 +37,8 @@ class RunDirectory:
         other_processes: settings of devices and strategy that differ from those of the run to resume.
 
     Raises:
-        UserError: the directory already holds a run and `config.resume` is false; there is nothing to resume; or settings
-            differ that change the result of the run.
+        UserError: the directory already holds a run and `config.resume` is false; it holds what a run would overwrite and no
+            run has written; there is nothing to resume; or settings differ that change the result of the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -54,6 +58,8 @@ class RunDirectory:
     def _find_restart(self, steps: list[Path]) -> Path | None:
         config = self.config
         holds_run = (self.directory / "config.yaml").exists() or bool(steps)
+        if not (config.dry_run or config.show_masks or (holds_run and config.resume is False)):
+            self._check_ours(bool(steps) or self._has_settings())
         if config.resume is False:
             if holds_run and not (config.dry_run or config.show_masks):
                 raise UserError(
@@ -84,11 +90,40 @@ class RunDirectory:
         except (KeyError, TypeError, ValueError):
             return None
 
+    def _check_ours(self, holds_run: bool) -> None:
+        """Raise UserError if the directory holds anything that a run would overwrite, and that no run has written."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"out_dir {self.directory} is a file; choose another: --out_dir {self._free_name()}")
+        existing = sorted(self.directory.iterdir()) if self.directory.is_dir() else []
+        written = [path for path in existing if WRITTEN.fullmatch(path.name)]
+        ours = {"step": "training_state.json", "final": "manifest.json"}
+        if holds_run:  # what stands there is the run's, but directories that it would replace
+            made = [path for path in written if path.name == "final" or re.fullmatch(r"step-\d+", path.name)]
+            written = [path for path in made if not (path / ours[path.name.partition("-")[0]]).is_file()]
+        if written:
+            names = ", ".join(path.name for path in written[:5])
+            raise UserError(
+                f"{self.directory} holds {names}, which a run would overwrite and no run has written; move that away, or "
+                f"choose another: --out_dir {self._free_name()}"
+            )
+
+    def _has_settings(self) -> bool:
+        """Whether config.yaml is that of a run."""
+        try:
+            return "out_dir" in yaml.safe_load((self.directory / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            return False
+
+    def check_again(self) -> None:
+        """Check once more, when the directory is locked: another process may have written a run there meanwhile."""
+        if (found := self._find_restart(self.checkpoints())) != self.restart_from:
+            raise UserError(f"another process has saved {found} in {self.directory} meanwhile; start this one again.")
+
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of this run, oldest first."""
-        for old in self.directory.glob(".step-*.old"):  # a process died while it replaced one
-            restore(self.directory / old.name[1:].removesuffix(".old"))
-        return sorted((p for p in self.directory.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+        restore_all(self.directory)
+        steps = (p for p in self.directory.glob("step-*") if p.name[5:].isdigit())
+        return sorted((p for p in steps if (p / "training_state.json").is_file()), key=lambda p: int(p.name[5:]))
 
     def _free_name(self) -> Path:
         return next(

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,10 +17,18 @@ from torch import nn
 
 from litmini.distributed.fsdp import is_sharded
 from litmini.errors import UserError
-from litmini.files import Background, check_checksums, discard, write_atomically, write_json, write_text
+from litmini.files import (
+    Background,
+    check_checksums,
+    discard,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from litmini.runs.directory import RunDirectory, flat, plain
 from litmini.runs.manifest import check_same, describe_run
 from litmini.runs.training_state import SHARDS, load_state, save_shards, save_state
+from litmini.staging import delete_leftovers
 from litmini.system import lock
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Batch
@@ -108,9 +115,9 @@ class Run(Recorder):
         """Make the directory, and write the configuration and the metrics so far."""
         self.directory.mkdir(parents=True, exist_ok=True)
         lock(self.directory)
+        self.run_directory.check_again()
         settings = {**plain(self.config), "resume": False}
-        for leftover in self.directory.glob(".*.partial"):  # a process died while it saved
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        delete_leftovers(self.directory)
         write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         self._keep_metrics(self.progress.step)
         if self.config.loggers:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 import torch
 from torch import nn
 
-from litmini.checkpoints.hf import check_checkpoint_dir, disk_tensors, load_model, read_config, save_model, save_trained
+from litmini.checkpoints.config import disk_tensors, read_config
+from litmini.checkpoints.hf import check_checkpoint_dir, load_model, save_model, save_trained
 from litmini.config.pretrain import PretrainConfig
 from litmini.data.dataset import Example
 from litmini.data.pretrain.read_shards import Corpus

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litmini.checkpoints.hf import read_config
+from litmini.checkpoints.config import read_config
 from litmini.config.finetune import FinetuneConfig
 from litmini.data.dataset import describe, load_data
 from litmini.data.packing import PackedDataset

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from litmini.checkpoints.hf import empty_model
+from litmini.checkpoints.config import empty_model
 from litmini.config.finetune import DataConfig, LoraConfig
 from litmini.data.dataset import load_data
 from litmini.data.packing import PackedDataset

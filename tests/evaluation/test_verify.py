@@ -13,8 +13,9 @@ from test_export import make_adapter
 import litmini
 import litmini.evaluation.verify
 import litmini.training.setup
+from litmini.checkpoints.config import disk_tensors
 from litmini.checkpoints.export import export
-from litmini.checkpoints.hf import disk_tensors, load_model, save_model
+from litmini.checkpoints.hf import load_model, save_model
 from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
 from litmini.evaluation.verify import CHECKS, check_accumulation, check_bits, sequences

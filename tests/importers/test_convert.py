@@ -341,6 +341,72 @@ def test_sentencepiece_model(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert 'needs sentencepiece and protobuf: pip install -e ".[convert]"' in refused(source, tmp_path / "bad")
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"legacy": True}, {"legacy": False}, {"legacy": None}, {"add_prefix_space": False}]
+)
+@pytest.mark.parametrize("added", ["added_tokens.json", "added_tokens_decoder", "both"])
+def test_added_tokens_of_a_sentencepiece_model(source: Path, tmp_path: Path, settings, added) -> None:
+    """Wherever they are named, and what stands after them in a text, as in transformers."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("\n".join(["the fox jumps over the dog", "hello world", "one two three four"] * 40))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(source / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, hard_vocab_limit=False, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (source / "tokenizer.json").unlink()
+    torch.save(hf(source, tiny_llama(320)), source / "pytorch_model.bin")
+    pair = {"<|a|>": 300, "<|b|>": 301}
+    base = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if added != "added_tokens_decoder":
+        (source / "added_tokens.json").write_text(json.dumps(pair))
+    if added != "added_tokens.json":
+        flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        settings = settings | {"added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in pair.items()}}
+    (source / "tokenizer_config.json").write_text(json.dumps({**base, "add_bos_token": True, **settings}))
+    ours, theirs = Tokenizer(convert(source, tmp_path / "out")), tf.AutoTokenizer.from_pretrained(source)
+    for text in ("hello <|a|>the fox<|b|>one", "<|b|> one", "the dog"):
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("added_tokens.json", {"<|a|>": 400}, "has id 400, but 320 follows"),
+        ("added_tokens.json", {"<|a|>": "x"}, "added tokens are damaged"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"320": 5}}, "added tokens are damaged"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"special": True}}}, "added tokens are damaged"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<|a|>"]}, "added tokens are damaged"),
+        ("tokenizer_config.json", {"legacy": "false"}, "legacy = 'false', expected true or false"),
+    ],
+)
+def test_added_tokens_that_are_damaged_are_named(source: Path, tmp_path: Path, name, content, reason) -> None:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto(normalizer_spec={"name": "identity"}, trainer_spec={"model_type": 2})
+    for i in range(320):
+        model.pieces.add(piece=f"<{i}>", score=-i, type=2 if i == 0 else 3)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    torch.save(hf(source, tiny_llama(320)), source / "pytorch_model.bin")
+    (source / name).write_text(json.dumps(content))
+    assert reason in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "content", [b"\xff" * 2**20, b"[" * 2**20, b"\n" + b"\xff" * 2**20, b'{"a":' * 2**18], ids=range(4)
+)
+def test_a_megabyte_of_anything_is_a_short_error(source: Path, tmp_path: Path, name, content) -> None:
+    if name == "tokenizer.model":
+        (source / "tokenizer.json").unlink()
+    torch.save(hf(source, tiny_llama(320)), source / "pytorch_model.bin")
+    (source / name).write_bytes(content)
+    message = refused(source, tmp_path / "out")
+    assert name in message and len(message) < 1000
+
+
 def test_llama3_tokenizer_model(source: Path, tmp_path: Path) -> None:
     """Base64 and ranks: pairs are joined by rank, within words."""
     trained = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))

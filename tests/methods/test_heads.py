@@ -157,7 +157,7 @@ HF = {
 @pytest.mark.parametrize("name", HF)
 def test_scores_are_those_of_transformers(name, tmp_path):
     """Requirement 40: under the name and in the layout of a sequence classifier."""
-    from litmini.checkpoints.hf import disk_tensors
+    from litmini.checkpoints.config import disk_tensors
 
     model, module = tiny(name), importlib.import_module(name)
     use_scores(model, 4)

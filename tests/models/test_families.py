@@ -10,7 +10,8 @@ import torch
 from numerics import assert_close, ulps
 
 import litmini
-from litmini.checkpoints.hf import disk_tensors, save_model
+from litmini.checkpoints.config import disk_tensors
+from litmini.checkpoints.hf import save_model
 from litmini.models import FAMILIES, family
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from litmini.models import llama
+from litmini.models import FAMILIES, family, llama
 from litmini.models.hf_config import Yarn, layer_types, read_fields, read_rope, read_yarn, refuse, write_rope
 
 TABLE = {"dim": "hidden_size", "n_heads": "heads", "n_kv_heads": ("kv", 2), "head_dim": ("head", None)}
@@ -69,3 +69,50 @@ def test_rotary_settings_that_were_ignored_are_refused():
         llama.config_from_hf({**raw, "rope_parameters": by_type})
     with pytest.raises(ValueError, match="partial_rotary_factor = 0"):
         llama.config_from_hf({**raw, "partial_rotary_factor": 0})
+
+
+WRONG = {
+    "llama": {
+        "tie_word_embeddings": "false", "rms_norm_eps": "1e-5", "max_position_embeddings": "256", "hidden_size": 64.0,
+        "num_hidden_layers": 2**31, "vocab_size": True, "num_attention_heads": 0, "attention_bias": "no",
+        "rope_theta": "1e4", "rope_scaling": "yarn", "layer_types": "full_attention", "is_causal": "false",
+        "rope_parameters": [], "head_dim": "16", "num_key_value_heads": -2,
+    },
+    "qwen2": {"use_sliding_window": "false", "sliding_window": "8", "max_window_layers": "0"},
+    "falcon": {"new_decoder_architecture": "false", "multi_query": "true", "alibi": "false"},
+    "mpt": {"attn_config": [["alibi", True]], "no_bias": "false", "n_heads": "4"},
+    "qwen3_moe": {"norm_topk_prob": "false", "num_experts": None, "num_local_experts": "8", "router_aux_loss_coef": "0"},
+    "gpt_neox": {"use_parallel_residual": "false", "rotary_pct": "0.25", "tie_word_embeddings": "false"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in WRONG.items() for key in keys])
+def test_a_value_of_another_type_is_named(name, key):
+    module = family(name)
+    raw = module.config_to_hf(module.PRESETS["tiny"])
+    if key.startswith("rope"):
+        raw.pop("rope_parameters", None)
+    with pytest.raises(ValueError, match=key):
+        module.config_from_hf(raw | {key: WRONG[name][key]})
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_what_is_not_causal_is_refused_by_every_family(name):
+    module = family(name)
+    raw = module.config_to_hf(module.PRESETS["tiny"]) | ({"model_type": name} if name != "olmo3" else {})
+    assert module.config_from_hf(raw | {"is_causal": True}) == module.config_from_hf(raw)
+    for key, value in {"is_causal": False, "use_bidirectional_attention": True}.items():
+        with pytest.raises(ValueError, match=f"not implemented in .*{key} = {value}"):
+            module.config_from_hf(raw | {key: value})
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "phi3"])
+def test_layers_that_are_named_must_be_those_of_the_window(name):
+    module = family(name)
+    raw = module.config_to_hf(module.PRESETS["tiny"]) | {"model_type": name}
+    full, local = ["full_attention"] * 2, ["sliding_attention"] * 2
+    for window, types in ((16, full), (None, local), (16, ["sliding_attention", "full_attention"])):
+        with pytest.raises(ValueError, match="layer_types = "):
+            module.config_from_hf(raw | {"sliding_window": window, "layer_types": types})
+    assert module.config_from_hf(raw | {"sliding_window": 16, "layer_types": local}).window == 16
+    assert module.config_from_hf(raw | {"sliding_window": None, "layer_types": full}).window is None

@@ -314,6 +314,25 @@ def test_evaluate(base, loaded, tmp_path):
     assert results["perplexity"]["tokens"] == len(tokenizer.encode((tmp_path / "text.txt").read_text())) - 1
 
 
+def test_a_file_of_results_is_checked_before_and_results_are_printed_before_it_is_written(base, tmp_path):
+    (tmp_path / "text.txt").write_text("some words to read " * 50)
+    (tmp_path / "there.json").write_text("mine")
+    words = ["evaluate.py", *base, "--perplexity", tmp_path / "text.txt", "--window=64"]
+    for out, reason in {
+        "there.json": "as a file",
+        ".": "as a directory",
+        "no/dir/x.json": "there is no directory",
+    }.items():
+        assert reason in run(*words, "--out", tmp_path / out, status=1)
+    assert (tmp_path / "there.json").read_text() == "mine"
+    (tmp_path / "none.jsonl").write_text('{"text": "no prompt"}\n')
+    command = [*words, "--exact_match", tmp_path / "none.jsonl", "--out", tmp_path / "x.json"]
+    command = [sys.executable, ROOT / "scripts" / words[0], *command[1:]]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 1 and "perplexity" in done.stdout, done  # what was measured before the failure
+    assert "exists already" in run("verify.py", base[1], "--json", tmp_path / "there.json", status=1)
+
+
 def test_evaluate_refuses(base, tmp_path):
     assert "nothing to measure" in run("evaluate.py", *base, status=2)
     assert "text file not found" in run("evaluate.py", *base, "--perplexity=nowhere.txt", status=1)

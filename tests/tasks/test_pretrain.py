@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import litmini
-from litmini.checkpoints.hf import read_config
+from litmini.checkpoints.config import read_config
 from litmini.cli import parse
 from litmini.config.pretrain import PretrainConfig
 from litmini.config.training import OptimConfig

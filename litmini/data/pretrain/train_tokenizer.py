@@ -79,7 +79,7 @@ def write_tokenizer(fast: Tokenizer, out_dir: str | Path) -> Path:
     target = Path(out_dir)
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
-    with write_atomically(target) as partial:
+    with write_atomically(target, new=True) as partial:
         fast.save(str(partial / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -15,6 +15,7 @@ import numpy as np
 from litmini.errors import UserError
 from litmini.importers.gguf.reader import Metadata, StoredTensor
 from litmini.models import gemma, gemma2, gemma3, gpt2, llama, qwen2, qwen3
+from litmini.models.hf_config import MAX_INT, MAX_LAYERS
 
 
 class Settings:
@@ -22,16 +23,22 @@ class Settings:
 
     def __init__(self, metadata: Metadata, tensors: dict[str, StoredTensor], architecture: str) -> None:
         self.metadata, self.architecture, self.tensors = metadata, architecture, tensors
-        self.expected: dict[str, Any] = {}
+        self.expected: dict[str, Any] = {"attention.causal": True}
         self.read = {"vocab_size"}  # some files have it; the rows of the embedding decide
 
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return self.metadata.get(f"{self.architecture}.{key}", default)
+    def get(self, key: str, default: Any) -> Any:
+        """Return a setting, of the type of `default`, which stands for a missing one."""
+        full_name = f"{self.architecture}.{key}"
+        return self.need(key, type(default)) if full_name in self.metadata.fields else default
 
     def need(self, key: str, kind: type = int) -> Any:
         self.read.add(key)
-        return self.metadata.need(f"{self.architecture}.{key}", kind)
+        full_name = f"{self.architecture}.{key}"
+        value = self.metadata.need(full_name, kind)
+        most = MAX_LAYERS if key == "block_count" else MAX_INT
+        if kind in (int, float) and not 0 < value <= most:  # NaN is not
+            raise UserError(f"{self.metadata.file}: metadata {full_name} is {value:,}; expected above 0, to {most:,}.")
+        return value
 
     def expect(self, **implied: Any) -> None:
         """Allow settings with this value only; __ stands for the dot in a name."""

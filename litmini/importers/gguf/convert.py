@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from litmini.checkpoints.hf import disk_tensors, save_model
+from litmini.checkpoints.config import disk_tensors
+from litmini.checkpoints.hf import save_model
 from litmini.errors import UserError
 from litmini.importers.gguf.architectures import ARCHITECTURES, Architecture, Settings
 from litmini.importers.gguf.reader import StoredTensor, read_gguf

@@ -6,6 +6,7 @@ makes several objects of each token, a gigabyte for a large vocabulary; the test
 
 import math
 import mmap
+import reprlib
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ SCALARS = {  # type of a value -> numpy's, little-endian
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
 }
+MAX_COUNT = 4_000_000  # values in a list, bytes of a text, settings, tensors: several times those of any published file
 
 
 class StoredTensor(NamedTuple):
@@ -76,9 +78,15 @@ class Metadata:
 
     def need(self, key: str, kind: type = int) -> Any:
         value = self.get(key)
-        if not isinstance(value, kind):
-            raise UserError(f"{self.file}: metadata {key} is {value!r}; expected one {kind.__name__}.")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{self.file}: metadata {key} is {reprlib.repr(value)}; expected one {kind.__name__}.")
         return value
+
+    def optional(self, key: str, default: Any) -> Any:
+        """Return a value of the type of `default`, which stands for a missing one."""
+        return self.need(key, type(default)) if key in self.fields else default
 
 
 class _Cursor:
@@ -104,6 +112,7 @@ class _Cursor:
 
     def text(self) -> str:
         (count,) = struct.unpack("<Q", self.take(8))
+        self.check_count(count, 1)
         return self.take(count).decode("utf-8")
 
     def value(self) -> Any:
@@ -113,11 +122,17 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY:
             return self.number(SCALARS[kind])
         kind, count = GGUFValueType(self.number("<u4")), self.number("<u8")
+        self.check_count(count, 8 if kind == GGUFValueType.STRING else 1)
         if kind == GGUFValueType.STRING:
             return [self.text() for _ in range(count)]
         if kind == GGUFValueType.ARRAY:
             raise ValueError("an array of arrays")
         return self.numbers(SCALARS[kind], count)
+
+    def check_count(self, count: int, size: int) -> None:
+        """Check that so many values, of `size` bytes at least, can follow."""
+        if count > min(MAX_COUNT, (len(self.data) - self.at) // size):
+            raise ValueError(f"{count:,} values, in {len(self.data) - self.at:,} bytes; {MAX_COUNT:,} at most")
 
     def unique(self, existing: dict[str, Any]) -> str:
         """Read a name that is not in `existing`."""
@@ -152,6 +167,8 @@ def _parse(cursor: _Cursor, file: Path) -> tuple[dict[str, Any], dict[str, Store
     if (version := cursor.number("<u4")) not in (2, 3):
         raise ValueError(f"version {version}; versions 2 and 3, little-endian, are read")
     n_tensors, n_fields = cursor.number("<u8"), cursor.number("<u8")
+    cursor.check_count(n_tensors, 32)
+    cursor.check_count(n_fields, 13)
     fields: dict[str, Any] = {}
     for _ in range(n_fields):
         name = cursor.unique(fields)
@@ -159,7 +176,9 @@ def _parse(cursor: _Cursor, file: Path) -> tuple[dict[str, Any], dict[str, Store
     tensors: dict[str, StoredTensor] = {}
     for _ in range(n_tensors):
         name = cursor.unique(tensors)
-        sizes = cursor.numbers("<u8", cursor.number("<u4")).tolist()
+        if (n_sizes := cursor.number("<u4")) > 8:
+            raise ValueError(f"{name} has {n_sizes:,} dimensions")
+        sizes = cursor.numbers("<u8", n_sizes).tolist()
         kind, offset = GGMLQuantizationType(cursor.number("<u4")), cursor.number("<u8")
         if not sizes or math.prod(sizes) == 0 or sizes[0] % GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"{name} is {kind.name} of sizes {sizes}")

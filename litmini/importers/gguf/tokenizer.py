@@ -42,9 +42,9 @@ def write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> dic
     """
     file = metadata.file
     tokens = metadata.need("tokenizer.ggml.tokens", list)
-    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    ids = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in (*ROLES, *STOPS)}
-    ids = {role: number for role, number in ids.items() if number is not None}
+    types = metadata.optional("tokenizer.ggml.token_type", [1] * len(tokens))
+    numbers = {role: metadata.optional(f"tokenizer.ggml.{role}_token_id", -1) for role in (*ROLES, *STOPS)}
+    ids = {role: number for role, number in numbers.items() if f"tokenizer.ggml.{role}_token_id" in metadata.fields}
     if len(types) != len(tokens) or not all(0 <= i < len(tokens) for i in ids.values()):
         raise UserError(
             f"{file}: its {len(tokens)} tokens, {len(types)} token types and special ids {ids} do not agree."
@@ -57,7 +57,7 @@ def write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> dic
         raise UserError(f"{file}: its tokens and merges make no tokenizer ({error}).") from None
     ends: dict[str, str | None] = {}
     for role, default in (("bos", add_bos), ("eos", False)):
-        added = metadata.get(f"tokenizer.ggml.add_{role}_token", default)
+        added = metadata.optional(f"tokenizer.ggml.add_{role}_token", default)
         if added and role not in ids:
             raise UserError(f"{file}: {role} is to be added to every text, but metadata has no id for it.")
         ends[role] = tokens[ids[role]] if added else None
@@ -66,7 +66,7 @@ def write_tokenizer(metadata: Metadata, directory: Path, max_length: int) -> dic
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     special = {f"{name}_token": tokens[ids[role]] for role, name in ROLES.items() if role in ids}
     write_json(directory / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False, **special})
-    if template := metadata.get("tokenizer.chat_template"):
+    if template := metadata.optional("tokenizer.chat_template", ""):
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     stops = list(dict.fromkeys(ids[role] for role in STOPS if role in ids))
     generation = {"bos_token_id": ids.get("bos"), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
@@ -81,6 +81,8 @@ def _build_tokenizer(
     """Return the tokenizer, the names of its tokens, and whether BOS is added by default."""
     file, kind, pre = metadata.file, metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix")
+    if prefix not in (None, True, False):
+        raise UserError(f"{file}: tokenizer.ggml.add_space_prefix is {prefix!r}; expected true or false.")
     if kind == "llama":
         unknown = ids.get("unknown", 0)  # as llama.cpp has it
         tokenizer, tokens = sentencepiece_like(tokens, types, unknown, space_prefix=prefix is not False)

@@ -1,6 +1,7 @@
 """GGUF import: weights, settings and tokenizer are those of the model that the file was made from."""
 
 import json
+import math
 from pathlib import Path
 
 import gguf
@@ -218,6 +219,52 @@ def test_damaged_files(tmp_path: Path, out: Path, tokenizer: Tokenizer) -> None:
             import_gguf(file, out)
     with pytest.raises(UserError, match=r"GGUF file not found: .*none\.gguf"):
         import_gguf(tmp_path / "none.gguf", out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    {
+        "not causal": ({"llama.attention.causal": False}, "llama.attention.causal = False"),
+        "layers": ({"llama.block_count": 2**31}, r"llama.block_count is 2,147,483,648; expected above 0, to 10,000"),
+        "no heads": ({"llama.attention.head_count": 0}, "head_count is 0"),
+        "text": ({"llama.context_length": "256"}, "context_length is '256'; expected one int"),
+        "true": ({"llama.context_length": True}, "context_length is True; expected one int"),
+        "NaN": ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "epsilon is nan"),
+        "base as text": ({"llama.rope.freq_base": "10000"}, "freq_base is '10000'; expected one float"),
+        "keys as list": ({"llama.attention.head_count_kv": [2, 2]}, r"head_count_kv is \[2, 2\]; expected one int"),
+        "end as text": ({"tokenizer.ggml.eos_token_id": "2"}, "eos_token_id is '2'; expected one int"),
+        "add as text": ({"tokenizer.ggml.add_bos_token": "false"}, "add_bos_token is 'false'; expected one bool"),
+        "types as number": ({"tokenizer.ggml.token_type": 1}, "token_type is 1; expected one list"),
+        "template as number": ({"tokenizer.chat_template": 5}, "chat_template is 5; expected one str"),
+        "prefix as text": ({"tokenizer.ggml.add_space_prefix": "no"}, "add_space_prefix is 'no'"),
+    }.values(),
+)
+def test_settings_of_another_type_or_size_are_named(tmp_path, out, tokenizer, settings, reason) -> None:
+    model = tiny_llama(tokenizer.get_vocab_size())
+    file = write_gguf(tmp_path / "a.gguf", model, tokenizer, settings=settings)
+    with pytest.raises(UserError, match=reason):
+        import_gguf(file, out)
+
+
+@pytest.mark.parametrize("at", [8, 16, "tokens", "dimensions"])
+@pytest.mark.parametrize("count", [2**31, 2**63, 10**7])
+def test_counts_that_no_file_can_hold(tmp_path, out, tokenizer, at, count) -> None:
+    """Of tensors, settings, strings in a list, dimensions; in a sparse file that would have the bytes for some of them."""
+    file = write_gguf(tmp_path / "a.gguf", tiny_llama(tokenizer.get_vocab_size()), tokenizer)
+    content = bytearray(file.read_bytes())
+    if at == "tokens":
+        at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    elif at == "dimensions":
+        at, count = content.index(b"token_embd.weight") + len(b"token_embd.weight"), min(count, 2**32 - 1)
+    size = 4 if count < 2**32 and content[at - 1 : at] == b"t" else 8
+    content[at : at + size] = count.to_bytes(size, "little")
+    file.write_bytes(content)
+    for sparse in (0, 2**36):
+        if sparse:
+            with file.open("r+b") as opened:
+                opened.truncate(sparse)
+        with pytest.raises(UserError, match=r"a\.gguf is truncated, damaged or no GGUF file"):
+            import_gguf(file, out)
 
 
 @pytest.mark.real

@@ -1,0 +1,129 @@
+"""`config.json` of a checkpoint as it holds for the weights beside it, and the empty model that it describes."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards
+from litmini.errors import UserError
+from litmini.files import read_json
+from litmini.models import FAMILIES, family, meta_model
+
+Tensors = Iterable[tuple[str, Tensor]]
+
+
+def parse_config(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
+    """Return the family module and the `Config` of the content of a config.json.
+
+    Raises:
+        UserError: the family or something that it asks for is not implemented, or a value is missing or impossible.
+    """
+    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key) not in (None, {})]:
+        text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
+        works = f"; a text-only checkpoint of model_type '{text}' works" if text in FAMILIES else ""
+        raise UserError(
+            f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
+            f"The families are: {', '.join(sorted(FAMILIES))}."
+        )
+    try:
+        module = family(str(raw.get("model_type", "")))
+        return module, module.config_from_hf(raw)
+    except KeyError as error:
+        raise UserError(f"{file} lacks the key {error}.") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file}: {error}.") from None
+
+
+def parse_model(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
+    """Return the family module and the model of the content of a config.json, with all parameters on the meta device."""
+    module, config = parse_config(raw, file)
+    try:
+        return module, meta_model(module, config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{file} describes an impossible model: {error}.") from None
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """Return config.json; untied if the weights beside it have a head of their own, as transformers reads it."""
+    raw = read_json(directory / "config.json")
+    files = shards(directory)
+    if all(file.is_file() for file in files):
+        states = tuple(
+            (s.st_ino, s.st_size, s.st_mtime_ns) for s in (f.stat() for f in [directory / "config.json", *files])
+        )
+        raw |= {"tie_word_embeddings": False} if _is_untied(directory.resolve(), states) else {}
+    return raw
+
+
+@functools.lru_cache(64)
+def _is_untied(directory: Path, states: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether a tied config.json stands beside an own head; said once for each state of the files."""
+    module, model = parse_model(read_json(directory / "config.json"), directory / "config.json")
+    files = shards(directory)
+    return bool(untied(module, model, lambda meta: read_empty(files) if meta else read_tensors(files), directory))
+
+
+def untied(module: ModuleType, model: Any, read: Callable[[bool], Tensors], source: Path) -> list[str]:
+    """Return further names of tied parameters that a checkpoint has other values for than for the first, and say so.
+
+    Args:
+        model: on the meta device.
+        read: meta -> all tensors of the files under Hugging Face's names; with meta True, only their shapes and dtypes.
+    """
+    pairs = {copy: first for first, *copies in parameter_names(model).values() for copy in copies}
+    ends = tuple(".".join(name.split(".")[-2:]) for name in {*pairs, *pairs.values()})  # old files lack prefixes
+
+    def found(meta: bool) -> dict[str, Tensor]:
+        return dict(model_tensors(module, model.config, ((n, t) for n, t in read(meta) if n.endswith(ends))))
+
+    names = found(True).keys() if pairs else ()
+    if not any(copy in names and first in names for copy, first in pairs.items()):
+        return []
+    values = found(False)
+    others = [copy for copy, first in pairs.items() if copy in values and not _equal(values[copy], values.get(first))]
+    if others:
+        print(
+            f"note: {source}: config.json ties {others[0]} to {pairs[others[0]]}, but the weights of the two differ; both "
+            f"are used, and what is written is untied.",
+            file=sys.stderr,
+        )
+    return others
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and torch.equal(a, b.to(a.dtype)) and torch.equal(a.to(b.dtype), b)
+
+
+def read_config(directory: Path) -> tuple[ModuleType, Any]:
+    """Return the family module and the `Config` of a checkpoint."""
+    return parse_config(read_raw_config(directory), directory / "config.json")
+
+
+def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
+    """Return the family module and the model of a checkpoint, with all parameters on the meta device."""
+    return parse_model(read_raw_config(directory), directory / "config.json")
+
+
+def parameter_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return the first name of each parameter -> all its names: a tied parameter has several."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[first[parameter]].append(name)
+    return names
+
+
+def model_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
+    """Convert the tensors of a checkpoint's files to the names and shapes of the family's model."""
+    return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
+
+
+def disk_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
+    """Convert a model's tensors to the names and shapes of Hugging Face's files: the inverse of `model_tensors`."""
+    return module.to_hf(tensors, config) if hasattr(module, "to_hf") else tensors
