@@ -2,6 +2,7 @@
 
 python tests/family_table.py --write      # put file and models covered into README.md
 python tests/family_table.py --measure    # measure parity with transformers, into docs/benchmarks.md; some minutes
+python tests/family_table.py --measure qwen3    # the row of this family alone; the others stay as they are
 
 Without an option it prints the README's table.
 """
@@ -100,8 +101,13 @@ def put(page: Path, table: str) -> None:
 if __name__ == "__main__":
     made = covered_table()
     if "--measure" in sys.argv:
-        classes = suites()
-        made = measured_table([f"{difference(classes[name]):.1e}" for name in names()])
+        classes, wanted = suites(), sys.argv[sys.argv.index("--measure") + 1 :]
+        old = dict(re.findall(r"^\| `litmini/models/(\w+)\.py` \|.*\| (\S+) \|$", in_page(MEASURED), re.MULTILINE))
+        short = {name: name.rpartition(".")[2] for name in names()}
+        if unknown := set(wanted) - set(short.values()):
+            sys.exit(f"no such family: {', '.join(sorted(unknown))}; there are: {', '.join(short.values())}")
+        kept = {} if not wanted else {name: old[short[name]] for name in names() if short[name] not in wanted}
+        made = measured_table([kept.get(name) or f"{difference(classes[name]):.1e}" for name in names()])
         put(MEASURED, made)
     elif "--write" in sys.argv:
         put(COVERED, made)

@@ -48,6 +48,7 @@ FAMILIES = {
     "qwen2": "litmini.models.qwen2",
     "qwen3": "litmini.models.qwen3",
     "qwen3_moe": "litmini.models.qwen3_moe",
+    "smollm3": "litmini.models.smollm3",
 }
 
 

@@ -1,6 +1,5 @@
 """Gemma 2 is numerically that of transformers, and its checkpoints go in and out unchanged."""
 
-import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -100,17 +99,6 @@ class TestGemma2(FamilyTests):
     def _norms_around_one(self, monkeypatch):
         original = parity.reference
         monkeypatch.setattr(parity, "reference", lambda config: centred(original(config)))
-
-    def test_init_weights_touches_everything(self):
-        model = self.module.Model(self.module.PRESETS["tiny"])
-        for parameter in model.parameters():
-            parameter.data.fill_(math.nan)
-        model.init_weights(torch.Generator().manual_seed(0))
-        assert all(p.isfinite().all() for p in model.parameters())
-        tokens = torch.randint(0, model.config.vocab_size, (2, 32))
-        with torch.no_grad():  # the next token: with a tied head the same token is likely
-            loss, count = model(tokens, labels=tokens.roll(-1, 1))
-        assert abs(float(loss / count) - math.log(model.config.vocab_size)) < 1
 
 
 def test_what_is_missing_is_the_default_of_transformers():
