@@ -21,6 +21,7 @@ from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
+from litmini.ops.attention import Documents
 from litmini.ops.cross_entropy import IGNORE, linear_cross_entropy
 from litmini.training.loop import fit
 from litmini.training.objective import LanguageModeling
@@ -138,11 +139,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
+
+
 @pytest.mark.parametrize(("name", "method"), [*((name, "lora") for name in sorted(FAMILIES)), ("llama", "dora")])
 def test_blocks_wait_for_nothing(name, method):
     """On the meta device the code takes a GPU's way, and a look at a value would be an error, if it were not noted."""
     model = build(name, method, "meta")
-    batch = packed(model, 4, device="meta")
+    batch: dict[str, Any] = packed(model, 4)
+    batch["documents"] = Documents.of(batch["documents"])
+    batch = {name: value.map(to_meta) if name == "documents" else to_meta(value) for name, value in batch.items()}
     del batch["labels"]
     with Waits() as waits:
         model(**batch).sum().backward()
