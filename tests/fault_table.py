@@ -26,8 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from conftest import make_tiny, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny import make_tiny, make_tokenizer
 from two import Ended, command, run_two
 
 from litmini.files import CHECKSUMS

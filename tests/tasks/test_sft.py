@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import make_tiny
 
 from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import FinetuneFullConfig, FinetuneLoraConfig
