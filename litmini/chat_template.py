@@ -21,7 +21,7 @@ from typing import Any
 
 from litmini.errors import UserError
 
-SECONDS = 10
+SECONDS = 5
 """Most CPU time of a text; on Windows, of the clock."""
 MEBIBYTES = 1024
 """Most memory of the child, on Linux."""
