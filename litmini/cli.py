@@ -12,15 +12,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING
-from typing import Any, NoReturn, TypeVar, get_args
-
-import yaml
+from typing import NoReturn, TypeVar
 
 from litmini.distributed.processes import alone, first_to_fail, is_first, leave
 from litmini.errors import UserError
-from litmini.setting_values import Unknown
-from litmini.settings import build, defaults, merge, missing, read_file, read_word, types_of
+from litmini.settings import Settings, forms
 from litmini.system import is_disk_full, outlive_readers, repair_streams, unlock_all
 
 T = TypeVar("T")
@@ -40,39 +36,33 @@ def parse(
         positional: the fields that are positional arguments, in order.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    settings = Settings(config_class)
     if "--help" in words or "-h" in words:
-        _print_help(config_class, doc or "")
-    types = types_of(config_class)
-    switches = {f"--{name}" for name, kind in types.items() if kind is bool or bool in get_args(kind)}
-    values: dict[str, Any] = {}
+        settings.print_help((doc or "").strip())
+        sys.exit(0)
     try:
+        switches = {f"--{name}" for name, kind in settings.types.items() if bool in forms(kind)}
         given, show = _arrange(words, switches, positional)
-        _read(given, types, values)
+        for name, word in given:
+            if isinstance(word, list):
+                settings.put(name, word)
+            elif name == "config":
+                settings.add_file(word)
+            else:
+                settings.add_word(name, word)
+        if settings.unknown:
+            known = list(settings.types)
+            raise UserError(
+                "\n".join(f"unknown setting '{name}': {_nearest(name, known)}" for name in settings.unknown)
+            )
         if show:
-            _print_config(config_class, values)
-        if names := missing(config_class, values):
-            raise UserError(f"missing: {', '.join(f'--{name}' for name in names)}. See --help.")
-        return build(config_class, values)
+            print(settings.as_yaml(), end="")
+            sys.exit(0)
+        return settings.build()
     except UserError as error:
         text = str(error).encode("utf-8", "backslashreplace").decode()
         print(f"error: {text if len(text) < 2000 else f'{text[:1000]} ... {text[-500:]}'}", file=sys.stderr)
         sys.exit(2)
-
-
-def _read(given: list[tuple[str, str | list[str]]], types: dict[str, Any], values: dict[str, Any]) -> None:
-    """Add the values of (name, word) to `values`; all unknown names are in one error."""
-    unknown: list[str] = []
-    for name, word in given:
-        try:
-            if isinstance(word, list):
-                more: dict[str, Any] = {name: word}
-            else:
-                more = read_file(word, types) if name == "config" else read_word(name, word, types)
-            merge(values, more, types)
-        except Unknown as error:
-            unknown.append(error.name)
-    if unknown:
-        raise UserError("\n".join(f"unknown setting '{name}': {_nearest(name, list(types))}" for name in unknown))
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -124,40 +114,6 @@ def _arrange(
     if extra:
         raise UserError(f"unexpected arguments: {' '.join(extra)}; settings are written --name value.")
     return files + rest + ([(free[0].removesuffix("..."), many)] if many else []), show
-
-
-def _print_config(config_class: type, values: dict[str, Any]) -> NoReturn:
-    """Print all settings, given or default, as a config file, and exit."""
-    shown: dict[str, Any] = {}
-    for name, default in defaults(config_class).items():
-        *groups, last = name.split(".")
-        inside = shown
-        for group in groups:
-            inside = inside.setdefault(group, {})
-        value = values.get(name, default)
-        value = None if value is MISSING else value
-        inside[last] = list(value) if isinstance(value, tuple) else value
-    print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
-    sys.exit(0)
-
-
-def _print_help(config_class: type, doc: str) -> NoReturn:
-    """Print all settings with their docstrings, and exit."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        description=doc.strip(),
-        formatter_class=type("Help", (jsonargparse.DefaultHelpFormatter,), {"_fill_text": _keep}),
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_class_arguments(config_class, as_group=True)
-    parser.print_help()
-    sys.exit(0)
-
-
-def _keep(self: Any, text: str, width: int, indent: str) -> str:
-    return text
 
 
 def command(

@@ -1,18 +1,36 @@
-"""Settings: reads them from YAML files and from words of a command line, and makes a dataclass of them."""
+"""Settings: reads them from YAML files and from words of a command line, and makes a dataclass of them.
+
+jsonargparse has the defaults, checks types and prints the help. It gets values, not words, which it would read as YAML 1.1:
+`1:30` is 90 there, `yes` a truth value and `# Rules` nothing. Here the type of a setting decides what a word is, so text is
+text as it was typed; and what stands twice or has no end is an error.
+"""
 
 import dataclasses
-from dataclasses import MISSING
+import json
+import math
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import jsonargparse
 import yaml
 
 from litmini.errors import UserError
 from litmini.files import existing_file
-from litmini.setting_values import Reader, parts_of
 
-T = TypeVar("T")
+Text = Annotated[str, "as typed"]
+"""Text that people write, such as a prompt: on the command line, null is the word. Elsewhere `--name null` is none."""
+MAX_VALUES = 100_000  # in a file; aliases can repeat values without end
+NULLS = ("null", "Null", "NULL", "~", "")
+SWITCH = {word: word in ("true", "yes", "on") for word in ("true", "false", "yes", "no", "on", "off")}
+WHOLE = re.compile(r"[-+]?\d[\d_]*")
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 
 
 def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
@@ -21,100 +39,286 @@ def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
-        inside = types_of(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else {}  # type: ignore[arg-type]
-        found |= inside or {prefix + field.name: kind}
+        is_group = dataclasses.is_dataclass(kind)
+        found |= types_of(kind, f"{prefix}{field.name}.") if is_group else {prefix + field.name: kind}  # type: ignore[arg-type]
     return found
 
 
-def read_file(path: str, types: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted name -> value of the settings in a YAML file.
-
-    Args:
-        types: of all settings.
-        prefix: of the names in the file, where it holds one group.
-
-    Raises:
-        UserError: the file is missing or no YAML, a setting is unknown, stands twice or has another type.
-    """
-    try:
-        text = existing_file(path, "config file").read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path} holds no settings; expected lines such as out_dir: out/NAME")
-        return Reader(types, path).group(node, prefix)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply, or an alias holds itself.") from None
+def forms(kind: Any) -> set[Any]:
+    """Return what values of a type are made of, such as {list, str, NoneType} or {"auto", bool}; keys of mappings are text."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if kind == Text:
+        return {Text, str}
+    if origin is Literal:
+        return set(inside)
+    own = {origin or kind} - {Union, UnionType}
+    return own.union(*map(forms, inside[1:] if origin is dict else inside))
 
 
-def read_word(name: str, word: str, types: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted name -> value of a setting, or a group of them, as `--name word` gives it."""
-    reader = Reader(types, "")
-    kind = types.get(name)
-    try:
-        node = yaml.compose(word, yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
+def describe(kind: Any) -> str:
+    """Return a type in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(describe(part) for part in get_args(kind))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+    words |= {dict[str, int]: "names and numbers such as '{q_proj: 8}'", dict[str, float]: "such as '{q_proj: 8.0}'"}
+    words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
+    words |= {Text: "text", list[float]: "a list of numbers such as '[1.0, 2.0]'"}
+    return words.get(kind) or str(kind)
+
+
+class Settings:
+    """Settings by dotted name, read one after the other; later ones replace earlier ones."""
+
+    def __init__(self, config_class: type) -> None:
+        self.config_class = config_class
+        self.parser = _parser_of(config_class)
+        self.types = types_of(config_class)
+        self.values: dict[str, Any] = {}
+        self.unknown: list[str] = []
+
+    def add_file(self, path: str, prefix: str = "") -> None:
+        """Add those of a YAML file, which holds one group if there is a prefix.
+
+        Raises:
+            UserError: the file is missing or no YAML, a setting stands twice or has another type.
+        """
+        try:
+            text = existing_file(path, "config file").read_text(encoding="utf-8-sig")
+            node = _compose(text, path)
+            if not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{path} holds no settings; expected lines such as out_dir: out/NAME")
+            self._add_group(node, prefix, path)
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from None
+        except RecursionError:
+            raise UserError(f"{path} is nested too deeply, or an alias holds itself.") from None
+
+    def add_word(self, name: str, word: str) -> None:
+        """Add a setting, an entry of one, or a group, as `--name word` gives it."""
+        kind = self._kind(name)
+        takes = forms(kind)
+        inside = [key for key in self.types if key.startswith(f"{name}.")]
         node = None
-    takes = {get_origin(part) or part for part in parts_of(kind)}
-    wanted = takes & ({dict, Any} if isinstance(node, yaml.MappingNode) else {list, tuple, Any})
-    is_whole = isinstance(node, yaml.CollectionNode) and node.flow_style  # [a] or {a: 1}, but neither "- a" nor "a: 1"
-    if not is_whole or (kind is not None and not wanted):
-        if takes <= {str, Annotated, NoneType}:
-            return {name: None if word == "null" and NoneType in takes and str in takes else word}
-        node = yaml.ScalarNode("", word)  # as it was typed, with # and quotes
-    if kind is None and (inside := [key for key in types if key.startswith(f"{name}.")]):
-        if isinstance(node, yaml.MappingNode):
-            return reader.group(node, f"{name}.")
-        if Path(word).is_file():
-            return read_file(word, types, f"{name}.")
-        raise UserError(f"{name} is a group of settings, expected {', '.join(inside)}.")
-    return reader.setting(name, node, word)
+        if word.lstrip()[:1] in ("[", "{"):  # else text as it was typed, with # and quotes
+            with suppress(yaml.YAMLError, RecursionError):
+                node = _compose(word, "")
+        wanted = {Any, dict} if isinstance(node, yaml.MappingNode) else {Any, list, tuple}
+        if isinstance(node, yaml.MappingNode) and inside:
+            self._add_group(node, f"{name}.", "")
+        elif node and (kind is None or takes & wanted):
+            self._add(name, node, "", word)
+        elif inside and Path(word).is_file():
+            self.add_file(word, f"{name}.")
+        else:
+            is_text = str in takes and (word != "null" or NoneType not in takes or Text in takes)
+            self._add(name, yaml.ScalarNode("typed", word, style='"' if is_text else None), "", word)
+
+    def put(self, setting: str, value: Any) -> None:
+        """Set a value; raise TypeError if it is of another type."""
+        checked = _without_text(value, self.types[setting])
+        self.parser.validate(jsonargparse.Namespace({setting: checked}), skip_required=True)
+        self.values[setting] = value
+
+    def build(self) -> Any:
+        """Return the dataclass with these values, and the defaults of all others.
+
+        Raises:
+            UserError: values are missing or out of range.
+        """
+        checked = {name: _without_text(value, self.types[name]) for name, value in self.values.items()}
+        try:
+            settings = self.parser.parse_object(checked)
+        except ArgumentError as error:
+            names = str(error).rpartition("required: ")[2].split(", ")
+            raise UserError(f"missing: {', '.join(f'--{name}' for name in names)}. See --help.") from None
+        for name, value in self.values.items():
+            if checked[name] is not value:
+                settings[name] = value
+        return _made(self.config_class, settings)
+
+    def print_help(self, doc: str) -> None:
+        """Print all settings with their docstrings, after that of a script."""
+        self.parser.description = doc
+        self.parser.print_help()
+
+    def as_yaml(self) -> str:
+        """Return all settings, given or default, as a config file."""
+        settings = self.parser.get_defaults()
+        del settings["config"]
+        for name, value in self.values.items():
+            settings[name] = value
+        return yaml.safe_dump(json.loads(json.dumps(settings.as_dict())), sort_keys=False, allow_unicode=True)
+
+    def _add_group(self, group: yaml.MappingNode, prefix: str, path: str) -> None:
+        lines: dict[str, int] = {}
+        for name, line, node in self._flat(group, prefix, path):
+            if lines.setdefault(name, line) != line:  # once as lora.rank, once within lora
+                raise _twice(name, path, lines[name], line)
+            self._add(name, node, path)
+
+    def _flat(self, group: yaml.MappingNode, prefix: str, path: str) -> Iterator[tuple[str, int, yaml.Node]]:
+        """Yield name, line and value of all settings in a group and the groups within it."""
+        for key, (line, node) in _pairs(group, prefix, path).items():
+            name = prefix + key
+            if isinstance(node, yaml.MappingNode) and node.value and self._kind(name) is None:
+                yield from self._flat(node, f"{name}.", path)
+            else:
+                yield name, line, node
+
+    def _kind(self, name: str) -> Any:
+        """Return the type of a setting, or of the entries of one that is a mapping; None for others."""
+        parent = self.types.get(name.rpartition(".")[0])
+        return self.types.get(name) or (get_args(parent)[1] if get_origin(parent) is dict else None)
+
+    def _add(self, name: str, node: yaml.Node, path: str, word: str | None = None) -> None:
+        kind = self._kind(name)
+        if inside := [key for key in self.types if key.startswith(f"{name}.")]:
+            raise UserError(f"{name} is a group of settings, expected {', '.join(inside)}.")
+        if kind is None:
+            self.unknown.append(name)
+            return
+        typed = _short(word if word is not None else _source(node))
+        try:
+            value = _value(node, forms(kind), name, path)
+            setting, _, key = (name, "", "") if name in self.types else name.rpartition(".")
+            self.put(setting, {**(self.values.get(setting) or {}), key: value} if key else value)
+        except OverflowError:
+            raise UserError(f"out of range: {name} is {typed}. See --help.") from None
+        except ValueError as error:
+            raise UserError(f"{name} is {typed or 'empty'}; expected {str(error) or describe(kind)}.") from None
+        except TypeError:
+            raise UserError(f"{name} is {typed or 'empty'}; expected {describe(kind)}.") from None
 
 
-def build(config_class: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """Return a dataclass of settings with these values, and the defaults of all others.
+def _without_text(value: Any, kind: Any) -> Any:
+    """Return a value for jsonargparse, in which text and entries of any type are empty.
+
+    It would read text as YAML, and import a class that `{class_path: NAME}` in an entry of any type names.
+    """
+    takes = forms(kind)
+    return type(value)() if Any in takes or (str in takes and isinstance(value, str)) else value
+
+
+@cache
+def _parser_of(config_class: type) -> jsonargparse.ArgumentParser:
+    """Return the parser whose arguments are the settings of a dataclass."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, formatter_class=_Help)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    parser.add_class_arguments(config_class, as_group=True)
+    return parser
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def _made(config_class: type, settings: jsonargparse.Namespace) -> Any:
+    """Return a dataclass of settings. jsonargparse's `instantiate` would read text again."""
+    hints = get_type_hints(config_class)
+    given = {field.name: settings[field.name] for field in dataclasses.fields(config_class)}
+    groups = {name: _made(hints[name], value) for name, value in given.items() if dataclasses.is_dataclass(hints[name])}
+    return config_class(**{**given, **groups})
+
+
+def _compose(text: str, path: str) -> yaml.Node | None:
+    """Return the node of a YAML text; raise UserError if aliases make it too large."""
+    node = yaml.compose(text, yaml.SafeLoader)
+    if node and sum(1 for _ in islice(_expanded(node), MAX_VALUES + 1)) > MAX_VALUES:
+        raise UserError(f"{path or 'a setting'} holds more than {MAX_VALUES:,} values, aliases included.")
+    return node
+
+
+def _expanded(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield a node and all within it, those that aliases repeat each time."""
+    yield node
+    for one in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for inner in one if isinstance(one, tuple) else (one,):
+            yield from _expanded(inner)
+
+
+def _pairs(node: yaml.MappingNode, prefix: str, path: str) -> dict[str, tuple[int, yaml.Node]]:
+    """Return key -> line and value of the entries of a mapping, with those of `<<` that it does not have itself.
 
     Raises:
-        UserError: values are missing or out of range.
+        UserError: a key stands twice.
     """
-    hints = get_type_hints(config_class)
-    given: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        name, kind = prefix + field.name, hints[field.name]
-        if not dataclasses.is_dataclass(kind):
-            given |= {field.name: values[name]} if name in values else {}
-        elif field.default_factory is MISSING:
-            given[field.name] = build(kind, values, f"{name}.")  # type: ignore[arg-type]
-        elif inside := {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}:
-            given[field.name] = dataclasses.replace(field.default_factory(), **inside)
-    return config_class(**given)
-
-
-def missing(config_class: type, values: dict[str, Any]) -> list[str]:
-    """Return the settings without a default that have no value."""
-    return [name for name, default in defaults(config_class).items() if default is MISSING and name not in values]
-
-
-def defaults(config_class: type, prefix: str = "") -> dict[str, Any]:
-    """Return dotted name -> default of all settings; `MISSING` for those without one."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        name, kind, factory = prefix + field.name, hints[field.name], field.default_factory
-        if factory is not MISSING:
-            value = factory()
-            is_group = dataclasses.is_dataclass(kind)
-            found |= {f"{name}.{k}": v for k, v in vars(value).items()} if is_group else {name: value}
-        elif dataclasses.is_dataclass(kind):
-            found |= defaults(kind, f"{name}.")  # type: ignore[arg-type]
+    own: dict[str, tuple[int, yaml.Node]] = {}
+    merged: dict[str, tuple[int, yaml.Node]] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{path or prefix.removesuffix(chr(46))}: a key in line {line} is no text.")
+        if key.tag == "tag:yaml.org,2002:merge":
+            for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(one, yaml.MappingNode):
+                    merged = {**_pairs(one, prefix, path), **merged}
+        elif (name := key.value if key.style is None else _whole_characters(key.value)) in own:
+            raise _twice(prefix + name, path, own[name][0], line)
         else:
-            found[name] = field.default
-    return found
+            own[name] = line, value
+    return {**merged, **own}
 
 
-def merge(values: dict[str, Any], more: dict[str, Any], types: dict[str, Any]) -> None:
-    """Add values to others, which they replace; `name.key` sets one entry of a setting that is a mapping."""
-    for name, value in more.items():
-        setting, _, key = (name, "", "") if name in types else name.rpartition(".")
-        values[setting] = {**(values.get(setting) or {}), key: value} if key else value
+def _value(node: yaml.Node, takes: set[Any], name: str, path: str) -> Any:
+    """Return the value of a node, where numbers, switches and none are only in settings that take them."""
+    if node.tag.startswith("!") or "python" in node.tag:
+        raise UserError(f"{name} has the YAML tag {node.tag}, expected none.")
+    if isinstance(node, yaml.MappingNode):
+        return {key: _value(value, takes, name, path) for key, (_, value) in _pairs(node, f"{name}.", path).items()}
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(one, takes, name, path) for one in node.value]
+    text, is_plain = node.value, node.style is None
+    is_any = Any in takes and is_plain
+    choices = {str(one): one for one in takes if isinstance(one, (str, int))}
+    if is_plain and text in NULLS and takes & {NoneType, Any}:
+        return None
+    if is_plain and text in NULLS[:-1] and str in takes:
+        raise ValueError
+    if text in choices:
+        return choices[text]
+    if (bool in takes or is_any) and text.lower() in SWITCH:
+        return SWITCH[text.lower()]
+    if (takes & {int, float} or is_any) and NUMBER.fullmatch(text):
+        return _number(text, takes)
+    if not takes & {str, Any}:
+        raise ValueError
+    return text if node.tag == "typed" or is_plain else _whole_characters(text)
+
+
+def _number(text: str, takes: set[Any]) -> int | float:
+    if WHOLE.fullmatch(text) and float not in takes:
+        if len(text) > 40 or not -(2**63) <= int(text) < 2**63:
+            raise OverflowError
+        return int(text)
+    value = float(text.replace("_", ""))
+    if math.isinf(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def _source(node: yaml.Node) -> str:
+    """Return what was typed for a node of a file."""
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
+    return str(node.start_mark.buffer or "")[node.start_mark.pointer : node.end_mark.pointer] or "of another kind"
+
+
+def _whole_characters(text: str) -> str:
+    """Return quoted text with pairs of escapes, as JSON writes characters beyond 16 bits, joined."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError("whole characters (a \\ud800 to \\udfff escape stands alone)") from None
+
+
+def _twice(name: str, path: str, first: int, second: int) -> UserError:
+    lines = f"line {first}" if first == second else f"lines {first} and {second}"
+    return UserError(f"{name} stands twice{f' in {path}, {lines}' if path else ''}; expected once: delete one.")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

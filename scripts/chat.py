@@ -14,7 +14,7 @@ from typing import Any
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
-from litmini.setting_values import Text
+from litmini.settings import Text
 
 COMMANDS = "/reset, /save FILE, /quit"
 

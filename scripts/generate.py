@@ -13,7 +13,7 @@ from pathlib import Path
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError, check
-from litmini.setting_values import Text
+from litmini.settings import Text
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from litmini.cli import command
 from litmini.errors import check
-from litmini.setting_values import Text
+from litmini.settings import Text
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Literal
 
 from litmini.cli import command
 from litmini.errors import check
-from litmini.setting_values import Text
+from litmini.settings import Text
 
 
 @dataclass

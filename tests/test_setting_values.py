@@ -1,6 +1,7 @@
 """Values of settings by type: text as it was typed, numbers that are numbers, nothing that stands twice or has no end."""
 
 import functools
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from litmini.cli import parse
 from litmini.config.finetune import FinetuneLoraConfig
 from litmini.errors import UserError
 from litmini.methods.lora import matches
-from litmini.setting_values import Text
+from litmini.settings import Text
 
 NEEDED = ["--checkpoint_dir", "ck", "--out_dir", "out", "--data.path", "d.jsonl"]
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -74,7 +75,21 @@ def words(*argv: str) -> Settings:
 
 
 TYPED = ["# Write a poem", "null", "~", "", "1:30", "12:30:45", "yes", "010", "1e3", "2026-11-29", "[a", "[a, b]"]
-TYPED += ["{a: 1}", "a: b # c", "'q'", '"q"', "!!int 3", "&a b", "*a", "- a", "NULL", "  x ", "é\n\n\t", "0x10"]
+TYPED += [
+    "{a: 1}",
+    "a: b # c",
+    "'q'",
+    '"q"',
+    "!!int 3",
+    "!!int",
+    "&a b",
+    "*a",
+    "- a",
+    "NULL",
+    "  x ",
+    "é\n\n\t",
+    "0x10",
+]
 TYPED += [".inf", "%TAG", "@x", "`"]
 
 
@@ -139,6 +154,12 @@ def test_what_stands_twice_is_an_error_with_both_lines(
     assert f"{name} stands twice in " in error and f"c.yaml, {lines};" in error
     if content.startswith("ranks"):
         assert "ranks.q stands twice; expected once" in refused(capsys, words, "--ranks", "{q: 1, q: 2}")
+
+
+def test_a_class_in_a_file_is_only_text(read: Any) -> None:
+    spec = {"class_path": "this.Zen", "init_args": {"a": 1}}
+    config = read("fields: {class_path: this.Zen, init_args: {a: 1}, x: {class_path: this.Zen, init_args: {a: 1}}}\n")
+    assert config.fields == {**spec, "x": spec} and "this" not in sys.modules
 
 
 def test_merged_keys_are_no_second_ones(read: Any) -> None:
