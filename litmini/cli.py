@@ -103,6 +103,10 @@ def parse(config_class: type[T], doc: str, argv: Sequence[str] | None = None, po
         return config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     except UserError as error:  # a value out of range
         parser.error(str(error))
+    except ValueError as error:  # the same in a group that may be null
+        if isinstance(error.__cause__, UserError):
+            parser.error(str(error.__cause__))
+        raise
 
 
 def _check_yaml(path: str, parser: _Parser) -> None:
