@@ -38,10 +38,15 @@ def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     hints = get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        is_group = dataclasses.is_dataclass(kind)
-        found |= types_of(kind, f"{prefix}{field.name}.") if is_group else {prefix + field.name: kind}  # type: ignore[arg-type]
+        group = group_of(hints[field.name])
+        found |= types_of(group, f"{prefix}{field.name}.") if group else {prefix + field.name: hints[field.name]}
     return found
+
+
+def group_of(kind: Any) -> type | None:
+    """Return the dataclass of a group of settings, which may be null; None: the type is that of a setting."""
+    parts = [part for part in (get_args(kind) or (kind,)) if part is not NoneType]
+    return parts[0] if len(parts) == 1 and dataclasses.is_dataclass(parts[0]) else None  # type: ignore[return-value]
 
 
 def forms(kind: Any) -> set[Any]:
@@ -76,6 +81,7 @@ class Settings:
         self.parser = _parser_of(config_class)
         self.types = types_of(config_class)
         self.values: dict[str, Any] = {}
+        self.left_out: set[str] = set()  # groups that are null
         self.unknown: list[str] = []
 
     def add_file(self, path: str, prefix: str = "") -> None:
@@ -136,6 +142,8 @@ class Settings:
         for name, value in self.values.items():
             if checked[name] is not value:
                 settings[name] = value
+        for name in self.left_out:
+            settings[name] = None
         return _made(self.config_class, settings)
 
     def print_help(self, doc: str) -> None:
@@ -147,7 +155,7 @@ class Settings:
         """Return all settings, given or default, as a config file."""
         settings = self.parser.get_defaults()
         del settings["config"]
-        for name, value in self.values.items():
+        for name, value in [*self.values.items(), *((group, None) for group in self.left_out)]:
             settings[name] = value
         return yaml.safe_dump(json.loads(json.dumps(settings.as_dict())), sort_keys=False, allow_unicode=True)
 
@@ -175,6 +183,9 @@ class Settings:
     def _add(self, name: str, node: yaml.Node, path: str, word: str | None = None) -> None:
         kind = self._kind(name)
         if inside := [key for key in self.types if key.startswith(f"{name}.")]:
+            if _is_optional(self.config_class, name) and node.value in NULLS:
+                self.left_out.add(name)
+                return
             raise UserError(f"{name} is a group of settings, expected {', '.join(inside)}.")
         if kind is None:
             self.unknown.append(name)
@@ -184,6 +195,7 @@ class Settings:
             value = _value(node, forms(kind), name, path)
             setting, _, key = (name, "", "") if name in self.types else name.rpartition(".")
             self.put(setting, {**(self.values.get(setting) or {}), key: value} if key else value)
+            self.left_out -= {group for group in self.left_out if setting.startswith(f"{group}.")}
         except OverflowError:
             raise UserError(f"out of range: {name} is {typed}. See --help.") from None
         except ValueError as error:
@@ -207,8 +219,18 @@ def _parser_of(config_class: type) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, formatter_class=_Help)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_class_arguments(config_class, as_group=True)
+    hints = get_type_hints(config_class)
+    groups = {name: group for name, kind in hints.items() if (group := group_of(kind)) and group is not kind}
+    fields = [(name, group, dataclasses.field(default_factory=group)) for name, group in groups.items()]  # not null
+    parser.add_class_arguments(
+        dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,), kw_only=True), as_group=True
+    )
     return parser
+
+
+def _is_optional(config_class: type, name: str) -> bool:
+    """Return whether a group of settings may be null."""
+    return NoneType in get_args(get_type_hints(config_class).get(name))
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
@@ -220,7 +242,11 @@ def _made(config_class: type, settings: jsonargparse.Namespace) -> Any:
     """Return a dataclass of settings. jsonargparse's `instantiate` would read text again."""
     hints = get_type_hints(config_class)
     given = {field.name: settings[field.name] for field in dataclasses.fields(config_class)}
-    groups = {name: _made(hints[name], value) for name, value in given.items() if dataclasses.is_dataclass(hints[name])}
+    groups = {
+        name: _made(group, value)
+        for name, value in given.items()
+        if value is not None and (group := group_of(hints[name]))
+    }
     return config_class(**{**given, **groups})
 
 

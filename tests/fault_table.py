@@ -32,7 +32,15 @@ from two import Ended, command, run_two
 
 from litmini.files import CHECKSUMS
 
-SCRIPTS = ("finetune_full", "finetune_lora", "finetune_qlora", "finetune_dora", "finetune_ia3", "pretrain")
+SCRIPTS = (
+    "finetune_full",
+    "finetune_lora",
+    "finetune_qlora",
+    "finetune_dora",
+    "finetune_ia3",
+    "finetune_classifier",
+    "pretrain",
+)
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
 STEPS, SAVE_EVERY = 6, 2
 MOODY = ("tokens_per_second", "mfu", "memory_mib")
@@ -60,11 +68,18 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     """Count calls by phase once the command line is read, and `act` at `moment`; returns the counts, which will grow."""
     from litmini import cli
     from litmini.data.dataset import load_data
+    from litmini.data.labelled import load_labelled
     from litmini.runs.run import Run
     from litmini.tasks import measure, setup
     from litmini.training import loop
 
-    entries = {load_data: "tokenising", loop.fit: "step", loop.evaluate: "evaluation", Run.checkpoint: "save"}
+    entries = {
+        load_data: "tokenising",
+        load_labelled: "tokenising",
+        loop.fit: "step",
+        loop.evaluate: "evaluation",
+        Run.checkpoint: "save",
+    }
     entries |= {measure.measure: "evaluation", setup.log_samples: "evaluation", Run.save_final: "final export"}
     entries[measure.finish] = "report"
     phases = {inspect.unwrap(entry).__code__: phase for entry, phase in entries.items()}
@@ -202,6 +217,15 @@ class Place:
             assert ended.status == 0, ended.err
         return corpus
 
+    def labelled(self) -> Path:
+        """The prompts, each with the kind of its sum."""
+        file = self.directory / "labelled.jsonl"
+        if not file.exists():
+            kinds = ("even", "odd")
+            texts = [(json.loads(line)["prompt"], kinds[i % 7 % 2]) for i, line in enumerate(self.data.open())]
+            file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts))
+        return file
+
     def poisoned(self) -> tuple[Path, Path, int]:
         """A base that gives NaN for one token, and data in which one line has that token: (base, data, line)."""
         base, data, line = self.directory / "poisoned", self.directory / "poisoned.jsonl", 8
@@ -223,10 +247,13 @@ class Place:
         words += ["--eval.samples", 1, "--eval.max_new_tokens", 2]
         if script == "pretrain":
             words += ["--model", "llama/tiny", "--data.path", self.corpus(), "--data.max_seq_len", 32]
+        elif script == "finetune_classifier":
+            words += ["--checkpoint_dir", self.base, "--data.path", self.labelled(), "--data.max_seq_len", 128]
+            words += ["--data.val_fraction", 0.2]
         else:
             words += ["--checkpoint_dir", self.base, "--data.path", self.data, "--data.max_seq_len", 128]
             words += ["--data.val_path", self.directory / "held_out.jsonl"]
-        if script in ("finetune_lora", "finetune_qlora", "finetune_dora"):
+        if script in ("finetune_lora", "finetune_qlora", "finetune_dora", "finetune_classifier"):
             words += ["--lora.dropout", 0.2, "--lora.rank", 4]
         return list(map(str, [*words, *more]))
 

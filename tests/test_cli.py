@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from litmini.cli import command, parse
+from litmini.config.classify import FinetuneClassifierConfig
 from litmini.config.finetune import (
     FinetuneConfig,
     FinetuneDoraConfig,
@@ -21,6 +22,7 @@ from litmini.config.finetune import (
     FinetuneIa3Config,
     FinetuneLoraConfig,
     FinetuneQloraConfig,
+    LoraConfig,
 )
 from litmini.errors import UserError
 from litmini.files import existing_file
@@ -474,3 +476,18 @@ command(main, Nothing, "")
         assert done.returncode == 0, done.stderr
         pages[capacity] = int(done.stdout)
     assert pages[""] < 0.9 * pages["1024"], pages
+
+
+def test_a_group_may_be_null(tmp_path):
+    """`--lora null` leaves adapters out; a later `--lora.rank 4` asks for them again."""
+    words = ["--checkpoint_dir", "a", "--data.path", "b", "--out_dir", "c"]
+    assert parse(FinetuneClassifierConfig, None, words).lora == LoraConfig()
+    assert parse(FinetuneClassifierConfig, None, [*words, "--lora", "null"]).lora is None
+    assert parse(FinetuneClassifierConfig, None, [*words, "--lora.rank", "4", "--lora", "null"]).lora is None
+    again = parse(FinetuneClassifierConfig, None, [*words, "--lora", "null", "--lora.rank", "4"]).lora
+    assert again is not None and again.rank == 4
+    file = tmp_path / "config.yaml"
+    file.write_text("lora: null\n")
+    assert parse(FinetuneClassifierConfig, None, [*words, "--config", str(file)]).lora is None
+    with pytest.raises(SystemExit):
+        parse(FinetuneClassifierConfig, None, [*words, "--quantize", "null"])

@@ -196,12 +196,13 @@ def parse_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> None:
+def save_trained(model: nn.Module, directory: Path | None, base: str | Path, **changes: Any) -> None:
     """Write the weights of a trained `model` into `directory`, each in the dtype of its training.
 
     Weights trained in fp32 stay in fp32, whatever dtype the checkpoint `base` has: rounding to bf16 would lose small updates,
     and save another model than the one that was evaluated. A tied weight is written once. All keys of the base's config.json
-    are kept. A sharded model is gathered parameter by parameter: ranks with `directory` None take part and write nothing.
+    are kept, but for `changes`. A sharded model is gathered parameter by parameter: ranks with `directory` None take part and
+    write nothing.
     """
     if directory is None:
         for parameter in model.parameters():
@@ -218,4 +219,4 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path) -> 
     added = {name for name, _ in parameters} - parameter_names(fresh).keys()
     if any(hasattr(fresh, name.partition(".")[0]) for name in added):  # a merge untied the head
         raw["tie_word_embeddings"] = False
-    save_model(directory, raw, tensors, side_files=source, empty=empty)
+    save_model(directory, {**raw, **changes}, tensors, side_files=source, empty=empty)

@@ -18,7 +18,7 @@ from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, QuantizedLayer, grouped_experts, linears
 from litmini.models.hf_config import read_value
-from litmini.ops.cross_entropy import original_head
+from litmini.ops.cross_entropy import OutputHead, original_head
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained
@@ -211,7 +211,7 @@ def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, 
     assert len(by_method.keys() - {ModulesToSaveLayer}) == 1, f"one method in a model, found {list(by_method)}"
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": next((m.task_type for m in model.children() if isinstance(m, OutputHead)), "CAUSAL_LM"),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "modules_to_save": None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from litmini.config.training import RunConfig
-from litmini.errors import check
+from litmini.errors import UserError, check
 
 
 @dataclass
@@ -45,6 +45,8 @@ class DataConfig:
             weights=self.weights is None
             or (len(self.weights) == len(self.paths) and all(0 < weight < 1e6 for weight in self.weights)),
         )
+        if self.val_path and self.val_fraction:
+            raise UserError("data.val_path and data.val_fraction are both given, expected one of them.")
 
     @property
     def paths(self) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -82,6 +82,34 @@ class Examples:
             "longest": int(table["size"].max()),
         }
 
+    def describe(self, name: str) -> str:
+        """Return one line of statistics to print."""
+        s = self.statistics
+        truncated = s["truncated_examples"] / max(1, s["examples"] + s["dropped_examples"])
+        return (
+            f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, {s['trained_tokens'] / s['tokens']:.0%} supervised, "
+            f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({truncated:.1%}), dropped {s['dropped_examples']}"
+        )
+
+    def show_masks(self, tokenizer: Tokenizer, count: int) -> str:
+        """Return the first examples token by token: supervised ones green, others dim; in brackets without colors."""
+        supervised, rest = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if has_colors(sys.stdout) else ("[{}]", "{}")
+        shown: list[str] = []
+        for i in range(min(count, len(self))):
+            inputs, labels = self[i]
+            mask = labels != IGNORE
+            text = f"--- example {len(shown) + 1}: {mask.sum()} of {len(labels)} tokens supervised\n"
+            # The first token is never predicted; the last one is known only where it is a label
+            tokens = [*zip(inputs, [False, *mask[:-1]], strict=True), *zip(labels[-1:], [True], strict=True)]
+            for token, is_supervised in tokens if mask[-1] else tokens[:-1]:
+                piece = tokenizer.decode([int(token)], skip_special=False)
+                text += (supervised if is_supervised else rest).format(piece)
+            shown.append(text)
+        return "\n".join(shown)
+
+
+E = TypeVar("E", bound=Examples)
+
 
 def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, what: str) -> None:
     if dropped > config.max_dropped * records or dropped == records:
@@ -92,7 +120,7 @@ def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, w
         )
 
 
-def _find_files(path: str) -> dict[str, str]:
+def find_files(path: str) -> dict[str, str]:
     """Return the files of a data set: its name in the manifest -> its path on this machine."""
     if not path.startswith("hub:"):
         return {path: path}
@@ -113,23 +141,13 @@ def load_data(
     Raises:
         UserError: a file cannot be read or tokenised, or the settings contradict each other.
     """
-    if config.val_path and config.val_fraction:
-        raise UserError("data.val_path and data.val_fraction are both given, expected one of them.")
-    train_files = [_find_files(path) for path in config.paths]
+    train_files = [find_files(path) for path in config.paths]
     train, val, val_files = _join(train_files, tokenizer, config, "training"), None, train_files
     if config.val_path:
-        val_files = [_find_files(config.val_path)]
+        val_files = [find_files(config.val_path)]
         val = _join(val_files, tokenizer, config, "validation")
     elif config.val_fraction:
-        order = np.random.default_rng(seed).permutation(len(train))
-        count = max(1, round(config.val_fraction * len(train)))
-        if count >= len(train):
-            raise UserError(
-                f"--data.val_fraction {config.val_fraction} leaves none of {len(train)} examples to train on"
-            )
-        chosen, rest = np.sort(order[:count]), np.sort(order[count:])
-        val = Examples(train.arrays, train.table[chosen], files=train.files, paths=train.paths)
-        train = dataclasses.replace(train, table=train.table[rest])
+        train, val = split(train, config.val_fraction, seed)
     val_examples: list[Example] = []
     if val:
         entries = val.table[:max_examples]
@@ -138,6 +156,17 @@ def load_data(
             if wanted:
                 val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted)
     return train, val, val_examples
+
+
+def split(examples: E, fraction: float, seed: int) -> tuple[E, E]:
+    """Return (training, validation) examples; the latter are a random `fraction` of all, at least one."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise UserError(f"--data.val_fraction {fraction} leaves none of {len(examples)} examples to train on")
+    chosen, rest = np.sort(order[:count]), np.sort(order[count:])
+    val = dataclasses.replace(examples, table=examples.table[chosen], dropped=0, truncated_dropped=0)
+    return dataclasses.replace(examples, table=examples.table[rest]), val
 
 
 def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, what: str) -> Examples:
@@ -156,30 +185,3 @@ def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, 
     hashes = {name: f.sha256 for _, name, f in files}
     arrays, truncated = [(f.inputs, f.labels) for _, _, f in files], sum(f.truncated_dropped for _, _, f in files)
     return Examples(arrays, np.concatenate(tables), dropped, truncated, hashes, paths)
-
-
-def describe(name: str, examples: Examples) -> str:
-    """Return one line of statistics to print."""
-    s = examples.statistics
-    truncated = s["truncated_examples"] / max(1, s["examples"] + s["dropped_examples"])
-    return (
-        f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, {s['trained_tokens'] / s['tokens']:.0%} supervised, "
-        f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({truncated:.1%}), dropped {s['dropped_examples']}"
-    )
-
-
-def show_masks(examples: Examples, tokenizer: Tokenizer, count: int) -> str:
-    """Return the first examples token by token: supervised ones green, others dim; in brackets where there are no colors."""
-    supervised_mark, rest_mark = ("\033[32m{}\033[0m", "\033[2m{}\033[0m") if has_colors(sys.stdout) else ("[{}]", "{}")
-    shown: list[str] = []
-    for i in range(min(count, len(examples))):
-        inputs, labels = examples[i]
-        mask = labels != IGNORE
-        text = f"--- example {len(shown) + 1}: {mask.sum()} of {len(labels)} tokens supervised\n"
-        # The first token is never predicted; the last one is known only where it is a label
-        tokens = [*zip(inputs, [False, *mask[:-1]], strict=True), *zip(labels[-1:], [True], strict=True)]
-        for token, is_supervised in tokens if mask[-1] else tokens[:-1]:
-            piece = tokenizer.decode([int(token)], skip_special=False)
-            text += (supervised_mark if is_supervised else rest_mark).format(piece)
-        shown.append(text)
-    return "\n".join(shown)

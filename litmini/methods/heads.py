@@ -57,9 +57,12 @@ class LogProbHead(OutputHead):
 class ScoreHead(OutputHead):
     """n outputs at each labelled position, from the model's module `score`, as Hugging Face's checkpoints call it.
 
-    The caller chooses which positions are labelled; the value of a label is not used. `score` is looked up at each call, so
-    it may be swapped, for one that is trained beside adapters, say.
+    The caller chooses which positions are labelled; the value of a label is not used. Without labels, a family that caps its
+    logits (Gemma 2) caps these outputs as well: give labels to get those of Hugging Face. `score` is looked up at each call,
+    so it may be swapped, for one that is trained beside adapters, say.
     """
+
+    task_type = "SEQ_CLS"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -108,8 +111,8 @@ def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | No
     """Replace the language model head by one with `n_outputs` outputs at labelled positions, and return its linear.
 
     Its weight, `score.weight` in files, is in fp32 and starts normal with std 0.02. The old head is dropped; an embedding that
-    it was tied to stays. Beside adapters, which freeze all else, it is trained when it is added after them, or before them
-    and named in `lora.modules_to_save`.
+    it was tied to stays. With adapters, which freeze all else, call this before they are added and name score in
+    `lora.modules_to_save`: it is trained if it is added after them, too, but not saved with them.
     """
     config: Any = model.config
     device = next(model.parameters()).device

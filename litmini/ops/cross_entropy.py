@@ -48,6 +48,9 @@ class Targets:
 class OutputHead(nn.Module):
     """A head whose outputs a model with labels returns instead of the summed loss; see `litmini/methods/heads.py`."""
 
+    task_type = "CAUSAL_LM"
+    """What PEFT's `adapter_config.json` calls a model with such a head."""
+
     def __init__(self, original: nn.Module | None = None) -> None:
         """
         Args:

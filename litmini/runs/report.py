@@ -12,7 +12,7 @@ import yaml
 
 from litmini.files import read_json, write_text
 from litmini.runs.directory import REPORT
-from litmini.runs.run import read_metrics, read_samples, today_keys
+from litmini.runs.run import MEASURES, read_metrics, read_samples, today_keys
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
@@ -62,9 +62,10 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
 def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return (title, value, note) of the most important results."""
     tiles = []
-    for key, title, form in (("val_loss", "validation loss", "{:.3f}"), ("exact_match", "exact match", "{:.0%}")):
+    for key, (title, form) in MEASURES.items():
         if f"{key}_after" in results:
-            tiles.append((title, form.format(results[f"{key}_after"]), f"was {form.format(results[f'{key}_before'])}"))
+            before, after = (form.format(results[f"{key}_{when}"]) for when in ("before", "after"))
+            tiles.append((f"validation {title}", after, f"was {before}"))
     seconds = results["training_seconds"]
     spent = (
         f"{seconds / 3600:.1f} h"

@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mib", "val_loss")
 SAMPLES = "samples.jsonl"
+MEASURES = {
+    "val_loss": ("loss", "{:.3f}"),
+    "exact_match": ("exact match", "{:.0%}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+}
+"""Results `KEY_before` and `KEY_after` training on validation data -> their title and format."""
 SAME_BITS = (
     "device",
     "machine",

@@ -7,32 +7,32 @@ import torch
 from torch import nn
 
 from litmini.config.training import RunConfig
-from litmini.data.dataset import show_masks
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.system import physical_bytes, resident_bytes
 from litmini.tasks.setup import Data, count_parameters
 from litmini.training.gpus import fitting, memory_per_device
 from litmini.training.low_memory import checkpoint_activations
-from litmini.training.memory import Batch, Memory, describe, estimate, nbytes
+from litmini.training.memory import LANGUAGE_MODELING, Batch, Memory, describe, estimate, nbytes
+from litmini.training.objective import Objective
 
 
-def preview(data: Data, config: RunConfig, model: nn.Module) -> None:
+def preview(data: Data, config: RunConfig, model: nn.Module, objective: Objective = LANGUAGE_MODELING) -> None:
     """Print parameters, memory and time for `--dry_run`; with `--show_masks`, print examples with their loss masks."""
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     if config.show_masks and isinstance(data.train, PackedDataset):
-        print(show_masks(data.train.examples, data.tokenizer, config.show_masks))
+        print(data.train.examples.show_masks(data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
     print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
     if config.dry_run:
         if config.train.checkpoint_activations:
             checkpoint_activations(model)
-        print(dry_run(model, config, data))
+        print(dry_run(model, config, data, objective))
     print("Nothing was trained or written.")
 
 
-def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
+def dry_run(model: nn.Module, config: RunConfig, data: Data, objective: Objective = LANGUAGE_MODELING) -> str:
     """Return a text with peak memory by part, whether it fits on this device, and the duration of the run.
 
     No parameter is changed.
@@ -46,7 +46,7 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = max(0, resident_bytes() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
     try:
-        memory = estimate(model, batch, config.optim, config.precision, accumulate, process)
+        memory = estimate(model, batch, config.optim, config.precision, accumulate, process, objective)
     except UserError as error:
         return str(error)
     memory = memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
@@ -57,7 +57,7 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
     lines.append(f"on a GPU it fits on: {fitting(memory)}")
     if memory.total > available:
         return "\n".join([*lines, f"warning: it does not fit on this device. {_suggest_less(config, memory)}"])
-    seconds = time_micro_step(model.to(device), batch, config.precision)
+    seconds = time_micro_step(model.to(device), batch, config.precision, objective)
     per_step = math.ceil(config.train.global_batch_size / (micro * world))
     steps = math.ceil(data.total_sequences / config.train.global_batch_size)
     evaluations = 2 + (steps - 1) // (config.train.eval_every or steps) if data.val else 0
@@ -69,7 +69,7 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data) -> str:
     return "\n".join(lines)
 
 
-def time_micro_step(model: nn.Module, batch: Batch, precision: str) -> float:
+def time_micro_step(model: nn.Module, batch: Batch, precision: str, objective: Objective = LANGUAGE_MODELING) -> float:
     """Return the seconds of one forward and backward pass, after a warm-up."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -78,7 +78,7 @@ def time_micro_step(model: nn.Module, batch: Batch, precision: str) -> float:
     for _ in range(2):
         started = time.perf_counter()
         with torch.autocast(device.type, mixed, enabled=mixed is not None):
-            loss, _ = model(**batch)
+            loss = objective.loss(model, batch)
         loss.backward()
         float(loss.detach())  # CPU-GPU sync point
         model.zero_grad()

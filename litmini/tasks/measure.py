@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from litmini.runs.run import today_keys
+from litmini.runs.run import MEASURES, today_keys
 from litmini.tasks.setup import TrainingSetup
 from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
@@ -21,11 +21,12 @@ def measure_start(setup: TrainingSetup, objective: Objective) -> None:
             memory_warmup(setup, objective, longest)
 
 
-def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = None) -> str:
+def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = None, usage: str | None = None) -> str:
     """Save the result of training, measure it, write plot and report, and return a summary with the command to type next.
 
     Args:
         adapter_of: the base checkpoint, if the result is an adapter.
+        usage: a line that says how the result is used; None: by `scripts/generate.py`.
     """
     run, throughput, progress = setup.recorder, setup.throughput, setup.progress
     assert isinstance(throughput, Throughput)
@@ -49,9 +50,11 @@ def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = 
 
         plot_metrics(run.directory, run.results)
         write_report(run.directory, setup.data.train.lengths(), setup.data.train.length)
-    adapter = ["--adapter_dir", str(final)] if adapter_of else []
-    words = ["python", "scripts/generate.py", "--checkpoint_dir", adapter_of or str(final), *adapter, "--prompt", "..."]
-    return "\n".join([*describe_results(run.results), f"\nThe result is {final}. Try it:\n  {shlex.join(words)}"])
+    if usage is None:
+        where = [adapter_of, "--adapter_dir", str(final)] if adapter_of else [str(final)]
+        words = ["python", "scripts/generate.py", "--checkpoint_dir", *where, "--prompt", "..."]
+        usage = f"Try it:\n  {shlex.join(words)}"
+    return "\n".join([*describe_results(run.results), f"\nThe result is {final}. {usage}"])
 
 
 def describe_results(r: dict[str, Any]) -> list[str]:
@@ -62,10 +65,10 @@ def describe_results(r: dict[str, Any]) -> list[str]:
         lines += [f"\nprompt     {before['prompt']}", f"reference  {before['reference']}"]
         lines += [f"before     {before['prediction']}", f"after      {after['prediction']}"]
     lines.append("")
-    if {"val_loss_before", "val_loss_after"} <= r.keys():
-        lines.append(f"validation loss         {r['val_loss_before']:.3f} -> {r['val_loss_after']:.3f}")
-    if {"exact_match_before", "exact_match_after"} <= r.keys():
-        lines.append(f"validation exact match  {r['exact_match_before']:.0%} -> {r['exact_match_after']:.0%}")
+    for key, (title, form) in MEASURES.items():
+        if {f"{key}_before", f"{key}_after"} <= r.keys():
+            before, after = (form.format(r[f"{key}_{when}"]) for when in ("before", "after"))
+            lines.append(f"{f'validation {title}':24}{before} -> {after}")
     lines.append(
         f"training took {r['training_seconds']:.0f} s at {r['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {r['peak_memory_mib']:,.0f} MiB"

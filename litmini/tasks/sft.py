@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litmini.checkpoints.config import read_config
 from litmini.config.finetune import FinetuneConfig
-from litmini.data.dataset import describe, load_data
+from litmini.data.dataset import Example, Examples, load_data
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.models import use_model_file
-from litmini.tasks.setup import (
-    Data,
-    ineffective_memory,
-    ineffective_optim,
-    warn,
-)
+from litmini.tasks.setup import Data, ineffective_memory, ineffective_optim, warn
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +29,25 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None 
     Raises:
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
+    tokenizer, base = open_base(fabric, config, began)
+    to_answer = None if config.eval.exact_match else config.eval.samples
+    failed: UserError | None = None
+    with fabric.rank_zero_first(local=True):  # the other ranks read its tokens from the cache
+        try:
+            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_answer)
+        except UserError as error:  # all ranks raise it, but after this block: rank 0 would leave the others waiting
+            failed = error
+    if failed:
+        raise failed
+    return plan(fabric, config, tokenizer, base, train, val, val_examples)
+
+
+def open_base(fabric: Fabric, config: FinetuneConfig, began: datetime | None) -> tuple[Tokenizer, Any]:
+    """Return tokenizer and `Config` of the base, downloaded if missing; raise a `UserError` if its context is too short.
+
+    Args:
+        began: when the run began, for templates that write a date; None: now.
+    """
     use_model_file(config.model_file)
     with fabric.rank_zero_first():
         if not Path(config.checkpoint_dir).is_dir():
@@ -48,15 +62,19 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None 
             f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
             f"use --data.max_seq_len {base.max_positions} or less."
         )
-    to_answer = None if config.eval.exact_match else config.eval.samples
-    failed: UserError | None = None
-    with fabric.rank_zero_first(local=True):  # the other ranks read its tokens from the cache
-        try:
-            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_answer)
-        except UserError as error:  # all ranks raise it, but after this block: rank 0 would leave the others waiting
-            failed = error
-    if failed:
-        raise failed
+    return tokenizer, base
+
+
+def plan(
+    fabric: Fabric,
+    config: FinetuneConfig,
+    tokenizer: Tokenizer,
+    base: Any,
+    train: Examples,
+    val: Examples | None,
+    val_examples: list[Example],
+) -> Data:
+    """Pack tokenised examples into the sequences of a run, and print what the data are and what has no effect on them."""
     if tokenizer.fast.get_vocab_size() > base.vocab_size:
         for examples in (train, val):
             if examples is not None:
@@ -72,9 +90,9 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None 
         "eval.exact_match": config.eval.exact_match and not val_examples,
     }
     warn(fabric, ineffective | ineffective_optim(config.optim, steps) | ineffective_memory(config, fabric.device))
-    fabric.print(describe("training", train))
+    fabric.print(train.describe("training"))
     if val:
-        fabric.print(describe("validation", val))
+        fabric.print(val.describe("validation"))
     efficiency = 100 * rows.tokens(0) / (len(rows) * rows.length)
     packed = f" of {rows.length} tokens, packing efficiency {efficiency:.1f}%" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} sequences{packed}: {total_rows / len(rows):.2f} epochs")

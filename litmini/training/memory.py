@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_map_only
 
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError
+from litmini.training.objective import LanguageModeling, Objective
 from litmini.training.optimizer import block_matrices
 
 Batch = dict[str, torch.Tensor]
+LANGUAGE_MODELING = LanguageModeling()
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,13 @@ class Memory:
 
 
 def estimate(
-    model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool = False, process: int = 0
+    model: nn.Module,
+    batch: Batch,
+    config: OptimConfig,
+    precision: str,
+    accumulate: bool = False,
+    process: int = 0,
+    objective: Objective = LANGUAGE_MODELING,
 ) -> Memory:
     """Estimate the memory of the training steps of `model`, which may be on the meta device.
 
@@ -64,6 +72,7 @@ def estimate(
         precision: as in `RunConfig`.
         accumulate: the gradients of one micro-batch exist while the next one runs.
         process: bytes of the process without the model; 0 on a GPU.
+        objective: the loss of which the gradients are computed.
 
     Raises:
         UserError: the shapes of the model's tensors depend on values, as those of experts do.
@@ -71,7 +80,7 @@ def estimate(
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     matrices = block_matrices(model) if config.name == "muon" else set()
     frozen = {id(p): p for p in [*model.parameters(), *model.buffers()] if not p.requires_grad}.values()
-    peak = _peak(model, batch, precision, accumulate, config.in_backward)
+    peak = _peak(model, batch, precision, objective, accumulate, config.in_backward)
     return Memory(
         frozen=sum(map(nbytes, frozen)),
         trained=sum(map(nbytes, trained)),
@@ -98,7 +107,12 @@ def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig, by_muon: bool 
 
 
 def _peak(
-    model: nn.Module, batch: Batch, precision: str, accumulate: bool = False, in_backward: bool = False
+    model: nn.Module,
+    batch: Batch,
+    precision: str,
+    objective: Objective,
+    accumulate: bool = False,
+    in_backward: bool = False,
 ) -> dict[str, int]:
     """Return the bytes that are allocated at the peak of a forward and backward pass, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -113,7 +127,7 @@ def _peak(
         try:
             for _ in range(2 if accumulate else 1):
                 with _KnownShapes(mode), ledger, torch.autocast("cpu", mixed, enabled=mixed is not None):
-                    loss, _ = model(**batch)
+                    loss = objective.loss(model, batch)
                     ledger.end_of_forward()
                     loss.backward()
                 del loss

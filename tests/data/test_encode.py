@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from litmini.config.finetune import DataConfig
-from litmini.data.dataset import Examples, describe, load_data, show_masks
+from litmini.data.dataset import Examples, load_data
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.files import file_hash
@@ -136,8 +136,8 @@ def test_truncation_is_counted(tokenizer: Tokenizer) -> None:
         data = make(tokenizer, example, max_seq_len=limit)
         assert parts(data) == (inputs[:limit], labels[:limit])
         assert (data.statistics["truncated_examples"], data.statistics["longest"]) == (cut, min(limit, length))
-    assert "truncated 1 (50.0%), dropped 0" in describe(
-        "training", make(tokenizer, example, chat("a", "b"), max_seq_len=20)
+    assert "truncated 1 (50.0%), dropped 0" in make(tokenizer, example, chat("a", "b"), max_seq_len=20).describe(
+        "training"
     )
 
 
@@ -339,21 +339,21 @@ def test_load_data_without_a_template(tokenizer: Tokenizer, tmp_path: Path) -> N
 
 def test_show_masks(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(tokenizer, chat("Q", "A"), Example("a:2", prompt="Q:", text="Q: A"), chat("R", "B"))
-    first, second = show_masks(data, tokenizer, 2).split("\n--- ")
+    first, second = data.show_masks(tokenizer, 2).split("\n--- ")
     assert first.startswith(f"--- example 1: 2 of {len(parts(data)[0])} tokens supervised\n")
     assert first.endswith("supervised\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n[A][<|im_end|>]")
     assert second == "example 2: 2 of 3 tokens supervised\nQ:[ A][<|im_end|>]"
-    assert show_masks(data, tokenizer, 99).count("--- example") == 3
+    assert data.show_masks(tokenizer, 99).count("--- example") == 3
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    coloured = show_masks(data, tokenizer, 2).split("\n--- ")[1]
+    coloured = data.show_masks(tokenizer, 2).split("\n--- ")[1]
     assert coloured.endswith("\033[2mQ\033[0m\033[2m:\033[0m\033[32m A\033[0m\033[32m<|im_end|>\033[0m")
 
 
 def test_describe(tokenizer: Tokenizer) -> None:
     data = make(tokenizer, Example("a:1", text="a"), Example("a:1", prompt="a", text="a b c"))
-    assert describe("training", data) == (
+    assert data.describe("training") == (
         "training: 2 examples, 4 tokens, 100% supervised, longest 3, truncated 0 (0.0%), dropped 0"
     )
 
