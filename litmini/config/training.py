@@ -23,7 +23,7 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     offload_activations: bool = False
-    """Keep the activations of blocks in CPU memory until the backward pass. For GPUs; slower."""
+    """Keep the activations of blocks in CPU memory until the backward pass, copied while others compute. For GPUs."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None

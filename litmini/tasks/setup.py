@@ -145,13 +145,14 @@ def make_setup(
         from litmini.training.compile import compile_training
 
         compile_training(model, dtype)
-    if config.train.checkpoint_activations or config.train.offload_activations:
-        from litmini.training.low_memory import checkpoint_activations, offload_activations
+    if config.train.checkpoint_activations:
+        from litmini.training.low_memory import checkpoint_activations
 
-        if config.train.checkpoint_activations:
-            checkpoint_activations(model)
-        if config.train.offload_activations:
-            offload_activations(model)
+        checkpoint_activations(model)
+    if config.train.offload_activations:
+        from litmini.training.offload import offload_activations
+
+        offload_activations(model)
     setup = TrainingSetup(
         fabric, wrapped, optimizer, data, config.train, config.optim, config.seed, run.progress, run, throughput
     )
