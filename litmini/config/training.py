@@ -125,9 +125,9 @@ class RunConfig(ABC):
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes train one model. ddp: each holds the whole model; fsdp: each holds a shard of it; hsdp: the
     model is sharded over the processes of a node, and every node has a replica."""
-    compile: bool | Literal["auto"] = False
+    compile: bool | Literal["auto"] | None = None
     """torch.compile for each block: it takes a minute or more at first. auto: if the run is long enough to save time.
-    Needs a C++ compiler on a CPU."""
+    Default (null): auto on a GPU, false on a CPU, where it needs a C++ compiler."""
     attention: Literal["auto", "varlen", "flex", "sdpa"] = "auto"
     """Attention kernel on a GPU. auto: varlen (FlashAttention) where it can compute the attention, flex (FlexAttention)
     for softcap and ALiBi, else sdpa. On a CPU: document by document."""

@@ -92,6 +92,8 @@ class Mask:
     """Documents packed into sequences, for `documents`."""
     packed: Documents | None = None
     """Documents packed into sequences, for the other kernels."""
+    flash: bool = False
+    """FlashAttention runs on the device of `packed`: asked for here, as compiled code could not ask."""
     blocks: Any = None
     """FlexAttention's block mask of these documents."""
     slots: Slots | None = None
@@ -173,7 +175,8 @@ def make_mask(
         from litmini.ops.flex_attention import block_mask  # imports torch.compile's parts
 
         blocks = block_mask(documents.ids, positions, window)
-    return Mask(positions, positions, window, packed=documents, blocks=blocks)
+    flash = _has_flash(documents.ids.device)
+    return Mask(positions, positions, window, packed=documents, flash=flash, blocks=blocks)
 
 
 def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor | None, dropout: float) -> str:
@@ -191,7 +194,7 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
         "varlen": not (changed or dropout)
         and q.dtype in VARLEN_DTYPES
         and q.shape[-1] <= VARLEN_HEAD_DIM
-        and _has_flash(q.device),
+        and mask.flash,
         "flex": not dropout and mask.blocks is not None,
         "sdpa": not changed,
         "explicit": True,

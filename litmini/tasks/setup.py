@@ -140,7 +140,7 @@ def make_setup(
     attention = None if config.attention == "auto" else config.attention
     run.results["attention"] = attention_kernels(wrapped, fabric.device, attention)
     fabric.print(f"attention: {run.results['attention']}")
-    worth = config.compile == "auto" and _worth_compiling(fabric, model, dtype, throughput.flops, data)
+    worth = is_auto(config.compile, fabric.device) and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
         from litmini.training.compile import compile_training
 
@@ -193,6 +193,11 @@ def log_samples(setup: TrainingSetup, progress: Progress) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of (trained, all) parameters; a tied one counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def is_auto(compile_: bool | str | None, device: torch.device) -> bool:
+    """Return whether the length of the run decides if it is compiled: by default on a GPU only."""
+    return compile_ == "auto" or (compile_ is None and device.type == "cuda")
 
 
 def _worth_compiling(
