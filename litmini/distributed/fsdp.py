@@ -74,6 +74,14 @@ def _is_rounded_by_autocast(block: nn.Module, vectors: list[nn.Module]) -> bool:
     return all(p.dtype == torch.float32 and (p.dim() > 1 or name.endswith(".bias")) for name, p in rest)
 
 
+def gathered_bytes(block: nn.Module, mixed: bool) -> int:
+    """Return the bytes of a block's parameters as `shard` gathers them."""
+    vectors = _vector_modules(block)
+    kept = {p for module in vectors for p in module.parameters()}
+    in_bf16 = mixed and _is_rounded_by_autocast(block, vectors)
+    return sum(p.numel() * (2 if in_bf16 and p not in kept else p.element_size()) for p in block.parameters())
+
+
 def _broadcast(part: nn.Module, device: torch.device) -> None:
     """Send the parameters and buffers that are not sharded yet from rank 0 to all processes. Tied parameters stay tied."""
     new: dict[Tensor, Tensor] = {}

@@ -38,6 +38,9 @@ from litmini.ops.cpu_attention import (
 if TYPE_CHECKING:
     from litmini.ops.kv_cache import KVCache, Slots
 
+ESTIMATE = (
+    "estimate"  # a kernel for estimates of memory: FlexAttention's counts as `varlen`, which keeps the same tensors
+)
 VARLEN_HEAD_DIM, VARLEN_DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
 _chosen: set[str] | None = None  # while `record_kernels` runs
 
@@ -200,7 +203,9 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
         "explicit": True,
     }
     wanted = mask.packed.kernel
-    if wanted is None:
+    if wanted == ESTIMATE and changed:
+        return "varlen"
+    if wanted in (None, ESTIMATE):
         return next(name for name, can in can_compute.items() if can)
     if not can_compute[wanted]:
         raise UserError(

@@ -1,7 +1,8 @@
 """Estimates the peak memory of a training step, by part, without running it.
 
 Forward and backward of the model run on fake tensors, which have shapes but no values, and every storage that is allocated
-and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values.
+and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values. For a GPU, attention
+and loss are those of a GPU; no estimate has been compared with one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError
+from litmini.ops.attention import ESTIMATE, Documents
+from litmini.ops.cross_entropy import Targets
 from litmini.training.optimizer import block_matrices
 
 Batch = dict[str, torch.Tensor]
@@ -45,9 +48,9 @@ class Memory:
     temporary: int
     """Temporary tensors of the operation that runs at the peak."""
     process: int = 0
-    """Memory of the process without the model: Python, torch, the data."""
+    """Memory of the process without the model: Python, torch, the data; on a GPU, CUDA with its kernels."""
     allocator: int = 0
-    """Fragmentation of the CPU's allocator: 30% of activations, loss and temporary tensors, from experience."""
+    """Fragmentation of the allocator. Of a CPU: 30% of activations, loss and temporary tensors, from experience."""
 
     @property
     def total(self) -> int:
@@ -55,7 +58,13 @@ class Memory:
 
 
 def estimate(
-    model: nn.Module, batch: Batch, config: OptimConfig, precision: str, accumulate: bool = False, process: int = 0
+    model: nn.Module,
+    batch: Batch,
+    config: OptimConfig,
+    precision: str,
+    accumulate: bool = False,
+    process: int = 0,
+    gpu_memory: int = 0,
 ) -> Memory:
     """Estimate the memory of the training steps of `model`, which may be on the meta device.
 
@@ -64,6 +73,7 @@ def estimate(
         precision: as in `RunConfig`.
         accumulate: the gradients of one micro-batch exist while the next one runs.
         process: bytes of the process without the model; 0 on a GPU.
+        gpu_memory: bytes of memory of the GPU that will train; 0: a CPU will.
 
     Raises:
         UserError: the shapes of the model's tensors depend on values, as those of experts do.
@@ -71,6 +81,7 @@ def estimate(
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     matrices = block_matrices(model) if config.name == "muon" else set()
     frozen = {id(p): p for p in [*model.parameters(), *model.buffers()] if not p.requires_grad}.values()
+    batch = as_on_gpu(batch, gpu_memory) if gpu_memory else batch
     peak = _peak(model, batch, precision, accumulate, config.in_backward)
     return Memory(
         frozen=sum(map(nbytes, frozen)),
@@ -80,6 +91,13 @@ def estimate(
         allocator=3 * (sum(peak.values()) - peak["gradients"]) // 10 if process else 0,
         **peak,
     )
+
+
+def as_on_gpu(batch: Batch, gpu_memory: int) -> dict[str, Any]:
+    """Return a batch with which a model takes the attention kernel and the loss of a GPU with so many bytes of memory."""
+    ids = batch["documents"] if "documents" in batch else torch.ones_like(batch["tokens"])
+    targets = Targets(batch["labels"], Targets.of(batch["labels"]).index, gpu_memory)
+    return {**batch, "documents": Documents.of(ids, ESTIMATE), "labels": targets}
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -98,7 +116,7 @@ def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig, by_muon: bool 
 
 
 def _peak(
-    model: nn.Module, batch: Batch, precision: str, accumulate: bool = False, in_backward: bool = False
+    model: nn.Module, batch: dict[str, Any], precision: str, accumulate: bool = False, in_backward: bool = False
 ) -> dict[str, int]:
     """Return the bytes that are allocated at the peak of a forward and backward pass, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -232,6 +250,6 @@ def full_rows(count: int, length: int, vocab: int) -> Batch:
 
 def describe(memory: Memory) -> str:
     """Return a line for each part, in MiB."""
-    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, torch, data)"}
+    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, CUDA, data)"}
     parts = {names.get(part, part): size for part, size in vars(memory).items()} | {"peak": memory.total}
     return "\n".join(f"  {name:30}{size / 2**20:12,.0f} MiB" for name, size in parts.items())
