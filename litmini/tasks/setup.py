@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,6 +103,15 @@ class TrainingSetup(Setup):
         """The model without Fabric's wrapper."""
         return self.model.module  # type: ignore[no-any-return]
 
+    def predict(self, examples: list[Example]) -> list[Any]:
+        """Return greedy completions of the last turn of examples. Every rank calls this, for sharded models."""
+        from litmini.evaluation.metrics import predict
+
+        # what is gathered in bf16 needs autocast; elsewhere completions are those of the weights as they are
+        precision = self.fabric.autocast() if is_sharded(self.module) else nullcontext()
+        with precision:
+            return predict(self.module, self.data.tokenizer, examples, self.recorder.config.eval.max_new_tokens)
+
 
 def make_setup(
     directory: RunDirectory,
@@ -181,12 +191,7 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
     """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
-    from litmini.evaluation.metrics import predict
-
-    config = setup.recorder.config.eval
-    predictions = predict(
-        setup.module, setup.data.tokenizer, setup.data.val_examples[: config.samples], config.max_new_tokens
-    )
+    predictions = setup.predict(setup.data.val_examples[: setup.recorder.config.eval.samples])
     setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
 
 

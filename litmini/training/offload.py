@@ -29,12 +29,12 @@ def offload_activations(model: nn.Module, smallest: int = SMALLEST, queues: tupl
     (rotary embedding, mask); integers and masks; tensors of less than `smallest` bytes.
 
     Args:
-        queues: run the copies to the CPU, and back; None: `CopyStream` on a GPU, and at once on a CPU.
+        queues: run the copies to the CPU, and back; None: two of `CopyStream`, and without a GPU nothing is done.
     """
     chain = blocks(model)
-    device = next(model.parameters()).device
-    make = CopyStream if device.type == "cuda" else CopyAtOnce
-    offload = _Offload(smallest, *(queues or (make(), make())))
+    if queues is None and next(model.parameters()).device.type != "cuda":
+        return
+    offload = _Offload(smallest, *(queues or (CopyStream(), CopyStream())))
     for i, block in enumerate(chain):
         run = functools.partial(offload.run, block, i == 0, i == len(chain) - 1)
         block.forward = functools.partial(run, block.forward)  # type: ignore[method-assign]
@@ -56,16 +56,6 @@ class CopyStream:
     def wait(self, event: Any) -> None:
         """Let the device's later work begin after `event`; the host does not wait."""
         torch.cuda.current_stream().wait_event(event)
-
-
-class CopyAtOnce:
-    """The same where the device is a CPU."""
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def wait(self, event: None) -> None:
-        pass
 
 
 class _Storage:
@@ -103,7 +93,7 @@ class _Offload:
         previous = None if is_first else self._last
         if is_last:  # its backward pass comes next
             self._last, result = None, forward(*args, **kwargs)
-            if previous is not None:  # what its backward pass is followed by is fetched meanwhile
+            if previous is not None:  # fetched while the last block computes its backward pass
                 next(_tensors(result)).register_hook(lambda _: self._fetch(previous))
         else:
             part = self._last = _Part(previous)

@@ -36,6 +36,7 @@ from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
 from litmini.ops.cross_entropy import IGNORE
 from litmini.runs.training_state import SHARDS
+from litmini.training.compile import compile_training
 from litmini.training.low_memory import checkpoint_activations
 
 DATA = ROOT / "config_hub/quickstart"
@@ -309,7 +310,8 @@ def test_sharded_gradients_equal_plain_ones_in_every_family():
 
 def test_mixed_precision_gathers_bf16_and_equals_one_process(tiny_dir, tmp_path):
     """Weights and the sum of gradients stay in fp32, so that small updates are kept."""
-    more = ["--precision", "bf16-mixed", "--optim.lr", "1e-3"]
+    more = ["--precision", "bf16-mixed", "--optim.lr", "1e-3", "--data.val_path", DATA / "heldout.jsonl"]
+    more += ["--train.sample_every", 3, "--eval.samples", 2, "--eval.max_new_tokens", 2]
     one, two = (words(tiny_dir, tmp_path / name, *more) for name in ("one", "two"))
     run_alone("finetune_full", *one)
     run_both("finetune_full", *two, *map(str, FSDP))
@@ -337,6 +339,8 @@ def gathered_dtypes(names: list[str]) -> dict[str, tuple[dict[str, torch.dtype],
         model = build(name, "cpu")
         expected, plain = mixed_gradients(model, [0, 1])
         model = shard(model, mesh, mixed=True)
+        if "compiled" in name:
+            compile_training(model, torch.bfloat16, "aot_eager", static=True)
         held, dtypes = local_bytes(model), {}
         block = next(module for module in model.modules() if type(module).__name__.endswith("Block"))
         note(block, dtypes)
@@ -363,7 +367,16 @@ def mixed_gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str
 
 
 def test_what_autocast_does_not_round_is_gathered_in_fp32():
-    names = ["llama", "gpt2", "qwen3 recomputed", "mixtral", "llama lora", "qwen2 dora", "llama 4bit lora"]
+    names = [
+        "llama",
+        "gpt2",
+        "llama compiled",
+        "qwen3 recomputed",
+        "mixtral",
+        "llama lora",
+        "qwen2 dora",
+        "llama 4bit lora",
+    ]
     for found in values(run_two(gathered_dtypes, names)):
         for name, (dtypes, (mine, every)) in found.items():
             assert mine == pytest.approx(every / 2, rel=0.05), name
