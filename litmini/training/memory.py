@@ -1,8 +1,8 @@
 """Estimates the peak memory of a training step, by part, without running it.
 
 Forward and backward of the model run on fake tensors, which have shapes but no values, and every storage that is allocated
-and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values. For a GPU, attention
-and loss are those of a GPU; no estimate has been compared with one.
+and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values on a CPU. For a GPU,
+where they read none, they are fake as well, and attention and loss are those of a GPU; no estimate has been compared with one.
 """
 
 from __future__ import annotations
@@ -120,6 +120,9 @@ def _peak(
 ) -> dict[str, int]:
     """Return the bytes that are allocated at the peak of a forward and backward pass, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if isinstance(batch["labels"], Targets):
+        as_fake = mode.from_tensor
+        batch = {n: as_fake(v) if isinstance(v, torch.Tensor) else v.map(as_fake) for n, v in batch.items()}
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with _faked(model, mode) as fakes:
         ledger = _Ledger(model.config.vocab_size, fakes)  # type: ignore[union-attr,arg-type]

@@ -208,6 +208,15 @@ def test_softcaps_take_what_flex_attention_keeps_and_not_scores():
     assert gpu.total < scores / 2 < on_cpu.total
 
 
+def test_a_dense_mask_is_counted_and_not_made():
+    """In fp32 a GPU has no varlen: a mask of 2**34 bytes would fill this machine's memory."""
+    model, T = llama.Model(llama.PRESETS["tiny"]), 2**17
+    batch = {name: torch.zeros(1, T, dtype=torch.int64) for name in ("tokens", "positions")}
+    batch["labels"] = torch.full((1, T), -100)
+    memory = estimate(model, batch, OptimConfig(), "32-true", gpu_memory=SMALLEST)
+    assert memory.activations > 2**34
+
+
 def test_a_large_gpu_has_more_logits_at_once():
     model = llama.Model(replace(llama.PRESETS["tiny"], vocab_size=200_000)).bfloat16()
     batch = full_rows(1, 2048, 200_000)
