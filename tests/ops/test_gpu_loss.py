@@ -3,7 +3,7 @@
 import matmul_kernel  # noqa: F401  (registers it)
 import pytest
 import torch
-from numerics import assert_close
+from numerics import assert_close, difference, ulps
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -65,7 +65,7 @@ def test_the_fused_kernel_equals_the_plain_one(softcap, z_weight, dtype):
         gradient_of_logits_(ours, wanted, softcap, z_weight),
         _gradient_of_logits_(theirs, wanted, softcap, z_weight, buffer),
     )
-    assert_close(ours.float(), theirs.float())
+    assert difference(ours.float(), theirs.float()) <= (ulps() if dtype == torch.float32 else 2**-8)
 
 
 def test_it_is_compiled_for_whole_chunks_and_for_the_rest():
