@@ -66,20 +66,22 @@ def main(config: EstimateConfig) -> None:
     if config.check:
         return compare(config)
     model = build(config)
-    memory = estimate_at(config, model, config.max_seq_len)
-    memory = gpus.memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
+    mixed = config.precision == "bf16-mixed"
+    memory = estimate_at(config, model, config.max_seq_len, gpu_memory=gpus.SMALLEST)
+    memory = gpus.memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes, mixed)
+    memory = gpus.on_gpu(memory)
     devices = config.devices * config.num_nodes
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
     batch = f"{config.micro_batch_size} sequences of {config.max_seq_len:,} tokens in a micro-batch"
-    print(f"peak memory of each of {devices} devices, {batch}:\n{describe(memory)}")
-    print(f"fits on: {gpus.fitting(memory)}")
+    print(f"peak memory of each of {devices} GPUs, {batch} (estimated, not run on a GPU):\n{describe(memory)}")
+    print("fits on:", *gpus.fits_on(memory), sep="\n")
     print(f"tokens per day at {config.mfu:.0%} MFU of the published bf16 peak:")
     for name, tokens in gpus.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
         print(f"  {devices} x {name:10}{tokens:18,.0f}")
     if devices > 1:
-        sent = gpus.communication_volume(model, config.strategy, config.devices, config.num_nodes)
+        sent = gpus.communication_volume(model, config.strategy, config.devices, config.num_nodes, mixed)
         flops, tokens = gpus.token_flops(model, config.max_seq_len), config.micro_batch_size * config.max_seq_len
         speeds = (config.node_gb * 1e9, config.network_gb * 1e9)
         print(f"communication and compute ({config.strategy}, {config.micro_batches} micro-batches a step):")
@@ -116,11 +118,13 @@ def existing(directory: str) -> Any:
     return Path(directory)
 
 
-def estimate_at(config: EstimateConfig, model: Any, length: int, process: int = 0) -> Any:
+def estimate_at(config: EstimateConfig, model: Any, length: int, process: int = 0, gpu_memory: int = 0) -> Any:
     from litmini.training.memory import estimate, full_rows
 
     batch = full_rows(config.micro_batch_size, length, model.config.vocab_size)
-    return estimate(model, batch, config.optim, config.precision, config.micro_batches > 1, process)
+    return estimate(
+        model, batch, config.optim, config.precision, config.micro_batches > 1, process, gpu_memory=gpu_memory
+    )
 
 
 def compare(config: EstimateConfig) -> None:

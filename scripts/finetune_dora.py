@@ -35,7 +35,8 @@ def main(config: FinetuneDoraConfig) -> None:
     data = prepare_data(fabric, config, directory.began)
 
     # 4. Base model, in 16 or 4 bits
-    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
+    dtype = weight_dtype(config.precision)
+    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: freeze everything, adapters with magnitudes over linears
     add_adapters(model, config.lora, DoRALinear)

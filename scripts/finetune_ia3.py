@@ -33,7 +33,8 @@ def main(config: FinetuneIa3Config) -> None:
     data = prepare_data(fabric, config, directory.began)
 
     # 4. Base model, in 16 or 4 bits
-    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
+    dtype = weight_dtype(config.precision)
+    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: freeze everything, factors over linears
     add_ia3(model, config.ia3)

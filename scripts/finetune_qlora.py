@@ -34,7 +34,8 @@ def main(config: FinetuneQloraConfig) -> None:
     data = prepare_data(fabric, config, directory.began)
 
     # 4. Base model, its linears quantized to 4 bits while they are read
-    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
+    dtype = weight_dtype(config.precision)
+    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: freeze everything, adapters over linears
     add_adapters(model, config.lora)

@@ -23,7 +23,7 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     offload_activations: bool = False
-    """Keep the activations of blocks in CPU memory until the backward pass. For GPUs; slower."""
+    """Keep the activations of blocks in CPU memory until the backward pass, copied while others compute. For GPUs."""
     log_every: int = 1
     """Steps between lines of metrics.csv."""
     eval_every: int | None = None
@@ -125,9 +125,9 @@ class RunConfig(ABC):
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes train one model. ddp: each holds the whole model; fsdp: each holds a shard of it; hsdp: the
     model is sharded over the processes of a node, and every node has a replica."""
-    compile: bool | Literal["auto"] = False
+    compile: bool | Literal["auto"] | None = None
     """torch.compile for each block: it takes a minute or more at first. auto: if the run is long enough to save time.
-    Needs a C++ compiler on a CPU."""
+    Default (null): auto on a GPU, false on a CPU, where it needs a C++ compiler."""
     attention: Literal["auto", "varlen", "flex", "sdpa"] = "auto"
     """Attention kernel on a GPU. auto: varlen (FlashAttention) where it can compute the attention, flex (FlexAttention)
     for softcap and ALiBi, else sdpa. On a CPU: document by document."""

@@ -57,7 +57,10 @@ def make_fabric(config: RunConfig) -> Fabric:
                 f"found {config.devices} devices on {config.num_nodes} nodes. Use --strategy fsdp."
             )
         replicas = config.num_nodes if strategy == "hsdp" else 1  # Fabric calls the mesh's dimensions data and tensor
-        strategy = ModelParallelStrategy(shard, data_parallel_size=replicas, tensor_parallel_size=count // replicas)
+        parallelize: Any = functools.partial(shard, mixed=config.precision == "bf16-mixed")
+        strategy = ModelParallelStrategy(
+            parallelize, data_parallel_size=replicas, tensor_parallel_size=count // replicas
+        )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process logs its rank
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torchrun.*|.*srun.*")

@@ -13,20 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer
-from litmini.ops.cross_entropy import CHUNK, OutputHead, Targets
+from litmini.ops.cross_entropy import CHUNK, UNFUSED, OutputHead, Targets, rows_at_once
 
 
 class LogProbHead(OutputHead):
     """Log-probabilities of the labels, per token.
 
-    Logits are computed `chunk` rows at a time, and again in the backward pass; gradients are right for any upstream gradient.
+    Logits are computed some rows at a time, and again in the backward pass; gradients are right for any upstream gradient.
     """
 
-    def __init__(self, head: nn.Module, chunk: int = CHUNK) -> None:
+    def __init__(self, head: nn.Module, chunk: int | None = None) -> None:
         """
         Args:
             head: gives logits (..., vocab): a linear, an adapted one, or one that is trained beside adapters.
-            chunk: rows of logits in memory at once.
+            chunk: rows of logits in memory at once; None: as `rows_at_once` says.
         """
         super().__init__(head)
         self.chunk = chunk
@@ -40,9 +40,10 @@ class LogProbHead(OutputHead):
         targets = Targets.of(labels)
         rows = hidden.flatten(0, 1).index_select(0, targets.index)  # (n, dim)
         wanted = targets.labels.flatten().index_select(0, targets.index)  # (n,)
+        chunk = self.chunk or rows_at_once(self.original, targets, rows.shape[-1], UNFUSED, CHUNK)
         parts = [
             checkpoint(self._log_probs, part, want, softcap, use_reentrant=False)
-            for part, want in zip(rows.split(self.chunk), wanted.split(self.chunk), strict=True)
+            for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True)
         ]
         zeros = torch.zeros(targets.labels.numel(), dtype=torch.float32, device=hidden.device)
         return zeros.index_copy(0, targets.index, torch.cat(parts)).view_as(targets.labels), targets.count()
@@ -96,7 +97,7 @@ def head_name(model: nn.Module) -> str:
     return names[0]
 
 
-def use_log_probs(model: nn.Module, chunk: int = CHUNK) -> LogProbHead:
+def use_log_probs(model: nn.Module, chunk: int | None = None) -> LogProbHead:
     """Let `model(..., labels=labels)` return per-token log-probabilities; see `LogProbHead.outputs`.
 
     Call it after adapters were added, which are found by the names that modules have before.

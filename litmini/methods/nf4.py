@@ -16,7 +16,8 @@ from litmini.errors import UserError
 from litmini.methods.base_layer import QuantizedLayer
 
 BLOCK = 64  # weights that share an absmax
-CHUNK = 2**18  # weights that are quantised at once, whole blocks
+CHUNK = 2**18  # weights that a CPU quantises at once, whole blocks; its kernel takes 20 bytes of memory for each
+GPU_CHUNK = 2**30  # the same for a GPU: whole linears
 NESTED = 256  # values of absmax that share a scale, with double quantisation
 
 
@@ -31,25 +32,31 @@ class NF4Linear(QuantizedLayer):
     absmax_scale: Tensor
     absmax_offset: Tensor
 
-    def __init__(self, base: nn.Module, double: bool = True) -> None:
-        """Quantise `base`, an `nn.Linear` or a family's `GroupedLinear`, which is left as it is."""
+    def __init__(self, base: nn.Module, double: bool = True, on: torch.device | None = None) -> None:
+        """Quantise `base`, an `nn.Linear` or a family's `GroupedLinear`, which is left as it is.
+
+        Args:
+            on: the device that quantises; the result is on the device of `base`, which None stands for.
+        """
         super().__init__()
         weight: Tensor = base.weight.detach()  # type: ignore[assignment, operator, union-attr]
+        home = weight.device
+        weight = weight.to(home if home.type == "meta" else on or home)
         self.shape, self.dtype, self.nested = weight.shape, weight.dtype, double
         self.out_features, self.in_features = weight.shape[-2:]
         if self.in_features % BLOCK:
             raise UserError(f"4-bit layers need an input size that is a multiple of {BLOCK}, found {self.in_features}.")
         rows = weight.shape[:-1]
-        chunks = weight.reshape(-1).split(CHUNK)  # the kernel takes 20 bytes of memory for each weight on a CPU
+        chunks = weight.reshape(-1).split(GPU_CHUNK if weight.device.type == "cuda" else CHUNK)
         quantized = [_kernels().quantize_4bit.default(chunk, BLOCK, "nf4", torch.uint8) for chunk in chunks]
         packed, absmax = (torch.cat(parts) for parts in zip(*quantized, strict=True))
         if double:
             offset = absmax.mean()
             absmax, scale = _kernels().quantize_blockwise.default(absmax - offset, _code(absmax.device), NESTED)
-            self.register_buffer("absmax_scale", scale)  # 1 / 16,384 of the weights: every rank has it whole
-            self.register_buffer("absmax_offset", offset[None])
-        self.weight = nn.Parameter(packed.view(*rows, self.in_features // 2), requires_grad=False)
-        self.absmax = nn.Parameter(absmax.view(*rows, self.in_features // BLOCK), requires_grad=False)
+            self.register_buffer("absmax_scale", scale.to(home))  # 1 / 16,384 of the weights: every rank has it whole
+            self.register_buffer("absmax_offset", offset.view(1).to(home))
+        self.weight = nn.Parameter(packed.view(*rows, self.in_features // 2).to(home), requires_grad=False)
+        self.absmax = nn.Parameter(absmax.view(*rows, self.in_features // BLOCK).to(home), requires_grad=False)
         self.bias = getattr(base, "bias", None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

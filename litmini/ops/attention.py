@@ -38,6 +38,9 @@ from litmini.ops.cpu_attention import (
 if TYPE_CHECKING:
     from litmini.ops.kv_cache import KVCache, Slots
 
+ESTIMATE = (
+    "estimate"  # a kernel for estimates of memory: FlexAttention's counts as `varlen`, which keeps the same tensors
+)
 VARLEN_HEAD_DIM, VARLEN_DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
 _chosen: set[str] | None = None  # while `record_kernels` runs
 
@@ -92,6 +95,8 @@ class Mask:
     """Documents packed into sequences, for `documents`."""
     packed: Documents | None = None
     """Documents packed into sequences, for the other kernels."""
+    flash: bool = False
+    """FlashAttention runs on the device of `packed`: asked for here, as compiled code could not ask."""
     blocks: Any = None
     """FlexAttention's block mask of these documents."""
     slots: Slots | None = None
@@ -174,7 +179,8 @@ def make_mask(
         from litmini.ops.flex_attention import block_mask  # imports torch.compile's parts
 
         blocks = block_mask(documents.ids, positions, window)
-    return Mask(positions, positions, window, packed=documents, blocks=blocks)
+    flash = _has_flash(documents.ids.device)
+    return Mask(positions, positions, window, packed=documents, flash=flash, blocks=blocks)
 
 
 def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor | None, dropout: float) -> str:
@@ -192,13 +198,15 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
         "varlen": not (changed or dropout)
         and q.dtype in VARLEN_DTYPES
         and q.shape[-1] <= VARLEN_HEAD_DIM
-        and _has_flash(q.device),
+        and mask.flash,
         "flex": not dropout and mask.blocks is not None,
         "sdpa": not changed,
         "explicit": True,
     }
     wanted = mask.packed.kernel
-    if wanted is None:
+    if wanted == ESTIMATE and changed:
+        return "varlen"
+    if wanted in (None, ESTIMATE):
         return next(name for name, can in can_compute.items() if can)
     if not can_compute[wanted]:
         raise UserError(

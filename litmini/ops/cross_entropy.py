@@ -1,8 +1,11 @@
 """The language modelling loss: head and cross entropy fused, in chunks, at target positions only, summed.
 
 The full logits (positions x vocabulary) never exist. The caller divides the sum by the targets of the whole optimizer step.
+On a GPU, chunks are larger and one compiled kernel turns logits into their gradient. That has not run on a GPU.
+`torch.nn.functional.linear_cross_entropy` is not used: docs/training.md has the reasons.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
-CHUNK = 256  # rows of logits in memory at once
+CHUNK = 256  # rows of logits in memory at once on a CPU
 TRAINED_CHUNK = 1024  # the same if the head is trained: its gradient is summed over chunks
+GPU_PART, GPU_ROWS = 64, 8192  # on a GPU: at most this part of its memory, and at most so many rows
 VOCAB_CHUNK = 2048  # rows of the head's gradient that are computed at once
+UNFUSED = 16  # bytes that a logit takes with its cross entropy and gradient, each operation by itself
 CACHED = 8  # rows of logits in one softmax on a CPU: in fp32 they fit into its cache
 
 
@@ -28,21 +33,45 @@ class Targets:
     """(B, T) int64, `IGNORE` where there is no target."""
     index: Tensor
     """(n,) int64 positions of the targets among the B * T."""
+    gpu_memory: int = 0
+    """Bytes of memory of the GPU on which the loss is computed, all of it; 0: on a CPU."""
 
     @classmethod
-    def of(cls, labels: "Tensor | Targets") -> "Targets":
-        """Return the targets of labels (B, T); on a GPU, this waits for the device."""
+    def of(cls, labels: "Tensor | Targets", device: torch.device | None = None) -> "Targets":
+        """Return the targets of labels (B, T) for a loss on `device`, or on theirs; on a GPU, this waits for the device."""
         if isinstance(labels, Targets):
             return labels
-        return cls(labels, (labels != IGNORE).flatten().nonzero().flatten())  # CPU-GPU sync point, if on a GPU
+        index = (labels != IGNORE).flatten().nonzero().flatten()  # CPU-GPU sync point, if on a GPU
+        return cls(labels, index, gpu_memory(device or labels.device))
 
     def map(self, function: Any) -> "Targets":
         """Return the same targets with `function` applied to both tensors, to move them, say."""
-        return Targets(function(self.labels), function(self.index))
+        return Targets(function(self.labels), function(self.index), self.gpu_memory)
 
     def count(self) -> Tensor:
         """Return the number of targets, int64, 0-d."""
         return (self.labels != IGNORE).sum()
+
+
+@functools.lru_cache
+def gpu_memory(device: torch.device) -> int:
+    """Return the bytes of memory of a GPU, used or not; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def rows_at_once(head: nn.Module, targets: Targets, dim: int, logit_bytes: int, on_cpu: int) -> int:
+    """Return the rows of logits in memory at once: on a GPU by its size, not by what is free, so that runs repeat.
+
+    Args:
+        head: its weight has a row of `dim` values for each logit.
+        logit_bytes: of a logit, and of what is computed from it.
+        on_cpu: the result on a CPU.
+    """
+    if not targets.gpu_memory:
+        return on_cpu
+    vocab = max(p.numel() for p in head.parameters()) // dim
+    rows = targets.gpu_memory // GPU_PART // (vocab * logit_bytes) // CHUNK * CHUNK  # whole tiles of a matmul
+    return min(max(rows, CHUNK), GPU_ROWS)
 
 
 class OutputHead(nn.Module):
@@ -104,7 +133,7 @@ def linear_cross_entropy(
             own outputs.
         labels: (B, T) int64, `IGNORE` where there is no target; or `Targets`.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
-        chunk: rows of logits in memory at once; None: `CHUNK`, or `TRAINED_CHUNK`.
+        chunk: rows of logits in memory at once; None: `rows_at_once`.
 
     Returns:
         The sum in fp32, an exact zero with a graph if there is no target, and the number of targets (int64), both 0-d.
@@ -112,20 +141,22 @@ def linear_cross_entropy(
     if isinstance(head, OutputHead):
         return head.outputs(hidden, labels, softcap)
     targets = Targets.of(labels)
+    on_cpu = TRAINED_CHUNK if any(p.requires_grad for p in head.parameters()) else CHUNK
     rows, wanted, index = hidden.flatten(0, 1), targets.labels.flatten(), targets.index
     if len(index) < len(rows):  # in pretraining, every position has a target
         rows, wanted = rows.index_select(0, index), wanted.index_select(0, index)  # (n, dim), (n,)
-    chunk = chunk or (TRAINED_CHUNK if any(p.requires_grad for p in head.parameters()) else CHUNK)
     if type(head) in (nn.Linear, ZLossHead) and head.bias is None:
         z_weight = head.z_weight if isinstance(head, ZLossHead) else 0.0
         dtype = (
             torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
         )
         weight = head.weight if torch.is_grad_enabled() else head.weight.detach()  # _PlainHead ignores no_grad
+        chunk = chunk or rows_at_once(head, targets, rows.shape[-1], dtype.itemsize, on_cpu)
         with torch.autocast(rows.device.type, enabled=False):
-            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk, z_weight)
+            loss = _PlainHead.apply(rows.to(dtype), weight, wanted, softcap, chunk, z_weight, targets.gpu_memory > 0)
         return loss, targets.count()
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    chunk = chunk or rows_at_once(head, targets, rows.shape[-1], UNFUSED, on_cpu)
     for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True):  # no target: one empty chunk
         total = total + checkpoint(_chunk_loss, part, head, want, softcap, use_reentrant=False)
     return total, targets.count()
@@ -163,6 +194,19 @@ def _gradient_of_logits_(
     return (total.log() - picked).sum()
 
 
+@functools.lru_cache
+def _fused_loss(device: torch.device) -> Any:
+    """Return `_gradient_of_logits_`, compiled; None: `device` is a CPU, or has no Triton.
+
+    It is compiled for whole chunks, and once more for the rest of a batch, whatever its length.
+    """
+    if device.type != "cuda":
+        return None
+    from litmini.ops.fused_loss import gradient_of_logits_, has_triton  # for GPUs only
+
+    return torch.compile(gradient_of_logits_) if has_triton(device) else None
+
+
 class _PlainHead(torch.autograd.Function):
     """Computes its gradients in the forward pass, while a chunk's logits are in memory, so nothing is computed twice.
 
@@ -171,13 +215,23 @@ class _PlainHead(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override,no-untyped-def]
-        ctx, rows: Tensor, weight: Tensor, wanted: Tensor, softcap: float | None, chunk: int, z_weight: float
+        ctx,
+        rows: Tensor,
+        weight: Tensor,
+        wanted: Tensor,
+        softcap: float | None,
+        chunk: int,
+        z_weight: float,
+        on_gpu: bool,
     ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         cast = weight.to(rows.dtype)
         buffer = rows.new_empty(min(chunk, len(rows)), len(weight))  # (c, vocab)
-        n_rows = min(CACHED if rows.device.type == "cpu" else chunk, len(buffer))
-        exact = None if rows.dtype == torch.float32 else rows.new_empty(n_rows, len(weight), dtype=torch.float32)
+        fused = _fused_loss(rows.device) if on_gpu else None
+        n_rows = min(chunk if fused else CACHED if rows.device.type == "cpu" else CHUNK, len(buffer))
+        plain = fused or rows.dtype == torch.float32
+        exact = None if plain else rows.new_empty(n_rows, len(weight), dtype=torch.float32)
+        keeps_fp32 = on_gpu and rows.dtype != torch.float32  # a CPU has no 16-bit matmul with a result in fp32
         d_rows = torch.empty_like(rows) if need_rows else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -185,12 +239,12 @@ class _PlainHead(torch.autograd.Function):
             part, want = rows[start : start + chunk], wanted[start : start + chunk, None]
             logits = torch.mm(part, cast.T, out=buffer[: len(part)])  # (c, vocab)
             for piece, piece_want in zip(logits.split(n_rows), want.split(n_rows), strict=True):
-                total += _gradient_of_logits_(piece, piece_want, softcap, z_weight, exact)
+                total += (fused or _gradient_of_logits_)(piece, piece_want, softcap, z_weight, exact)
             if d_rows is not None:
                 torch.mm(logits, cast, out=d_rows[start : start + chunk])
             if d_weight is not None:
                 for piece, grad in zip(logits.split(VOCAB_CHUNK, 1), d_weight.split(VOCAB_CHUNK), strict=True):
-                    grad += piece.T @ part
+                    grad += torch.mm(piece.T, part, out_dtype=torch.float32) if keeps_fp32 else piece.T @ part
         ctx.save_for_backward(d_rows, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -203,8 +257,5 @@ class _PlainHead(torch.autograd.Function):
             if d_rows is None
             else (d_rows.float() * upstream).to(d_rows.dtype),  # in fp32: 1 / targets is not rounded
             None if d_weight is None else d_weight.mul_(upstream).to(ctx.weight_dtype),  # in place, as it is large
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )

@@ -9,9 +9,10 @@ from torch import nn
 from litmini.config.training import RunConfig
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
+from litmini.ops.cross_entropy import gpu_memory
 from litmini.system import physical_bytes, resident_bytes
 from litmini.tasks.setup import Data, count_parameters
-from litmini.training.gpus import fitting, memory_per_device
+from litmini.training import gpus
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import LANGUAGE_MODELING, Batch, Memory, describe, estimate, nbytes
 from litmini.training.objective import Objective
@@ -45,16 +46,24 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data, objective: Objectiv
     batch = data.train.longest_batch(micro) or next(data.train.batches(range(micro), micro))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = max(0, resident_bytes() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
+    mixed = config.precision == "bf16-mixed"
+
+    def peak(gpu: int) -> Memory:
+        found = estimate(
+            model, batch, config.optim, config.precision, accumulate, 0 if gpu else process, objective, gpu
+        )
+        found = gpus.memory_per_device(found, model, config.devices, config.strategy, config.num_nodes, mixed)
+        return gpus.on_gpu(found) if gpu else found
+
     try:
-        memory = estimate(model, batch, config.optim, config.precision, accumulate, process, objective)
+        memory, on_gpu = peak(gpu_memory(device)), peak(gpus.SMALLEST)
     except UserError as error:
         return str(error)
-    memory = memory_per_device(memory, model, config.devices, config.strategy, config.num_nodes)
     available = _memory_of(device)
     batch_text = f"{micro} sequences of {batch['tokens'].shape[1]:,} tokens"
     lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {batch_text}:", describe(memory)]
     lines.append(f"  {'this device has':30}{available / 2**20:12,.0f} MiB")
-    lines.append(f"on a GPU it fits on: {fitting(memory)}")
+    lines += ["a GPU that it fits on (estimated, not run on one):", *gpus.fits_on(on_gpu)]
     if memory.total > available:
         return "\n".join([*lines, f"warning: it does not fit on this device. {_suggest_less(config, memory)}"])
     seconds = time_micro_step(model.to(device), batch, config.precision, objective)
@@ -86,9 +95,7 @@ def time_micro_step(model: nn.Module, batch: Batch, precision: str, objective: O
 
 
 def _memory_of(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return physical_bytes()
+    return gpu_memory(device) or physical_bytes()
 
 
 def _suggest_less(config: RunConfig, memory: Memory) -> str:

@@ -84,9 +84,9 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     if (loss := validate(setup, objective)) is not None:
         results[f"val_loss_{when}"] = loss
     if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
-        from litmini.evaluation.metrics import exact_match, predict
+        from litmini.evaluation.metrics import exact_match
 
-        predictions = predict(setup.module, data.tokenizer, examples, config.max_new_tokens)
+        predictions = setup.predict(examples)
         results[f"samples_{when}"] = [vars(p) for p in predictions[: config.samples]]
         if config.exact_match:
             results[f"exact_match_{when}"] = exact_match(predictions)

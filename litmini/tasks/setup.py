@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,6 +103,15 @@ class TrainingSetup(Setup):
         """The model without Fabric's wrapper."""
         return self.model.module  # type: ignore[no-any-return]
 
+    def predict(self, examples: list[Example]) -> list[Any]:
+        """Return greedy completions of the last turn of examples. Every rank calls this, for sharded models."""
+        from litmini.evaluation.metrics import predict
+
+        # what is gathered in bf16 needs autocast; elsewhere completions are those of the weights as they are
+        precision = self.fabric.autocast() if is_sharded(self.module) else nullcontext()
+        with precision:
+            return predict(self.module, self.data.tokenizer, examples, self.recorder.config.eval.max_new_tokens)
+
 
 def make_setup(
     directory: RunDirectory,
@@ -140,18 +150,19 @@ def make_setup(
     attention = None if config.attention == "auto" else config.attention
     run.results["attention"] = attention_kernels(wrapped, fabric.device, attention)
     fabric.print(f"attention: {run.results['attention']}")
-    worth = config.compile == "auto" and _worth_compiling(fabric, model, dtype, throughput.flops, data)
+    worth = is_auto(config.compile, fabric.device) and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
         from litmini.training.compile import compile_training
 
         compile_training(model, dtype)
-    if config.train.checkpoint_activations or config.train.offload_activations:
-        from litmini.training.low_memory import checkpoint_activations, offload_activations
+    if config.train.checkpoint_activations:
+        from litmini.training.low_memory import checkpoint_activations
 
-        if config.train.checkpoint_activations:
-            checkpoint_activations(model)
-        if config.train.offload_activations:
-            offload_activations(model)
+        checkpoint_activations(model)
+    if config.train.offload_activations:
+        from litmini.training.offload import offload_activations
+
+        offload_activations(model)
     setup = TrainingSetup(
         fabric, wrapped, optimizer, data, config.train, config.optim, config.seed, run.progress, run, throughput
     )
@@ -180,18 +191,18 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
     """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
-    from litmini.evaluation.metrics import predict
-
-    config = setup.recorder.config.eval
-    predictions = predict(
-        setup.module, setup.data.tokenizer, setup.data.val_examples[: config.samples], config.max_new_tokens
-    )
+    predictions = setup.predict(setup.data.val_examples[: setup.recorder.config.eval.samples])
     setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of (trained, all) parameters; a tied one counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def is_auto(compile_: bool | str | None, device: torch.device) -> bool:
+    """Return whether the length of the run decides if it is compiled: by default on a GPU only."""
+    return compile_ == "auto" or (compile_ is None and device.type == "cuda")
 
 
 def _worth_compiling(

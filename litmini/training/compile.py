@@ -1,7 +1,9 @@
-"""torch.compile for training, block by block: blocks have the same code, so all use one compilation, cached on disk."""
+"""torch.compile for training, block by block: blocks have the same code, so all use one compilation, cached on disk.
+
+For GPUs it has been tested with a stand-in of the attention kernel on a CPU only.
+"""
 
 import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -14,21 +16,23 @@ from litmini.distributed.fsdp import blocks
 # `auto` compiles if each process computes at least this many FLOPs in the run. On a CPU: 20 minutes of a small model, where
 # compiling took a minute and saved a tenth of each step. On a GPU: 10 minutes at 100 TFLOP/s, an estimate.
 COMPILE_THRESHOLD = {"cpu": 2.5e14, "cuda": 6e16}
+DYNAMIC = "L['mask'].packed.bounds,L['mask'].packed.longest"  # of a block's arguments, what differs in each batch
 
 
 def is_worth_compiling(flops: float, device: torch.device) -> bool:
     """Return whether `--compile auto` compiles a run of `flops` FLOPs per process: it is long enough, and can be compiled."""
     if device.type == "cpu":
         can_compile = has_cxx()
-    else:  # torch.compile needs Triton, which needs GPUs of compute capability 7.0
-        can_compile = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (
-            7,
-            0,
-        )
+    elif can_compile := device.type == "cuda":
+        from litmini.ops.fused_loss import has_triton
+
+        can_compile = has_triton(device)
     return can_compile and flops >= COMPILE_THRESHOLD.get(device.type, math.inf)
 
 
-def compile_training(model: nn.Module, dtype: torch.dtype, backend: str = "inductor") -> None:
+def compile_training(
+    model: nn.Module, dtype: torch.dtype, backend: str = "inductor", static: bool | None = None
+) -> None:
     """Compile forward and backward of every `Block` in training mode; the first step takes about a minute longer.
 
     Evaluation and generation stay uncompiled and bit-identical. So the mode selects the `forward`: `nn.Module.compile()`
@@ -36,15 +40,23 @@ def compile_training(model: nn.Module, dtype: torch.dtype, backend: str = "induc
 
     Args:
         dtype: compute dtype.
+        static: compile for the size of the first batch, which all packed sequences have, and once more for all sizes
+            if another one comes (the last rows of an epoch, or sequences that are not packed); None: on a GPU.
 
     Raises:
         UserError: there is no C++ compiler, or the model cannot be compiled.
     """
     check_compiler(model, dtype)
+    if static is None:
+        static = next(model.parameters()).device.type == "cuda"
+    if static:
+        import torch.compiler.config as compiler
+
+        compiler.dynamic_sources = compiler.dynamic_sources or DYNAMIC
 
     def choose(module: nn.Module, plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         return (compiled if module.training else plain)(*args, **kwargs)
 
     for module in blocks(model):
-        compiled = torch.compile(module.forward, dynamic=True, backend=backend)
+        compiled = torch.compile(module.forward, dynamic=None if static else True, backend=backend)
         module.forward = functools.partial(choose, module, module.forward, compiled)  # type: ignore[method-assign]

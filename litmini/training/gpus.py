@@ -3,28 +3,29 @@
 None of these estimates was checked on a GPU.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from litmini.distributed.fsdp import blocks, gathered_bytes
+from litmini.ops.cross_entropy import GPU_PART
 from litmini.training.flops import PUBLISHED, Throughput
 from litmini.training.memory import Memory, nbytes
 
 GIB = 2**30
 CUDA_CONTEXT = GIB * 6 // 10  # with its kernels; not measured
-GPUS = (  # name, GiB
-    ("RTX 4060", 8),
-    ("RTX 3060", 12),
-    ("RTX 4080", 16),
-    ("RTX 4090", 24),
-    ("RTX 5090", 32),
-    ("L40S", 48),
-    ("A100", 80),
-    ("H100", 80),
-    ("H200", 141),
-    ("B200", 180),
-)
+GPUS = ("RTX 4090", "L40S", "A100", "H100", "H200", "B200")
+SIZES = {  # GB, as sold: GiB that CUDA reports, the fewest of those named
+    16: (15.6, "RTX 4080, V100"),
+    24: (23.5, "RTX 4090, L4, A10"),
+    40: (39.4, "A100 40 GB"),
+    48: (44.4, "L40S, A6000"),
+    80: (79.1, "A100, H100"),
+    141: (139.7, "H200"),
+}
+SMALLEST = int(SIZES[16][0] * GIB)
 
 
 def tokens_per_day(model: nn.Module, length: int, mfu: float, devices: int) -> dict[str, float]:
@@ -34,7 +35,7 @@ def tokens_per_day(model: nn.Module, length: int, mfu: float, devices: int) -> d
         mfu: as `litmini.training.flops` defines it.
     """
     flops = token_flops(model, length)
-    return {name: mfu * PUBLISHED[name] * devices * 86400 / flops for name, _ in GPUS if name in PUBLISHED}
+    return {name: mfu * PUBLISHED[name] * devices * 86400 / flops for name in GPUS}
 
 
 def token_flops(model: nn.Module, length: int) -> float:
@@ -43,31 +44,45 @@ def token_flops(model: nn.Module, length: int) -> float:
     return throughput.per_token + throughput.per_target + throughput.per_key * (length + 1) / 2
 
 
-def memory_per_device(memory: Memory, model: nn.Module, devices: int, strategy: str, num_nodes: int = 1) -> Memory:
+def memory_per_device(
+    memory: Memory, model: nn.Module, devices: int, strategy: str, num_nodes: int = 1, mixed: bool = False
+) -> Memory:
     """Return the memory of each of several devices, `devices` on each node.
 
     ddp: the whole memory, and a second copy of the gradients for their exchange. fsdp: a shard of weights, gradients and
-    optimizer state; embedding, head, two blocks (the current one and the next) and the gradients of a block are gathered.
-    hsdp: the same, with shards over one node.
+    optimizer state; embedding, head, two blocks (the current one and the next) and the gradients of a block are gathered,
+    and one of these gradients is in fp32 once more, to be summed. hsdp: the same, with shards over one node.
+
+    Args:
+        mixed: with `bf16-mixed`, fsdp gathers blocks in bf16.
     """
     devices = devices if strategy == "hsdp" else devices * num_nodes
     if devices == 1:
         return memory
     if strategy == "ddp":
         return replace(memory, temporary=memory.temporary + memory.trained)
-    blocks = [sum(map(nbytes, m.parameters())) for m in model.modules() if type(m).__name__ == "Block"]
+    whole = max(sum(map(nbytes, block.parameters())) for block in blocks(model))
+    block = max(gathered_bytes(block, mixed) for block in blocks(model))
     every = sum(nbytes(p) for p in {id(p): p for p in model.parameters()}.values())
-    outside = every - sum(blocks)
-    gathered = outside + 2 * max(blocks, default=0) + (outside + max(blocks, default=0)) * memory.trained // every
+    outside = every - sum(nbytes(p) for block in blocks(model) for p in block.parameters())
+    gradients = (outside + block + max(outside, whole)) * memory.trained // every
     sharded = {part: -(-getattr(memory, part) // devices) for part in ("frozen", "trained", "optimizer", "gradients")}
-    return replace(memory, temporary=memory.temporary + gathered, **sharded)
+    return replace(memory, temporary=memory.temporary + outside + 2 * block + gradients, **sharded)
 
 
-def fitting(memory: Memory) -> str:
-    """Name the smallest common GPU on which `memory` fits, with the CUDA context and 10% for the allocator."""
-    need = (memory.total - memory.process - memory.allocator) * 1.1 + CUDA_CONTEXT
-    fits = [f"{name} ({gib} GiB)" for name, gib in GPUS if need < gib * GIB]
-    return f"{fits[0]} and larger" if fits else f"none of the common GPUs: {need / GIB:,.0f} GiB"
+def on_gpu(memory: Memory) -> Memory:
+    """Add CUDA's own memory, and 10% of what comes and goes for PyTorch's allocator. Neither was measured."""
+    moving = memory.activations + memory.loss + memory.temporary + memory.gradients
+    return replace(memory, process=CUDA_CONTEXT, allocator=moving // 10)
+
+
+def fits_on(memory: Memory) -> Iterator[str]:
+    """Yield a line for each size of GPUs: whether `memory`, estimated for one of `SMALLEST` bytes, fits on it."""
+    for size, (gib, names) in SIZES.items():
+        more_logits = (gib * GIB - SMALLEST) / GPU_PART  # at once, at most: see `rows_at_once`
+        left = gib - (memory.total + more_logits) / GIB
+        answer = f"fits, {left:.1f} GiB are left" if left > 0 else f"does not fit, {-left:.1f} GiB are missing"
+        yield f"  {size:>4} GB  {names:20}{answer}"
 
 
 @dataclass(frozen=True)
@@ -80,15 +95,20 @@ class Traffic:
     """In addition, once in each optimizer step."""
 
 
-def communication_volume(model: nn.Module, strategy: str, devices: int, num_nodes: int) -> Traffic:
+def communication_volume(model: nn.Module, strategy: str, devices: int, num_nodes: int, mixed: bool = False) -> Traffic:
     """Return the bytes that each of `devices` GPUs on each of `num_nodes` nodes sends with `strategy`.
 
     ddp: an all-reduce of gradients in each step. fsdp: in each micro-batch, an all-gather of weights in forward and again in
     backward, and a reduce-scatter of gradients. hsdp: the same within a node; in each step, an all-reduce of the shards of
     gradients between nodes.
+
+    Args:
+        mixed: with `bf16-mixed`, fsdp gathers blocks in bf16.
     """
     parameters = {id(p): p for p in model.parameters()}.values()
-    weights = sum(map(nbytes, parameters))
+    inside = blocks(model) if mixed else []
+    saved = sum(sum(map(nbytes, block.parameters())) - gathered_bytes(block, mixed) for block in inside)
+    weights = sum(map(nbytes, parameters)) - saved
     gradients = sum(nbytes(p) for p in parameters if p.requires_grad)
 
     def ring(processes: int, size: float) -> float:

@@ -1,5 +1,5 @@
 """Low-memory training: optimizer steps per parameter, in the backward pass, with offloaded state, or with stochastic rounding
-of bf16 weights; activation checkpointing and offloading.
+of bf16 weights; activation checkpointing.
 """
 
 from __future__ import annotations
@@ -107,22 +107,3 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     for module in blocks(model):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-
-def offload_activations(model: nn.Module) -> None:
-    """Keep the activations of every `Block` of a model in CPU memory until the backward pass. Weights stay on the device."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        stays = tensor.untyped_storage().data_ptr() in weights
-        return tensor.device, tensor if stays else tensor.detach().to("cpu", copy=True)
-
-    def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-        return packed[1].to(packed[0])
-
-    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return forward(*args, **kwargs)
-
-    for module in blocks(model):
-        module.forward = functools.partial(run, module.forward)  # type: ignore[method-assign]

@@ -1,7 +1,8 @@
 """Estimates the peak memory of a training step, by part, without running it.
 
 Forward and backward of the model run on fake tensors, which have shapes but no values, and every storage that is allocated
-and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values.
+and freed is counted. Index tensors (tokens, documents, labels) stay real, as models read their values on a CPU. For a GPU,
+where they read none, they are fake as well, and attention and loss are those of a GPU; no estimate has been compared with one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError
+from litmini.ops.attention import ESTIMATE, Documents
+from litmini.ops.cross_entropy import Targets
 from litmini.training.objective import LanguageModeling, Objective
 from litmini.training.optimizer import block_matrices
 
@@ -47,9 +50,9 @@ class Memory:
     temporary: int
     """Temporary tensors of the operation that runs at the peak."""
     process: int = 0
-    """Memory of the process without the model: Python, torch, the data."""
+    """Memory of the process without the model: Python, torch, the data; on a GPU, CUDA with its kernels."""
     allocator: int = 0
-    """Fragmentation of the CPU's allocator: 30% of activations, loss and temporary tensors, from experience."""
+    """Fragmentation of the allocator. Of a CPU: 30% of activations, loss and temporary tensors, from experience."""
 
     @property
     def total(self) -> int:
@@ -64,6 +67,7 @@ def estimate(
     accumulate: bool = False,
     process: int = 0,
     objective: Objective = LANGUAGE_MODELING,
+    gpu_memory: int = 0,
 ) -> Memory:
     """Estimate the memory of the training steps of `model`, which may be on the meta device.
 
@@ -73,6 +77,7 @@ def estimate(
         accumulate: the gradients of one micro-batch exist while the next one runs.
         process: bytes of the process without the model; 0 on a GPU.
         objective: the loss of which the gradients are computed.
+        gpu_memory: bytes of memory of the GPU that will train; 0: a CPU will.
 
     Raises:
         UserError: the shapes of the model's tensors depend on values, as those of experts do.
@@ -80,6 +85,7 @@ def estimate(
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     matrices = block_matrices(model) if config.name == "muon" else set()
     frozen = {id(p): p for p in [*model.parameters(), *model.buffers()] if not p.requires_grad}.values()
+    batch = as_on_gpu(batch, gpu_memory) if gpu_memory else batch
     peak = _peak(model, batch, precision, objective, accumulate, config.in_backward)
     return Memory(
         frozen=sum(map(nbytes, frozen)),
@@ -89,6 +95,13 @@ def estimate(
         allocator=3 * (sum(peak.values()) - peak["gradients"]) // 10 if process else 0,
         **peak,
     )
+
+
+def as_on_gpu(batch: Batch, gpu_memory: int) -> dict[str, Any]:
+    """Return a batch with which a model takes the attention kernel and the loss of a GPU with so many bytes of memory."""
+    ids = batch["documents"] if "documents" in batch else torch.ones_like(batch["tokens"])
+    targets = Targets(batch["labels"], Targets.of(batch["labels"]).index, gpu_memory)
+    return {**batch, "documents": Documents.of(ids, ESTIMATE), "labels": targets}
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -108,7 +121,7 @@ def optimizer_bytes(parameter: torch.Tensor, config: OptimConfig, by_muon: bool 
 
 def _peak(
     model: nn.Module,
-    batch: Batch,
+    batch: dict[str, Any],
     precision: str,
     objective: Objective,
     accumulate: bool = False,
@@ -116,6 +129,9 @@ def _peak(
 ) -> dict[str, int]:
     """Return the bytes that are allocated at the peak of a forward and backward pass, by part."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if isinstance(batch["labels"], Targets):
+        as_fake = mode.from_tensor
+        batch = {n: as_fake(v) if isinstance(v, torch.Tensor) else v.map(as_fake) for n, v in batch.items()}
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with _faked(model, mode) as fakes:
         ledger = _Ledger(model.config.vocab_size, fakes)  # type: ignore[union-attr,arg-type]
@@ -246,6 +262,6 @@ def full_rows(count: int, length: int, vocab: int) -> Batch:
 
 def describe(memory: Memory) -> str:
     """Return a line for each part, in MiB."""
-    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, torch, data)"}
+    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, CUDA, data)"}
     parts = {names.get(part, part): size for part, size in vars(memory).items()} | {"peak": memory.total}
     return "\n".join(f"  {name:30}{size / 2**20:12,.0f} MiB" for name, size in parts.items())

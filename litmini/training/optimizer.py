@@ -123,7 +123,11 @@ def _make(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if config.name == "paged_adamw8bit" and not torch.cuda.is_available():
         raise UserError("optim.name paged_adamw8bit needs a GPU; --optim.name adamw8bit runs here.")
     if any(is_dtensor(parameter) for group in groups for parameter in group["params"]):
-        raise UserError(f"optim.name {config.name} does not go with --strategy fsdp; use --optim.name adamw, or ddp.")
+        raise UserError(
+            f"optim.name {config.name} does not go with --strategy fsdp: bitsandbytes takes whole tensors, not shards "
+            f"(DTensor), and its 8-bit state could not be saved by shard. Use --optim.name adamw, whose state is sharded, or "
+            f"--strategy ddp."
+        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hide warnings about optional kernels on CPUs
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 

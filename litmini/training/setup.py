@@ -105,7 +105,7 @@ def on_device(batch: Batch, device: torch.device, attention: str | None = None) 
     }
     ready["documents"] = Documents.of(ids, attention).map(move)
     if "labels" in batch:
-        ready["labels"] = Targets.of(batch["labels"]).map(move)
+        ready["labels"] = Targets.of(batch["labels"], device).map(move)
     return ready
 
 

@@ -36,6 +36,7 @@ from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
 from litmini.ops.cross_entropy import IGNORE
 from litmini.runs.training_state import SHARDS
+from litmini.training.compile import compile_training
 from litmini.training.low_memory import checkpoint_activations
 
 DATA = ROOT / "config_hub/quickstart"
@@ -305,3 +306,81 @@ def test_sharded_gradients_equal_plain_ones_in_every_family():
         assert held.keys() == set(names)
         for name, (mine, every) in held.items():
             assert mine == pytest.approx(every / 2, rel=0.05), name
+
+
+def test_mixed_precision_gathers_bf16_and_equals_one_process(tiny_dir, tmp_path):
+    """Weights and the sum of gradients stay in fp32, so that small updates are kept."""
+    more = ["--precision", "bf16-mixed", "--optim.lr", "1e-3", "--data.val_path", DATA / "heldout.jsonl"]
+    more += ["--train.sample_every", 3, "--eval.samples", 2, "--eval.max_new_tokens", 2]
+    one, two = (words(tiny_dir, tmp_path / name, *more) for name in ("one", "two"))
+    run_alone("finetune_full", *one)
+    run_both("finetune_full", *two, *map(str, FSDP))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=2**-8)
+        assert float(b["grad_norm"]) == pytest.approx(float(a["grad_norm"]), rel=0.05)
+    start, ours, theirs = (
+        load_file(tiny_dir / "model.safetensors"),
+        product(tmp_path / "two"),
+        product(tmp_path / "one"),
+    )
+    for name in theirs:
+        assert ours[name].dtype == torch.float32
+        assert difference(ours[name] - start[name].float(), theirs[name] - start[name].float()) < 0.3, name
+
+
+def gathered_dtypes(names: list[str]) -> dict[str, tuple[dict[str, torch.dtype], tuple[int, int]]]:
+    """Return the dtype in which each parameter of the first block is gathered, and the bytes that a process holds."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo")
+    mesh, found = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",)), {}
+    for name in names:
+        model = build(name, "cpu")
+        expected, plain = mixed_gradients(model, [0, 1])
+        model = shard(model, mesh, mixed=True)
+        if "compiled" in name:
+            compile_training(model, torch.bfloat16, "aot_eager", static=True)
+        held, dtypes = local_bytes(model), {}
+        block = next(module for module in model.modules() if type(module).__name__.endswith("Block"))
+        note(block, dtypes)
+        loss, ours = mixed_gradients(model, [dist.get_rank()])
+        dist.all_reduce(loss)
+        assert difference(loss, expected) < 1e-3, name
+        for parameter, gradient in plain.items():
+            assert difference(ours[parameter], gradient) < 0.02, (name, parameter)
+        found[name] = dtypes, held
+    dist.destroy_process_group()
+    return found
+
+
+def note(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    for name, module in block.named_modules():
+        module.register_forward_pre_hook(
+            lambda m, _, n=name: dtypes.update({f"{n}.{k}": p.dtype for k, p in m.named_parameters(recurse=False)})
+        )
+
+
+def mixed_gradients(model: Any, rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return gradients(model, rows)
+
+
+def test_what_autocast_does_not_round_is_gathered_in_fp32():
+    names = [
+        "llama",
+        "gpt2",
+        "llama compiled",
+        "qwen3 recomputed",
+        "mixtral",
+        "llama lora",
+        "qwen2 dora",
+        "llama 4bit lora",
+    ]
+    for found in values(run_two(gathered_dtypes, names)):
+        for name, (dtypes, (mine, every)) in found.items():
+            assert mine == pytest.approx(every / 2, rel=0.05), name
+            plain = not {"lora", "dora", "4bit"} & set(name.split())
+            for parameter, dtype in dtypes.items():
+                rounded = plain and "norm" not in parameter and "ln_" not in parameter
+                assert (dtype == torch.bfloat16) == rounded or not plain, (name, parameter, dtype)

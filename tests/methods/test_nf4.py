@@ -12,6 +12,7 @@ import pytest
 import torch
 from numerics import assert_close, ulps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import litmini
@@ -317,3 +318,37 @@ assert "bitsandbytes" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class Quantised(TorchDispatchMode):
+    """Notes the device and size of what is quantised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "quantize" in str(func):
+            self.seen.append((args[0].device.type, args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_quantises_a_weight_at_once_and_the_result_comes_home(monkeypatch):
+    """On tensors that pretend to be on a GPU."""
+    nf4._kernels()
+    with FakeTensorMode(), Quantised() as quantised:
+        monkeypatch.setattr(nf4, "_code", lambda device: torch.empty(256, device=device))
+        linear = torch.nn.Linear(128, 4096, dtype=torch.bfloat16)
+        layer = NF4Linear(linear, on=torch.device("cuda", 0))
+        assert quantised.seen == [("cuda", 4096 * 128), ("cuda", 4096 * 2)]  # the weight, its constants
+        assert {t.device.type for t in layer.state_dict().values()} == {"cpu"}
+        quantised.seen.clear()
+        NF4Linear(linear)
+        assert quantised.seen == [("cpu", nf4.CHUNK)] * 2 + [("cpu", 4096 * 2)]
+
+
+def test_the_device_that_quantises_is_asked_for_each_weight(tiny_dir, monkeypatch):
+    asked, plain = [], NF4Linear.__init__
+    monkeypatch.setattr(NF4Linear, "__init__", lambda self, *args: asked.append(args[2]) or plain(self, *args))
+    model = load_quantized(tiny_dir, QuantizeConfig(4), torch.bfloat16, on=torch.device("cpu", 0))
+    assert asked == [torch.device("cpu", 0)] * len([m for m in model.modules() if isinstance(m, NF4Linear)])

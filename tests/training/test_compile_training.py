@@ -1,6 +1,7 @@
 """--compile in training: the same losses and gradients, from one compilation that all blocks share."""
 
 import copy
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.compiler.config
+import varlen_kernel
 from numerics import assert_gradients_close
 from test_scripts import run
 from torch._dynamo.utils import counters
@@ -24,6 +27,7 @@ from litmini.tasks import setup
 from litmini.training import compile as training_compile
 from litmini.training.compile import COMPILE_THRESHOLD, compile_training, is_worth_compiling
 from litmini.training.low_memory import checkpoint_activations
+from litmini.training.setup import on_device
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -67,7 +71,7 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not is_worth_compiling(1e30, cpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(training_compile.importlib.util, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" or None)
     assert is_worth_compiling(COMPILE_THRESHOLD["cuda"], torch.device("cuda"))
     assert not is_worth_compiling(0.9 * COMPILE_THRESHOLD["cuda"], torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
@@ -94,6 +98,13 @@ def test_auto_leaves_what_cannot_be_compiled(family, dtype, on, monkeypatch, cap
     assert f"compile auto: {'on' if on else 'off'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "asked, device, on", [(None, "cpu", False), (None, "cuda", True), ("auto", "cpu", True), (False, "cuda", False)]
+)
+def test_auto_is_the_default_on_gpus(asked, device, on):
+    assert setup.is_auto(asked, torch.device(device)) is on
+
+
 @pytest.mark.parametrize("worth", [1e6, 1e30])
 def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_path, monkeypatch):
     """And decides the same when it goes on."""
@@ -114,14 +125,14 @@ def test_auto_decides_by_the_operations_of_the_whole_run(worth, tiny_dir, tmp_pa
     assert len(lines) == 1 and f"compile auto: {'on' if on else 'off'}, for " in lines.pop()
 
 
-def packed(seed: int) -> dict[str, torch.Tensor]:
-    """Two rows of documents of other lengths with each seed."""
+def packed(seed: int, rows: int = 2, new: float = 0.1) -> dict[str, torch.Tensor]:
+    """Rows of documents of other lengths with each seed; each token begins one with probability `new`."""
     g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 512, (2, 48), generator=g)
-    starts = torch.rand(2, 48, generator=g) < 0.1
+    tokens = torch.randint(0, 512, (rows, 48), generator=g)
+    starts = torch.rand(rows, 48, generator=g) < new
     starts[:, 0] = True
     documents = starts.cumsum(1)
-    at = torch.arange(48).expand(2, -1)
+    at = torch.arange(48).expand(rows, -1)
     positions = at - torch.where(starts, at, 0).cummax(1).values
     return {"tokens": tokens, "positions": positions, "documents": documents, "labels": tokens.roll(-1, 1)}
 
@@ -158,6 +169,30 @@ def test_training_equals_what_is_not_compiled_and_compiles_once(family, recomput
     assert 0 < graphs[1] == graphs[-1] <= 8, graphs  # some parts around the loop over documents, shared by all blocks
     compiled.eval()(packed(9)["tokens"][:, :7])
     assert counters["stats"]["unique_graphs"] == graphs[-1]
+
+
+@pytest.mark.parametrize("options", ["", "lora", "lora recomputed"])
+@pytest.mark.parametrize("family", [llama, mixtral])
+def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, options, fresh, monkeypatch):
+    """As a GPU compiles: for the size of packed sequences, whatever their documents; then once for another number of rows."""
+    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")
+    monkeypatch.setattr(varlen_kernel, "calls", [])
+    model = family.Model(family.PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.bfloat16()
+    if "lora" in options:
+        add_adapters(model, LoraConfig(rank=4))
+    compile_training(model, torch.bfloat16, "aot_eager", static=True)
+    if "recomputed" in options:
+        checkpoint_activations(model)
+    graphs = []
+    for seed, (rows, new) in enumerate([(2, 0.1), (2, 0.3), (2, 0.7), (2, 0.02), (1, 0.1), (1, 0.5), (2, 0.1)]):
+        batch = on_device(packed(seed, rows, new), torch.device("cpu"), "varlen")
+        model.train()(**batch)[0].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"] and varlen_kernel.calls
+    first = 2 if "lora" in options else 1  # the first block's input needs no gradient
+    assert graphs == [first] * 4 + [2 * first] * 3, graphs
 
 
 def test_importing_attention_and_methods_imports_no_compiler():

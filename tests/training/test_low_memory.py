@@ -10,15 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from training_parts import Listening, make_setup
 
-from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig, LoraConfig
+from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig
 from litmini.config.training import OptimConfig, TrainConfig
 from litmini.distributed.fabric import loss_scaling, make_fabric
 from litmini.errors import UserError
-from litmini.methods.adapters import add_adapters
 from litmini.models import llama
 from litmini.runs.training_state import load_state, save_state
 from litmini.training.loop import fit
-from litmini.training.low_memory import offload_activations
 from litmini.training.memory import full_rows
 from litmini.training.objective import LanguageModeling
 from litmini.training.optimizer import make_optimizer
@@ -118,27 +116,6 @@ def test_steps_in_backward_refuse_accumulation_clipping_and_ranks():
         make_optimizer(tiny(), OptimConfig(name="sgd", stochastic_rounding=True))
 
 
-def test_activations_kept_elsewhere_give_equal_gradients(monkeypatch):
-    gradients, copied, to = [], [], torch.Tensor.to
-    for elsewhere in (False, True):
-        torch.manual_seed(0)
-        model = tiny()
-        add_adapters(model, LoraConfig(rank=4, dropout=0.5))
-        model.train()
-        if elsewhere:
-            offload_activations(model)
-        torch.manual_seed(1)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "to", lambda t, *a, **k: (copied.append(t) if k else None, to(t, *a, **k))[1])
-            loss, _ = model(**full_rows(2, 16, 512))
-            loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-        assert len(copied) > 20 if elsewhere else not copied
-    assert torch.equal(*gradients)
-    weights = {p.data_ptr() for p in model.parameters()}
-    assert not any(t.data_ptr() in weights for t in copied)
-
-
 def test_fp16_is_refused_on_the_cpu_with_the_reason():
     config = FinetuneLoraConfig(checkpoint_dir="c", out_dir="o", data=DataConfig("d"), precision="16-mixed")
     with pytest.raises(UserError, match="needs a GPU.*bf16-mixed"):
@@ -188,7 +165,8 @@ def test_what_knows_no_shares_refuses_them(settings):
         mesh = init_device_mesh("cpu", (1,))
         model = nn.Linear(8, 8, bias=False)
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(UserError, match="--strategy fsdp"):
+        why = ": bitsandbytes takes whole tensors, not shards" if "name" in settings else ""
+        with pytest.raises(UserError, match=f"--strategy fsdp{why}"):
             make_optimizer(model, OptimConfig(**settings))
     finally:
         dist.destroy_process_group()

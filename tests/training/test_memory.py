@@ -2,28 +2,34 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import matmul_kernel  # noqa: F401  (registers it)
 import pytest
 import torch
+import varlen_kernel
 
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
-from litmini.models import llama, mixtral
+from litmini.models import gemma2, llama, mixtral
 from litmini.training.gpus import (
+    CUDA_CONTEXT,
     GIB,
-    GPUS,
+    SIZES,
+    SMALLEST,
     Traffic,
     communication_volume,
     compare,
-    fitting,
+    fits_on,
     memory_per_device,
+    on_gpu,
     tokens_per_day,
 )
 from litmini.training.low_memory import checkpoint_activations
-from litmini.training.memory import Memory, _Ledger, estimate, full_rows, optimizer_bytes
+from litmini.training.memory import Memory, _Ledger, as_on_gpu, estimate, full_rows, optimizer_bytes
 from litmini.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -161,10 +167,61 @@ def test_several_devices_and_cards():
     assert (shared.trained, shared.optimizer, shared.gradients, shared.activations) == (250, 500, 250, 300)
     assert shared.temporary > memory.temporary
     assert memory_per_device(memory, model, 4, "hsdp", 16) == shared == memory_per_device(memory, model, 1, "fsdp", 4)
-    assert [gib for _, gib in GPUS] == sorted(gib for _, gib in GPUS)
-    assert fitting(memory) == "RTX 4060 (8 GiB) and larger"
-    assert fitting(Memory(20 * GIB, 0, 0, 0, 0, 0, 0, process=10**15)) == "RTX 4090 (24 GiB) and larger"
-    assert fitting(Memory(200 * GIB, 0, 0, 0, 0, 0, 0)) == "none of the common GPUs: 221 GiB"
+    mixed = memory_per_device(memory, model, 4, "fsdp", mixed=True)  # the matrices of two blocks and of a gradient
+    matrices = sum(p.numel() for p in model.model["layers"][0].parameters() if p.dim() > 1)
+    share = memory.trained / sum(p.nbytes for p in model.parameters())
+    assert shared.temporary - mixed.temporary == pytest.approx(2 * matrices * (2 + share), abs=2)
+
+
+def test_what_fits_on_which_gpu():
+    assert list(SIZES) == [16, 24, 40, 48, 80, 141] and all(
+        0.92 * size < gib < size for size, (gib, _) in SIZES.items()
+    )
+    memory = on_gpu(Memory(81 * GIB // 4, 0, 0, 0, 10 * GIB, 5 * GIB, 5 * GIB, process=7))
+    assert memory.total == 169 * GIB // 4 + CUDA_CONTEXT
+    lines = list(fits_on(memory))
+    assert "16 GB" in lines[0] and "does not fit, 27." in lines[0]
+    assert [("does not" in line) for line in lines] == [True] * 3 + [False] * 3
+    assert "48 GB" in lines[3] and "fits, 1.1 GiB are left" in lines[3]  # 0.45 are logits
+
+
+@pytest.mark.parametrize("batch", [full_rows(1, 600, 512), packed(2, 90)], ids=["long", "packed"])
+@pytest.mark.parametrize("method", ["full", "lora", "recomputed"])
+def test_estimates_for_gpus_take_their_kernel_and_their_loss(method, batch):
+    """As the same operators allocate on real tensors: varlen, and rows of logits by the GPU's memory."""
+    model = build("lora" if method == "recomputed" else method).bfloat16()
+    if method == "recomputed":
+        checkpoint_activations(model)
+    memory = estimate(model, batch, OptimConfig(), "bf16-true", gpu_memory=SMALLEST)
+    varlen_kernel.calls.clear()
+    real, _ = measured(model, as_on_gpu(batch, SMALLEST))
+    assert varlen_kernel.calls
+    for part, size in real.items():
+        assert getattr(memory, part) == pytest.approx(size, rel=0.01, abs=4096), part
+
+
+def test_softcaps_take_what_flex_attention_keeps_and_not_scores():
+    model = gemma2.Model(gemma2.PRESETS["tiny"]).bfloat16()
+    batch = full_rows(1, 2048, 512)
+    on_cpu, gpu = (estimate(model, batch, OptimConfig(), "bf16-true", gpu_memory=n) for n in (0, SMALLEST))
+    scores = model.config.n_layers * model.config.n_heads * 2048**2 * 2
+    assert gpu.total < scores / 2 < on_cpu.total
+
+
+def test_a_dense_mask_is_counted_and_not_made():
+    """In fp32 a GPU has no varlen: a mask of 2**34 bytes would fill this machine's memory."""
+    model, T = llama.Model(llama.PRESETS["tiny"]), 2**17
+    batch = {name: torch.zeros(1, T, dtype=torch.int64) for name in ("tokens", "positions")}
+    batch["labels"] = torch.full((1, T), -100)
+    memory = estimate(model, batch, OptimConfig(), "32-true", gpu_memory=SMALLEST)
+    assert memory.activations > 2**34
+
+
+def test_a_large_gpu_has_more_logits_at_once():
+    model = llama.Model(replace(llama.PRESETS["tiny"], vocab_size=200_000)).bfloat16()
+    batch = full_rows(1, 2048, 200_000)
+    small, large = (estimate(model, batch, OptimConfig(), "bf16-true", gpu_memory=n * GIB) for n in (16, 141))
+    assert large.loss - small.loss == pytest.approx((2048 - 512) * 200_000 * 2, rel=0.01)
 
 
 def test_what_gpus_send_to_each_other():
@@ -203,7 +260,7 @@ def run(capfd, monkeypatch, script: str, *words: object) -> str:
 def test_the_estimate_script(capfd, monkeypatch, tiny_dir):
     words = ["--max_seq_len", 32, "--micro_batch_size", 1]
     out = run(capfd, monkeypatch, "estimate", tiny_dir, *words, "--method", "qlora")
-    assert "fits on: RTX 4060" in out and "1 x H100" in out
+    assert "fits on:\n    16 GB  RTX 4080, V100      fits, " in out and "1 x H100" in out
     out = run(
         capfd,
         monkeypatch,
