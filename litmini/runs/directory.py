@@ -136,6 +136,9 @@ class RunDirectory:
             before, now = flat(yaml.safe_load((run / "config.yaml").read_text())), flat(plain(self.config))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise UserError(f"{run / 'config.yaml'} is damaged, and {self.restart_from} needs it: {error}") from None
+        before = {**{name: value for name, value in flat(defaults(self.config)).items() if name in now}, **before}
+        if self.config.compile is None:  # by default as before, also where an older version had another default
+            self.config.compile = now["compile"] = before["compile"]
         self.before = read_json(run / "manifest.json")
         files = [
             name for name in self.before.get("data", {}) if Path(name).is_file()
@@ -154,6 +157,21 @@ def plain(config: Any) -> dict[str, Any]:
         k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
         for k, v in vars(config).items()
     }
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass that have a default, as `plain` does: those of a run that does not know them yet."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            made = field.default_factory()
+            found[field.name] = plain(made) if dataclasses.is_dataclass(made) else made
+        elif dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
+    return found
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

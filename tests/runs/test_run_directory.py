@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from lightning_fabric import Fabric
 
 from litmini import system
 from litmini.config.finetune import DataConfig, FinetuneLoraConfig
 from litmini.errors import UserError
 from litmini.files import write_json
-from litmini.runs.directory import RunDirectory
+from litmini.runs.directory import RunDirectory, plain
 from litmini.runs.run import Run
 from litmini.training.setup import Progress
 
@@ -112,3 +113,30 @@ def test_the_later_of_two_that_resume_ends_with_an_error(tmp_path, monkeypatch):
     third.__dict__ |= {**second.__dict__, "restart_from": run.directory / "step-000001"}
     with pytest.raises(UserError, match="is finished"):
         third.check_again()
+
+
+def write_run(place: Path, **changes: object) -> None:
+    """A run with one checkpoint; its config.yaml has `changes`, and lacks what is None there."""
+    step = place / "run/step-000002"
+    step.mkdir(parents=True)
+    write_json(step / "training_state.json", {})
+    write_json(place / "run/manifest.json", {})
+    saved = plain(settings(place)) | changes
+    (place / "run/config.yaml").write_text(yaml.safe_dump({k: v for k, v in saved.items() if v != "missing"}))
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
+    """It lacks settings of today, and had another default of `compile`."""
+    write_run(tmp_path, attention="missing", float32_matmul_precision="missing", compile=False)
+    directory = RunDirectory(settings(tmp_path, "auto"))
+    assert directory.restart_from and directory.config.compile is False
+    with pytest.raises(UserError, match="attention: auto -> flex"):
+        RunDirectory(settings(tmp_path, "auto", attention="flex"))
+    with pytest.raises(UserError, match="compile: False -> True"):
+        RunDirectory(settings(tmp_path, "auto", compile=True))
+
+
+def test_a_setting_that_is_no_more_is_refused(tmp_path):
+    write_run(tmp_path, gone=3)
+    with pytest.raises(UserError, match="gone: 3 -> None"):
+        RunDirectory(settings(tmp_path, "auto"))
