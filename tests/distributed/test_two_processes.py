@@ -1,5 +1,6 @@
 """Two processes: sharded or not, they do what one does, share the memory, save together and end together."""
 
+import contextlib
 import csv
 import os
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,30 +181,36 @@ def command_of_rank(same: list[str], second: list[str]) -> None:
     command("finetune_lora", *same, *(second if os.environ["RANK"] == "1" else []))
 
 
-def test_the_death_of_a_started_process_ends_the_run(tiny_dir, tmp_path):
-    """The processes that Fabric starts, one of them killed; what was saved is gone on from."""
-    arguments = words(tiny_dir, tmp_path / "run", *DDP, "--train.max_steps", 10_000)
+@contextlib.contextmanager
+def started(tiny_dir: Path, out: Path) -> Iterator[subprocess.Popen]:
+    """A run of two processes that Fabric starts, once it has saved a checkpoint; it is killed at the end."""
+    arguments = words(tiny_dir, out, *DDP, "--train.max_steps", 10_000)
     line = [sys.executable, str(ROOT / "scripts/finetune_lora.py"), *arguments]
     first = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "run/step-000002").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
-    _, error = first.communicate(timeout=60)
+    try:
+        while not list(out.glob("step-*")):
+            assert first.poll() is None
+            time.sleep(0.05)
+        yield first
+    finally:
+        first.kill()
+
+
+def test_the_death_of_a_started_process_ends_the_run(tiny_dir, tmp_path):
+    """The processes that Fabric starts, one of them killed; what was saved is gone on from."""
+    with started(tiny_dir, tmp_path / "run") as first:
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        (child,) = [n for n in children if b"finetune_lora.py" in Path(f"/proc/{n}/cmdline").read_bytes()]
+        os.kill(int(child), signal.SIGKILL)
+        _, error = first.communicate(timeout=60)
     assert first.returncode == 1
     assert "error: process 1 was killed by signal 9. Continue with --resume auto." in error and "Traceback" not in error
 
 
 def test_started_processes_end_with_the_first(tiny_dir, tmp_path):
-    arguments = words(tiny_dir, tmp_path / "run", *DDP, "--train.max_steps", 10_000)
-    line = [sys.executable, str(ROOT / "scripts/finetune_lora.py"), *arguments]
-    first = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "run/step-000002").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    first.kill()
-    _, error = first.communicate(timeout=60)  # returns when the other process has closed the pipe, too
+    with started(tiny_dir, tmp_path / "run") as first:
+        first.kill()
+        _, error = first.communicate(timeout=60)  # returns when the other process has closed the pipe, too
     assert first.returncode == -signal.SIGKILL and "Traceback" not in error
 
 
