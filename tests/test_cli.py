@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -431,7 +432,14 @@ def test_ctrl_c_during_an_import_ends_the_command(tmp_path, reaction):
     )
     (tmp_path / "x.py").write_text(LINES.format("    import slow; print('went on')"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "x.py"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "x.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted.\n")
 
 

@@ -147,6 +147,7 @@ def test_an_adapter_over_shards(
     assert facts["bits"] == bits and facts["adapter_dir"] == str(adapter)
     assert [check["name"] for check in facts["checks"][:2]] == ["logits = peft, fp32", "logits = peft, bf16"]
     assert all(check["passed"] for check in facts["checks"]) and len(facts["checks"]) == 8
+    settings.json = None  # an existing file is not overwritten
     with monkeypatch.context() as patch, pytest.raises(UserError, match="1 of 8 checks failed: merged = unmerged"):
         patch.setattr(LoRALinear, "merged_weight", lambda self: original_merged(self) * 1.001)
         verify.main(settings)

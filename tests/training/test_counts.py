@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.compiler.config
 import transformers
 from lightning_fabric import Fabric
 from torch import nn
@@ -23,6 +24,7 @@ from litmini.methods.nf4 import quantize_linears
 from litmini.models import FAMILIES, family
 from litmini.ops.attention import Documents
 from litmini.ops.cross_entropy import IGNORE, linear_cross_entropy
+from litmini.training.compile import DYNAMIC
 from litmini.training.loop import fit
 from litmini.training.objective import LanguageModeling
 
@@ -139,18 +141,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("meta")
+def on_meta(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A batch without labels on the meta device, its documents with their bounds, as on a GPU."""
+    inputs = {name: batch[name].to("meta") for name in ("tokens", "positions")}
+    return {**inputs, "documents": Documents.of(batch["documents"]).map(lambda tensor: tensor.to("meta"))}
 
 
 @pytest.mark.parametrize(("name", "method"), [*((name, "lora") for name in sorted(FAMILIES)), ("llama", "dora")])
 def test_blocks_wait_for_nothing(name, method):
     """On the meta device the code takes a GPU's way, and a look at a value would be an error, if it were not noted."""
     model = build(name, method, "meta")
-    batch: dict[str, Any] = packed(model, 4)
-    batch["documents"] = Documents.of(batch["documents"])
-    batch = {name: value.map(to_meta) if name == "documents" else to_meta(value) for name, value in batch.items()}
-    del batch["labels"]
+    batch = on_meta(packed(model, 4))
     with Waits() as waits:
         model(**batch).sum().backward()
     assert not waits.found
@@ -244,7 +245,7 @@ def test_sharded_blocks_are_gathered_twice_and_their_gradients_once():
 
 
 @pytest.mark.parametrize(("name", "method", "kinds"), [("llama", "lora", 2), ("gpt2", "full", 1)])
-def test_blocks_compile_once_and_without_a_break(name, method, kinds):
+def test_blocks_compile_once_and_without_a_break(name, method, kinds, monkeypatch):
     """On the meta device, so as on a GPU: all blocks share one graph, whatever documents come; over frozen embeddings the
     first block has one of its own, as its input needs no gradient."""
     graphs = []
@@ -253,13 +254,12 @@ def test_blocks_compile_once_and_without_a_break(name, method, kinds):
         graphs.append(graph)
         return graph.forward
 
+    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", DYNAMIC)
     torch._dynamo.reset()
     model = build(name, method, "meta")
     for block in blocks(model):
         block.compile(backend=count, fullgraph=True)  # a break is an error
     for documents in (4, 8):
-        batch = packed(model, documents, 128 // documents, "meta")
-        del batch["labels"]
-        model(**batch).sum().backward()
+        model(**on_meta(packed(model, documents, 128 // documents))).sum().backward()
     torch._dynamo.reset()
     assert len(graphs) == kinds
