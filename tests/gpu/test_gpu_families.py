@@ -3,6 +3,8 @@
 An error may be four times that of bf16 on the CPU.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from gpu_parts import (
@@ -18,6 +20,7 @@ from gpu_parts import (
     device_of_tests,
     kernels_chosen,
     loss_and_gradients,
+    no_sync,
     operators,
     ready,
     tiny,
@@ -97,3 +100,13 @@ def test_the_kernel_is_the_one_that_was_chosen(name, device):
         assert any(word in operator.lower() for operator in seen for word in words), sorted(seen)
     dense = [name for name in seen if "scaled_dot_product" in name or "efficient_attention" in name]
     assert not dense
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FLEX])
+def test_forward_and_backward_wait_for_nothing(name, device):
+    model, data = tiny(name, torch.bfloat16, device).train(), ready(batch(), device)
+    for is_watched in (False, True):  # at first, kernels are compiled
+        with no_sync(device) if is_watched else nullcontext():
+            loss, _ = model(**data)
+            loss.backward()
+            model.zero_grad()

@@ -58,4 +58,4 @@ def test_greedy_decoding_takes_the_largest_logits(name, lengths, device):
         with torch.no_grad():
             logits = exact(torch.tensor([prompt + request.ids]))[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(request.ids)[:, None])[:, 0]
-        assert float((logits.amax(1) - chosen).max()) < 0.05 * float(logits.std())
+        assert float((logits.amax(1) - chosen).max()) < 0.1 * float(logits.std())
