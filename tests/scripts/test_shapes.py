@@ -128,3 +128,4 @@ def test_the_command_writes_rows_and_a_table(tmp_path, monkeypatch, capsys):
     assert "| tiny | full | 64 | litmini |" in (tmp_path / "shapes.md").read_text()
     config = runpy.run_path(str(ROOT / "scripts/benchmark.py"))["BenchmarkConfig"]
     assert config(device="cuda").tasks == ["shapes"] and config().tasks == ["lora"]
+    assert tuple(config().shapes) == shapes.SHAPES and tuple(config().lengths) == shapes.LENGTHS
