@@ -4,6 +4,10 @@
 
 Every run has its own process. Real tokens are supervised tokens; padding does not count. For tools in another environment:
 --pythons '{litgpt: /path/to/its/python}'. `pip install -e ".[bench]"` installs transformers, PEFT and TRL.
+
+    python scripts/benchmark.py --device cuda
+
+measures a GPU in minutes: random weights of three sizes, drawn on it (scripts/bench/shapes.py). That has not run on a GPU.
 """
 
 import itertools
@@ -29,7 +33,7 @@ ABLE = {
     "trl": ["lora", "full", "packed"],
     "litgpt": ["lora", "full", "convert"],
 }
-Task = Literal["lora", "qlora", "dora", "full", "packed", "generate", "convert", "growth"]
+Task = Literal["lora", "qlora", "dora", "full", "packed", "generate", "convert", "growth", "shapes"]
 
 
 @dataclass(kw_only=True)
@@ -42,10 +46,10 @@ class BenchmarkConfig(ModelConfig):
     """The same as --checkpoint_dir."""
     data: str | None = None
     """Training file in any format that finetuning reads; by default, synthetic samples of 20 to 400 tokens."""
-    tasks: list[Task] = field(default_factory=lambda: ["lora"])
+    tasks: list[Task] = field(default_factory=list)
     """lora, qlora, dora, full: sequences of max_seq_len; packed: LoRA, one sequence of packed_len per step, packed by all
     tools; generate: greedy decoding; convert: checkpoints; growth: cost over the size of data and accumulation, litmini
-    only."""
+    only; shapes: LoRA, QLoRA, full and decoding on random weights, for GPUs. None: shapes with --device cuda, else lora."""
     tools: list[Literal["litmini", "transformers", "trl", "litgpt"]] = field(
         default_factory=lambda: ["litmini", "transformers", "trl", "litgpt"]
     )
@@ -74,6 +78,18 @@ class BenchmarkConfig(ModelConfig):
     """generate: tokens to generate."""
     batch_size: int = 8
     """generate: prompts in the batch, which is compared with one prompt."""
+    shapes: list[str] = field(
+        default_factory=lambda: [
+            "meta-llama/Llama-3.1-8B",
+            "meta-llama/Llama-3.2-1B",
+            "HuggingFaceTB/SmolLM2-135M",
+        ]
+    )
+    """shapes: presets of litmini/models whose sizes the random weights have."""
+    lengths: list[int] = field(default_factory=lambda: [8192, 2048])
+    """shapes: tokens of a packed sequence; a step has as many tokens as the longest."""
+    minutes: float = 5.0
+    """shapes: all rows end after this time; those that were not reached are named."""
     out_dir: str = "out/benchmark"
     """Directory of runs, table.md, chart.png and results.json."""
     resume: bool = False
@@ -85,8 +101,10 @@ class BenchmarkConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         self.checkpoint_dir = self.model or self.checkpoint_dir
+        self.tasks = self.tasks or (["shapes"] if self.device.startswith("cuda") else ["lora"])
         sizes = ("rounds", "prompt_tokens", "batch_size", "max_seq_len", "micro_batch_size", "packed_len")
         fine = {name: getattr(self, name) > 0 for name in sizes}
+        fine |= {"minutes": self.minutes > 0, "lengths": bool(self.lengths) and min(self.lengths) > 8}
         check("", self, new_tokens=self.new_tokens > 1, steps=self.steps > self.warmup_steps >= 0, **fine)
         if unknown := sorted({*self.pythons, *self.options} - set(ABLE)):
             raise UserError(f"unknown tool {', '.join(unknown)}; the tools are: {', '.join(ABLE)}.")
@@ -104,8 +122,13 @@ def main(config: BenchmarkConfig) -> None:
     for setting, path in (("--json", config.json), ("--out", config.out)):
         if path is not None and not config.resume:  # what this command wrote before is continued
             check_new_file(path, setting)
-    check_checkpoint_dir(config.checkpoint_dir)
     place = Path(config.out_dir)
+    if "shapes" in config.tasks:
+        measure_shapes(config, place)
+        config.tasks = [task for task in config.tasks if task != "shapes"]
+        if not config.tasks:
+            return
+    check_checkpoint_dir(config.checkpoint_dir)
     (place / "runs").mkdir(parents=True, exist_ok=True)
     tools: list[str] = [tool for tool in config.tools if is_installed(config, tool)]
     found: list[dict[str, Any]] = []
@@ -133,6 +156,26 @@ def main(config: BenchmarkConfig) -> None:
         write_text(place / "table.md", table(everything))
         chart(everything, place / "chart.png")
     print(table(everything))
+
+
+def measure_shapes(config: BenchmarkConfig, place: Path) -> None:
+    """Run the benchmark of GPUs; print its table, and write it and its rows into `place`."""
+    from shapes import measure, table
+
+    from litmini.files import write_json
+    from litmini.generation.generate import usable_device
+
+    device = usable_device(config.device)
+    tools = [tool for tool in config.tools if tool in ("litmini", "transformers") and is_installed(config, tool)]
+    try:
+        rows = measure(
+            place, device, config.shapes, config.lengths, config.steps, config.warmup_steps, config.minutes, tools
+        )
+    except ValueError as error:
+        raise UserError(f"--shapes: {error}.") from None
+    if config.json and config.tasks == ["shapes"]:
+        write_json(Path(config.json), rows)  # type: ignore[arg-type]
+    print(table(rows))
 
 
 def is_installed(config: BenchmarkConfig, tool: str) -> bool:
@@ -169,7 +212,7 @@ def training_jobs(
     words = ["--checkpoint_dir", config.checkpoint_dir, "--data.path", data, "--data.train_on", "all", "--seed", SEED]
     words += ["--data.max_seq_len", length, "--train.global_batch_size", rows, "--train.micro_batch_size", rows]
     words += ["--train.max_steps", config.steps, "--optim.lr", rate, "--optim.schedule", "constant"]
-    words += ["--eval.samples", 0, "--precision", precision]
+    words += ["--eval.samples", 0, "--precision", precision, "--compile", "false"]  # auto is the default on GPUs
     words += [] if method == "full" else ["--lora.rank", LORA.rank, "--lora.alpha", LORA.alpha]
     job = {
         "task": task,

@@ -104,6 +104,8 @@ def test_compiled_runs_are_measured_beside_the_others(tmp_path, tiny_dir):
     jobs = benchmark["training_jobs"](config, tmp_path, "lora", "bf16", ["litmini", "trl"])
     assert [(job["tool"], job["variant"]) for job in jobs] == [("litmini", ""), ("litmini", "compiled"), ("trl", "")]
     assert jobs[1]["words"] == [*jobs[0]["words"], "--compile", "true"]
+    at = jobs[0]["words"].index("--compile")
+    assert jobs[0]["words"][at + 1] == "false"  # auto, the default on GPUs, may compile
 
 
 def test_mfu_is_of_the_median_rate_of_products(tmp_path):
