@@ -15,6 +15,7 @@ are not after it and less than a window before it. `choose_kernel` has the rules
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from litmini.ops.cpu_attention import (
     attend_dense,
     attend_fused,
     document_by_document,
+    expand_heads,
     pad_documents,
 )
 
@@ -97,6 +99,8 @@ class Mask:
     """Documents packed into sequences, for the other kernels."""
     flash: bool = False
     """FlashAttention runs on the device of `packed`: asked for here, as compiled code could not ask."""
+    flash_gqa: bool = True
+    """This torch's `varlen_attn` takes fewer key heads than query heads."""
     blocks: Any = None
     """FlexAttention's block mask of these documents."""
     slots: Slots | None = None
@@ -179,8 +183,8 @@ def make_mask(
         from litmini.ops.flex_attention import block_mask  # imports torch.compile's parts
 
         blocks = block_mask(documents.ids, positions, window)
-    flash = _has_flash(documents.ids.device)
-    return Mask(positions, positions, window, packed=documents, flash=flash, blocks=blocks)
+    flash, gqa = _has_flash(documents.ids.device), "enable_gqa" in _varlen_parameters()
+    return Mask(positions, positions, window, packed=documents, flash=flash, flash_gqa=gqa, blocks=blocks)
 
 
 def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor | None, dropout: float) -> str:
@@ -219,10 +223,20 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
 
 @functools.lru_cache
 def _has_flash(device: torch.device) -> bool:
-    """Return whether FlashAttention runs on a device: GPUs since A100 and RTX 30."""
+    """Return whether FlashAttention runs on a device, GPUs since A100 and RTX 30, and torch's `varlen_attn` has windows."""
+    if not {"scale", "window_size"} <= _varlen_parameters():
+        return False
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type in ("cpu", "meta")  # for tests, which register the operator, and for estimates
+
+
+@functools.lru_cache(1)
+def _varlen_parameters() -> set[str]:
+    """Return the names of the parameters of `varlen_attn`, of which torch 2.10 has fewer than torch 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return set(inspect.signature(varlen_attn).parameters)
 
 
 def attend(
@@ -278,11 +292,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor
 
     assert mask.packed is not None
     B, n_heads, T, head_dim = q.shape
+    how: dict[str, Any] = {"enable_gqa": True} if n_heads != k.shape[1] else {}
+    if how and not mask.flash_gqa:
+        k, v, how = expand_heads(k, n_heads // k.shape[1]), expand_heads(v, n_heads // v.shape[1]), {}
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, head_dim)
     bounds, longest = mask.packed.bounds, mask.packed.longest
     window = (-1 if mask.window is None else mask.window - 1, 0)  # keys before the query's own, and after it
-    gqa = q.shape[1] != k.shape[1]
-    y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=gqa)
+    y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, **how)
     return y.view(B, T, n_heads, head_dim).transpose(1, 2)
 
 

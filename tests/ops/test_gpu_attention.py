@@ -80,6 +80,34 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
     assert_gradients_close(gradients, expected_gradients)
 
 
+def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
+    """torch 2.10's `varlen_attn` has no `enable_gqa`; without windows, it is not used."""
+    from torch.nn.attention import varlen
+
+    plain, heads = varlen.varlen_attn, []
+
+    def older(q, k, v, *bounds, scale=None, window_size=(-1, -1)):
+        heads.append((q.shape[1], k.shape[1], v.shape[1]))
+        return plain(q, k, v, *bounds, scale=scale, window_size=window_size)
+
+    def oldest(q, k, v, *bounds, is_causal=False):
+        raise AssertionError("it has no windows")
+
+    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    model, data = tiny("llama", torch.float32), {**batch(), "labels": None}
+    real = data["documents"] > 0
+    for function, kernel in ((older, "varlen"), (oldest, "sdpa")):
+        monkeypatch.setattr(varlen, "varlen_attn", function)
+        attention._varlen_parameters.cache_clear()
+        attention._has_flash.cache_clear()
+        with torch.no_grad(), record_kernels() as kernels:
+            assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
+        assert kernels == {kernel, "documents"}
+    attention._varlen_parameters.cache_clear()
+    attention._has_flash.cache_clear()
+    assert heads == [(4, 4, 4)] * model.config.n_layers
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "falcon"])
 def test_varlen_in_16_bits_is_as_accurate_as_the_cpu_path(name):
     data = {**batch(), "labels": None}
