@@ -93,7 +93,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     given = read_value(hf, "no_rope_layers", list, None)
     checks = {
         "no_rope_layers": given is None
-        or (given[: len(rotated)] == rotated and all(isinstance(layer, int) for layer in given)),
+        or (given[: len(rotated)] == rotated and all(type(layer) is int for layer in given)),
         "sliding_window": not hf.get("use_sliding_window") or hf.get("sliding_window") is None,
     }
     refuse("smollm3.py", hf, rope, IMPLEMENTED, **checks)
