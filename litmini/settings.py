@@ -352,6 +352,8 @@ def _source(node: yaml.Node) -> str:
 
 def _whole_characters(text: str) -> str:
     """Return quoted text with pairs of escapes, as JSON writes characters beyond 16 bits, joined."""
+    if "\0" in text:  # no word of a command line and no path has it
+        raise ValueError("text without \\0")
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:

@@ -237,6 +237,7 @@ def test_a_wrong_value_is_one_line(
         "\x00",
         "name: \x07\n",
         "name: '\n",
+        'name: "a\\0b"\n',
         "<<: 5\n<<: [3]\n",
         "<<: *a\n",
     ],
