@@ -38,7 +38,9 @@ class Pickle:
         state = self._open()
         if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
             raise UserError(f"{file} holds no tensors by name; expected a state dict of {', '.join(sorted(FAMILIES))}.")
-        if unexpected := [name for name, t in state.items() if t.layout != torch.strided or t.is_quantized or t.is_neg()]:
+        if unexpected := [
+            name for name, t in state.items() if t.layout != torch.strided or t.is_quantized or t.is_neg()
+        ]:
             raise UserError(f"{file}: {unexpected[0]} is sparse, quantised or a negative view; plain tensors are read.")
         if without := [n for n, t in state.items() if t.is_meta and t.untyped_storage()._checkpoint_offset is None]:
             raise UserError(f"{file}: {without[0]} has no values: it was saved from the meta device.")
