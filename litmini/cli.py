@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 from litmini.distributed.processes import alone, first_to_fail, is_first, leave
 from litmini.errors import UserError
 from litmini.settings import Settings, forms
-from litmini.system import is_disk_full, outlive_readers, repair_streams, unlock_all
+from litmini.system import drop_output, is_disk_full, outlive_readers, repair_streams, unlock_all
 
 T = TypeVar("T")
 
@@ -130,6 +130,7 @@ def command(
         )  # torch would log every connection that another process closes
     try:
         main(config)
+        sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -154,6 +155,7 @@ def _report(error: BaseException) -> int:
             f"error: the disk is full ({error}). Nothing finished was lost; free some space and run the command again.",
             file=sys.stderr,
         )
+        drop_output()
     elif (
         isinstance(error, OSError) and error.filename is not None
     ):  # no permission, a file where a directory must be, ...

@@ -161,9 +161,19 @@ class Settings:
 
     def _add_group(self, group: yaml.MappingNode, prefix: str, path: str) -> None:
         lines: dict[str, int] = {}
+        entries: dict[str, int] = {}
         for name, line, node in self._flat(group, prefix, path):
-            if lines.setdefault(name, line) != line:  # once as lora.rank, once within lora
-                raise _twice(name, path, lines[name], line)
+            whole = (
+                name if name in self.types else name.rpartition(".")[0]
+            )  # an entry of lora.rank_pattern stands in it
+            for other in (name, whole):  # once as lora.rank, once within lora
+                if other in lines:
+                    raise _twice(other, path, lines[other], line)
+            lines[name] = line
+            if whole != name:
+                entries.setdefault(whole, line)
+            elif name in entries:
+                raise _twice(name, path, entries[name], line)
             self._add(name, node, path)
 
     def _flat(self, group: yaml.MappingNode, prefix: str, path: str) -> Iterator[tuple[str, int, yaml.Node]]:
@@ -274,14 +284,21 @@ def _pairs(node: yaml.MappingNode, prefix: str, path: str) -> dict[str, tuple[in
     """
     own: dict[str, tuple[int, yaml.Node]] = {}
     merged: dict[str, tuple[int, yaml.Node]] = {}
+    first_merge = 0
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise UserError(f"{path or prefix.removesuffix(chr(46))}: a key in line {line} is no text.")
         if key.tag == "tag:yaml.org,2002:merge":
+            if first_merge:
+                raise _twice(prefix + key.value, path, first_merge, line)
+            first_merge = line
             for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if isinstance(one, yaml.MappingNode):
-                    merged = {**_pairs(one, prefix, path), **merged}
+                if not isinstance(one, yaml.MappingNode):
+                    raise UserError(
+                        f"{prefix}<< is {_short(_source(one))}; expected a group of settings, or a list of them."
+                    )
+                merged = {**_pairs(one, prefix, path), **merged}
         elif (name := key.value if key.style is None else _whole_characters(key.value)) in own:
             raise _twice(prefix + name, path, own[name][0], line)
         else:
@@ -335,6 +352,8 @@ def _source(node: yaml.Node) -> str:
 
 def _whole_characters(text: str) -> str:
     """Return quoted text with pairs of escapes, as JSON writes characters beyond 16 bits, joined."""
+    if "\0" in text:  # no word of a command line and no path has it
+        raise ValueError("text without \\0")
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:

@@ -163,6 +163,14 @@ def repair_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+def drop_output() -> None:
+    """Lose what standard output still holds if it cannot be written, as on a full disk: Python would fail again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def outlive_readers() -> None:
     """Let this process go on when nobody reads its output any more: what it prints is lost, what it writes to files is not."""
     _Output.outlives = True

@@ -177,7 +177,7 @@ class Tokenizer:
     @cached_property
     def _before_text(self) -> list[int]:
         framed = self.fast.encode("a")
-        return framed.ids[: framed.special_tokens_mask.index(0)]
+        return framed.ids[: [*framed.special_tokens_mask, 0].index(0)]  # text may become no token at all
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         """Return the encodings (ids, offsets) without special tokens, computed on all cores."""
@@ -209,6 +209,7 @@ class Tokenizer:
 
 
 def _read_template(file: Path) -> str:
+    check_no_pointer(file)
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -407,6 +407,17 @@ def test_a_closed_input_is_an_error(tiny_dir, tmp_path):
         )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+def test_an_output_that_is_full_is_one_error(tmp_path):
+    (tmp_path / "x.py").write_text(LINES.format("    print('x')"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "x.py"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+        )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "error: the disk is full" in done.stderr
+
+
 @posix
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_run_outlives_the_reader_of_its_output(tiny_dir, tmp_path, stream):

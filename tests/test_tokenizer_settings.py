@@ -138,3 +138,24 @@ def test_colors_are_for_terminals_that_have_them(monkeypatch):
     assert has_colors(Terminal())
     monkeypatch.setenv("TERM", "dumb")
     assert not has_colors(Terminal())
+
+
+def test_a_template_that_is_a_pointer_of_git_is_no_template(directory):
+    (directory / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n")
+    with pytest.raises(UserError, match=r"chat_template.jinja is not here: that file is only git's pointer"):
+        Tokenizer(directory)
+
+
+@pytest.mark.parametrize("before", [[], [0]])
+def test_text_may_become_no_token(directory, before):
+    file = directory / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    single = [{"SpecialToken": {"id": "x", "type_id": 0}} for _ in before]
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"x": {"id": "x", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    file.write_text(json.dumps(raw))
+    assert Tokenizer(directory).encode("") == before

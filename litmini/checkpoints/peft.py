@@ -122,7 +122,7 @@ def _by_module(
     unexpected = []
     kinds = {key.removesuffix(".weight"): key for key in peft_keys}
     for key, tensor in tensors:
-        if key.endswith(".base_layer.weight"):
+        if key.count(".") == PREFIX.count(".") + 2 and key.endswith(".base_layer.weight"):
             continue  # PEFT adds the frozen base of an adapted head
         name, dot, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
@@ -189,6 +189,12 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
         layers[name] = adapter.layer(name, base)
         problems += adapter.problems(name, layers[name])
     in_full = tuple(f"{name}." for name in adapter.full)
+    if adapter.config.get("target_modules"):  # without, PEFT has a default for each family
+        problems += [
+            f"{name}: the adapter has tensors for it, and its settings do not name it"
+            for name in layers
+            if name not in named and name not in experts
+        ]
     problems += [
         f"{name}: the adapter has no tensors for it, and its {setting} names it"
         for name, setting in named.items()

@@ -7,6 +7,10 @@ from typing import Any
 from torch import nn
 
 from litmini.models.hf_config import EXPECTED, read_value
+from litmini.system import time_limit
+
+SECONDS = 5
+"""Longest time that the expressions of an adapter may take on all names of a model."""
 
 TYPES: dict[type, tuple[str, ...]] = {  # of PEFT's settings that are read
     str: ("peft_type",),
@@ -18,7 +22,10 @@ TYPES: dict[type, tuple[str, ...]] = {  # of PEFT's settings that are read
 }
 
 
-ONE_OR_MORE = {"target_modules": str, "exclude_modules": str, "layers_pattern": str, "layers_to_transform": int}
+ONE_OR_MORE = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"), str),
+    "layers_to_transform": int,
+}
 
 
 def check_types(config: dict[str, Any]) -> None:
@@ -34,6 +41,7 @@ def check_types(config: dict[str, Any]) -> None:
             raise ValueError(f"{key} = {reprlib.repr(value)}, expected {EXPECTED[item]} or a list of that")
     patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
     patterns += [value for key in ONE_OR_MORE if isinstance(value := config.get(key), str)]
+    patterns += value if isinstance(value := config.get("layers_pattern"), list) else []
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -44,19 +52,31 @@ def check_types(config: dict[str, Any]) -> None:
 def named_modules(
     linears: dict[str, Any], experts: dict[str, Any], modules: dict[str, nn.Module], config: dict[str, Any]
 ) -> dict[str, str]:
-    """Return module of the model -> the setting that names it, as PEFT reads `adapter_config.json`."""
+    """Return module of the model -> the setting that names it, as PEFT reads `adapter_config.json`.
+
+    Raises:
+        UserError: an expression takes too long.
+    """
+    keys = "target_modules, exclude_modules and layers_pattern"
+    with time_limit(SECONDS, f"{keys} take more than {SECONDS} s on the modules of this model; expected simpler ones."):
+        return _named_modules(linears, experts, modules, config)
+
+
+def _named_modules(
+    linears: dict[str, Any], experts: dict[str, Any], modules: dict[str, nn.Module], config: dict[str, Any]
+) -> dict[str, str]:
     targets, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
-    names = [name for name in linears if _matches(name, targets) and not _matches(name, excluded)]
-    if targets == "all-linear":
-        names = [name for name in linears if "." in name]  # all but the head
+    every = targets == "all-linear"  # but the head
+    names = [name for name in linears if ("." in name if every else _matches(name, targets))]
+    names = [name for name in names if not _matches(name, excluded)]
     if (wanted := config.get("layers_to_transform")) is not None:
         indices = [wanted] if isinstance(wanted, int) else wanted
         patterns = config.get("layers_pattern") or r"[^.]*"
         above = "|".join([patterns] if isinstance(patterns, str) else patterns)
-        found = {name: re.match(rf".*\.(?:{above})\.(\d+)\.", name) for name in names}
-        names = [name for name, match in found.items() if match and int(match[1]) in indices]
+        found = {name: re.match(rf".*\.(?:{above})\.(?P<layer>\d+)\.", name) for name in names}
+        names = [name for name, match in found.items() if match and int(match["layer"]) in indices]
     parameters, in_full = config.get("target_parameters") or [], tuple(config.get("modules_to_save") or ())
-    whole = [name for name, m in modules.items() if name.endswith(in_full) and list(m.parameters(False))]
+    whole = [name for name, m in modules.items() if name.endswith(in_full) and list(m.parameters())]
     return (
         dict.fromkeys(names, "target_modules")
         | dict.fromkeys((name for name in experts if _matches(name, parameters)), "target_parameters")

@@ -38,8 +38,12 @@ class Pickle:
         state = self._open()
         if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(state[n], Tensor) for n in state):
             raise UserError(f"{file} holds no tensors by name; expected a state dict of {', '.join(sorted(FAMILIES))}.")
-        if unexpected := [name for name, t in state.items() if t.layout != torch.strided or t.is_quantized]:
-            raise UserError(f"{file}: {unexpected[0]} is sparse or quantised; plain tensors are read.")
+        if unexpected := [
+            name for name, t in state.items() if t.layout != torch.strided or t.is_quantized or t.is_neg()
+        ]:
+            raise UserError(f"{file}: {unexpected[0]} is sparse, quantised or a negative view; plain tensors are read.")
+        if without := [n for n, t in state.items() if t.is_meta and t.untyped_storage()._checkpoint_offset is None]:
+            raise UserError(f"{file}: {without[0]} has no values: it was saved from the meta device.")
         self.tensors: dict[str, Tensor] = state
 
     def get(self, name: str, meta: bool = False) -> Tensor:
@@ -83,6 +87,8 @@ class Pickle:
         with self.file.open("rb", buffering=0) as opened:
             opened.seek(record.header_offset)
             name, extra = struct.unpack("<26xHH", opened.read(30))
+            if opened.read(name) != record.orig_filename.encode("utf-8" if record.flag_bits & 0x800 else "cp437"):
+                raise zipfile.BadZipFile("its place in the directory is that of another")
             opened.seek(record.header_offset + 30 + name + extra + start)
             yield opened
 

@@ -109,7 +109,7 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     every = read_value(hf, "sliding_window_pattern", int, 6, zero=False) or 6
     if "full_attention" in types:
         every = types.index("full_attention") + 1
-    rope = read_rope(hf, theta=1_000_000.0)
+    rope = read_rope(hf, theta=1_000_000.0, layer_type="full_attention")
     by_type = read_value(hf, "rope_parameters", dict, None) or {}
     local_hf = {"rope_theta": hf.get("rope_local_base_freq"), "rope_parameters": by_type}  # rope_scaling is not theirs
     local = read_rope(local_hf, layer_type="sliding_attention")

@@ -101,8 +101,10 @@ def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     names_of_4 = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
     rope = read_rope(hf | {new: read_value(hf, old, float, None) for new, old in names_of_4.items()}, partial=0.25)
-    refuse("gpt_neox.py", hf, rope, IMPLEMENTED)
-    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
+    fields = read_fields(HF, hf)
+    head_dim = read_value(hf, "head_dim", int, None)
+    refuse("gpt_neox.py", hf, rope, IMPLEMENTED, head_dim=head_dim in (None, fields["dim"] // fields["n_heads"]))
+    return Config(**fields, rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def has_layer_types(hf: Mapping[str, Any], kind: str) -> bool:
 
 
 def read_rope(
-    hf: Mapping[str, Any], theta: float = 10_000.0, partial: float = 1.0, layer_type: str = "full_attention"
+    hf: Mapping[str, Any], theta: float = 10_000.0, partial: float = 1.0, layer_type: str | None = None
 ) -> dict[str, Any]:
     """Return the rotary settings: `rope_type`, `rope_theta`, `partial_rotary_factor`, and what goes with the type.
 
@@ -154,11 +154,19 @@ def read_rope(
 
     Args:
         theta, partial: what holds where config.json says nothing.
-        layer_type: whose settings to return where they differ.
+        layer_type: whose settings to return where they differ; None: they do not differ in this family.
+
+    Raises:
+        ValueError: a value has another type, or settings differ by type of layer and must not.
     """
     scaling, rope = (read_value(hf, key, dict, None) or {} for key in ("rope_scaling", "rope_parameters"))
-    by_layer_type = bool(LAYER_TYPES & rope.keys())
-    rope = {**(read_value(rope, layer_type, dict, None) or {}), **scaling} if by_layer_type else scaling or rope
+    by_layer_type = layer_type is not None and bool(LAYER_TYPES & rope.keys())
+    if nested := [key for key, value in rope.items() if isinstance(value, dict) and not by_layer_type]:
+        raise ValueError(f"rope_parameters has settings of {', '.join(nested)}, expected those of all layers at once")
+    if layer_type is not None and by_layer_type:
+        rope = {**(read_value(rope, layer_type, dict, None) or {}), **scaling}
+    else:
+        rope = scaling or rope
     of_type = scaling or rope
     thetas = (*(read_value(found, "rope_theta", float, None, zero=False) for found in (rope, hf)), theta)
     partials = (*(read_value(found, "partial_rotary_factor", float, None) for found in (rope, hf)), partial)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from litmini.models.hf_config import (
+    LAYER_TYPES,
     Table,
     Yarn,
     layer_types,
@@ -104,15 +105,18 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     fields, olmo3 = read_fields(HF, hf), hf["model_type"] == "olmo3"
-    rope = read_rope(hf, theta=500_000.0 if olmo3 else 10_000.0)
-    local_hf = {"rope_parameters": hf.get("rope_parameters")}  # rope_theta and rope_scaling are of the full layers
-    local = read_rope(local_hf, rope["rope_theta"], layer_type="sliding_attention")
+    theta, by_type = 500_000.0 if olmo3 else 10_000.0, read_value(hf, "rope_parameters", dict, None) or {}
+    rope = read_rope(hf, theta, layer_type="full_attention" if olmo3 else None)
+    local_hf = {"rope_parameters": by_type}  # rope_theta and rope_scaling are of the full layers
+    local = read_rope(local_hf, rope["rope_theta"], layer_type="sliding_attention" if olmo3 else None)
     window = read_value(hf, "sliding_window", int, 4096 if olmo3 else None)
     types = [None, layer_types(fields["n_layers"], FULL_EVERY)] if olmo3 else [None]
     checks = {
         "rope_type": rope["rope_type"] == "default" or (olmo3 and rope["rope_type"] == "yarn"),
-        # YaRN of all layers at once has been read in two ways
-        "rope_parameters": local["rope_type"] == "default" and local["rope_theta"] == rope["rope_theta"],
+        # YaRN, and the theta, of all layers at once have been read in two ways
+        "rope_parameters": local["rope_type"] == "default"
+        and local["rope_theta"] == rope["rope_theta"]
+        and (not olmo3 or by_type.keys() <= LAYER_TYPES or rope["rope_theta"] == theta),
         "sliding_window": (window is not None) == olmo3,
         "layer_types": hf.get("layer_types") in types,
     }

@@ -90,10 +90,13 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     rope = read_rope(hf, partial=0.5)
-    n_heads = read_value(hf, "num_attention_heads", int)
-    one_key_per_query = read_value(hf, "num_key_value_heads", int, None) in (None, n_heads)
-    refuse("phi.py", hf, rope, IMPLEMENTED, num_key_value_heads=one_key_per_query)
-    return Config(**read_fields(HF, hf), rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
+    fields = read_fields(HF, hf)
+    checks = {
+        "num_key_value_heads": read_value(hf, "num_key_value_heads", int, None) in (None, fields["n_heads"]),
+        "head_dim": read_value(hf, "head_dim", int, None) in (None, fields["dim"] // fields["n_heads"]),
+    }
+    refuse("phi.py", hf, rope, IMPLEMENTED, **checks)
+    return Config(**fields, rope_theta=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

@@ -89,12 +89,12 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
 def config_from_hf(hf: dict[str, Any]) -> Config:
     """Return the `Config` of a config.json; ValueError: it asks for something that this file does not implement."""
     fields, rope = read_fields(HF, hf), read_rope(hf, theta=2_000_000.0)
-    rotated = list(map(int, rope_layers(fields["n_layers"], fields["nope_every"])))
+    rotated = rope_layers(fields["n_layers"], fields["nope_every"])
     given = read_value(hf, "no_rope_layers", list, None)
     checks = {
-        "no_rope_layers": given is None or (given[: fields["n_layers"]] == rotated and bool not in map(type, given)),
+        "no_rope_layers": given is None
+        or (given[: len(rotated)] == rotated and all(type(layer) is int for layer in given)),
         "sliding_window": not hf.get("use_sliding_window") or hf.get("sliding_window") is None,
-        "layer_types": "sliding_attention" not in (hf.get("layer_types") or []),
     }
     refuse("smollm3.py", hf, rope, IMPLEMENTED, **checks)
     return Config(**fields, rope_theta=rope["rope_theta"], yarn=read_yarn(rope, fields["max_positions"]))

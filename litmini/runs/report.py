@@ -21,9 +21,9 @@ SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s
 def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
     """Draw a run's loss curve, training and validation, into loss.png."""
     rows = read_metrics(directory / "metrics.csv")
-    _figure(lambda axes: _draw_loss(axes, rows, results, directory.name), (7, 4)).savefig(
-        directory / "loss.png", dpi=120
-    )
+    file = directory / "loss.png"
+    file.unlink(missing_ok=True)  # a new file: never through a link
+    _figure(lambda axes: _draw_loss(axes, rows, results, directory.name), (7, 4)).savefig(file, dpi=120)
 
 
 def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -> None:

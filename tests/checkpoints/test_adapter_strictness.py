@@ -61,6 +61,22 @@ BROKEN = {
         "layers.1.self_attn.v_proj: the adapter has no tensors for it, and its target_modules",
     ),
     "a trained module is missing": ({"tensors": without("lm_head")}, "lm_head: .* its modules_to_save names it"),
+    "a layer that the settings leave out": (
+        {"settings": {"layers_to_transform": [0]}},
+        "layers.1.self_attn.q_proj: the adapter has tensors for it, and its settings do not name it",
+    ),
+    "modules that the settings leave out": (
+        {"settings": {"target_modules": ["q_proj"]}},
+        "layers.0.mlp.down_proj: the adapter has tensors for it, and its settings do not name it",
+    ),
+    "a trained module with parts is missing": (
+        {"settings": {"modules_to_save": ["lm_head", "mlp"]}},
+        "layers.0.mlp: the adapter has no tensors for it, and its modules_to_save names it",
+    ),
+    "another base": (
+        {"tensors": lambda s: {**s, "base_model.model.model.layers.0.mlp.down_proj.base_layer.weight": torch.ones(2)}},
+        "unexpected tensors: base_model.model.model.layers.0.mlp.down_proj.base_layer.weight",
+    ),
     "half of a pair": ({"tensors": without("layers.0.mlp.down_proj.lora_A")}, "lora_A or lora_B is missing"),
     "NaN": ({"tensors": lambda s: {k: v * torch.nan for k, v in s.items()}}, "has NaN or infinite values: "),
     "one infinity": (
@@ -78,6 +94,10 @@ BROKEN = {
     ),
     "NaN in alpha_pattern": ({"settings": {"alpha_pattern": {"q_proj": float("nan")}}}, "no number above 0"),
     "no expression": ({"settings": {"rank_pattern": {"(": 4}}}, r"'\(' is no regular expression"),
+    "no expression of layers": (
+        {"settings": {"layers_to_transform": [0], "layers_pattern": ["("]}},
+        r"'\(' is no regular expression",
+    ),
     "no expression of modules": ({"settings": {"target_modules": "*"}}, r"'\*' is no regular expression"),
 }
 TYPES = {
@@ -91,6 +111,7 @@ TYPES = {
     "exclude_modules": [5, [5]],
     "layers_to_transform": ["1", [True], 1.5],
     "layers_pattern": [5],
+    "feedforward_modules": [5, [5], {}],
     "use_dora": ["false", 0],
     "use_rslora": ["false", 1],
     "peft_type": [5, ["LORA"], {}],
@@ -126,3 +147,18 @@ def test_modules_with_parts_are_refused_before_training(tiny_dir, name):
         UserError, match=r"lora.modules_to_save .* matches no module; there are: down_proj, embed_tokens"
     ):
         add_adapters(load_model(tiny_dir), LoraConfig(targets=["q_proj"], modules_to_save=[name]))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_expressions_that_do_not_end_are_ended(adapter, tiny_dir, tmp_path, monkeypatch, key):
+    monkeypatch.setattr("litmini.checkpoints.peft_config.SECONDS", 0.2)
+    settings = {"layers_to_transform": [0, 1], key: r"(layers|[a-z.0-9_]+)+Q"}
+    with pytest.raises(UserError, match=r"take more than 0.2 s"):
+        load_adapter(load_model(tiny_dir), edited(adapter, tmp_path / "x", settings))
+
+
+def test_groups_in_an_expression_of_layers(adapter, tiny_dir, tmp_path):
+    load_adapter(
+        load_model(tiny_dir),
+        edited(adapter, tmp_path / "x", {"layers_to_transform": [0, 1], "layers_pattern": "(lay)ers"}),
+    )

@@ -116,7 +116,7 @@ def test_a_pickle_that_wants_to_run_code(source: Path, tmp_path: Path, capsys: p
     torch.save({1: torch.ones(1)}, source / "pytorch_model.bin")
     assert "holds no tensors by name" in refused(source, tmp_path / "out")
     torch.save({"x": torch.eye(3).to_sparse()}, source / "pytorch_model.bin")
-    assert "pytorch_model.bin: x is sparse or quantised" in refused(source, tmp_path / "out")
+    assert "pytorch_model.bin: x is sparse, quantised" in refused(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors", "litgpt", "meta", "gguf"])

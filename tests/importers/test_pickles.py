@@ -113,3 +113,27 @@ def test_old_files_are_bounded_too(tmp_path, saved):
     file.write_bytes(content[: content.index(b"\x80\x02}q\x00(X\x02\x00\x00\x00t0")] + b"\x80\x02" + b"}" * 3_000_000)
     with pytest.raises(UserError, match="opcodes"):
         Pickle(file)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch._neg_view(torch.ones(3)), "x is sparse, quantised or a negative view"),
+        (torch.ones(3, device="meta"), "x has no values: it was saved from the meta device"),
+    ],
+)
+def test_tensors_that_are_not_their_bytes_are_refused(tmp_path, tensor, reason):
+    torch.save({"x": tensor}, tmp_path / "x.bin")
+    with pytest.raises(UserError, match=reason):
+        Pickle(tmp_path / "x.bin")
+
+
+def test_a_directory_that_names_the_place_of_another_record_is_damaged(saved):
+    file = zip_again(saved[0])
+    content = bytearray(file.read_bytes())
+    at = {name: content.rindex(name) for name in (b"saved/data/1", b"saved/data/2")}
+    first, second = (slice(i - 4, i) for i in at.values())  # offset of the record, before its name in the directory
+    content[first], content[second] = content[second], content[first]
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="its place in the directory is that of another"):
+        Pickle(file).get("t1")

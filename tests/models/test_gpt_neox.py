@@ -50,6 +50,7 @@ class TestGPTNeoX(FamilyTests):
         "rope_type = 'linear'": {**GPTNeoXConfig(**SIZES).to_dict(), "rope_scaling": {"type": "linear", "factor": 2.0}},
         "rope_type = 'yarn'": {**GPTNeoXConfig(**SIZES).to_dict(), "rope_parameters": {"rope_type": "yarn"}},
         "attention_bias = False": GPTNeoXConfig(**SIZES, attention_bias=False).to_dict(),
+        "head_dim = 32": {**GPTNeoXConfig(**SIZES).to_dict(), "head_dim": 32},
         "attention_dropout = 0.1": GPTNeoXConfig(**SIZES, attention_dropout=0.1).to_dict(),
         "hidden_dropout = 0.1": GPTNeoXConfig(**SIZES, hidden_dropout=0.1).to_dict(),
         "tie_word_embeddings = True": GPTNeoXConfig(**SIZES, tie_word_embeddings=True).to_dict(),

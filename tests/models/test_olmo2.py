@@ -43,6 +43,11 @@ class TestOlmo2(FamilyTests):
         "mscale = 2.0": {**OLMO3, "model_type": "olmo3", "rope_scaling": {**YARN, "mscale": 2.0}},
         "truncate = False": {**OLMO3, "model_type": "olmo3", "rope_scaling": {**YARN, "truncate": False}},
         "partial_rotary_factor = 0.5": {**SHAPE, "model_type": "olmo2", "partial_rotary_factor": 0.5},
+        "rope_parameters = {'rope_theta': 10.0": {
+            **OLMO3,
+            "model_type": "olmo3",
+            "rope_parameters": {"rope_theta": 10.0},
+        },
         "rope_parameters = .*'sliding_attention'": Olmo3Config(
             **OLMO3, rope_parameters={**NESTED, "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}
         ).to_dict(),

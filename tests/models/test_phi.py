@@ -41,6 +41,7 @@ class TestPhi(FamilyTests):
         "rope_type = 'linear'": {**PhiConfig(**SIZES).to_dict(), "rope_scaling": {"type": "linear", "factor": 2.0}},
         "rope_type = 'dynamic'": {**PhiConfig(**SIZES).to_dict(), "rope_parameters": {"rope_type": "dynamic"}},
         "qk_layernorm = True": PhiConfig(**SIZES, qk_layernorm=True).to_dict(),
+        "head_dim = 32": {**PhiConfig(**SIZES).to_dict(), "head_dim": 32},
         "num_key_value_heads = 2": PhiConfig(**SIZES, num_key_value_heads=2).to_dict(),
         "attention_dropout = 0.1": PhiConfig(**SIZES, attention_dropout=0.1).to_dict(),
         "embd_pdrop = 0.1": PhiConfig(**SIZES, embd_pdrop=0.1).to_dict(),

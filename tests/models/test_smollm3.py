@@ -43,6 +43,7 @@ class TestSmolLM3(FamilyTests):
         "rope_type = 'linear'": {**SHAPE, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
         "mscale = 2.0": {**SHAPE, "rope_scaling": {**YARN, "mscale": 2.0}},
         "truncate = False": {**SHAPE, "rope_scaling": {**YARN, "truncate": False}},
+        "layer_types = .*chunked": {**SHAPE, "layer_types": ["chunked_attention"] * 4},
         "partial_rotary_factor = 0.5": {**SHAPE, "partial_rotary_factor": 0.5},
         "no_rope_layers = \\[1, 1, 0, 1\\]": SmolLM3Config(**SHAPE, no_rope_layers=[1, 1, 0, 1]).to_dict(),
         "sliding_window = 7": SmolLM3Config(**SHAPE, use_sliding_window=True, sliding_window=7).to_dict(),

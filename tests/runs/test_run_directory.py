@@ -13,6 +13,7 @@ from litmini.config.finetune import DataConfig, FinetuneLoraConfig
 from litmini.errors import UserError
 from litmini.files import write_json
 from litmini.runs.directory import RunDirectory, plain
+from litmini.runs.report import plot_metrics
 from litmini.runs.run import Run
 from litmini.training.setup import Progress
 
@@ -140,3 +141,11 @@ def test_a_setting_that_is_no_more_is_refused(tmp_path):
     write_run(tmp_path, gone=3)
     with pytest.raises(UserError, match="gone: 3 -> None"):
         RunDirectory(settings(tmp_path, "auto"))
+
+
+def test_a_picture_is_not_drawn_through_a_link(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss,val_loss\n1,2.0,\n2,1.0,1.5\n")
+    (tmp_path / "another").write_text("mine")
+    (tmp_path / "loss.png").symlink_to("another")
+    plot_metrics(tmp_path, {})
+    assert (tmp_path / "another").read_text() == "mine" and (tmp_path / "loss.png").stat().st_size > 1000
