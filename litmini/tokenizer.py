@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.chat_template import BadTemplate, Parts, render
+from litmini.chat_template import BadTemplate, Conversation, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
 
@@ -24,6 +24,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles that a message can have."""
 NAMED = {"name", "template"}
 """The keys of one of several chat templates in tokenizer_config.json."""
+OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+SAVED_KWARGS = "chat_template_kwargs"
+"""The key of tokenizer_config.json that holds the template's variables of training."""
 
 
 class Tokenizer:
@@ -34,12 +37,19 @@ class Tokenizer:
             `generation_config.json` and `config.json`.
         chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
         began: the time that templates write with `strftime_now`; None: the current time.
+        template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
 
     Raises:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, directory: str | Path, chat_template: str = "auto", began: datetime | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        chat_template: str = "auto",
+        began: datetime | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self.began = began
         file = self.directory / "tokenizer.json"
@@ -64,6 +74,14 @@ class Tokenizer:
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
         self.chat_template = self._find_template(chat_template)
+        saved = self.settings.get(SAVED_KWARGS, {})
+        if not isinstance(saved, dict):
+            raise self._wrong("tokenizer_config.json", SAVED_KWARGS, saved, "names and values")
+        self.template_kwargs: dict[str, Any] = saved if template_kwargs is None else template_kwargs
+        if own := sorted(self.template_kwargs.keys() & OWN_VARIABLES):
+            raise UserError(
+                f"template_kwargs has {', '.join(own)}, which litmini gives to templates itself: leave it out."
+            )
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
@@ -135,18 +153,23 @@ class Tokenizer:
         """Return the id of the special token that the template puts after an assistant's turn, or None."""
         return next((i for i in self.encode(self.after_answer, special=False) if i in self.special_ids), None)
 
-    def apply_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def apply_template(
+        self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """Render messages ({"role": ..., "content": ...}) as the text that the model was trained on.
+
+        Args:
+            tools: JSON schemas of the functions that the model may call.
 
         Raises:
             UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
         """
-        (text,) = self.render([(messages, [(len(messages), add_generation_prompt, None)])])
+        (text,) = self.render([(messages, tools, [(len(messages), add_generation_prompt, None)])])
         if isinstance(text, UserError):
             raise text
         return text
 
-    def render(self, conversations: Sequence[tuple[list[Message], Parts]]) -> Iterator[str | UserError]:
+    def render(self, conversations: Sequence[Conversation]) -> Iterator[str | UserError]:
         """Yield the texts of parts of conversations (see `chat_template.render`), an error in place of one that fails.
 
         Raises:
@@ -155,10 +178,10 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
         named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        tokens = {key: token for key, token in named.items() if token}
+        variables = {key: token for key, token in named.items() if token} | self.template_kwargs
         name = f"the chat template of {self.directory}"
         try:
-            for text in render(self.chat_template, conversations, tokens, self.began or datetime.now()):
+            for text in render(self.chat_template, conversations, variables, self.began or datetime.now()):
                 yield text if isinstance(text, str) else UserError(f"{name} {text}")
         except BadTemplate as error:
             raise BadTemplate(f"{name} {error}") from None
@@ -196,9 +219,10 @@ class Tokenizer:
         return self.fast.decode(ids, skip_special_tokens=skip_special)
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer, the template in use and all stop ids into `directory`, beside the weights."""
+        """Write the tokenizer, the template and its variables in use and all stop ids into `directory`, beside the weights."""
         copy_side_files(self.directory, directory)
-        settings = {k: v for k, v in self.settings.items() if k != "chat_template"}
+        settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", SAVED_KWARGS)}
+        settings |= {SAVED_KWARGS: self.template_kwargs} if self.template_kwargs else {}
         write_json(directory / "tokenizer_config.json", settings)
         template = directory / "chat_template.jinja"
         template.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""Conversations -> texts and the supervised characters of them, found by rendering a conversation up to each answer.
+
+Where that is no beginning of the whole (many templates leave out the reasoning of earlier turns), each supervised turn becomes
+a text of its own, which begins as the model will be asked.
+"""
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+from litmini.chat_template import REASONING, BadTemplate, Parts
+from litmini.data.formats import Example
+from litmini.errors import UserError
+from litmini.tokenizer import Message, Tokenizer
+
+Spans = list[tuple[int, int]]
+THINK, END_THINK = re.compile("</?think>"), "</think>"
+ASKS = re.compile(rf"<think>\s*({END_THINK}\s*)?\Z")
+"""The end of a prompt after which the model writes its reasoning or, if that is closed, its answer."""
+FIRST = (
+    "the conversation begins with the assistant, and the chat template has no prompt before its first turn. Begin with a "
+    "user's turn, or train on all tokens (--data.train_on all)"
+)
+CHANGED = (
+    "the chat template renders turn {} differently when more follows, and not as it asks for it, so its span cannot be found. "
+    "Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
+)
+OTHER = "Use another template (--data.chat_template FILE)"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example as text."""
+
+    number: int
+    """Of its record."""
+    text: str
+    spans: Spans
+    """Supervised characters."""
+    prompt: int = 0
+    """So many first characters are tokenised alone, as when the model is asked; 0: all of them are tokenised at once."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant's turn that is supervised."""
+
+    index: int
+    message: Message
+    before: str
+    """The text when the model is asked for it."""
+    after: str
+    """The text that ends with it."""
+
+    @cached_property
+    def asks(self) -> re.Match[str] | None:
+        """The reasoning, begun or empty, with which the prompt ends; its last newlines would join with what follows."""
+        return ASKS.search(self.before)
+
+    @property
+    def reasoning(self) -> str:
+        """What stands between <think> and </think>, or in a key of its own; "" if there is none."""
+        found = next((self.message[key] for key in REASONING if self.message.get(key)), None)
+        before, end, _ = self.message["content"].partition(END_THINK)
+        return str(found if found is not None else before.rpartition("<think>")[2] if end else "").strip()
+
+    def said(self, thinks: bool) -> tuple[str, bool]:
+        """Return what the model says when it is asked, and whether that differs from what the template writes.
+
+        Many templates write no reasoning, or ask with <think> or an empty one in front of the answer.
+
+        Args:
+            thinks: whether the template knows <think>.
+
+        Raises:
+            ValueError: it cannot be found.
+        """
+        said = self.after[len(self.before) :]
+        is_changed = not self.after.startswith(self.before)
+        if is_changed:
+            if not self.asks or not self.after.startswith(self.before[: self.asks.start()]):
+                where = FIRST if self.index == 0 else CHANGED.format(self.index + 1)
+                raise ValueError(where)
+            said = self.after[self.asks.start() :]
+            said = said.partition(END_THINK)[2].lstrip("\n") if said.startswith("<think>") else said
+        if (self.asks and self.asks[1]) or (self.reasoning in said and not is_changed):
+            return said, is_changed
+        if not thinks:
+            raise ValueError(f"the chat template leaves out the reasoning of turn {self.index + 1}. {OTHER}")
+        opening = "" if self.asks else "<think>\n"
+        return opening + self.reasoning + f"\n{END_THINK}\n\n" + said.lstrip("\n"), True
+
+
+def render_examples(
+    examples: list[Example], tokenizer: Tokenizer, train_on: str, problems: list[str], notes: Counter[str]
+) -> list[Rendered]:
+    """Return texts and spans of examples; the faults of others are added to `problems`.
+
+    Raises:
+        BadTemplate: the template exceeds a limit; names the example.
+    """
+    chats = [(e.messages, None, _parts(e.messages, train_on)) for e in examples if e.messages]
+    end = len(tokenizer.after_answer) if chats else 0
+    texts = tokenizer.render(chats) if chats else iter(())
+    rendered: list[Rendered] = []
+    for number, example in enumerate(examples):
+        if example.messages is None:
+            spans = [] if train_on == "all" else [(len(example.prompt), len(example.text))]
+            rendered.append(Rendered(number, example.text, spans))
+            continue
+        own = islice(texts, len(_parts(example.messages, train_on)))
+        try:
+            text, turns = _read_turns(example.messages, own, train_on)
+            rendered += _find_spans(number, text, turns, end, bool(THINK.search(tokenizer.chat_template or "")), notes)
+        except BadTemplate as error:
+            raise BadTemplate(f"{example.where}: {error}") from None
+        except (UserError, ValueError) as error:
+            problems.append(f"{example.where}: {error}")
+        deque(own, 0)  # what an error left
+    return rendered
+
+
+def _parts(messages: list[Message], train_on: str) -> Parts:
+    """Return which texts show the spans of a conversation: the whole, and those that end before and after each answer.
+
+    The whole without a turn shows whether the template knows its role: many leave out a role without a word.
+    """
+    parts: Parts = [(len(messages), False, None)]
+    for i, message in enumerate(messages):
+        if message["role"] not in ("user", "assistant") and message["content"].strip():
+            parts.append((len(messages), False, i))
+        elif message["role"] == "assistant" and train_on != "all":
+            parts += [(i, True, None), (i + 1, False, None)][: len(messages) - i]  # after the last turn: the whole
+    return parts
+
+
+def _read_turns(messages: list[Message], texts: Iterator[str | UserError], train_on: str) -> tuple[str, list[Turn]]:
+    """Return the text of a conversation and its supervised turns.
+
+    Args:
+        texts: those of `_parts`.
+    """
+
+    def take() -> str:
+        text = next(texts)
+        if isinstance(text, UserError):
+            raise text
+        return text
+
+    text = take()
+    turns: list[Turn] = []
+    for i, message in enumerate(messages):
+        if message["role"] not in ("user", "assistant") and message["content"].strip():
+            if next(texts) == text:
+                raise ValueError(
+                    f"the chat template leaves out turn {i + 1}, of the role {message['role']}. Give it a role that the "
+                    f"template knows, or use another template (--data.chat_template FILE)"
+                )
+        elif message["role"] == "assistant" and train_on != "all":
+            try:
+                turns.append(Turn(i, message, take(), take() if i + 1 < len(messages) else text))
+            except UserError as error:
+                if i or isinstance(error, BadTemplate):
+                    raise
+                raise ValueError(FIRST) from None
+    return text, turns
+
+
+def _find_spans(
+    number: int, text: str, turns: list[Turn], end: int, thinks: bool, notes: Counter[str]
+) -> list[Rendered]:
+    """Return a conversation as one text with its spans or, where it renders differently when more follows, as one text for
+    each supervised turn.
+
+    Args:
+        end: characters that the template puts after the answer that ends a conversation.
+        thinks: whether the template knows reasoning.
+    """
+    spans = [span for turn in turns if (span := _find_span(turn, text, end))]
+    if len(spans) == len(turns):
+        return [Rendered(number, text, spans)]
+    alone = []
+    for turn in turns:
+        said, is_changed = turn.said(thinks)
+        whole, start = turn.before + said, len(turn.before)
+        alone.append(Rendered(number, whole, [(start, len(whole))], start if turn.asks else 0))
+        notes["rewritten_turns"] += is_changed
+    return alone
+
+
+def _find_span(turn: Turn, text: str, end: int) -> tuple[int, int] | None:
+    """Return the span of a turn in the text of its conversation; None: it is not there as the model will be asked."""
+    stop = _common_prefix(text, turn.after)
+    last_only = len(turn.after) - stop  # some templates end the last turn in another way, after the completion
+    if not text.startswith(turn.before) or stop <= len(turn.before) or last_only >= max(1, end):
+        return None
+    if turn.asks or turn.reasoning not in text[len(turn.before) : stop]:
+        return None
+    return len(turn.before), stop
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """Return the number of characters that two texts have in common at their beginning."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
