@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from litmini.chat_template import BadTemplate, Conversation, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
+from litmini.tool_calls import convert_arguments
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -164,7 +165,7 @@ class Tokenizer:
         Raises:
             UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
         """
-        (text,) = self.render([(messages, tools, [(len(messages), add_generation_prompt, None)])])
+        (text,) = self.render([(self.with_arguments(messages), tools, [(len(messages), add_generation_prompt, None)])])
         if isinstance(text, UserError):
             raise text
         return text
@@ -186,6 +187,27 @@ class Tokenizer:
         except BadTemplate as error:
             raise BadTemplate(f"{name} {error}") from None
 
+    @cached_property
+    def _arguments(self) -> type | None:
+        """What the template writes as JSON where a tool call has it as its arguments: dict, or str; None: both, or neither."""
+        texts: list[str | UserError] = []
+        for arguments in ({"a": 1}, '{"a": 1}'):
+            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            turns = [
+                {"role": "user", "content": "question"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            texts += self.render([(turns, None, [(2, False, None)])])
+        fits = [
+            isinstance(text, str) and "'a'" not in text and '\\"' not in text for text in texts
+        ]  # no repr, no JSON of JSON
+        return None if fits[0] == fits[1] else dict if fits[0] else str
+
+    def with_arguments(self, messages: list[Message]) -> list[Message]:
+        """Return messages with the arguments of tool calls as the template wants them."""
+        has_calls = any(message.get("tool_calls") for message in messages)
+        return convert_arguments(messages, self._arguments) if has_calls and self._arguments else messages
+
     def dates(self) -> list[str]:
         """Return the current date as the template writes it, in each of its forms; [] if it writes none."""
         now, template = self.began or datetime.now(), self.chat_template or ""
@@ -206,14 +228,24 @@ class Tokenizer:
         """Return the encodings (ids, offsets) without special tokens, computed on all cores."""
         return self.fast.encode_batch(texts, add_special_tokens=False)
 
-    def encode_prompt(self, prompt: str | list[Message]) -> list[int]:
-        """Return the token ids of a prompt: messages, or text as a user's turn; without a template, raw text."""
+    def encode_prompt(self, prompt: str | list[Message], tools: list[Any] | None = None) -> list[int]:
+        """Return the token ids of a prompt: messages, or text as a user's turn; without a template, raw text.
+
+        Args:
+            tools: JSON schemas of the functions that the model may call.
+
+        Raises:
+            UserError: there is no template for messages, or it fails or leaves out the tools.
+        """
         if self.chat_template is None:
             if not isinstance(prompt, str):
                 raise UserError(f"{self.directory} has no chat template: give the prompt as text.")
             return self.encode(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.encode(self.apply_template(messages, add_generation_prompt=True), special=False)
+        text = self.apply_template(messages, True, tools)
+        if tools and text == self.apply_template(messages, True):
+            raise UserError(f"the chat template of {self.directory} leaves out the tools.")
+        return self.encode(text, special=False)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return self.fast.decode(ids, skip_special_tokens=skip_special)

@@ -7,12 +7,13 @@ JSONL, JSON, CSV or Parquet.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
 from litmini.errors import UserError
 from litmini.tokenizer import ROLES, Message
+from litmini.tool_calls import read_calls, read_objects
 
 FORMS = {
     "messages": ("messages",),
@@ -35,6 +36,8 @@ class Example:
     where: str
     """file:line, for errors."""
     messages: list[Message] | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """JSON schemas of the functions that the model may call."""
     prompt: str = ""
     text: str = ""
 
@@ -125,7 +128,9 @@ def _find_forms(record: Any) -> list[str]:
 def _example(where: str, record: dict[str, Any], form: str, has_template: bool) -> Example:
     """Return a record of any form as an `Example`; a ValueError says what is wrong with it."""
     if form in ("messages", "ShareGPT"):
-        return Example(where, messages=_messages(record[FORMS[form][0]]))
+        return Example(
+            where, messages=_messages(record[FORMS[form][0]]), tools=read_objects(record.get("tools"), "tools")
+        )
     fields = [check_text(record[key], key) for key in FORMS[form]]
     if form == "text":
         return Example(where, text=fields[0])
@@ -138,7 +143,7 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         plain = ALPACA.format(context, prompt, f"### Input:\n{extra}\n\n" if extra else "")
     if has_template:
         turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": completion}]
-        return Example(where, messages=turns)
+        return Example(where, messages=turns, tools=read_objects(record.get("tools"), "tools"))
     return Example(where, prompt=plain, text=plain + completion)
 
 
@@ -157,8 +162,14 @@ def _messages(turns: Any) -> list[Message]:
         role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-        content = check_text(turn.get("content", turn.get("value")), f"content of a {role} turn")
-        # In Parquet every turn has every key; None means that it is absent
         rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
-        messages.append({"role": role, "content": content, **rest})
+        calls = rest["tool_calls"] = read_calls(rest.get("tool_calls"))
+        if not calls:
+            del rest["tool_calls"]
+        elif role != "assistant":
+            raise ValueError(f"a {role} turn has tool_calls; expected them in assistant turns")
+        content = turn.get("content", turn.get("value"))
+        if content is not None or not calls:
+            rest = {"content": check_text(content, f"content of a {role} turn"), **rest}
+        messages.append({"role": role, **rest})
     return messages

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-from litmini.chat_template import REASONING, BadTemplate, Parts
+from litmini.chat_template import REASONING, TOOLS, BadTemplate, Parts
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.tokenizer import Message, Tokenizer
@@ -64,8 +64,14 @@ class Turn:
     def reasoning(self) -> str:
         """What stands between <think> and </think>, or in a key of its own; "" if there is none."""
         found = next((self.message[key] for key in REASONING if self.message.get(key)), None)
-        before, end, _ = self.message["content"].partition(END_THINK)
+        before, end, _ = self.message.get("content", "").partition(END_THINK)
         return str(found if found is not None else before.rpartition("<think>")[2] if end else "").strip()
+
+    def check_calls(self) -> None:
+        """Raise a ValueError if the template leaves out a call of a tool."""
+        for call in self.message.get("tool_calls", []):
+            if call.get("function", call)["name"] not in self.after[_common_prefix(self.after, self.before) :]:
+                raise ValueError(f"the chat template leaves out the tool_calls of turn {self.index + 1}. {OTHER}")
 
     def said(self, thinks: bool) -> tuple[str, bool]:
         """Return what the model says when it is asked, and whether that differs from what the template writes.
@@ -102,7 +108,9 @@ def render_examples(
     Raises:
         BadTemplate: the template exceeds a limit; names the example.
     """
-    chats = [(e.messages, None, _parts(e.messages, train_on)) for e in examples if e.messages]
+    chats = [
+        (tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in examples if e.messages
+    ]
     end = len(tokenizer.after_answer) if chats else 0
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
@@ -111,9 +119,9 @@ def render_examples(
             spans = [] if train_on == "all" else [(len(example.prompt), len(example.text))]
             rendered.append(Rendered(number, example.text, spans))
             continue
-        own = islice(texts, len(_parts(example.messages, train_on)))
+        own = islice(texts, len(_parts(example, train_on)))
         try:
-            text, turns = _read_turns(example.messages, own, train_on)
+            text, turns = _read_turns(example, own, train_on)
             rendered += _find_spans(number, text, turns, end, bool(THINK.search(tokenizer.chat_template or "")), notes)
         except BadTemplate as error:
             raise BadTemplate(f"{example.where}: {error}") from None
@@ -123,12 +131,14 @@ def render_examples(
     return rendered
 
 
-def _parts(messages: list[Message], train_on: str) -> Parts:
+def _parts(example: Example, train_on: str) -> Parts:
     """Return which texts show the spans of a conversation: the whole, and those that end before and after each answer.
 
     The whole without a turn shows whether the template knows its role: many leave out a role without a word.
     """
+    messages = example.messages or []
     parts: Parts = [(len(messages), False, None)]
+    parts += [(len(messages), False, TOOLS)] if example.tools else []
     for i, message in enumerate(messages):
         if message["role"] not in ("user", "assistant") and message["content"].strip():
             parts.append((len(messages), False, i))
@@ -137,7 +147,7 @@ def _parts(messages: list[Message], train_on: str) -> Parts:
     return parts
 
 
-def _read_turns(messages: list[Message], texts: Iterator[str | UserError], train_on: str) -> tuple[str, list[Turn]]:
+def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: str) -> tuple[str, list[Turn]]:
     """Return the text of a conversation and its supervised turns.
 
     Args:
@@ -150,7 +160,9 @@ def _read_turns(messages: list[Message], texts: Iterator[str | UserError], train
             raise text
         return text
 
-    text = take()
+    text, messages = take(), example.messages or []
+    if example.tools and next(texts) == text:
+        raise ValueError(f"the chat template leaves out the tools. {OTHER}")
     turns: list[Turn] = []
     for i, message in enumerate(messages):
         if message["role"] not in ("user", "assistant") and message["content"].strip():
@@ -179,6 +191,8 @@ def _find_spans(
         end: characters that the template puts after the answer that ends a conversation.
         thinks: whether the template knows reasoning.
     """
+    for turn in turns:
+        turn.check_calls()
     spans = [span for turn in turns if (span := _find_span(turn, text, end))]
     if len(spans) == len(turns):
         return [Rendered(number, text, spans)]
