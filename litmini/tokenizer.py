@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.chat_template import BadTemplate, Conversation, render
+from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
 from litmini.tool_calls import convert_arguments
@@ -242,9 +242,15 @@ class Tokenizer:
                 raise UserError(f"{self.directory} has no chat template: give the prompt as text.")
             return self.encode(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.apply_template(messages, True, tools)
-        if tools and text == self.apply_template(messages, True):
-            raise UserError(f"the chat template of {self.directory} leaves out the tools.")
+        left_out = {i: f"messages[{i}], of the role {m['role']}" for i, m in enumerate(messages) if _may_be_unknown(m)}
+        left_out |= {TOOLS: "the tools"} if tools else {}
+        parts: Parts = [(len(messages), True, i) for i in (None, *left_out)]
+        text, *others = self.render([(self.with_arguments(messages), tools, parts)])
+        if isinstance(text, UserError):
+            raise text
+        for what, other in zip(left_out.values(), others, strict=True):
+            if other == text:
+                raise UserError(f"the chat template of {self.directory} leaves out {what}.")
         return self.encode(text, special=False)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
@@ -262,6 +268,11 @@ class Tokenizer:
             template.write_text(self.chat_template, encoding="utf-8")
         stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
         write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})
+
+
+def _may_be_unknown(message: Message) -> bool:
+    """Return whether a template may leave out a message, since it does not know the role."""
+    return message.get("role") not in ("user", "assistant") and bool(str(message.get("content") or "").strip())
 
 
 def _read_template(file: Path) -> str:

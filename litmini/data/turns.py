@@ -142,7 +142,7 @@ def _parts(example: Example, train_on: str) -> Parts:
     for i, message in enumerate(messages):
         if message["role"] not in ("user", "assistant") and message["content"].strip():
             parts.append((len(messages), False, i))
-        elif message["role"] == "assistant" and train_on != "all":
+        elif message["role"] == "assistant" and train_on != "all" and i not in example.untrained:
             parts += [(i, True, None), (i + 1, False, None)][: len(messages) - i]  # after the last turn: the whole
     return parts
 
@@ -161,6 +161,10 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
         return text
 
     text, messages = take(), example.messages or []
+    if example.untrained and train_on == "all":
+        raise ValueError(
+            f"turn {min(example.untrained) + 1} is not to be trained, but --data.train_on all trains all tokens"
+        )
     if example.tools and next(texts) == text:
         raise ValueError(f"the chat template leaves out the tools. {OTHER}")
     turns: list[Turn] = []
@@ -171,7 +175,11 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
                     f"the chat template leaves out turn {i + 1}, of the role {message['role']}. Give it a role that the "
                     f"template knows, or use another template (--data.chat_template FILE)"
                 )
-        elif message["role"] == "assistant" and train_on != "all":
+        elif message["role"] == "user" and message["content"].strip() not in text:
+            raise ValueError(
+                f"the chat template leaves out turn {i + 1}, of the role user, or changes its text. {OTHER}"
+            )
+        elif message["role"] == "assistant" and train_on != "all" and i not in example.untrained:
             try:
                 turns.append(Turn(i, message, take(), take() if i + 1 < len(messages) else text))
             except UserError as error:
