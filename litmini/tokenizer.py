@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
+from litmini.literal_tokens import START, Encoded, LiteralTokens
 from litmini.tool_calls import convert_arguments
 
 Message = dict[str, Any]
@@ -39,6 +40,7 @@ class Tokenizer:
         chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
         began: the time that templates write with `strftime_now`; None: the current time.
         template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
+        special_tokens_in_text: special tokens that people write in messages and texts are tokens, not text.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -50,8 +52,10 @@ class Tokenizer:
         chat_template: str = "auto",
         began: datetime | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        special_tokens_in_text: bool = False,
     ) -> None:
         self.directory = Path(directory)
+        self.special_tokens_in_text = special_tokens_in_text
         self.began = began
         file = self.directory / "tokenizer.json"
         if not file.is_file():
@@ -203,6 +207,17 @@ class Tokenizer:
         ]  # no repr, no JSON of JSON
         return None if fits[0] == fits[1] else dict if fits[0] else str
 
+    @cached_property
+    def _literal(self) -> LiteralTokens:
+        return LiteralTokens(self.fast, self.special_ids)
+
+    def mark(self, value: Any) -> Any:
+        """Return a text, or messages, with marks around special tokens, which `encode` takes as text then.
+
+        With `special_tokens_in_text` there are no marks.
+        """
+        return value if self.special_tokens_in_text else self._literal.mark(value)
+
     def with_arguments(self, messages: list[Message]) -> list[Message]:
         """Return messages with the arguments of tool calls as the template wants them."""
         has_calls = any(message.get("tool_calls") for message in messages)
@@ -216,7 +231,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the token ids of `text`; with `special`, after the tokens that the tokenizer puts before raw text (BOS)."""
-        ids = self.fast.encode(text, add_special_tokens=False).ids
+        ids = self._literal.encode(text).ids if START in text else self.fast.encode(text, add_special_tokens=False).ids
         return [*self._before_text, *ids] if special else ids
 
     @cached_property
@@ -224,9 +239,13 @@ class Tokenizer:
         framed = self.fast.encode("a")
         return framed.ids[: framed.special_tokens_mask.index(0)]
 
-    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+    def encode_batch(self, texts: list[str]) -> list[Encoding | Encoded]:
         """Return the encodings (ids, offsets) without special tokens, computed on all cores."""
-        return self.fast.encode_batch(texts, add_special_tokens=False)
+        encodings: list[Encoding | Encoded] = list(self.fast.encode_batch(texts, add_special_tokens=False))
+        for i, text in enumerate(texts):
+            if START in text:
+                encodings[i] = self._literal.encode(text)
+        return encodings
 
     def encode_prompt(self, prompt: str | list[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the token ids of a prompt: messages, or text as a user's turn; without a template, raw text.
@@ -240,8 +259,9 @@ class Tokenizer:
         if self.chat_template is None:
             if not isinstance(prompt, str):
                 raise UserError(f"{self.directory} has no chat template: give the prompt as text.")
-            return self.encode(prompt)
+            return self.encode(self.mark(prompt))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages, tools = self.mark(messages), self.mark(tools)
         left_out = {i: f"messages[{i}], of the role {m['role']}" for i, m in enumerate(messages) if _may_be_unknown(m)}
         left_out |= {TOOLS: "the tools"} if tools else {}
         parts: Parts = [(len(messages), True, i) for i in (None, *left_out)]

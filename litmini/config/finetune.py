@@ -30,6 +30,8 @@ class DataConfig:
     with the checkpoint."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
+    special_tokens_in_text: bool = False
+    """Special tokens such as <|im_end|> in the texts of the data are tokens. By default they are encoded as text."""
     max_seq_len: int = 2048
     """Longest sequence in tokens. Longer examples are truncated, and their share is printed."""
     pack: bool = True

@@ -21,6 +21,8 @@ class ModelConfig:
     """auto: the checkpoint's own template, if it has one; none: prompts are raw text; or the path of a .jinja file."""
     template_kwargs: dict[str, Any] | None = None
     """Variables of the template, such as '{enable_thinking: false}'. None: those of training."""
+    special_tokens_in_text: bool = False
+    """Special tokens such as <|im_end|> in prompts and messages are tokens. By default they are encoded as text."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of the weights."""
     bits: Literal[4, 16] = 16

@@ -21,6 +21,7 @@ NOTES = {
     "split_conversations": "{:,} conversations render differently when more follows: each assistant turn is an example",
     "repeated_tokens": "their repeated context is {:,} tokens",
     "rewritten_turns": "{:,} turns are written as the template asks for them, not as it shows them: about reasoning",
+    "special_tokens_as_text": "{:,} special tokens in texts are encoded as text (--data.special_tokens_in_text)",
 }
 """What is said of examples, by its key in the statistics."""
 ENTRY = np.dtype(

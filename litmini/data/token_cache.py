@@ -30,7 +30,7 @@ from litmini.files import content_hash, existing_file, read_json, write_json
 from litmini.system import cpu_count, locked
 from litmini.tokenizer import Tokenizer
 
-FORMAT = 2  # raise it with each change of the tokens of a record, or of how they are stored
+FORMAT = 3  # raise it with each change of the tokens of a record, or of how they are stored
 LARGE = 4 << 20  # bytes of a data file from which several processes are faster than one
 ABANDONED = 86_400  # seconds after which what a killed process left is removed
 
@@ -107,6 +107,7 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
         "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),
         "settings": [tokenizer.settings, tokenizer.stop_ids],
         "template": [tokenizer.chat_template, tokenizer.template_kwargs, *tokenizer.dates()],
+        "special_tokens_in_text": tokenizer.special_tokens_in_text,
         "config": [config.train_on, config.max_seq_len],
         "format": FORMAT,
     }

@@ -7,13 +7,14 @@ a text of its own, which begins as the model will be asked.
 import re
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
 from litmini.chat_template import REASONING, TOOLS, BadTemplate, Parts
 from litmini.data.formats import Example
 from litmini.errors import UserError
+from litmini.literal_tokens import START
 from litmini.tokenizer import Message, Tokenizer
 
 Spans = list[tuple[int, int]]
@@ -108,16 +109,19 @@ def render_examples(
     Raises:
         BadTemplate: the template exceeds a limit; names the example.
     """
-    chats = [
-        (tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in examples if e.messages
+    marked = [
+        replace(e, messages=tokenizer.mark(e.messages), tools=tokenizer.mark(e.tools)) if e.messages else e
+        for e in examples
     ]
+    chats = [(tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in marked if e.messages]
     end = len(tokenizer.after_answer) if chats else 0
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
-    for number, example in enumerate(examples):
+    for number, example in enumerate(marked):
         if example.messages is None:
-            spans = [] if train_on == "all" else [(len(example.prompt), len(example.text))]
-            rendered.append(Rendered(number, example.text, spans))
+            prompt = tokenizer.mark(example.prompt)
+            text = prompt + tokenizer.mark(example.text[len(example.prompt) :])
+            rendered.append(Rendered(number, text, [] if train_on == "all" else [(len(prompt), len(text))]))
             continue
         own = islice(texts, len(_parts(example, train_on)))
         try:
@@ -128,6 +132,7 @@ def render_examples(
         except (UserError, ValueError) as error:
             problems.append(f"{example.where}: {error}")
         deque(own, 0)  # what an error left
+    notes["special_tokens_as_text"] += sum(one.text.count(START) for one in rendered)
     return rendered
 
 

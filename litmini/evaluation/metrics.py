@@ -39,7 +39,13 @@ def predict(
     for example in examples:
         if example.messages is None:
             if example.prompt:
-                pairs.append((tokenizer.encode(example.prompt), example.prompt, example.text[len(example.prompt) :]))
+                pairs.append(
+                    (
+                        tokenizer.encode(tokenizer.mark(example.prompt)),
+                        example.prompt,
+                        example.text[len(example.prompt) :],
+                    )
+                )
         elif (
             len(example.messages) > 1
             and example.messages[-1]["role"] == "assistant"

@@ -55,7 +55,10 @@ def open_base(fabric: Fabric, config: FinetuneConfig, began: datetime | None) ->
 
             ensure_checkpoint(config.checkpoint_dir, config.download_from)
     began = fabric.broadcast(began or datetime.now())
-    tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template, began, config.data.template_kwargs)
+    data = config.data
+    tokenizer = Tokenizer(
+        config.checkpoint_dir, data.chat_template, began, data.template_kwargs, data.special_tokens_in_text
+    )
     _, base = read_config(Path(config.checkpoint_dir))
     if config.data.max_seq_len > base.max_positions:
         raise UserError(
