@@ -13,11 +13,12 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from litmini.config.finetune import DataConfig
+from litmini.config.finetune import DataConfig, FinetuneLoraConfig
 from litmini.data.dataset import Examples, load_data
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.ops.cross_entropy import IGNORE
+from litmini.settings import Settings
 from litmini.tokenizer import Tokenizer
 
 THOUGHT = "<think>\nAdd them.\n</think>\n\n4"
@@ -162,6 +163,19 @@ def test_settings_of_training_are_those_of_the_result(place: Any, tmp_path: Path
     AutoTokenizer.from_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match=r"template_kwargs has tools"):
         Tokenizer(directory, template_kwargs={"tools": []})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--data.template_kwargs", "{enable_thinking: false}"], ["--data.template_kwargs.enable_thinking", "false"]],
+)
+def test_variables_are_settings(words: list[str]) -> None:
+    settings = Settings(FinetuneLoraConfig)
+    for name, word in (("checkpoint_dir", "a"), ("out_dir", "b"), ("data.path", "c"), (words[0][2:], words[1])):
+        settings.add_word(name, word)
+    assert settings.build().data.template_kwargs == {"enable_thinking": False}
+    with pytest.raises(UserError, match=r"expected names and values such as '\{enable_thinking: false\}' or null"):
+        settings.add_word("data.template_kwargs", "3")
 
 
 def test_tokens_of_other_variables_are_not_taken_from_the_cache(
