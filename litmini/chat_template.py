@@ -30,7 +30,12 @@ SPARE_CHARACTERS, GROWTH = 1 << 20, 10
 
 Parts = list[tuple[int, bool, int | None]]
 """Which texts of a conversation: (how many of its first messages, whether the beginning of an answer follows them, the number
-of a message that is left out)."""
+of a message that is left out, `TOOLS` for the tools)."""
+TOOLS = -1
+Conversation = tuple[list[Any], list[Any] | None, Parts]
+"""Messages, tools as JSON schemas, and the texts that are wanted."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names of a message's reasoning; templates of transformers find it by the first two, whichever the data has."""
 
 
 class BadTemplate(UserError):
@@ -38,14 +43,15 @@ class BadTemplate(UserError):
 
 
 def render(
-    template: str, conversations: Sequence[tuple[list[Any], Parts]], variables: dict[str, Any], now: datetime
+    template: str, conversations: Sequence[Conversation], variables: dict[str, Any], now: datetime
 ) -> Iterator[str | UserError]:
     """Yield the texts of all parts of all conversations as transformers renders them; an error in place of one that fails.
 
     One request for many texts costs a tenth of many requests. They come while the next ones are rendered.
 
     Args:
-        variables: such as `bos_token`. They and the messages are values of JSON; others are passed as their text.
+        variables: such as `bos_token` and `enable_thinking`. They and the messages are values of
+            JSON; others are passed as their text.
         now: the time for `strftime_now`.
 
     Raises:
@@ -53,7 +59,7 @@ def render(
     """
     request: dict[str, Any] = {"template": template, "conversations": conversations, "variables": variables}
     request |= {"now": now.isoformat(), "seconds": SECONDS}
-    count = sum(len(parts) for _, parts in conversations)
+    count = sum(len(parts) for _, _, parts in conversations)
     try:
         line = json.dumps(request, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # of one conversation: the others are rendered
@@ -141,16 +147,27 @@ def serve() -> None:
             sys.setrecursionlimit(5000)  # what the other process could write can be read here
             request = json.loads(line)
             sys.setrecursionlimit(1000)
-            for messages, parts in request["conversations"]:
+            for messages, tools, parts in request["conversations"]:
+                messages = [_as_templates_expect(message) for message in messages]
                 for count, is_prompt, left_out in parts:
                     kept = [message for i, message in enumerate(messages[:count]) if i != left_out]
                     _end_after(request["seconds"])
-                    answer = json.dumps(_render(request, kept, is_prompt)).encode()
+                    text = _render(request, kept, None if left_out == TOOLS else tools, is_prompt)
+                    answer = json.dumps(text).encode()
                     _end_after(0)
                     sys.stdout.buffer.write(answer + b"\n")
                     sys.stdout.buffer.flush()
     except MemoryError:
         os._exit(TOO_LARGE)
+
+
+def _as_templates_expect(message: Any) -> Any:
+    """Return a message without keys that are null, which templates write as "None", with its reasoning by both names."""
+    if not isinstance(message, dict):
+        return message
+    found = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((found[key] for key in REASONING if key in found), None)
+    return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
 def _end_after(seconds: int) -> None:
@@ -166,15 +183,15 @@ def _end_after(seconds: int) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _render(request: dict[str, Any], messages: list[Any], is_prompt: bool) -> tuple[str, str]:
+def _render(request: dict[str, Any], messages: list[Any], tools: list[Any] | None, is_prompt: bool) -> tuple[str, str]:
     """Return a text and "", or what is wrong with it and whose fault that is: "template" or "messages"."""
     from jinja2 import TemplateSyntaxError
 
     now = datetime.fromisoformat(request["now"])
-    variables = {"messages": messages, "add_generation_prompt": is_prompt, "tools": None, "documents": None}
+    variables = {"messages": messages, "add_generation_prompt": is_prompt, "tools": tools, "documents": None}
     pieces, size = [], 0
     try:
-        most = SPARE_CHARACTERS + GROWTH * len(str(messages))
+        most = SPARE_CHARACTERS + GROWTH * (len(str(messages)) + len(str(tools)))
         stream = _compile(request["template"]).generate(strftime_now=now.strftime, **variables, **request["variables"])
         for piece in stream:
             pieces.append(piece)

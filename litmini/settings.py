@@ -69,6 +69,7 @@ def describe(kind: Any) -> str:
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
     words |= {dict[str, int]: "names and numbers such as '{q_proj: 8}'", dict[str, float]: "such as '{q_proj: 8.0}'"}
     words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
+    words |= {dict[str, Any]: "names and values such as '{enable_thinking: false}'"}
     words |= {Text: "text", list[float]: "a list of numbers such as '[1.0, 2.0]'"}
     return words.get(kind) or str(kind)
 
@@ -188,7 +189,10 @@ class Settings:
     def _kind(self, name: str) -> Any:
         """Return the type of a setting, or of the entries of one that is a mapping; None for others."""
         parent = self.types.get(name.rpartition(".")[0])
-        return self.types.get(name) or (get_args(parent)[1] if get_origin(parent) is dict else None)
+        mappings = [
+            kind for kind in (parent, *get_args(parent)) if get_origin(kind) is dict
+        ]  # one that may be null, too
+        return self.types.get(name) or (get_args(mappings[0])[1] if mappings else None)
 
     def _add(self, name: str, node: yaml.Node, path: str, word: str | None = None) -> None:
         kind = self._kind(name)

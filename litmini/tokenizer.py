@@ -15,15 +15,20 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.chat_template import BadTemplate, Parts, render
+from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json
+from litmini.literal_tokens import START, Encoded, LiteralTokens
+from litmini.tool_calls import convert_arguments
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles that a message can have."""
 NAMED = {"name", "template"}
 """The keys of one of several chat templates in tokenizer_config.json."""
+OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+SAVED_KWARGS = "chat_template_kwargs"
+"""The key of tokenizer_config.json that holds the template's variables of training."""
 
 
 class Tokenizer:
@@ -34,13 +39,23 @@ class Tokenizer:
             `generation_config.json` and `config.json`.
         chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
         began: the time that templates write with `strftime_now`; None: the current time.
+        template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
+        special_tokens_in_text: special tokens that people write in messages and texts are tokens, not text.
 
     Raises:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, directory: str | Path, chat_template: str = "auto", began: datetime | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        chat_template: str = "auto",
+        began: datetime | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        special_tokens_in_text: bool = False,
+    ) -> None:
         self.directory = Path(directory)
+        self.special_tokens_in_text = special_tokens_in_text
         self.began = began
         file = self.directory / "tokenizer.json"
         if not file.is_file():
@@ -64,6 +79,14 @@ class Tokenizer:
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
         self.chat_template = self._find_template(chat_template)
+        saved = self.settings.get(SAVED_KWARGS, {})
+        if not isinstance(saved, dict):
+            raise self._wrong("tokenizer_config.json", SAVED_KWARGS, saved, "names and values")
+        self.template_kwargs: dict[str, Any] = saved if template_kwargs is None else template_kwargs
+        if own := sorted(self.template_kwargs.keys() & OWN_VARIABLES):
+            raise UserError(
+                f"template_kwargs has {', '.join(own)}, which litmini gives to templates itself: leave it out."
+            )
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
@@ -135,18 +158,23 @@ class Tokenizer:
         """Return the id of the special token that the template puts after an assistant's turn, or None."""
         return next((i for i in self.encode(self.after_answer, special=False) if i in self.special_ids), None)
 
-    def apply_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def apply_template(
+        self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """Render messages ({"role": ..., "content": ...}) as the text that the model was trained on.
+
+        Args:
+            tools: JSON schemas of the functions that the model may call.
 
         Raises:
             UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
         """
-        (text,) = self.render([(messages, [(len(messages), add_generation_prompt, None)])])
+        (text,) = self.render([(self.with_arguments(messages), tools, [(len(messages), add_generation_prompt, None)])])
         if isinstance(text, UserError):
             raise text
         return text
 
-    def render(self, conversations: Sequence[tuple[list[Message], Parts]]) -> Iterator[str | UserError]:
+    def render(self, conversations: Sequence[Conversation]) -> Iterator[str | UserError]:
         """Yield the texts of parts of conversations (see `chat_template.render`), an error in place of one that fails.
 
         Raises:
@@ -155,13 +183,45 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
         named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        tokens = {key: token for key, token in named.items() if token}
+        variables = {key: token for key, token in named.items() if token} | self.template_kwargs
         name = f"the chat template of {self.directory}"
         try:
-            for text in render(self.chat_template, conversations, tokens, self.began or datetime.now()):
+            for text in render(self.chat_template, conversations, variables, self.began or datetime.now()):
                 yield text if isinstance(text, str) else UserError(f"{name} {text}")
         except BadTemplate as error:
             raise BadTemplate(f"{name} {error}") from None
+
+    @cached_property
+    def _arguments(self) -> type | None:
+        """What the template writes as JSON where a tool call has it as its arguments: dict, or str; None: both, or neither."""
+        texts: list[str | UserError] = []
+        for arguments in ({"a": 1}, '{"a": 1}'):
+            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            turns = [
+                {"role": "user", "content": "question"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            texts += self.render([(turns, None, [(2, False, None)])])
+        fits = [
+            isinstance(text, str) and "'a'" not in text and '\\"' not in text for text in texts
+        ]  # no repr, no JSON of JSON
+        return None if fits[0] == fits[1] else dict if fits[0] else str
+
+    @cached_property
+    def _literal(self) -> LiteralTokens:
+        return LiteralTokens(self.fast, self.special_ids)
+
+    def mark(self, value: Any) -> Any:
+        """Return a text, or messages, with marks around special tokens, which `encode` takes as text then.
+
+        With `special_tokens_in_text` there are no marks.
+        """
+        return value if self.special_tokens_in_text else self._literal.mark(value)
+
+    def with_arguments(self, messages: list[Message]) -> list[Message]:
+        """Return messages with the arguments of tool calls as the template wants them."""
+        has_calls = any(message.get("tool_calls") for message in messages)
+        return convert_arguments(messages, self._arguments) if has_calls and self._arguments else messages
 
     def dates(self) -> list[str]:
         """Return the current date as the template writes it, in each of its forms; [] if it writes none."""
@@ -171,7 +231,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the token ids of `text`; with `special`, after the tokens that the tokenizer puts before raw text (BOS)."""
-        ids = self.fast.encode(text, add_special_tokens=False).ids
+        ids = self._literal.encode(text).ids if START in text else self.fast.encode(text, add_special_tokens=False).ids
         return [*self._before_text, *ids] if special else ids
 
     @cached_property
@@ -179,26 +239,48 @@ class Tokenizer:
         framed = self.fast.encode("a")
         return framed.ids[: [*framed.special_tokens_mask, 0].index(0)]  # text may become no token at all
 
-    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+    def encode_batch(self, texts: list[str]) -> list[Encoding | Encoded]:
         """Return the encodings (ids, offsets) without special tokens, computed on all cores."""
-        return self.fast.encode_batch(texts, add_special_tokens=False)
+        encodings: list[Encoding | Encoded] = list(self.fast.encode_batch(texts, add_special_tokens=False))
+        for i, text in enumerate(texts):
+            if START in text:
+                encodings[i] = self._literal.encode(text)
+        return encodings
 
-    def encode_prompt(self, prompt: str | list[Message]) -> list[int]:
-        """Return the token ids of a prompt: messages, or text as a user's turn; without a template, raw text."""
+    def encode_prompt(self, prompt: str | list[Message], tools: list[Any] | None = None) -> list[int]:
+        """Return the token ids of a prompt: messages, or text as a user's turn; without a template, raw text.
+
+        Args:
+            tools: JSON schemas of the functions that the model may call.
+
+        Raises:
+            UserError: there is no template for messages, or it fails or leaves out the tools.
+        """
         if self.chat_template is None:
             if not isinstance(prompt, str):
                 raise UserError(f"{self.directory} has no chat template: give the prompt as text.")
-            return self.encode(prompt)
+            return self.encode(self.mark(prompt))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.encode(self.apply_template(messages, add_generation_prompt=True), special=False)
+        messages, tools = self.mark(messages), self.mark(tools)
+        left_out = {i: f"messages[{i}], of the role {m['role']}" for i, m in enumerate(messages) if _may_be_unknown(m)}
+        left_out |= {TOOLS: "the tools"} if tools else {}
+        parts: Parts = [(len(messages), True, i) for i in (None, *left_out)]
+        text, *others = self.render([(self.with_arguments(messages), tools, parts)])
+        if isinstance(text, UserError):
+            raise text
+        for what, other in zip(left_out.values(), others, strict=True):
+            if other == text:
+                raise UserError(f"the chat template of {self.directory} leaves out {what}.")
+        return self.encode(text, special=False)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return self.fast.decode(ids, skip_special_tokens=skip_special)
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer, the template in use and all stop ids into `directory`, beside the weights."""
+        """Write the tokenizer, the template and its variables in use and all stop ids into `directory`, beside the weights."""
         copy_side_files(self.directory, directory)
-        settings = {k: v for k, v in self.settings.items() if k != "chat_template"}
+        settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", SAVED_KWARGS)}
+        settings |= {SAVED_KWARGS: self.template_kwargs} if self.template_kwargs else {}
         write_json(directory / "tokenizer_config.json", settings)
         template = directory / "chat_template.jinja"
         template.unlink(missing_ok=True)
@@ -206,6 +288,11 @@ class Tokenizer:
             template.write_text(self.chat_template, encoding="utf-8")
         stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
         write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})
+
+
+def _may_be_unknown(message: Message) -> bool:
+    """Return whether a template may leave out a message, since it does not know the role."""
+    return message.get("role") not in ("user", "assistant") and bool(str(message.get("content") or "").strip())
 
 
 def _read_template(file: Path) -> str:

@@ -102,7 +102,8 @@ def main(config: ServeConfig) -> None:
             assert multi_lora is not None
             multi_lora.add(name, directory)
             own = (Path(directory) / "tokenizer.json").is_file() and config.chat_template == "auto"
-            tokenizers[name] = Tokenizer(directory) if own else tokenizer
+            tokenizers[name] = Tokenizer(directory, template_kwargs=config.template_kwargs) if own else tokenizer
+            tokenizers[name].special_tokens_in_text = config.special_tokens_in_text
         limits = Limits(
             config.max_batch,
             config.max_queue,

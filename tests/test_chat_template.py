@@ -21,7 +21,7 @@ NOW = datetime(2026, 11, 29)
 
 
 def texts(template: str, parts: chat_template.Parts | None = None) -> list[str | UserError]:
-    return list(render(template, [(MESSAGES, parts or [(2, False, None)])], {}, NOW))
+    return list(render(template, [(MESSAGES, None, parts or [(2, False, None)])], {}, NOW))
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_text_has_a_largest_size(template: str) -> None:
 
 def test_long_messages_are_no_fault_of_the_template() -> None:
     long = [{"role": "user", "content": "é" * 3_000_000}]
-    (text,) = render(PLAIN * 3, [(long, [(1, False, None)])], {}, NOW)
+    (text,) = render(PLAIN * 3, [(long, None, [(1, False, None)])], {}, NOW)
     assert isinstance(text, str) and len(text) == 9_000_003
 
 
@@ -101,7 +101,7 @@ def test_parts_in_their_order_and_errors_in_place() -> None:
 
 
 def test_half_a_character_is_an_error() -> None:
-    (text,) = render(PLAIN, [([{"content": "\ud83d"}], [(1, False, None)])], {}, NOW)
+    (text,) = render(PLAIN, [([{"content": "\ud83d"}], None, [(1, False, None)])], {}, NOW)
     assert isinstance(text, UserError) and "half a character" in str(text)
     (text,) = texts(r"{{ '\ud83d' }}")
     assert isinstance(text, UserError)
@@ -109,7 +109,7 @@ def test_half_a_character_is_an_error() -> None:
 
 def test_values_that_json_does_not_have_are_passed_as_their_text() -> None:
     (text,) = render(
-        "{{ messages[0].at }} {{ strftime_now('%d.%m.%Y') }}", [([{"at": NOW}], [(1, False, None)])], {}, NOW
+        "{{ messages[0].at }} {{ strftime_now('%d.%m.%Y') }}", [([{"at": NOW}], None, [(1, False, None)])], {}, NOW
     )
     assert text == "2026-11-29 00:00:00 29.11.2026"
 
@@ -119,8 +119,8 @@ def test_messages_that_are_no_json_are_errors_in_place() -> None:
     for _ in range(100_000):
         deep = [deep]
     bad = [[{"content": "x", "more": deep}], [{"content": "x", (1, 2): 3}]]
-    both = [(MESSAGES, [(1, False, None)]), *[(one, [(1, False, None), (1, True, None)]) for one in bad]]
-    first, *errors, last = render(PLAIN, [*both, (MESSAGES, [(2, False, None)])], {}, NOW)
+    both = [(MESSAGES, None, [(1, False, None)]), *[(one, None, [(1, False, None), (1, True, None)]) for one in bad]]
+    first, *errors, last = render(PLAIN, [*both, (MESSAGES, None, [(2, False, None)])], {}, NOW)
     assert (first, last) == ("hello.", "hello.hi.") and len(errors) == 4
     assert all(isinstance(error, UserError) and "cannot render" in str(error) for error in errors)
 
@@ -130,7 +130,7 @@ def test_deep_messages_are_rendered_or_refused(depth: int) -> None:
     deep: object = []
     for _ in range(depth):
         deep = [deep]
-    (text,) = render(PLAIN, [([{"content": "x", "more": deep}], [(1, False, None)])], {}, NOW)
+    (text,) = render(PLAIN, [([{"content": "x", "more": deep}], None, [(1, False, None)])], {}, NOW)
     assert text == "x." or "cannot render" in str(text) or "recursion" in str(text)
 
 
@@ -140,7 +140,7 @@ def test_what_a_template_says_is_bounded() -> None:
 
 
 def test_answers_that_nobody_takes_are_not_those_of_the_next_request() -> None:
-    answers = render(PLAIN, [(MESSAGES, [(1, False, None), (2, False, None)])], {}, NOW)
+    answers = render(PLAIN, [(MESSAGES, None, [(1, False, None), (2, False, None)])], {}, NOW)
     assert next(answers) == "hello."
     answers.close()  # type: ignore[attr-defined]
     assert texts(PLAIN) == ["hello.hi."]
@@ -159,7 +159,7 @@ def test_the_process_survives_signals_to_the_group_and_is_replaced_when_it_dies(
 
 
 def _length(n: int) -> int:
-    (text,) = render("{{ messages[0].content * %d }}" % n, [(MESSAGES, [(1, False, None)])], {}, NOW)  # noqa: UP031
+    (text,) = render("{{ messages[0].content * %d }}" % n, [(MESSAGES, None, [(1, False, None)])], {}, NOW)  # noqa: UP031
     return len(str(text))
 
 
@@ -174,9 +174,9 @@ def test_threads_and_forks_do_not_mix_their_texts() -> None:
 def test_a_process_that_renders_does_not_outlive_the_one_that_was_killed() -> None:
     code = (
         "from litmini import chat_template as c\nfrom datetime import datetime\nc.SECONDS = 2\n"
-        "list(c.render('x', [([], [(0, False, None)])], {}, datetime.now()))\nprint(c._child.process.pid, flush=True)\n"
+        "list(c.render('x', [([], None, [(0, False, None)])], {}, datetime.now()))\nprint(c._child.process.pid, flush=True)\n"
         "list(c.render('{% for i in range(9999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}', "
-        "[([], [(0, False, None)])], {}, datetime.now()))"
+        "[([], None, [(0, False, None)])], {}, datetime.now()))"
     )
     asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ})
     assert asking.stdout

@@ -12,5 +12,5 @@ def tokenize(examples: list[Example], tokenizer: Tokenizer, config: DataConfig, 
     part = encode_examples(examples, tokenizer, config)
     if part.problems:
         raise bad_records(part.problems)
-    _check_dropped(len(part.dropped), part.records, part.dropped[0] if part.dropped else "", config, what)
-    return Examples([(part.inputs, part.labels)], part.table, len(part.dropped), part.truncated_dropped)
+    _check_dropped(len(part.dropped), part.examples, part.dropped[0] if part.dropped else "", config, what)
+    return Examples([(part.inputs, part.labels)], part.table, len(part.dropped), part.truncated_dropped, part.notes)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError, check
@@ -25,8 +25,13 @@ class DataConfig:
     """Without val_path: the fraction of the training examples to validate on instead."""
     chat_template: str = "auto"
     """auto: the checkpoint's own; none: plain text; or the path of a .jinja file, which is then saved with the result."""
+    template_kwargs: dict[str, Any] | None = None
+    """Variables of the template, such as '{enable_thinking: false}', which are then saved with the result. None: those saved
+    with the checkpoint."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
+    special_tokens_in_text: bool = False
+    """Special tokens such as <|im_end|> in the texts of the data are tokens. By default they are encoded as text."""
     max_seq_len: int = 2048
     """Longest sequence in tokens. Longer examples are truncated, and their share is printed."""
     pack: bool = True

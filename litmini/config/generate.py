@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from litmini.errors import check
 
@@ -19,6 +19,10 @@ class ModelConfig:
     """The model file of a checkpoint whose family is not in litmini/models/."""
     chat_template: str = "auto"
     """auto: the checkpoint's own template, if it has one; none: prompts are raw text; or the path of a .jinja file."""
+    template_kwargs: dict[str, Any] | None = None
+    """Variables of the template, such as '{enable_thinking: false}'. None: those of training."""
+    special_tokens_in_text: bool = False
+    """Special tokens such as <|im_end|> in prompts and messages are tokens. By default they are encoded as text."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of the weights."""
     bits: Literal[4, 16] = 16

@@ -3,6 +3,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from litmini.config.finetune import DataConfig
+from litmini.data.encode import NOTES
 from litmini.data.formats import Example, find_locations, pick_examples
 from litmini.data.token_cache import TokenFile, tokenize_file
 from litmini.errors import UserError
@@ -31,6 +33,8 @@ class Examples:
     """Examples without a supervised token, which are not here."""
     truncated_dropped: int = 0
     """How many of these were truncated."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Numbers for `encode.NOTES`."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by name."""
     paths: list[str] = field(default_factory=list)
@@ -80,15 +84,18 @@ class Examples:
             "truncated_examples": int(table["truncated"].sum()) + self.truncated_dropped,
             "dropped_examples": self.dropped,
             "longest": int(table["size"].max()),
+            **self.notes,
         }
 
     def describe(self, name: str) -> str:
         """Return one line of statistics to print."""
         s = self.statistics
         truncated = s["truncated_examples"] / max(1, s["examples"] + s["dropped_examples"])
+        notes = "".join(f"; {text.format(self.notes[key])}" for key, text in NOTES.items() if self.notes[key])
         return (
             f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, {s['trained_tokens'] / s['tokens']:.0%} supervised, "
-            f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({truncated:.1%}), dropped {s['dropped_examples']}"
+            f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({truncated:.1%}), "
+            f"dropped {s['dropped_examples']}{notes}"
         )
 
     def show_masks(self, tokenizer: Tokenizer, count: int) -> str:
@@ -111,10 +118,10 @@ class Examples:
 E = TypeVar("E", bound=Examples)
 
 
-def _check_dropped(dropped: int, records: int, first: str, config: DataConfig, what: str) -> None:
-    if dropped > config.max_dropped * records or dropped == records:
+def _check_dropped(dropped: int, total: int, first: str, config: DataConfig, what: str) -> None:
+    if dropped > config.max_dropped * total or dropped == total:
         raise UserError(
-            f"{dropped} of {records} {what} examples have no supervised token within max_seq_len "
+            f"{dropped} of {total} {what} examples have no supervised token within max_seq_len "
             f"{config.max_seq_len} (the first: {first}). Their completions are missing or truncated: raise "
             f"--data.max_seq_len, or allow it with --data.max_dropped."
         )
@@ -152,21 +159,25 @@ def load_data(
     if val:
         entries = val.table[:max_examples]
         for number, path in enumerate(file for files in val_files for file in files.values()):
-            wanted = entries["number"][entries["file"] == number].tolist()
+            wanted = np.unique(entries["number"][entries["file"] == number]).tolist()
             if wanted:
                 val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted)
     return train, val, val_examples
 
 
 def split(examples: E, fraction: float, seed: int) -> tuple[E, E]:
-    """Return (training, validation) examples; the latter are a random `fraction` of all, at least one."""
-    order = np.random.default_rng(seed).permutation(len(examples))
-    count = max(1, round(fraction * len(examples)))
-    if count >= len(examples):
-        raise UserError(f"--data.val_fraction {fraction} leaves none of {len(examples)} examples to train on")
-    chosen, rest = np.sort(order[:count]), np.sort(order[count:])
-    val = dataclasses.replace(examples, table=examples.table[chosen], dropped=0, truncated_dropped=0)
-    return dataclasses.replace(examples, table=examples.table[rest]), val
+    """Return (training, validation) examples; the latter are those of a random `fraction` of all records, at least one."""
+    table = examples.table
+    is_next = (table["file"][1:] != table["file"][:-1]) | (table["number"][1:] != table["number"][:-1])
+    records = np.concatenate([[0], np.cumsum(is_next)])  # examples of one conversation stay together
+    total = int(records[-1]) + 1
+    order = np.random.default_rng(seed).permutation(total)
+    count = max(1, round(fraction * total))
+    if count >= total:
+        raise UserError(f"--data.val_fraction {fraction} leaves none of {total} examples to train on")
+    chosen = np.isin(records, order[:count])
+    val = dataclasses.replace(examples, table=table[chosen], dropped=0, truncated_dropped=0, notes=Counter())
+    return dataclasses.replace(examples, table=table[~chosen]), val
 
 
 def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, what: str) -> Examples:
@@ -179,9 +190,10 @@ def _join(sets: list[dict[str, str]], tokenizer: Tokenizer, config: DataConfig, 
     for i, (number, _, file) in enumerate(files):
         tables.append(file.table.copy())
         tables[-1]["set"], tables[-1]["file"] = number, i
-    dropped, records = sum(f.dropped for _, _, f in files), sum(f.records for _, _, f in files)
+    dropped, total = sum(f.dropped for _, _, f in files), sum(f.examples for _, _, f in files)
     first = next((f"{name}:{f.first_dropped}" for _, name, f in files if f.dropped), "")
-    _check_dropped(dropped, records, first, config, what)
+    _check_dropped(dropped, total, first, config, what)
     hashes = {name: f.sha256 for _, name, f in files}
     arrays, truncated = [(f.inputs, f.labels) for _, _, f in files], sum(f.truncated_dropped for _, _, f in files)
-    return Examples(arrays, np.concatenate(tables), dropped, truncated, hashes, paths)
+    notes = sum((Counter(f.notes) for _, _, f in files), Counter())
+    return Examples(arrays, np.concatenate(tables), dropped, truncated, notes, hashes, paths)

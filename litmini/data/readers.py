@@ -28,7 +28,7 @@ class Chunk:
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield the location and the value of each record; a ValueError in place of one that cannot be read."""
-        values = self.content if isinstance(self.content, list) else self.content.to_pylist()
+        values = self.content if isinstance(self.content, list) else map(_without_nulls, self.content.to_pylist())
         for where, value in zip(self.locations, values, strict=True):
             yield where, parse_json(_decode(value, where)) if isinstance(value, bytes) else value
 
@@ -143,6 +143,17 @@ def _read_csv(name: str, raw: Any) -> Iterator[Chunk]:
     except UnicodeDecodeError:
         _find_bad_line(name)
         raise
+
+
+def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of Parquet without the keys within its values that are null: a struct has all keys of its column."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(one) for key, one in value.items() if one is not None}
+        return [clean(one) for one in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in record.items()}
 
 
 def _group(records: Iterable[tuple[str, Any]]) -> Iterator[Chunk]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from litmini.files import content_hash, existing_file, read_json, write_json
 from litmini.system import cpu_count, locked
 from litmini.tokenizer import Tokenizer
 
-FORMAT = 1  # raise it with each change of the tokens of a record, or of how they are stored
+FORMAT = 3  # raise it with each change of the tokens of a record, or of how they are stored
 LARGE = 4 << 20  # bytes of a data file from which several processes are faster than one
 ABANDONED = 86_400  # seconds after which what a killed process left is removed
 
@@ -47,6 +48,9 @@ class TokenFile:
     sha256: str
     """Of the data file."""
     records: int
+    examples: int
+    notes: dict[str, int]
+    """Numbers for `encode.NOTES`."""
     dropped: int
     truncated_dropped: int
     first_dropped: str
@@ -101,7 +105,9 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
     parts = {
         "data": sha256 + suffix,
         "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),
-        "settings": [tokenizer.settings, tokenizer.stop_ids, tokenizer.chat_template, *tokenizer.dates()],
+        "settings": [tokenizer.settings, tokenizer.stop_ids],
+        "template": [tokenizer.chat_template, tokenizer.template_kwargs, *tokenizer.dates()],
+        "special_tokens_in_text": tokenizer.special_tokens_in_text,
         "config": [config.train_on, config.max_seq_len],
         "format": FORMAT,
     }
@@ -120,7 +126,7 @@ def _open(directory: Path, sha256: str) -> TokenFile | None:
             if file.stat().st_size != 4 * tokens:
                 return None
             arrays.append(np.memmap(file, np.int32, "r") if tokens else np.zeros(0, np.int32))
-        fits = table.dtype == ENTRY and len(table) + counts["dropped"] == counts["records"]
+        fits = table.dtype == ENTRY and len(table) + counts["dropped"] == counts["examples"]
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
     return TokenFile(arrays[0], arrays[1], table, sha256, **counts) if fits else None
@@ -134,6 +140,7 @@ def _write(
     dropped: list[str] = []
     problems: list[str] = []
     total = tokens = truncated_dropped = 0
+    notes: Counter[str] = Counter()
     if workers is None:
         workers = cpu_count() if Path(path).stat().st_size > LARGE else 1
     with (
@@ -150,18 +157,19 @@ def _write(
             labels.write(part.labels.tobytes())
             dropped += part.dropped
             truncated_dropped += part.truncated_dropped
+            notes += part.notes
             problems += part.problems
             total, tokens = total + part.records, tokens + len(part.inputs)
             bar.update(part.records)
         if problems:
             raise bad_records(problems)
-        np.save(table, np.concatenate(tables))
+        np.save(table, whole := np.concatenate(tables))
         for file in (inputs, labels, table):
             file.flush()
             os.fsync(file.fileno())
     first = dropped[0].removeprefix(f"{path}:") if dropped else ""
-    counts = {"records": total, "dropped": len(dropped), "truncated_dropped": truncated_dropped, "first_dropped": first}
-    write_json(directory / "counts.json", counts)
+    counts = {"records": total, "examples": len(whole) + len(dropped), "notes": notes, "dropped": len(dropped)}
+    write_json(directory / "counts.json", {**counts, "truncated_dropped": truncated_dropped, "first_dropped": first})
 
 
 def _parts(path: str, tokenizer: Tokenizer, config: DataConfig, workers: int) -> Iterator[Part]:

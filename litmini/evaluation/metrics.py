@@ -39,10 +39,21 @@ def predict(
     for example in examples:
         if example.messages is None:
             if example.prompt:
-                pairs.append((tokenizer.encode(example.prompt), example.prompt, example.text[len(example.prompt) :]))
-        elif len(example.messages) > 1 and example.messages[-1]["role"] == "assistant":
+                pairs.append(
+                    (
+                        tokenizer.encode(tokenizer.mark(example.prompt)),
+                        example.prompt,
+                        example.text[len(example.prompt) :],
+                    )
+                )
+        elif (
+            len(example.messages) > 1
+            and example.messages[-1]["role"] == "assistant"
+            and example.messages[-1].get("content")
+        ):
             *before, last = example.messages
-            pairs.append((tokenizer.encode_prompt(before), before[-1]["content"], last["content"]))
+            ids = tokenizer.encode_prompt(before, example.tools or None)
+            pairs.append((ids, before[-1].get("content", ""), last["content"]))
     config: Any = model.config
     predictions = [Prediction(q, a, "") for ids, q, a in pairs if len(ids) >= config.max_positions]  # no token fits
     pairs = [pair for pair in pairs if len(pair[0]) < config.max_positions]

@@ -48,8 +48,9 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
         from litmini.generation.compile import compile_decoding
 
         compile_decoding(model)
-    if config.chat_template != "auto":
-        tokenizer = Tokenizer(tokenizer.directory, config.chat_template)
+    if config.chat_template != "auto" or config.template_kwargs is not None:
+        tokenizer = Tokenizer(tokenizer.directory, config.chat_template, template_kwargs=config.template_kwargs)
+    tokenizer.special_tokens_in_text = config.special_tokens_in_text
     return model, tokenizer
 
 

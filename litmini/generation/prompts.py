@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.generation.token_bytes import token_bytes, token_text
 from litmini.tokenizer import ROLES, Message, Tokenizer
+from litmini.tool_calls import read_calls, read_objects
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Prompt:
     """The JSON of the line; empty where it is broken."""
     prompt: str | list[Message] | UserError
     """The prompt, or what is wrong with the line."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """JSON schemas of the functions that the model may call."""
 
 
 def check_text(text: str) -> str:
@@ -59,6 +62,13 @@ def check_messages(value: Any) -> list[Message]:
             if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
                 raise UserError(f"messages[{number}].content has a part that is no text.")
             content = "".join(part["text"] for part in content)
+        try:
+            calls = read_calls(turn.get("tool_calls"))
+        except ValueError as error:
+            raise UserError(f"messages[{number}]: {error}.") from None
+        if content is None and calls:
+            messages.append({key: value for key, value in turn.items() if key != "content"})
+            continue
         if not isinstance(content, str):
             raise UserError(f"messages[{number}].content is {_kind(content)}, expected text.")
         messages.append({**turn, "content": check_text(content)})
@@ -113,14 +123,16 @@ def _read(path: Path) -> Iterator[Prompt]:
             if not line.strip():
                 continue
             record: Any = {}
+            tools: list[dict[str, Any]] = []
             try:
                 record = json.loads(line.decode("utf-8-sig"))
                 prompt: str | list[Message] | UserError = read_prompt(record)
+                tools = read_objects(record.get("tools"), "tools")
             except UserError as error:
                 prompt = error
             except (ValueError, RecursionError) as error:
-                prompt = UserError(f"not valid JSON: {error}")
-            yield Prompt(number, record if isinstance(record, dict) else {}, prompt)
+                prompt = UserError(str(error) if isinstance(record, dict) and record else f"not valid JSON: {error}")
+            yield Prompt(number, record if isinstance(record, dict) else {}, prompt, tools)
 
 
 def complete_lines(
@@ -155,7 +167,7 @@ def _request(
         content = [{"role": "user", "content": content}] if isinstance(content, str) else content
         content = [{"role": "system", "content": system}, *content]
     try:
-        ids = tokenizer.encode_prompt(content)
+        ids = tokenizer.encode_prompt(content, prompt.tools or None)
         check_prompt(ids, config.max_positions, config.vocab_size)  # type: ignore[union-attr,arg-type]
     except UserError as error:
         return error

@@ -114,7 +114,9 @@ class Completion:
                 self.moved.clear()
                 self.check()
                 for i, job in enumerate(self.jobs):
-                    done, piece = job.done, job.request.take()
+                    done = job.done
+                    # With tools, a text may turn out to be calls, so it is sent as a whole
+                    piece = job.request.take() if done or not self.settings.tools else ""
                     if ended[i] or not (done or piece or job.request.logprobs):
                         continue
                     logprobs, ended[i] = job.request.take_logprobs(), done

@@ -1,6 +1,7 @@
 """OpenAI's request and response bodies."""
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from typing import Any
 
 from litmini.config.generate import SamplingConfig
@@ -9,13 +10,12 @@ from litmini.generation.prompts import check_messages, check_text, describe
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer
+from litmini.tool_calls import parse_calls
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
     "functions": [],
     "response_format": {"type": "text"},
     "best_of": 1,
@@ -26,6 +26,7 @@ NEUTRAL: dict[str, Any] = {
 """Not implemented: accepted with these values, which change nothing, and refused with others."""
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 KNOWN = {
+    *("tools", "tool_choice"),
     *("model", "messages", "prompt", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs", "top_logprobs", "ignore_eos"),
 }
@@ -43,6 +44,8 @@ class CompletionSettings:
     usage: bool
     """Whether a stream ends with the number of tokens."""
     chat: bool
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """JSON schemas of the functions that the model may call."""
 
 
 def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
@@ -57,7 +60,7 @@ def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
     if not isinstance(body, dict):
         raise UserError("the body is not a JSON object.")
     body = {key: value for key, value in body.items() if value is not None}
-    known = KNOWN - {"prompt" if chat else "messages"}  # that of the other endpoint
+    known = KNOWN - ({"prompt"} if chat else {"messages", "tools", "tool_choice"})  # those of the other endpoint
     if unknown := sorted(set(body) - known - IGNORED - set(NEUTRAL)):
         raise UserError(f"unknown settings: {', '.join(unknown)[:500]}; supported: {', '.join(sorted(known))}.")
     if unsupported := [f"{key} = {body[key]!r}"[:80] for key in NEUTRAL if key in body and body[key] != NEUTRAL[key]]:
@@ -99,7 +102,17 @@ def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
     )
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = [check_messages(body.get("messages"))] if chat else _prompts(body.get("prompt"))
-    return CompletionSettings(body.get("model", ""), prompts, sampling, n, body.get("stream", False), usage, chat)
+    stream, tools = body.get("stream", False), _tools(body)
+    return CompletionSettings(body.get("model", ""), prompts, sampling, n, stream, usage, chat, tools)
+
+
+def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+    if (chosen := body.get("tool_choice", "auto")) not in ("auto", "none"):
+        raise UserError(f"not implemented: tool_choice = {chosen!r:.60}; expected auto or none.")
+    tools = body.get("tools", [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools is no list of objects.")
+    return tools if chosen == "auto" else []
 
 
 def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
@@ -153,7 +166,7 @@ def encode(settings: CompletionSettings, tokenizer: Tokenizer) -> list[list[int]
     encoded = []
     for prompt in settings.prompts:
         if settings.chat:
-            encoded.append(tokenizer.encode_prompt(prompt))  # type: ignore[arg-type]
+            encoded.append(tokenizer.encode_prompt(prompt, settings.tools or None))  # type: ignore[arg-type]
         elif isinstance(prompt, str):
             encoded.append(tokenizer.encode(prompt))
         else:
@@ -178,10 +191,19 @@ def choice(
         tokens = [describe(token, tokenizer) for token in logprobs]
         offsets = [token.offset for token in logprobs]
         named = {"content": tokens, "refusal": None} if settings.chat else _old_logprobs(tokens, offsets)
-    common = {"index": index, "logprobs": named, "finish_reason": finish}
+    content, calls = parse_calls(piece) if settings.tools and finish == "stop" else (piece, [])
+    common = {"index": index, "logprobs": named, "finish_reason": "tool_calls" if calls else finish}
     if not settings.chat:
         return {**common, "text": piece}
-    return {**common, "delta" if settings.stream else "message": {"role": "assistant", "content": piece}}
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if calls:
+        ids = [f"call_{uuid.uuid4().hex[:24]}" for _ in calls]
+        numbered = [
+            ({"index": i} if settings.stream else {}) | {"id": ids[i], "type": "function", "function": call}
+            for i, call in enumerate(calls)
+        ]
+        message |= {"content": content or None, "tool_calls": numbered}
+    return {**common, "delta" if settings.stream else "message": message}
 
 
 def _old_logprobs(tokens: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:

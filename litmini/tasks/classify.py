@@ -75,7 +75,7 @@ def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> Classifica
     tokenizer, base = open_base(fabric, config, None)
     train, val = load_labelled(config.data, tokenizer, config.seed)
     plain = {f.name: f.default for f in dataclasses.fields(LabelledDataConfig)}
-    unused = ("chat_template", "train_on", "max_dropped")
+    unused = ("chat_template", "template_kwargs", "special_tokens_in_text", "train_on", "max_dropped")
     warn(fabric, {f"data.{name}": getattr(config.data, name) != plain[name] for name in unused})
     data = plan(fabric, config, tokenizer, base, train, val, [])
     return ClassificationData(**vars(data), names=train.names)

@@ -55,7 +55,10 @@ def open_base(fabric: Fabric, config: FinetuneConfig, began: datetime | None) ->
 
             ensure_checkpoint(config.checkpoint_dir, config.download_from)
     began = fabric.broadcast(began or datetime.now())
-    tokenizer = Tokenizer(config.checkpoint_dir, config.data.chat_template, began)
+    data = config.data
+    tokenizer = Tokenizer(
+        config.checkpoint_dir, data.chat_template, began, data.template_kwargs, data.special_tokens_in_text
+    )
     _, base = read_config(Path(config.checkpoint_dir))
     if config.data.max_seq_len > base.max_positions:
         raise UserError(
@@ -84,6 +87,7 @@ def plan(
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
     steps = math.ceil(total_rows / batch)
     ineffective = {
+        "data.template_kwargs": bool(config.data.template_kwargs) and tokenizer.chat_template is None,
         "train.patience": config.train.patience is not None and not (val and config.train.eval_every),
         "train.sample_every": config.train.sample_every is not None and not (val_examples and config.eval.samples),
         "train.eval_every": config.train.eval_every is not None and not val,

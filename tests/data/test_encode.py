@@ -122,7 +122,7 @@ def test_raw_text(tokenizer: Tokenizer) -> None:
     data = make(
         tokenizer, Example("a:1", text="Once <|im_end|> upon"), Example("a:2", prompt="Add:", text="Add: 3 🙂\n")
     )
-    first = tokenizer.encode("Once <|im_end|> upon")
+    first = tokenizer.encode(tokenizer.mark("Once <|im_end|> upon"))
     assert parts(data, 0) == (first, [*first[1:], STOP])
     assert trained(tokenizer, data, 1) == [" 3 🙂\n<|im_end|>"]
 

@@ -212,7 +212,7 @@ def test_seeds_repeat(client):
         ({"temperature": "hot"}, openai.BadRequestError, "temperature is 'hot'"),
         ({"n": 17}, openai.BadRequestError, "n is 17"),
         ({"frequency_penalty": 0.5}, openai.BadRequestError, "not implemented: frequency_penalty = 0.5"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "not implemented: tools"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "leaves out the tools"),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "unknown settings: temprature"),
         ({"stop": [""]}, openai.BadRequestError, "stop is"),
     ],
