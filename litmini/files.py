@@ -159,10 +159,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: neither a reader nor a crash finds half of it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, as `write_text` does."""
     partial = path.with_name(f".{path.name}{OURS}{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with partial.open("x", encoding="utf-8") as opened:  # a new file: never through a link
-            opened.write(text)
+        with partial.open("xb") as opened:  # a new file: never through a link
+            opened.write(content)
         _flush(partial)
         partial.rename(path)
     except BaseException:

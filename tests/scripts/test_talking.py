@@ -42,6 +42,17 @@ def loaded(tiny_dir):
 # generate.py
 
 
+def test_the_checkpoint_may_be_the_current_directory(tiny_dir, tmp_path, monkeypatch):
+    """Its name is then not in what was typed."""
+    monkeypatch.chdir(tiny_dir)
+    (tmp_path / "sub").mkdir()
+    for place in (".", "./", f"{tmp_path}/sub/../../{tmp_path.name}/link"):
+        if place.endswith("link"):
+            (tmp_path / "link").symlink_to(tiny_dir)
+        output = run("generate.py", "--checkpoint_dir", place, "--prompt", "hi", "--max_new_tokens", 3, *WORDS)
+        assert output.strip()
+
+
 def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     """The rest is done, in order and equal to each alone; the lines are named."""
     asked = [f"Say {n % 7} {'and more ' * (n % 5)}" for n in range(1000)]

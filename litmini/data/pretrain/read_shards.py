@@ -6,7 +6,6 @@ Every page that is read is compared with its checksum. A corpus behind a URL is 
 
 import hashlib
 import mmap
-import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -19,7 +18,7 @@ from litmini.data.pretrain.tokenize import SPLITS, tokenizer_hash
 from litmini.data.pretrain.write_shards import FORMAT, PAGE
 from litmini.data.token_cache import cache_directory
 from litmini.errors import UserError
-from litmini.files import existing_file, read_json
+from litmini.files import existing_file, read_json, write_bytes
 
 THREADS = 32  # requests at once
 MAX_PENDING = 4096  # sequences that are fetched and not read yet
@@ -184,9 +183,7 @@ class Store:
             raise UserError(f"{self.url}/{name} is missing. Copy the corpus again.")
         file = self.directory / name
         if not file.exists():
-            partial = file.with_name(f".{name}.{os.getpid()}.partial")
-            partial.write_bytes(self.fetch(name))
-            partial.rename(file)
+            write_bytes(file, self.fetch(name))
         return file
 
     def prefetch(self, name: str, start: int, stop: int) -> None:

@@ -8,6 +8,7 @@ same bytes.
 import dataclasses
 import hashlib
 import os
+import re
 import time
 import zlib
 from array import array
@@ -49,7 +50,7 @@ class Shards:
         view = memoryview(tokens)
         while len(view):
             if self.file is None:
-                self.file = self._path(len(self.done), partial=True).open("ab")
+                self.file = _append(self._path(len(self.done), partial=True))
             part = view[: self.capacity - self.size]
             self.file.write(part)
             self.size += len(part)
@@ -88,12 +89,25 @@ class Shards:
             path.rename(partial)
         if (partial.stat().st_size if partial.exists() else 0) < self.size:
             raise UserError(f"{partial} was shortened since the preparation stopped; delete {self.directory}.")
-        for leftover in self.directory.glob(f"*{self.split}-*.bin*"):
+        ours = re.compile(rf"{self.split}-\d{{5,}}\.bin|\.{self.split}-\d{{5,}}\.bin\.partial")
+        for leftover in filter(lambda path: ours.fullmatch(path.name), list(self.directory.iterdir())):
             if leftover != partial and leftover.name not in [entry["file"] for entry in self.done]:
                 leftover.unlink()
         if partial.exists():
-            os.truncate(partial, self.size)
-            self.file = partial.open("ab")
+            self.file = _append(partial)
+            self.file.truncate(self.size)
+
+
+def _append(partial: Path) -> Any:
+    """Open a shard to write at its end; raise UserError if it is a link, which may lead to anyone's file."""
+    try:
+        return open(
+            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666), "ab"
+        )
+    except OSError as error:
+        if partial.is_symlink():
+            raise UserError(f"{partial} is a link, expected a shard that is being written; remove it.") from None
+        raise error
 
 
 @dataclass

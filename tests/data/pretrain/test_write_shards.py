@@ -341,3 +341,23 @@ def test_bpe_writes_any_text(tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
     assert theirs(TEXTS[5])["input_ids"] == fast.encode(TEXTS[5]).ids
     assert theirs.eos_token_id == 0
+
+
+def test_shards_are_never_written_through_links_and_leave_other_files(tmp_path):
+    home = tmp_path / "thesis.txt"
+    home.write_text("mine")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/.train-00000.bin.partial").symlink_to(home)
+    shards = Shards(tmp_path / "corpus", "train", 2, 8)
+    with pytest.raises(UserError, match=r"partial is a link, expected a shard"):
+        shards.write(b"1234")
+    with pytest.raises(UserError, match=r"partial is a link, expected a shard"):
+        shards.restore({"done": [], "size": 0, "documents": 0})
+    assert home.read_text() == "mine"
+    (tmp_path / "corpus/.train-00000.bin.partial").unlink()
+    for name in ("my-train-1.bin.bak", "train-00000.bin.old", "train-00007.bin"):
+        (tmp_path / "corpus" / name).write_text("mine")
+    shards.restore({"done": [], "size": 0, "documents": 0})
+    shards.write(b"0123456789abcdef")
+    left = {path.name for path in (tmp_path / "corpus").iterdir()}
+    assert left == {"my-train-1.bin.bak", "train-00000.bin.old", "train-00000.bin", "train-00000.crc"}
