@@ -262,6 +262,6 @@ def full_rows(count: int, length: int, vocab: int) -> Batch:
 
 def describe(memory: Memory) -> str:
     """Return a line for each part, in MiB."""
-    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process (Python, CUDA, data)"}
+    names = {"frozen": "frozen weights", "trained": "trained weights", "process": "process, or CUDA context"}
     parts = {names.get(part, part): size for part, size in vars(memory).items()} | {"peak": memory.total}
     return "\n".join(f"  {name:30}{size / 2**20:12,.0f} MiB" for name, size in parts.items())
