@@ -29,7 +29,7 @@ SPARE_CHARACTERS, GROWTH = 1 << 20, 10
 """A text has at most this many characters more than `GROWTH` times those of its messages."""
 
 Parts = list[tuple[int, bool, int | None]]
-"""Which texts of a conversation: (how many of its first messages, whether the beginning of an answer follows them, the number
+"""Which texts of a conversation: (how many of its first messages, whether the generation prompt follows them, the number
 of a message that is left out, `TOOLS` for the tools)."""
 TOOLS = -1
 Conversation = tuple[list[Any], list[Any] | None, Parts]

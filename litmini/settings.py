@@ -1,19 +1,15 @@
 """Settings: reads them from YAML files and from words of a command line, and makes a dataclass of them.
 
 jsonargparse has the defaults, checks types and prints the help. It gets values, not words, which it would read as YAML 1.1:
-`1:30` is 90 there, `yes` a truth value and `# Rules` nothing. Here the type of a setting decides what a word is, so text is
-text as it was typed; and what stands twice or has no end is an error.
+`1:30` is 90 there, `yes` a truth value and `# Rules` nothing (`yaml_values.py`).
 """
 
 import dataclasses
 import json
-import math
-import re
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,14 +19,10 @@ import yaml
 
 from litmini.errors import UserError
 from litmini.files import existing_file
+from litmini.yaml_values import NULLS, compose, pairs_of, shortened, source_of, stands_twice, value_of
 
 Text = Annotated[str, "as typed"]
 """Text that people write, such as a prompt: on the command line, null is the word. Elsewhere `--name null` is none."""
-MAX_VALUES = 100_000  # in a file; aliases can repeat values without end
-NULLS = ("null", "Null", "NULL", "~", "")
-SWITCH = {word: word in ("true", "yes", "on") for word in ("true", "false", "yes", "no", "on", "off")}
-WHOLE = re.compile(r"[-+]?\d[\d_]*")
-NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 
 
 def types_of(config_class: type, prefix: str = "") -> dict[str, Any]:
@@ -93,7 +85,7 @@ class Settings:
         """
         try:
             text = existing_file(path, "config file").read_text(encoding="utf-8-sig")
-            node = _compose(text, path)
+            node = compose(text, path)
             if not isinstance(node, yaml.MappingNode):
                 raise UserError(f"{path} holds no settings; expected lines such as out_dir: out/NAME")
             self._add_group(node, prefix, path)
@@ -110,7 +102,7 @@ class Settings:
         node = None
         if word.lstrip()[:1] in ("[", "{"):  # else text as it was typed, with # and quotes
             with suppress(yaml.YAMLError, RecursionError):
-                node = _compose(word, "")
+                node = compose(word, "")
         wanted = {Any, dict} if isinstance(node, yaml.MappingNode) else {Any, list, tuple}
         if isinstance(node, yaml.MappingNode) and inside:
             self._add_group(node, f"{name}.", "")
@@ -169,17 +161,17 @@ class Settings:
             )  # an entry of lora.rank_pattern stands in it
             for other in (name, whole):  # once as lora.rank, once within lora
                 if other in lines:
-                    raise _twice(other, path, lines[other], line)
+                    raise stands_twice(other, path, lines[other], line)
             lines[name] = line
             if whole != name:
                 entries.setdefault(whole, line)
             elif name in entries:
-                raise _twice(name, path, entries[name], line)
+                raise stands_twice(name, path, entries[name], line)
             self._add(name, node, path)
 
     def _flat(self, group: yaml.MappingNode, prefix: str, path: str) -> Iterator[tuple[str, int, yaml.Node]]:
         """Yield name, line and value of all settings in a group and the groups within it."""
-        for key, (line, node) in _pairs(group, prefix, path).items():
+        for key, (line, node) in pairs_of(group, prefix, path).items():
             name = prefix + key
             if isinstance(node, yaml.MappingNode) and node.value and self._kind(name) is None:
                 yield from self._flat(node, f"{name}.", path)
@@ -204,9 +196,9 @@ class Settings:
         if kind is None:
             self.unknown.append(name)
             return
-        typed = _short(word if word is not None else _source(node))
+        typed = shortened(word if word is not None else source_of(node))
         try:
-            value = _value(node, forms(kind), name, path)
+            value = value_of(node, forms(kind), name, path)
             setting, _, key = (name, "", "") if name in self.types else name.rpartition(".")
             self.put(setting, {**(self.values.get(setting) or {}), key: value} if key else value)
             self.left_out -= {group for group in self.left_out if setting.startswith(f"{group}.")}
@@ -262,112 +254,3 @@ def _made(config_class: type, settings: jsonargparse.Namespace) -> Any:
         if value is not None and (group := group_of(hints[name]))
     }
     return config_class(**{**given, **groups})
-
-
-def _compose(text: str, path: str) -> yaml.Node | None:
-    """Return the node of a YAML text; raise UserError if aliases make it too large."""
-    node = yaml.compose(text, yaml.SafeLoader)
-    if node and sum(1 for _ in islice(_expanded(node), MAX_VALUES + 1)) > MAX_VALUES:
-        raise UserError(f"{path or 'a setting'} holds more than {MAX_VALUES:,} values, aliases included.")
-    return node
-
-
-def _expanded(node: yaml.Node) -> Iterator[yaml.Node]:
-    """Yield a node and all within it, those that aliases repeat each time."""
-    yield node
-    for one in node.value if isinstance(node, yaml.CollectionNode) else ():
-        for inner in one if isinstance(one, tuple) else (one,):
-            yield from _expanded(inner)
-
-
-def _pairs(node: yaml.MappingNode, prefix: str, path: str) -> dict[str, tuple[int, yaml.Node]]:
-    """Return key -> line and value of the entries of a mapping, with those of `<<` that it does not have itself.
-
-    Raises:
-        UserError: a key stands twice.
-    """
-    own: dict[str, tuple[int, yaml.Node]] = {}
-    merged: dict[str, tuple[int, yaml.Node]] = {}
-    first_merge = 0
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{path or prefix.removesuffix(chr(46))}: a key in line {line} is no text.")
-        if key.tag == "tag:yaml.org,2002:merge":
-            if first_merge:
-                raise _twice(prefix + key.value, path, first_merge, line)
-            first_merge = line
-            for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if not isinstance(one, yaml.MappingNode):
-                    raise UserError(
-                        f"{prefix}<< is {_short(_source(one))}; expected a group of settings, or a list of them."
-                    )
-                merged = {**_pairs(one, prefix, path), **merged}
-        elif (name := key.value if key.style is None else _whole_characters(key.value)) in own:
-            raise _twice(prefix + name, path, own[name][0], line)
-        else:
-            own[name] = line, value
-    return {**merged, **own}
-
-
-def _value(node: yaml.Node, takes: set[Any], name: str, path: str) -> Any:
-    """Return the value of a node, where numbers, switches and none are only in settings that take them."""
-    if node.tag.startswith("!") or "python" in node.tag:
-        raise UserError(f"{name} has the YAML tag {node.tag}, expected none.")
-    if isinstance(node, yaml.MappingNode):
-        return {key: _value(value, takes, name, path) for key, (_, value) in _pairs(node, f"{name}.", path).items()}
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(one, takes, name, path) for one in node.value]
-    text, is_plain = node.value, node.style is None
-    is_any = Any in takes and is_plain
-    choices = {str(one): one for one in takes if isinstance(one, (str, int))}
-    if is_plain and text in NULLS and takes & {NoneType, Any}:
-        return None
-    if is_plain and text in NULLS[:-1] and str in takes:
-        raise ValueError
-    if text in choices:
-        return choices[text]
-    if (bool in takes or is_any) and text.lower() in SWITCH:
-        return SWITCH[text.lower()]
-    if (takes & {int, float} or is_any) and NUMBER.fullmatch(text):
-        return _number(text, takes)
-    if not takes & {str, Any}:
-        raise ValueError
-    return text if node.tag == "typed" or is_plain else _whole_characters(text)
-
-
-def _number(text: str, takes: set[Any]) -> int | float:
-    if WHOLE.fullmatch(text) and float not in takes:
-        if len(text) > 40 or not -(2**63) <= int(text) < 2**63:
-            raise OverflowError
-        return int(text)
-    value = float(text.replace("_", ""))
-    if math.isinf(value):
-        raise ValueError("a finite number")
-    return value
-
-
-def _source(node: yaml.Node) -> str:
-    """Return what was typed for a node of a file."""
-    if isinstance(node, yaml.ScalarNode):
-        return str(node.value)
-    return str(node.start_mark.buffer or "")[node.start_mark.pointer : node.end_mark.pointer] or "of another kind"
-
-
-def _whole_characters(text: str) -> str:
-    """Return quoted text with pairs of escapes, as JSON writes characters beyond 16 bits, joined."""
-    if "\0" in text:  # no word of a command line and no path has it
-        raise ValueError("text without \\0")
-    try:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise ValueError("whole characters (a \\ud800 to \\udfff escape stands alone)") from None
-
-
-def _twice(name: str, path: str, first: int, second: int) -> UserError:
-    lines = f"line {first}" if first == second else f"lines {first} and {second}"
-    return UserError(f"{name} stands twice{f' in {path}, {lines}' if path else ''}; expected once: delete one.")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,11 +8,11 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding
+from tokenizers import Encoding, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
@@ -140,13 +140,13 @@ class Tokenizer:
         return found
 
     @cached_property
-    def after_answer(self) -> str:
+    def after_completion(self) -> str:
         """The text that the template puts after an assistant's turn: at the end of a conversation or, if the template refuses
         that, before a user's turn; "" if it refuses both."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "completion"}]
         for messages in (turns, [*turns, turns[0]]):
             try:
-                _, found, tail = self.apply_template(messages).rpartition("answer")
+                _, found, tail = self.apply_template(messages).rpartition("completion")
             except BadTemplate:
                 raise
             except UserError:
@@ -156,7 +156,7 @@ class Tokenizer:
 
     def _turn_end(self) -> int | None:
         """Return the id of the special token that the template puts after an assistant's turn, or None."""
-        return next((i for i in self.encode(self.after_answer, special=False) if i in self.special_ids), None)
+        return next((i for i in self.encode(self.after_completion, special=False) if i in self.special_ids), None)
 
     def apply_template(
         self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -301,6 +301,17 @@ def _read_template(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"chat template {file} is not UTF-8 text: {error}") from None
+
+
+@cache
+def byte_letters() -> list[str]:
+    """Return the letter of each byte in a byte-level vocabulary (GPT-2): itself if it is visible, else one from U+0100 on."""
+    letters = sorted(
+        pre_tokenizers.ByteLevel.alphabet()
+    )  # visible bytes, then those that stand for the others, in order
+    visible = {letter for letter in letters if ord(letter) < 256}
+    others = iter(letters[len(visible) :])
+    return [chr(byte) if chr(byte) in visible else next(others) for byte in range(256)]
 
 
 SIDE_FILES = (

@@ -68,7 +68,7 @@ def main(config: GenerateConfig) -> None:
         check_new_file(config.out, "--out")
     model, tokenizer = open_model(config)
     if config.prompts is not None:
-        answer_file(config, model, tokenizer)
+        complete_file(config, model, tokenizer)
         return
     if config.prompt == "-" and sys.stdin is None:
         raise UserError("standard input is closed; expected the prompt there, or --prompt TEXT.")
@@ -109,7 +109,7 @@ def make_draft(config: GenerateConfig, tokenizer):  # type: ignore[no-untyped-de
     return None
 
 
-def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def complete_file(config: GenerateConfig, model, tokenizer) -> None:  # type: ignore[no-untyped-def]
     """Complete every prompt of a file; write errors in place of completions, and list them at the end."""
     import json
 
@@ -120,12 +120,12 @@ def answer_file(config: GenerateConfig, model, tokenizer) -> None:  # type: igno
     wrong, total = [], 0
     # backslashreplace: half a character, as a JSON escape can hold, is written as that escape again
     with Path(config.out).open("x", encoding="utf-8", errors="backslashreplace") as file:
-        for answer in complete_lines(model, tokenizer, lines, config, config.batch_size, config.system):
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        for completed in complete_lines(model, tokenizer, lines, config, config.batch_size, config.system):
+            file.write(json.dumps(completed, ensure_ascii=False) + "\n")
             file.flush()
             total += 1
-            if "error" in answer:
-                wrong.append(f"line {answer['line']}: {answer['error']}")
+            if "error" in completed:
+                wrong.append(f"line {completed['line']}: {completed['error']}")
     print(f"{total - len(wrong)} of {total} prompts completed: {config.out}")
     if wrong:
         more = [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10)

@@ -252,7 +252,7 @@ def test_a_template_that_ends_with_the_user(directory: Path) -> None:
     settings(directory, "generation_config.json", eos_token_id=None)
     assert Tokenizer(directory).stop_ids == [END, STOP]
     nothing = template(directory, "{% if messages[0].content == 'question' %}{{ raise_exception('no') }}{% endif %}x")
-    assert nothing.after_answer == "" and nothing.stop_ids == [END]
+    assert nothing.after_completion == "" and nothing.stop_ids == [END]
 
 
 def test_errors_of_files(directory: Path, tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
 """Files beside a tokenizer with values of any type: a tokenizer that works, or an error that names file and key."""
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+from fuzz_amount import seeds
 
 from litmini.errors import UserError
 from litmini.system import has_colors
 from litmini.tokenizer import Tokenizer
 
-CASES = int(400 * float(os.environ.get("LITMINI_FUZZ", "1")))
+CASES = len(seeds(400))
 KEYS = {
     "tokenizer_config.json": [
         "bos_token",

@@ -76,15 +76,15 @@ def read_adapter(directory: str | Path) -> Adapter:
     Raises:
         UserError: it is missing, damaged, does nothing, or uses something of PEFT's that is not implemented.
     """
+    from litmini.checkpoints.peft_config import check_types  # a run that writes adapters needs neither this ...
+    from litmini.methods.registry import method_of  # ... nor other methods
+
     path = Path(directory)
     config_file, tensor_file = path / "adapter_config.json", path / "adapter_model.safetensors"
     if not config_file.is_file():
         raise UserError(
             f"{path} is no adapter directory: it has no adapter_config.json. A run's adapter is in out/NAME/final."
         )
-    from litmini.checkpoints.peft_config import check_types  # a run that writes adapters needs neither this ...
-    from litmini.methods.registry import method_of  # ... nor other methods
-
     config = read_json(config_file)
     try:
         check_types(config)
@@ -172,10 +172,10 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
     Raises:
         UserError: it was made for another base; all names and both shapes are listed.
     """
-    for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
-        adapter.layers[own] = adapter.layers.pop(name)
     from litmini.checkpoints.peft_config import named_modules
 
+    for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
+        adapter.layers[own] = adapter.layers.pop(name)
     bases, experts, modules = linears(model), grouped_experts(model), dict(model.named_modules())
     named = named_modules(bases, experts, modules, adapter.config)
     bases |= experts

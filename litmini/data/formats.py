@@ -167,7 +167,7 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
 
 
 def _turns_before(record: dict[str, Any], form: str) -> list[Message]:
-    """Return the turns of the keys `system` and `history`, of pairs of a question and an answer."""
+    """Return the turns of the keys `system` and `history`, of pairs of a prompt and a completion."""
     found = [check_text(record[key], key) for key in SYSTEM if record.get(key)]
     if len(found) > 1:
         raise ValueError(f"has {' and '.join(SYSTEM)}; expected one of them")
@@ -177,7 +177,7 @@ def _turns_before(record: dict[str, Any], form: str) -> list[Message]:
     if history and form in ("messages", "ShareGPT"):
         raise ValueError("has history, which goes with instruction or prompt; expected all turns in one list")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError("history is no list of pairs of a question and an answer")
+        raise ValueError("history is no list of pairs of a prompt and a completion")
     for pair in history:
         roles = zip(("user", "assistant"), pair, strict=True)
         turns += [{"role": role, "content": check_text(text, "a text in history")} for role, text in roles]

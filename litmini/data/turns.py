@@ -1,4 +1,4 @@
-"""Conversations -> texts and the supervised characters of them, found by rendering a conversation up to each answer.
+"""Conversations -> texts and the supervised characters of them, found by rendering a conversation up to each assistant turn.
 
 Where that is no beginning of the whole (many templates leave out the reasoning of earlier turns), each supervised turn becomes
 a text of its own, which begins as the model will be asked.
@@ -20,7 +20,7 @@ from litmini.tokenizer import Message, Tokenizer
 Spans = list[tuple[int, int]]
 THINK, END_THINK = re.compile("</?think>"), "</think>"
 ASKS = re.compile(rf"<think>\s*({END_THINK}\s*)?\Z")
-"""The end of a prompt after which the model writes its reasoning or, if that is closed, its answer."""
+"""The end of a prompt after which the model writes its reasoning or, if that is closed, its completion."""
 FIRST = (
     "the conversation begins with the assistant, and the chat template has no prompt before its first turn. Begin with a "
     "user's turn, or train on all tokens (--data.train_on all)"
@@ -77,7 +77,7 @@ class Turn:
     def said(self, thinks: bool) -> tuple[str, bool]:
         """Return what the model says when it is asked, and whether that differs from what the template writes.
 
-        Many templates write no reasoning, or ask with <think> or an empty one in front of the answer.
+        Many templates write no reasoning, or ask with <think> or an empty one in front of the completion.
 
         Args:
             thinks: whether the template knows <think>.
@@ -114,7 +114,7 @@ def render_examples(
         for e in examples
     ]
     chats = [(tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in marked if e.messages]
-    end = len(tokenizer.after_answer) if chats else 0
+    end = len(tokenizer.after_completion) if chats else 0
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
     for number, example in enumerate(marked):
@@ -137,7 +137,7 @@ def render_examples(
 
 
 def _parts(example: Example, train_on: str) -> Parts:
-    """Return which texts show the spans of a conversation: the whole, and those that end before and after each answer.
+    """Return which texts show the spans of a conversation: the whole, and those that end before and after each assistant turn.
 
     The whole without a turn shows whether the template knows its role: many leave out a role without a word.
     """
@@ -201,7 +201,7 @@ def _find_spans(
     each supervised turn.
 
     Args:
-        end: characters that the template puts after the answer that ends a conversation.
+        end: characters that the template puts after the completion that ends a conversation.
         thinks: whether the template knows reasoning.
     """
     for turn in turns:

@@ -1,18 +1,8 @@
 """The bytes of single tokens: a character may be spread over several, and a word's token begins with its space."""
 
 import re
-from functools import cache
 
-from litmini.tokenizer import Tokenizer
-
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-
-
-@cache
-def _byte_letters() -> dict[str, int]:
-    """Return the letter of each byte in a byte-level vocabulary (GPT-2): itself, or one after U+0100 if it cannot be shown."""
-    others = [byte for byte in range(256) if byte not in PRINTABLE]
-    return {chr(byte): byte for byte in PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(others)}
+from litmini.tokenizer import Tokenizer, byte_letters
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -21,7 +11,7 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     if written is None:
         return b""
     decoder = b"" if tokenizer.fast.decoder is None else tokenizer.fast.decoder.__getstate__()
-    letters = _byte_letters() if b'"ByteLevel"' in decoder else {}
+    letters = {letter: byte for byte, letter in enumerate(byte_letters())} if b'"ByteLevel"' in decoder else {}
     if token not in tokenizer.added_ids and written and all(letter in letters for letter in written):
         return bytes(letters[letter] for letter in written)
     if b'"ByteFallback"' in decoder and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", written)):

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, read_json, write_json
+from litmini.tokenizer import byte_letters
 
 NORMAL, UNKNOWN, SPECIAL, ADDED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types, as SentencePiece numbers them
 SPACE = "\u2581"
@@ -131,7 +132,7 @@ def read_tiktoken(file: Path) -> Tokenizer:
     except ValueError as error:
         check_no_pointer(file)
         raise UserError(f"{file} is no tokenizer of Llama 3, or damaged ({error}).") from None
-    letters = _byte_letters()
+    letters = byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [(spell[a], spell[b]) for a, b in _merges(ranks, sorted(ranks, key=ranks.__getitem__))]
     tokenizer = Tokenizer(models.BPE({spell[t]: rank for t, rank in ranks.items()}, merges, ignore_merges=True))
@@ -141,13 +142,6 @@ def read_tiktoken(file: Path) -> Tokenizer:
     names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))]
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False) for name in names])
     return tokenizer
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter of each byte in byte-level BPE: itself if it is visible, else the next one after 255."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
 
 
 def ensure_tokenizer(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from litmini.training import gpus
 from litmini.training.low_memory import checkpoint_activations
 from litmini.training.memory import LANGUAGE_MODELING, Batch, Memory, describe, estimate, nbytes
 from litmini.training.objective import Objective
+from litmini.training.setup import on_device
 
 
 def preview(data: Data, config: RunConfig, model: nn.Module, objective: Objective = LANGUAGE_MODELING) -> None:
@@ -81,13 +82,13 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data, objective: Objectiv
 def time_micro_step(model: nn.Module, batch: Batch, precision: str, objective: Objective = LANGUAGE_MODELING) -> float:
     """Return the seconds of one forward and backward pass, after a warm-up."""
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    ready = on_device(batch, device)
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     model.train()
     for _ in range(2):
         started = time.perf_counter()
         with torch.autocast(device.type, mixed, enabled=mixed is not None):
-            loss = objective.loss(model, batch)
+            loss = objective.loss(model, ready)
         loss.backward()
         float(loss.detach())  # CPU-GPU sync point
         model.zero_grad()

@@ -30,11 +30,11 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None 
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, began)
-    to_answer = None if config.eval.exact_match else config.eval.samples
+    to_complete = None if config.eval.exact_match else config.eval.samples
     failed: UserError | None = None
     with fabric.rank_zero_first(local=True):  # the other ranks read its tokens from the cache
         try:
-            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_answer)
+            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_complete)
         except UserError as error:  # all ranks raise it, but after this block: rank 0 would leave the others waiting
             failed = error
     if failed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_map_only
 
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError
-from litmini.ops.attention import ESTIMATE, Documents
+from litmini.ops.attention import ESTIMATE
 from litmini.ops.cross_entropy import Targets
 from litmini.training.objective import LanguageModeling, Objective
 from litmini.training.optimizer import block_matrices
+from litmini.training.setup import on_device
 
 Batch = dict[str, torch.Tensor]
 LANGUAGE_MODELING = LanguageModeling()
@@ -99,9 +100,8 @@ def estimate(
 
 def as_on_gpu(batch: Batch, gpu_memory: int) -> dict[str, Any]:
     """Return a batch with which a model takes the attention kernel and the loss of a GPU with so many bytes of memory."""
-    ids = batch["documents"] if "documents" in batch else torch.ones_like(batch["tokens"])
-    targets = Targets(batch["labels"], Targets.of(batch["labels"]).index, gpu_memory)
-    return {**batch, "documents": Documents.of(ids, ESTIMATE), "labels": targets}
+    ready = on_device(batch, torch.device("cpu"), ESTIMATE)
+    return {**ready, "labels": replace(ready["labels"], gpu_memory=gpu_memory)}
 
 
 def nbytes(tensor: torch.Tensor) -> int:

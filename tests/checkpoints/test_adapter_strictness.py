@@ -12,7 +12,7 @@ from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
-from litmini.methods.adapters import add_adapters
+from litmini.methods.adapters import adapters, add_adapters
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +133,19 @@ def test_settings_of_another_type_are_named(adapter, tiny_dir, tmp_path, key):
             load_adapter(model, edited(adapter, tmp_path / str(i), {key: value}))
 
 
+def changed_blocks(base: Path, adapter: Path) -> set[str]:
+    """The numbers of the blocks that an adapter is in, after it was loaded."""
+    model = load_model(base)
+    load_adapter(model, adapter)
+    return {name.split(".")[2] for name in adapters(model)}
+
+
 def test_what_peft_writes_for_the_same_modules_loads(adapter, tiny_dir, tmp_path):
     """An expression, and layers: the same modules by another name."""
     same = {"target_modules": r".*\.(q_proj|down_proj)", "layers_to_transform": [0, 1], "layers_pattern": "layers"}
-    load_adapter(load_model(tiny_dir), edited(adapter, tmp_path / "x", same))
+    assert changed_blocks(tiny_dir, edited(adapter, tmp_path / "x", same)) == {"0", "1"}
     only = {"layers_to_transform": 0, "target_modules": ["q_proj", "down_proj"]}
-    load_adapter(load_model(tiny_dir), edited(adapter, tmp_path / "y", only, tensors=without("layers.1.")))
+    assert changed_blocks(tiny_dir, edited(adapter, tmp_path / "y", only, tensors=without("layers.1."))) == {"0"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "layers", "model", "", "self_attn", "0"])
@@ -158,7 +165,5 @@ def test_expressions_that_do_not_end_are_ended(adapter, tiny_dir, tmp_path, monk
 
 
 def test_groups_in_an_expression_of_layers(adapter, tiny_dir, tmp_path):
-    load_adapter(
-        load_model(tiny_dir),
-        edited(adapter, tmp_path / "x", {"layers_to_transform": [0, 1], "layers_pattern": "(lay)ers"}),
-    )
+    changed = edited(adapter, tmp_path / "x", {"layers_to_transform": [0, 1], "layers_pattern": "(lay)ers"})
+    assert changed_blocks(tiny_dir, changed) == {"0", "1"}

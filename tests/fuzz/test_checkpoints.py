@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_amount import seeds
 from safetensors.torch import load_file, save, save_file
 
 import litmini
@@ -30,7 +30,6 @@ from litmini.models import FAMILIES, llama, mixtral, olmo2, phi3, qwen2, qwen3
 from litmini.models import family as family_of
 from litmini.models.hf_config import Yarn
 
-FUZZ = float(os.environ.get("LITMINI_FUZZ", "1"))
 VALUES: list[Any] = [None, True, False, 0, 1, 2, 3, 7, -1, 2**31, 10**30, 0.5, 4.0, -0.5, math.inf, -math.inf, math.nan]
 VALUES += ["", "0", "1", "4", "0.5", "true", "false", "null", "relu", "yarn", "linear", "x" * 10**5, [], [1], ["x"]]
 VALUES += [
@@ -176,14 +175,14 @@ def check_config(raw: dict[str, Any], path: tuple[Any, ...], value: Any) -> None
 def test_every_field_of_config_json(name):
     raw, chance = CONFIGS[name] | {k: v for k, v in EXTRA.items() if k not in CONFIGS[name]}, random.Random(name)
     for path in paths(raw):
-        for value in chance.sample(VALUES, min(len(VALUES), int(12 * FUZZ) + 1)):
+        for value in chance.sample(VALUES, min(len(VALUES), len(seeds(12)) + 1)):
             check_config(raw, path, value)
 
 
 def test_several_fields_at_once():
     """Never another exception."""
     chance = random.Random(0)
-    for _ in range(int(1500 * FUZZ)):
+    for _ in seeds(1500):
         raw = copy.deepcopy(CONFIGS[chance.choice(sorted(CONFIGS))])
         for _ in range(chance.randint(1, 4)):
             path = chance.choice(list(paths(raw)))
@@ -266,7 +265,7 @@ def test_every_file_of_a_checkpoint(tiny_dir, tmp_path, name):
         (directory / name).write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
     file, expected = directory / name, values(load_model(directory, torch.float32))
     content, header = file.read_bytes(), header_size(file)
-    for i in range(int(150 * FUZZ)):
+    for i in seeds(150):
         file.write_bytes(broken(content, chance, header))
         other = name == "config.json" and is_object(file.read_bytes())
         check_load(
@@ -307,7 +306,7 @@ def change_tensors(tensors: dict[str, torch.Tensor], chance: random.Random) -> d
 def test_every_tensor_of_a_checkpoint(tiny_dir, tmp_path):
     directory, chance = Path(shutil.copytree(tiny_dir, tmp_path / "x")), random.Random(0)
     expected, tensors = values(load_model(directory, torch.float32)), read_copies(directory / "model.safetensors")
-    for i in range(int(40 * FUZZ)):
+    for i in seeds(40):
         save_file(change_tensors(tensors, chance), directory / "model.safetensors")
         check_load(lambda: load_model(directory, torch.float32), expected, f"case {i}")
 
@@ -341,7 +340,7 @@ def test_every_file_of_an_adapter(tiny_dir, adapter, tmp_path, name):
     tensors = read_copies(directory / "adapter_model.safetensors")
     file = directory / ("adapter_model.safetensors" if name == "tensors" else name)
     content, header = file.read_bytes(), header_size(file)
-    for i in range(int((40 if name == "tensors" else 100) * FUZZ)):
+    for i in seeds(40 if name == "tensors" else 100):
         file.write_bytes(
             save(change_tensors(tensors, chance)) if name == "tensors" else broken(content, chance, header)
         )
@@ -369,7 +368,7 @@ def test_every_field_of_an_adapter_config(tiny_dir, adapter, tmp_path):
     raw |= dict.fromkeys(ADAPTER_KEYS)
     more = [["q_proj"], "all-linear", "*", ".*", {"q_proj": 3}, {"(": 1}, [0], ["lm_head"], [""], "DORA", {"x": 5}]
     for path in paths(raw):
-        for value in chance.sample(VALUES + more, min(len(VALUES + more), int(12 * FUZZ) + 1)):
+        for value in chance.sample(VALUES + more, min(len(VALUES + more), len(seeds(12)) + 1)):
             (directory / "adapter_config.json").write_text(json.dumps(changed(raw, path, value)))
             try:
                 model = load_model(tiny_dir, torch.float32)

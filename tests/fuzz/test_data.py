@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from amount import seeds
+from fuzz_amount import seeds
 
 from litmini.config.finetune import DataConfig
 from litmini.data.dataset import load_data

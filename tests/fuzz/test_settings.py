@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from amount import seeds
+from fuzz_amount import seeds
 
 from litmini.cli import parse
 from litmini.runs.directory import plain

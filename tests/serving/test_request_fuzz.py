@@ -4,18 +4,18 @@ LITMINI_FUZZ is a factor on their number.
 """
 
 import json
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fuzz_amount import seeds
 from test_server import alone, post, serving, wait_until_idle
 
 import litmini
 from litmini.serving.openai_protocol import IGNORED, KNOWN, NEUTRAL
 from litmini.serving.server import Limits, Server
 
-CASES = int(250 * float(os.environ.get("LITMINI_FUZZ", "1")))
+CASES = len(seeds(250))
 LIMITS = Limits(max_batch=6, max_queue=40, max_new_tokens=60, max_context=256, max_body_bytes=200_000, body_seconds=5)
 SCALARS = [
     *(None, True, False, 0, 1, -1, 2, 5, 16, 20, 21, 2**31, 2**63, -(2**63), 2**64, 10**400, 10**4000, -(10**400)),

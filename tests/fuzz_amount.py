@@ -1,4 +1,4 @@
-"""How much is tried: `LITMINI_FUZZ=10 python -m pytest tests/fuzz` tries ten times as many cases, with further seeds."""
+"""How many random cases: `LITMINI_FUZZ=10 python -m pytest tests/fuzz` tries ten times as many, with further seeds."""
 
 import os
 
