@@ -125,9 +125,8 @@ def command(
     # oneDNN caches up to a MiB of compiled code for each shape of a matmul, by default for 1,024 shapes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # torch would log every connection that another process closes
+        # torch would log every connection that another process closes
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(config)
         sys.stdout.flush()

@@ -156,9 +156,7 @@ class Settings:
         lines: dict[str, int] = {}
         entries: dict[str, int] = {}
         for name, line, node in self._flat(group, prefix, path):
-            whole = (
-                name if name in self.types else name.rpartition(".")[0]
-            )  # an entry of lora.rank_pattern stands in it
+            whole = name if name in self.types else name.rpartition(".")[0]  # of an entry of lora.rank_pattern
             for other in (name, whole):  # once as lora.rank, once within lora
                 if other in lines:
                     raise stands_twice(other, path, lines[other], line)
@@ -181,9 +179,8 @@ class Settings:
     def _kind(self, name: str) -> Any:
         """Return the type of a setting, or of the entries of one that is a mapping; None for others."""
         parent = self.types.get(name.rpartition(".")[0])
-        mappings = [
-            kind for kind in (parent, *get_args(parent)) if get_origin(kind) is dict
-        ]  # one that may be null, too
+        # a mapping that may be null is one of the parts of its type
+        mappings = [kind for kind in (parent, *get_args(parent)) if get_origin(kind) is dict]
         return self.types.get(name) or (get_args(mappings[0])[1] if mappings else None)
 
     def _add(self, name: str, node: yaml.Node, path: str, word: str | None = None) -> None:

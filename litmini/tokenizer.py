@@ -131,9 +131,7 @@ class Tokenizer:
             return _read_template(file)
         found = self.settings.get("chat_template")
         if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
-            found = next(
-                (entry["template"] for entry in found if entry["name"] == "default"), None
-            )  # of several named ones
+            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
         if found is not None and not isinstance(found, str):
             expected = "a template's text or a list of objects with name and template"
             raise self._wrong("tokenizer_config.json", "chat_template", found, expected)
@@ -202,9 +200,8 @@ class Tokenizer:
                 {"role": "assistant", "content": "", "tool_calls": [call]},
             ]
             texts += self.render([(turns, None, [(2, False, None)])])
-        fits = [
-            isinstance(text, str) and "'a'" not in text and '\\"' not in text for text in texts
-        ]  # no repr, no JSON of JSON
+        # neither a repr nor JSON of JSON
+        fits = [isinstance(text, str) and "'a'" not in text and '\\"' not in text for text in texts]
         return None if fits[0] == fits[1] else dict if fits[0] else str
 
     @cached_property
@@ -306,9 +303,7 @@ def _read_template(file: Path) -> str:
 @cache
 def byte_letters() -> list[str]:
     """Return the letter of each byte in a byte-level vocabulary (GPT-2): itself if it is visible, else one from U+0100 on."""
-    letters = sorted(
-        pre_tokenizers.ByteLevel.alphabet()
-    )  # visible bytes, then those that stand for the others, in order
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # visible bytes, then the letters of the others, in order
     visible = {letter for letter in letters if ord(letter) < 256}
     others = iter(letters[len(visible) :])
     return [chr(byte) if chr(byte) in visible else next(others) for byte in range(256)]

@@ -106,9 +106,8 @@ class Batch:
         """Verify the drafted tokens in one forward; accept those that greedy decoding would choose."""
         most = min(request.remaining_tokens, self.chunk) - 1  # with the last token they are one forward
         drafted = draft.propose(request.tokens, most)
-        drafted = list(
-            takewhile(lambda token: token < self.config.vocab_size, drafted)
-        )  # a draft model may have more rows
+        # a draft model may have more rows
+        drafted = list(takewhile(lambda token: token < self.config.vocab_size, drafted))
         start = len(request.tokens) - 1
         tokens = torch.tensor([[request.tokens[-1], *drafted]], device=self.device)  # (1, T)
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]

@@ -210,9 +210,8 @@ def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtyp
         wavelengths = torch.where(is_long, long, short)  # (B, 1, T or 1, rotary_dim / 2)
         stretch = max(config.max_positions / s.original_positions, 1.0)
         attention_factor = math.sqrt(1 + math.log(stretch) / math.log(s.original_positions))
-    angles = positions[:, None, :, None].float() * (
-        1.0 / wavelengths
-    )  # (B, 1, T, rotary_dim / 2); fp32 under autocast, too
+    # (B, 1, T, rotary_dim / 2); fp32 under autocast, too
+    angles = positions[:, None, :, None].float() * (1.0 / wavelengths)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, rotary_dim)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 

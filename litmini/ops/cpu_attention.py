@@ -13,9 +13,8 @@ from torch import Tensor
 EXPLICIT_LENGTH = 512
 EXPLICIT_LENGTH_FP32 = 0
 
-ALIGN = (
-    32  # oneDNN compiles code for each shape of a matmul: this takes milliseconds and up to a MiB that stays allocated
-)
+# oneDNN compiles code for each shape of a matmul: this takes milliseconds and up to a MiB that stays allocated
+ALIGN = 32
 
 
 class PaddedDocuments:

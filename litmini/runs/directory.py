@@ -140,9 +140,8 @@ class RunDirectory:
         if self.config.compile is None:  # by default as before, also where an older version had another default
             self.config.compile = now["compile"] = before["compile"]
         self.before = read_json(run / "manifest.json")
-        files = [
-            name for name in self.before.get("data", {}) if Path(name).is_file()
-        ]  # the others are data sets of the hub
+        # the others are data sets of the hub
+        files = [name for name in self.before.get("data", {}) if Path(name).is_file()]
         hashes = {name: {"sha256": content_hash(Path(name))} for name in files}
         check_same(self.before, {"data": hashes}, self.restart_from)
         self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 PACKAGES = ("torch", "lightning-fabric", "safetensors", "tokenizers", "jinja2", "numpy")
-SAMPLES, SAMPLE = (
-    256,
-    1 << 18,
-)  # number and bytes of the pieces of a weight file that are hashed: all of it up to 64 MiB
+SAMPLES, SAMPLE = 256, 1 << 18
+"""Number and bytes of the pieces of a weight file that are hashed: all of it up to 64 MiB."""
 
 
 def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -45,12 +45,8 @@ MEASURES = {
     "accuracy": ("accuracy", "{:.1%}"),
 }
 """Results `KEY_before` and `KEY_after` training on validation data -> their title and format."""
-SAME_BITS = (
-    "device",
-    "machine",
-    "instruction_set",
-    "threads",
-)  # of the hardware: if one of them differs, so does rounding
+SAME_BITS = ("device", "machine", "instruction_set", "threads")
+"""Of the hardware: if one of them differs, so does rounding."""
 
 
 class Run(Recorder):

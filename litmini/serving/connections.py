@@ -34,9 +34,8 @@ class LimitedConnection:
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        transport.set_write_buffer_limits(
-            0
-        )  # pause_writing comes as soon as bytes are left, resume_writing when none are
+        # pause_writing comes as soon as bytes are left, resume_writing when none are
+        transport.set_write_buffer_limits(0)
         if len(self.connections) > self.max_connections:
             transport.write(self.full)
             transport.close()

@@ -93,9 +93,8 @@ class Server:
 
         max_bytes = self.limits.max_body_bytes
         if not request.headers.get("content-type", "").startswith("application/json"):
-            raise Refused(
-                415, "expected Content-Type: application/json."
-            )  # which a web page of another site cannot send
+            # a web page of another site cannot send that
+            raise Refused(415, "expected Content-Type: application/json.")
         length = request.headers.get("content-length", "0")
         body = bytearray()
         if length.isdigit() and int(length) <= max_bytes:

@@ -78,9 +78,8 @@ class PerParameter(torch.optim.Optimizer):
             self.squares.append(gradient.float().square().sum())
             if not self.squares[-1].isfinite():  # CPU-GPU sync point
                 return
-        inner.param_groups[0].update(
-            {k: v for k, v in group.items() if k != "params"}
-        )  # the learning rate of this step
+        # the learning rate of this step
+        inner.param_groups[0].update({k: v for k, v in group.items() if k != "params"})
         inner.state[work] = {k: _to(v, gradient.device) for k, v in self.state[parameter].items()}
         if work is not parameter:
             work.data, gradient = parameter.float(), gradient.float()

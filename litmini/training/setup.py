@@ -97,9 +97,8 @@ def on_device(batch: Batch, device: torch.device, attention: str | None = None) 
         pinned = tensor.pin_memory() if device.type == "cuda" else tensor
         return pinned.to(device, non_blocking=True)
 
-    ids = (
-        batch["documents"] if "documents" in batch else torch.ones_like(batch["tokens"])
-    )  # a document for each sequence
+    # without documents, each sequence is one
+    ids = batch["documents"] if "documents" in batch else torch.ones_like(batch["tokens"])
     ready: dict[str, Any] = {
         name: move(tensor) for name, tensor in batch.items() if name not in ("documents", "labels")
     }
