@@ -139,7 +139,7 @@ def test_what_a_template_says_is_bounded() -> None:
     assert isinstance(error, UserError) and len(str(error)) < 1100
 
 
-def test_answers_that_nobody_takes_are_not_those_of_the_next_request() -> None:
+def test_texts_that_nobody_takes_are_not_those_of_the_next_request() -> None:
     answers = render(PLAIN, [(MESSAGES, None, [(1, False, None), (2, False, None)])], {}, NOW)
     assert next(answers) == "hello."
     answers.close()  # type: ignore[attr-defined]

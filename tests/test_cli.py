@@ -466,7 +466,7 @@ def test_without_docstrings_and_asserts(tiny_dir, level):
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here")
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="measured with Linux's /proc")
-def test_code_for_products_of_many_shapes_takes_little_memory():
+def test_code_for_matmuls_of_many_shapes_takes_little_memory():
     """Micro-batches that are not packed bring new shapes in each step. 849 and 1,109 MiB where this was written."""
     code = """
 import torch

@@ -64,7 +64,7 @@ def trained(tokenizer: Tokenizer, data: Examples, i: int = 0) -> list[str]:
     "answers",
     [["Yes."], ["Yes.", "No."], ["", "b"], ["🙂 é 你", "🙂\n"], [" one", "a  b\n\n\tc   "], ["a <|im_end|> b"]],
 )
-def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer, answers: list[str]) -> None:
+def test_only_completions_and_their_ends_are_trained(tokenizer: Tokenizer, answers: list[str]) -> None:
     """Each answer whole, white space and split characters too, and its end token; not the newline after that."""
     turns = [turn for answer in answers for turn in ("A question 🙂? <|im_end|>", answer)]
     data = make(tokenizer, chat(*turns))
@@ -74,7 +74,7 @@ def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer, answers: 
     assert labels[-1] == IGNORE, "the newline after the last end token"
 
 
-def test_roles_around_answers(tokenizer: Tokenizer) -> None:
+def test_roles_around_completions(tokenizer: Tokenizer) -> None:
     """System and tool turns are not trained; nor is a question without an answer."""
     roles = ["system", "user", "assistant", "tool", "assistant", "user"]
     example = Example("a:1", messages=[{"role": role, "content": f"By {role}."} for role in roles])

@@ -92,7 +92,7 @@ def test_each_turn_is_trained_as_transformers_asks_for_it(place: Any, template: 
 @pytest.mark.parametrize("kwargs", [None, {"enable_thinking": False}])
 @pytest.mark.parametrize("template", [QWEN3, QWEN3_5], ids=["Qwen3", "Qwen3.5"])
 @pytest.mark.parametrize("messages", [ONE, TWO], ids=["one turn", "two"])
-def test_answers_without_reasoning(place: Any, template: str, messages: Any, kwargs: Any) -> None:
+def test_completions_without_reasoning(place: Any, template: str, messages: Any, kwargs: Any) -> None:
     """An empty reasoning is read where the prompt has it, else said. Its newlines join no token of the prompt."""
     directory = place(template)
     tokenizer, data = make(directory, messages, template_kwargs=kwargs)

@@ -146,7 +146,7 @@ def test_replicas_equal_one_process(tiny_dir, tmp_path):
     assert_runs_agree(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_lost_or_damaged_share_is_named(tiny_dir, tmp_path):
+def test_a_missing_or_damaged_shard_is_named(tiny_dir, tmp_path):
     arguments = [*words(tiny_dir, tmp_path / "run", "--train.max_steps", 2), *map(str, FSDP)]
     run_both("finetune_lora", *arguments)
     shutil.rmtree(tmp_path / "run/final")

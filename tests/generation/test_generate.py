@@ -83,7 +83,7 @@ def test_a_ragged_batch_equals_each_prompt_alone(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_answers_are_those_of_transformers(name):
+def test_greedy_completions_are_those_of_transformers(name):
     model = random_model(name)
     raw = llama.config_to_hf(model.config)
     config = CONFIG_MAPPING[raw["model_type"]](**raw, attn_implementation="eager", eos_token_id=None)

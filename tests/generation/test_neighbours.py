@@ -78,7 +78,7 @@ def model(request) -> nn.Module:
     return lively(VARIANTS.get(request.param) or family(request.param).PRESETS["tiny"])
 
 
-def test_a_request_beside_others_is_answered_as_alone(model):
+def test_a_request_beside_others_is_completed_as_alone(model):
     alone = requests()
     for request in alone.values():
         batch = Batch(model)

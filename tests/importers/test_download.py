@@ -121,7 +121,7 @@ def test_a_directory_that_holds_another_model(hub: type[Hub]) -> None:
     assert download(REPO, Path("here")) == Path("here")
 
 
-def test_interrupted_hub_download_goes_on(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_hub_download_resumes(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle leaves no checkpoint, and the next run finds what was fetched."""
     snapshot, seen = litmini.importers.hub.snapshot_download, []
 
@@ -325,7 +325,7 @@ def test_no_source_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         ensure_checkpoint(TARGET, [])
 
 
-def test_a_dropped_connection_goes_on_where_it_broke(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_connection_resumes_where_it_broke(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # 10 MB by default
     hub.drop_once = {"model.safetensors": 70_000}
     download(REPO)

@@ -58,7 +58,7 @@ def test_equals_the_layer_of_bitsandbytes(double, dtype, bias):
     assert_close(x.grad, grad @ expected)
 
 
-def test_nothing_dequantised_outlives_the_product():
+def test_nothing_dequantised_outlives_the_matmul():
     """Neither weight nor input is kept for the backward pass; only 4 bits a weight are there between the two."""
     layer, alive = NF4Linear(nn.Linear(256, 512)), []
 

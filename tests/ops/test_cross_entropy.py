@@ -249,7 +249,7 @@ def test_all_chunks_use_the_same_memory():
     assert [shape for shape in shapes.in_fp32 if shape[-1:] == (VOCAB,)] == [(4, VOCAB)]
 
 
-def test_large_losses_and_certain_answers_are_exact():
+def test_large_losses_and_certain_predictions_are_exact():
     """Where a probability is 0 in fp32, its logarithm is not; where it is almost 1, the loss is small and not 0."""
     head = nn.Linear(2, 3, bias=False)
     head.weight.data = torch.tensor([[300.0, 0.0], [0.0, 0.0], [288.0, 0.0]])

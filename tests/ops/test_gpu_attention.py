@@ -41,6 +41,8 @@ def tiny(name: str, dtype: torch.dtype) -> torch.nn.Module:
     config = module.PRESETS["tiny"]
     if getattr(config, "window", None) is not None or name in ("llama", "mixtral", "phi3"):
         config = replace(config, window=7)
+    if name in ("gemma2", "gemma3"):
+        config = replace(config, query_scalar=5)  # so scores are not scaled by the size of heads
     model = module.Model(config)
     model.init_weights(torch.Generator().manual_seed(0))
     for parameter in model.parameters():  # scores that differ
@@ -185,8 +187,19 @@ def test_grouped_heads_never_meet_a_dense_mask(monkeypatch):
     assert used == [False, False]
 
 
+def test_attention_dropout_needs_a_dense_mask():
+    """Neither FlashAttention's varlen nor FlexAttention has it; in evaluation there is none."""
+    model = family("gpt2").Model(replace(family("gpt2").PRESETS["tiny"], attn_dropout=0.1)).to(torch.bfloat16)
+    data = with_kernel({**batch(), "labels": None}, None)
+    for training, kernel in ((True, "sdpa"), (False, "varlen")):
+        model.train(training)
+        with torch.no_grad(), record_kernels() as kernels:
+            model(**data)
+        assert kernels == {kernel}
+
+
 @pytest.mark.parametrize(
-    "kernel, name, dtype, found",
+    ("kernel", "name", "dtype", "found"),
     [
         ("varlen", "llama", torch.float32, "float32"),
         ("varlen", "gemma2", torch.bfloat16, "softcap 50"),

@@ -89,7 +89,7 @@ def test_a_frozen_weight_has_no_gradient(name):
 
 @pytest.mark.parametrize("name", ["rms_norm", "rms_norm_llama"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_under_autocast_a_norm_is_cast_once_for_all_products_after_it(name, grad):
+def test_under_autocast_a_norm_is_cast_once_for_all_matmuls_after_it(name, grad):
     """The very numbers that each product would have cast for itself; what is in 16 bits already stays as it was."""
     ours, plain = PLAIN[name]
     (x, weight), linear = inputs(name, torch.float32), torch.nn.Linear(24, 8)

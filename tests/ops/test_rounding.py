@@ -18,7 +18,7 @@ def on_grid(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_spread_weights_round_to_what_they_were(dtype):
+def test_dithered_weights_round_to_what_they_were(dtype):
     weight = on_grid(dtype, 200, 300)
     moved = nn.Parameter(weight.clone())
     dither([moved], dtype)
@@ -46,7 +46,7 @@ def test_the_mean_of_a_small_update_is_right(share):
     assert seen(moved) == pytest.approx(share, abs=0.01)
 
 
-def test_only_trained_matrices_in_fp32_are_spread():
+def test_only_trained_matrices_in_fp32_are_dithered():
     """Biases and norms are not cast; weights in bf16 have no room."""
     ones, half, plain = (nn.Parameter(x) for x in (torch.ones(8), torch.ones(8, 8).bfloat16(), torch.ones(8, 8)))
     frozen = torch.ones(8, 8)
@@ -55,7 +55,7 @@ def test_only_trained_matrices_in_fp32_are_spread():
     assert all(torch.equal(x, torch.ones_like(x)) for x in (ones, half, plain, frozen))
 
 
-def test_a_layer_in_full_beside_adapters_is_spread():
+def test_a_layer_trained_in_full_beside_adapters_is_dithered():
     base = nn.Linear(64, 32).bfloat16()
     layer, x = ModulesToSaveLayer(base), torch.randn(5, 64).bfloat16()
     before = [p.clone() for p in base.parameters()]

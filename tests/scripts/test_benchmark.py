@@ -108,7 +108,7 @@ def test_compiled_runs_are_measured_beside_the_others(tmp_path, tiny_dir):
     assert jobs[0]["words"][at + 1] == "false"  # auto, the default on GPUs, may compile
 
 
-def test_mfu_is_of_the_median_rate_of_products(tmp_path):
+def test_mfu_is_relative_to_the_median_rate_of_matmuls(tmp_path):
     """On a machine whose speed changes, a tool is not better for a slow moment before its run."""
     rates = {"litmini": 1e10, "trl": 4e10, "litgpt": 2e10}
     rows = make_rows([result(tmp_path, tool, 0.2, 3.0, rate=rate) for tool, rate in rates.items()], 1)

@@ -128,7 +128,7 @@ def test_what_a_run_leaves(place, tiny_dir, kind):
     assert "validation loss" in log and "validation exact match" in log and str(out / "final") in log
 
 
-def test_the_product_of_lora_is_an_adapter(place, tiny_dir):
+def test_the_result_of_lora_is_an_adapter(place, tiny_dir):
     final = place / "lora" / "final"
     config = json.loads((final / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 32.0, str(tiny_dir))
@@ -139,7 +139,7 @@ def test_the_product_of_lora_is_an_adapter(place, tiny_dir):
     assert (final / "chat_template.jinja").is_file() and (final / "tokenizer.json").is_file()
 
 
-def test_the_product_of_full_finetuning_loads_in_transformers(place):
+def test_the_result_of_full_finetuning_loads_in_transformers(place):
     import transformers
 
     final = place / "full" / "final"

@@ -231,7 +231,7 @@ def test_a_conversation(base, loaded, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "talk.jsonl").read_text()
 
 
-def test_chat_answers_mistakes_and_goes_on(base, tmp_path, monkeypatch, capsys):
+def test_chat_reports_mistakes_and_continues(base, tmp_path, monkeypatch, capsys):
     typed = ["/nonsense", f"/save {tmp_path}", "Say " * 300, "/save", "/quit", "never"]
     printed, errors = chat(typed, *base, "--max_new_tokens=3", monkeypatch=monkeypatch, capsys=capsys)
     assert printed.count(">") == 5 and errors.count("error: ") == 4
@@ -247,7 +247,7 @@ def test_chat_answers_mistakes_and_goes_on(base, tmp_path, monkeypatch, capsys):
     assert "no chat template" in run("chat.py", *base, "--chat_template=none", status=1)
 
 
-def test_an_answer_that_is_interrupted_stays_in_the_conversation(base, tmp_path, monkeypatch, capsys):
+def test_a_completion_that_is_interrupted_stays_in_the_conversation(base, tmp_path, monkeypatch, capsys):
     def interrupted(model: nn.Module, reply: Request):
         batch = Batch(model)
         batch.add([reply])

@@ -137,7 +137,7 @@ def test_chat_is_what_the_engine_says_alone(client, models, name):
     assert len(chunks) > 3
 
 
-def test_many_at_once_are_answered_like_each_alone(client, models):
+def test_many_at_once_are_completed_like_each_alone(client, models):
     prompts = ["a", "bb ccc", "Two large mugs to Oslo, please.", "d e f g h", "7", "x"]
     expected = {}
     for name, (model, tokenizer) in models.items():
@@ -311,7 +311,7 @@ def test_a_flood_is_refused_and_nothing_grows(address, server, client):
     assert server.engine.batch.cache is None
 
 
-def test_an_error_ends_the_requests_that_it_happens_to_and_the_server_goes_on(tiny_dir, capsys):
+def test_an_error_ends_the_requests_that_it_happens_to_and_the_server_continues(tiny_dir, capsys):
     """As memory that runs out does."""
     model, tokenizer = litmini.load(tiny_dir, dtype="fp32")
 

@@ -87,7 +87,7 @@ def whole(place):
     return run("pretrain.py", *settings(place, "whole", "--train.save_every", 3, "--train.eval_every", 4))
 
 
-def test_weights_out_of_16_bits_are_spread_before_pretraining_goes_on(place, whole):
+def test_weights_from_16_bits_are_dithered_before_pretraining_continues(place, whole):
     """Products in bf16 see the same weights, and small updates from the first step on."""
     base = place / "in-bf16"
     shutil.copytree(place / "whole/final", base)
@@ -151,7 +151,7 @@ def assert_same(one, two):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_pretraining_goes_on_from_a_checkpoint(place, whole):
+def test_pretraining_continues_from_a_checkpoint(place, whole):
     words = settings(
         place, "more", "--train.max_steps", 2, "--data.isolate_documents", "true", model=place / "whole/final"
     )

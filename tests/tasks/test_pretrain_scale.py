@@ -132,7 +132,7 @@ def shared(place, one):
     return place / "fsdp"
 
 
-def test_replicas_and_shares_are_one_process(place, one, shared):
+def test_replicas_and_shards_equal_one_process(place, one, shared):
     """Losses, validation losses, norms and weights of two processes, whose steps have four micro-batches each."""
     _, file = train(place, "ddp", *DDP, devices=2)
     assert seen(file) == list(range(STEPS * BATCH))
@@ -140,7 +140,7 @@ def test_replicas_and_shares_are_one_process(place, one, shared):
     assert_runs_agree(one, shared)
 
 
-def test_muon_on_shares_is_muon_on_one_process(place, one):
+def test_muon_on_shards_equals_muon_on_one_process(place, one):
     """Its products are in bf16, so sums in another order show: the curves part by thousandths."""
     more = ["--optim.name", "muon", "--train.max_steps", 3]
     train(place, "muon", *more)
@@ -171,7 +171,7 @@ def test_started_by_slurm(place, one):
     assert_runs_agree(one, place / "slurm")
 
 
-def test_four_processes_share_on_nodes_and_copy_across_them(place, one):
+def test_four_processes_shard_within_nodes_and_replicate_across_them(place, one):
     """hsdp on 2 x 2: each process holds half, and a share is written once."""
     said, file = train(place, "hsdp", *HSDP, devices=2, nodes=2)
     mine, every = re.search(r"over 4 processes: this one holds ([\d.]+) of ([\d.]+) MiB", said).groups()
@@ -252,7 +252,7 @@ def saved_in_the_background(directory):
     return written_too_soon, same, any(torch.equal(found[name], after[name]) for name in found)
 
 
-def test_shares_are_written_while_training_goes_on(tmp_path):
+def test_shards_are_written_while_training_continues(tmp_path):
     assert values(run_two(saved_in_the_background, tmp_path)) == [(False, True, False)] * 2
 
 

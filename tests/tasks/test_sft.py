@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import varlen_kernel
+from numerics import ulps
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_tiny
@@ -23,9 +25,11 @@ from tiny import make_tiny
 from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import FinetuneFullConfig, FinetuneLoraConfig
 from litmini.data.dataset import Example
+from litmini.distributed import fabric as fabric_module
 from litmini.distributed.fabric import weight_dtype
 from litmini.evaluation.metrics import exact_match, predict
 from litmini.files import file_hash
+from litmini.ops import attention
 from litmini.runs import manifest as manifest_module
 from litmini.runs.loggers import make_loggers
 from litmini.runs.manifest import git_state, weights_hash
@@ -85,6 +89,31 @@ def test_a_run_on_a_cpu_keeps_its_memory(run, monkeypatch):
     assert calls == ([] if torch.cuda.is_available() else [False])
 
 
+def test_the_attention_kernel_is_printed_used_and_recorded(run, tmp_path, monkeypatch):
+    """As on a GPU where the user asks for it: in training and in evaluation, through the stand-in of the operator."""
+    plain = fabric_module.make_fabric
+
+    def make_fabric(config):
+        config.attention = "auto"  # what is asked for is refused on a CPU
+        fabric = plain(config)
+        config.attention = "varlen"
+        return fabric
+
+    words = ("--precision", "32-true", "--eval.samples", 0, "--data.val_path", DATA / "heldout.jsonl")
+    status, out, _ = run("finetune_lora", "cpu", *words)
+    assert status == 0 and "attention: documents\n" in out
+    monkeypatch.setattr(fabric_module, "make_fabric", make_fabric)
+    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    varlen_kernel.calls.clear()
+    status, out, _ = run("finetune_lora", "run", *words)
+    assert status == 0 and "attention: varlen\n" in out
+    trained = 1 + 4 * 2  # forward passes: to find the kernel, and 4 steps of 2 micro-batches
+    assert len(varlen_kernel.calls) > 2 * trained  # in two layers, and in validation
+    results = [json.loads((tmp_path / name / "manifest.json").read_text())["results"] for name in ("cpu", "run")]
+    assert [r["attention"] for r in results] == ["documents", "varlen"]
+    assert results[1]["val_loss_after"] == pytest.approx(results[0]["val_loss_after"], rel=ulps(64))
+
+
 def make_tiny_in_bf16(directory: Path, tokenizer_dir: Path) -> Path:
     tensors = load_file(make_tiny(directory, tokenizer_dir) / "model.safetensors")
     save_file({k: t.bfloat16() for k, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
@@ -116,7 +145,7 @@ def test_full_finetuning_in_bf16_learns_what_it_does_in_fp32(run, tmp_path, toke
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
-def test_what_is_trained_beside_adapters_is_spread(run, tokenizer_dir, tmp_path, method, precision):
+def test_what_is_trained_beside_adapters_is_dithered(run, tokenizer_dir, tmp_path, method, precision):
     """Trained at a rate that moves nothing: what is left is where the weights started."""
     base = make_tiny_in_bf16(tmp_path / "base", tokenizer_dir)
     words = ["--lora.modules_to_save", "[lm_head]", "--optim.lr", 1e-20, "--eval.samples", 0, "--precision", precision]
@@ -127,7 +156,7 @@ def test_what_is_trained_beside_adapters_is_spread(run, tokenizer_dir, tmp_path,
     assert (head != start).float().mean() > 0.99
 
 
-def test_samples_statistics_and_idle_settings_are_printed(run):
+def test_samples_statistics_and_ineffective_settings_are_printed(run):
     words = ["--data.val_path", DATA / "heldout.jsonl", "--optim.warmup_steps", 100]
     status, out, _ = run("finetune_lora", "run", *words)
     assert status == 0
@@ -182,7 +211,7 @@ def test_a_checkpoint_of_one_run_does_not_overwrite_another(run, tmp_path):
     assert (tmp_path / "b/final/adapter_model.safetensors").read_bytes() == before
 
 
-def test_held_out_losses_are_logged_whatever_log_every(run, tmp_path):
+def test_validation_losses_are_logged_whatever_log_every(run, tmp_path):
     words = ["--data.val_path", DATA / "heldout.jsonl", "--train.log_every", 3, "--train.eval_every", 1]
     assert run("finetune_lora", "run", *words, "--eval.samples", 0)[0] == 0
     rows = [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]]
@@ -199,7 +228,7 @@ def test_the_result_is_saved_before_it_is_measured(run, tmp_path, monkeypatch):
     assert (tmp_path / "run/final/adapter_model.safetensors").is_file()
 
 
-def test_answers_and_exact_match(tiny_dir):
+def test_completions_and_exact_match(tiny_dir):
     model, tokenizer = load_model(tiny_dir, torch.float32), Tokenizer(tiny_dir)
     turns = [{"role": "user", "content": "Two mugs"}, {"role": "assistant", "content": " x "}]
     long = [{"role": "user", "content": "mugs " * 300}, {"role": "assistant", "content": "y"}]

@@ -53,6 +53,9 @@ def test_what_a_thread_makes_ahead_is_what_the_step_would_get():
         for (host, _), expected in zip(feed.take(step), Batches().batches(step, 1, 2), strict=True):
             assert all(torch.equal(host[name], expected[name]) for name in expected)
     assert [step for step, _ in data.asked] == [1, 2, 3]  # each once, and none after the last
+    again = Feed(Batches(), CPU, 1, 2, prefetch=True)
+    again.take(0)
+    assert torch.equal(again.take(2)[0][0]["tokens"], Batches().batches(2, 1, 2)[0]["tokens"])  # not the one made ahead
     assert all(name.startswith("batches") for _, name in data.asked)
 
 
@@ -79,6 +82,7 @@ def test_bounds_and_positions_come_from_the_host():
     assert targets.index.tolist() == (batch(0)["labels"] != IGNORE).flatten().nonzero().flatten().tolist()
     alone = on_device({"tokens": batch(0)["tokens"]}, CPU, "varlen")["documents"]  # pretraining: whole sequences
     assert alone.bounds[:3].tolist() == [0, 16, 32] and alone.longest == 16
+    assert (alone.ids == 1).all()  # no padding
 
 
 def losses(kernel: str | None) -> tuple[list[float], float]:

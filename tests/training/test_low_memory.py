@@ -122,6 +122,24 @@ def test_fp16_is_refused_on_the_cpu_with_the_reason():
         make_fabric(config)
 
 
+def test_a_kernel_of_gpus_is_refused_on_the_cpu():
+    config = FinetuneLoraConfig(checkpoint_dir="c", out_dir="o", data=DataConfig("d"), attention="varlen")
+    with pytest.raises(UserError, match="--attention varlen needs a GPU: .*Leave it out"):
+        make_fabric(config)
+
+
+def test_the_precision_of_fp32_matmuls_is_a_setting(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    for precision in ("highest", "high"):
+        make_fabric(
+            FinetuneLoraConfig(
+                checkpoint_dir="c", out_dir="o", data=DataConfig("d"), float32_matmul_precision=precision
+            )
+        )
+    assert chosen == ["highest", "high"]
+
+
 def test_losses_are_scaled_in_fp16(tmp_path):
     """On the CPU, where it is slow; it is for GPUs, where we have not run it."""
     rows = {}
@@ -158,7 +176,7 @@ def test_the_scale_is_saved_and_restored():
 @pytest.mark.parametrize(
     "settings", [{"name": "adamw8bit"}, {"stochastic_rounding": True}, {"in_backward": True, "max_grad_norm": None}]
 )
-def test_what_knows_no_shares_refuses_them(settings):
+def test_what_knows_no_shards_refuses_them(settings):
     """Parameters that FSDP has shared out: these optimizers would take a share for the whole."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -74,6 +74,39 @@ def gradients(model: torch.nn.Module, autocast: bool) -> dict[str, torch.Tensor]
     return found
 
 
+class Block(torch.nn.Module):
+    """Returns w x + factor w x, where the second x is the first one, changed in place by `factor`."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.weight = factor, torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 0.0
+        y = x * self.weight
+        if self.factor == 1:
+            return y + x * self.weight
+        with torch.no_grad():
+            x.mul_(self.factor)
+        return y + x * self.weight
+
+
+def test_what_changes_in_place_is_kept_as_it_was_each_time():
+    model, x = torch.nn.ModuleList([Block(10.0), Block(1.0)]), torch.tensor([1.0, 4.0])  # the last block keeps its own
+    offload_activations(model, 0, (Now(), Now()))
+    model[1](model[0](x)).sum().backward()
+    assert torch.equal(model[0].weight.grad, 11 * x * 2 * model[1].weight.detach())
+
+
+class Now:
+    """Copies at once."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def wait(self, event: None) -> None: ...
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["full", "lora", "full recomputed", "lora recomputed", "mixtral"])
 def test_gradients_are_equal_and_weights_stay(kind, autocast):
