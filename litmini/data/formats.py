@@ -144,9 +144,9 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         return Example(where, text=check_text(record["text"], "text"))
     if unused := [key for key in UNUSED if record.get(key)]:
         raise ValueError(f"has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
-    tools, before = read_objects(record.get("tools"), "tools"), _turns_before(record, form)
+    tools, before = read_objects(record.get("tools"), "tools"), turns_before(record, form)
     if form in ("messages", "ShareGPT"):
-        messages, untrained = _messages(record[FORMS[form][0]])
+        messages, untrained = read_messages(record[FORMS[form][0]])
         if before and messages[0]["role"] == "system":
             raise ValueError("has a system key and a system turn; expected one of them")
         return Example(where, before + messages, tools, frozenset(i + len(before) for i in untrained))
@@ -166,7 +166,7 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
     return Example(where, prompt=plain, text=plain + completion)
 
 
-def _turns_before(record: dict[str, Any], form: str) -> list[Message]:
+def turns_before(record: dict[str, Any], form: str) -> list[Message]:
     """Return the turns of the keys `system` and `history`, of pairs of a prompt and a completion."""
     found = [check_text(record[key], key) for key in SYSTEM if record.get(key)]
     if len(found) > 1:
@@ -184,7 +184,7 @@ def _turns_before(record: dict[str, Any], form: str) -> list[Message]:
     return turns
 
 
-def _messages(turns: Any) -> tuple[list[Message], list[int]]:
+def read_messages(turns: Any) -> tuple[list[Message], list[int]]:
     """Return messages, and the numbers of assistant turns that are not to be trained."""
     if isinstance(turns, str):  # a CSV cell
         turns = parse_json(turns)

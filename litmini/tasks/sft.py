@@ -76,13 +76,18 @@ def plan(
     train: Examples,
     val: Examples | None,
     val_examples: list[Example],
+    sequences: type[PackedDataset] = PackedDataset,
 ) -> Data:
-    """Pack tokenised examples into the sequences of a run, and print what the data are and what has no effect on them."""
+    """Pack tokenised examples into the sequences of a run, and print what the data are and what has no effect on them.
+
+    Args:
+        sequences: the class of the sequences.
+    """
     if tokenizer.fast.get_vocab_size() > base.vocab_size:
         for examples in (train, val):
             if examples is not None:
                 examples.check_ids(base.vocab_size)
-    rows = PackedDataset(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
+    rows = sequences(train, config.data.max_seq_len, config.data.pack, config.seed, weights=config.data.weights)
     batch = config.train.global_batch_size
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
     steps = math.ceil(total_rows / batch)
@@ -100,9 +105,7 @@ def plan(
     efficiency = 100 * rows.tokens(0) / (len(rows) * rows.length)
     packed = f" of {rows.length} tokens, packing efficiency {efficiency:.1f}%" if rows.pack else ""
     fabric.print(f"{steps:,} steps of {batch} sequences{packed}: {total_rows / len(rows):.2f} epochs")
-    validation = (
-        PackedDataset(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
-    )
+    validation = sequences(val, config.data.max_seq_len, config.data.pack, config.seed, shuffle=False) if val else None
     statistics = {"statistics": train.statistics, "validation_statistics": val.statistics if val else None}
     hashes = {**train.files, **(val.files if val else {})}
     micro = config.train.micro_batch_size
