@@ -1,4 +1,4 @@
-"""The settings of finetune_preference.py. Nothing heavy is imported here."""
+"""The settings of finetune_preference.py and finetune_reward.py. Nothing heavy is imported here."""
 
 import math
 import re
@@ -18,6 +18,12 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "undesirable_weight": ("kto",),
 }
 """Setting -> the losses that use it; all use the others."""
+
+
+def check_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> None:
+    """Raise UserError if weights in 4 bits would be trained."""
+    if lora is None and quantize.bits == 4:
+        raise UserError("quantize.bits 4 needs adapters, since weights in 4 bits are not trained: leave out lora null.")
 
 
 @dataclass
@@ -115,7 +121,46 @@ class FinetunePreferenceConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora is None and self.quantize.bits == 4:
-            raise UserError(
-                "quantize.bits 4 needs adapters, since weights in 4 bits are not trained: leave out lora null."
-            )
+        check_adapters(self.lora, self.quantize)
+
+
+@dataclass
+class RewardDataConfig(DataConfig):
+    """Data: which files, and how they become sequences of tokens."""
+
+    path: list[str] | str
+    """Training file of pairs, as of finetune_preference.py; a column margin says by how much the chosen completion should
+    be better."""
+    max_seq_len: int = 2048
+    """Most tokens of a prompt with its completion; pairs with a longer one are dropped. A sequence has room for both
+    completions of a pair: twice as many."""
+    max_dropped: float = 0.01
+    """Largest fraction of pairs from which nothing can be learned that is no error: the two completions are equal, one is
+    empty, or one is too long."""
+
+
+@dataclass
+class RewardConfig:
+    """Reward: how scores are learned from pairs."""
+
+    center: float = 0.0
+    """Weight of the squared sum of both scores of a pair, which keeps scores around 0; 0.01 is usual, 0 is off."""
+
+    def __post_init__(self) -> None:
+        check("reward.", self, center=0 <= self.center < math.inf)
+
+
+@dataclass(kw_only=True)
+class FinetuneRewardConfig(FinetuneConfig):
+    """Settings of finetune_reward.py."""
+
+    data: RewardDataConfig
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """Adapters beside the score; null: all weights are trained."""
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adapters(self.lora, self.quantize)

@@ -151,8 +151,9 @@ def _documents(
             labels[-1] = 0
             found[number] = Document(ids, labels, False) if len(ids) <= max_seq_len else None
         else:
-            is_truncated = len(ids) > max_seq_len + 1
-            ids, mask = ids[: max_seq_len + 1], mask[: max_seq_len + 1]  # the last one is only predicted
+            size = int(np.flatnonzero(mask)[-1]) + 1  # what a template puts after the end token teaches nothing
+            is_truncated, size = size > max_seq_len + 1, min(size, max_seq_len + 1)  # the last token is only predicted
+            ids, mask = ids[:size], mask[:size]
             labels = np.where(mask[1:], ids[1:], np.int32(IGNORE))
             found[number] = Document(ids[:-1], labels, is_truncated)
     problems += part.problems

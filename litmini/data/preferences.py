@@ -27,10 +27,15 @@ from litmini.tokenizer import Tokenizer
 class PreferenceExamples(Examples):
     """Tokenised pairs, or single completions; `table` is of preference_tokens.ENTRY."""
 
-    single: bool = False
-    """Whether they are single completions."""
+    kind: str = "pairs"
+    """pairs; single: completions with a label; scored: pairs whose last tokens alone are labelled, for a score."""
     why_dropped: Counter[str] = field(default_factory=Counter)
     """Numbers for `DROPPED`."""
+
+    @property
+    def single(self) -> bool:
+        """Whether they are single completions."""
+        return self.kind == "single"
 
     def documents(self, i: int) -> list[int]:
         """Return the tokens of the documents of an example: of a pair the chosen one and the rejected one."""
@@ -59,6 +64,9 @@ class PreferenceExamples(Examples):
         else:
             rejected = table["trained"] - first
             found |= {"chosen_tokens": float(first.mean()), "rejected_tokens": float(rejected.mean())}
+            if self.kind == "scored":  # of the whole conversations
+                sizes = table["first"], table["size"] - table["first"]
+                found |= {"chosen_tokens": float(sizes[0].mean()), "rejected_tokens": float(sizes[1].mean())}
         return {
             **found,
             "truncated_examples": int((table["cut"] > 0).sum()),
@@ -84,15 +92,23 @@ class PreferenceExamples(Examples):
         )
 
     def show_masks(self, tokenizer: Tokenizer, count: int) -> str:
-        """Return the first examples, each completion token by token as of supervised finetuning, under what it is."""
+        """Return the first examples, each completion token by token as of supervised finetuning, under what it is.
+
+        Of completions to be scored the last token, where the score is computed, is in brackets.
+        """
         shown = []
         for i in range(min(count, len(self))):
             entry, at = self.table[i], int(self.table["start"][i])
             names = ["desirable" if entry["desirable"] else "undesirable"] if self.single else ["chosen", "rejected"]
             for name, size in zip(names, self.documents(i), strict=True):
-                one = np.array([(0, entry["file"], at, size, 0, 0, False)], ENTRY)
-                lines = Examples(self.arrays, one).show_masks(tokenizer, 1).split("\n", 1)
-                shown.append(f"{lines[0].replace('example 1', f'example {i + 1}, {name}')}\n{lines[1]}")
+                title = f"example {i + 1}, {name}"
+                if self.kind == "scored":
+                    ids = self.arrays[entry["file"]][0][at : at + size].tolist()
+                    rest, last = (tokenizer.decode(part, skip_special=False) for part in (ids[:-1], ids[-1:]))
+                    shown.append(f"--- {title}: {size} tokens\n{rest}[{last}]")
+                else:
+                    one = np.array([(0, entry["file"], at, size, 0, 0, False)], ENTRY)
+                    shown.append(Examples(self.arrays, one).show_masks(tokenizer, 1).replace("example 1", title, 1))
                 at += size
         return "\n".join(shown)
 
@@ -153,9 +169,8 @@ def _load(
             f"{count} of {total} {what} records have nothing to learn from (the first: {first_dropped}): {reasons}. Correct "
             f"them, raise --data.max_seq_len if they are too long, or allow it with --data.max_dropped."
         )
-    single = kind == "single"
     table = np.concatenate(tables)
-    return PreferenceExamples(arrays, table, count, 0, Counter(), hashes, paths, single=single, why_dropped=why), read
+    return PreferenceExamples(arrays, table, count, 0, Counter(), hashes, paths, kind=kind, why_dropped=why), read
 
 
 class PreferenceSequences(PackedDataset):
