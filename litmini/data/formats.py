@@ -34,6 +34,7 @@ UNUSED = {
     **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "only text is trained"),
 }
 """Keys of a conversation that change what it means -> what to do instead."""
+PREFERENCES = "Preferences are for scripts/finetune_preference.py"
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
@@ -134,7 +135,8 @@ def _find_forms(record: Any) -> list[str]:
     forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
     if not forms:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}")
+        pairs = f". {PREFERENCES}" if isinstance(record, dict) and record.keys() >= {"chosen", "rejected"} else ""
+        raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}{pairs}")
     return forms
 
 
@@ -142,6 +144,8 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
     """Return a record of any form as an `Example`; a ValueError says what is wrong with it."""
     if form == "text":
         return Example(where, text=check_text(record["text"], "text"))
+    if form == "prompt/completion" and str(record.get("label")).lower() in ("true", "false"):
+        raise ValueError(f"has a label, and an undesirable completion would be imitated. {PREFERENCES}")
     if unused := [key for key in UNUSED if record.get(key)]:
         raise ValueError(f"has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
     tools, before = read_objects(record.get("tools"), "tools"), turns_before(record, form)
