@@ -18,8 +18,8 @@ def main(config: FinetunePreferenceConfig) -> None:
     from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
-    from litmini.methods.dropout import disable_dropout
     from litmini.methods.heads import use_log_probs
+    from litmini.methods.reference import disable_dropout
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.measure import finish, measure_start

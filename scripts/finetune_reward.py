@@ -16,8 +16,8 @@ def main(config: FinetuneRewardConfig) -> None:
     from litmini.checkpoints.load import load_quantized
     from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
-    from litmini.methods.dropout import disable_dropout
     from litmini.methods.heads import use_scores
+    from litmini.methods.reference import disable_dropout
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.classify import save_classifier, with_score

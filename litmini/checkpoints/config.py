@@ -47,20 +47,11 @@ def parse_model(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
         model = meta_model(module, config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes an impossible model: {error}.") from None
-    if n_scores := score_count(raw):
-        from litmini.methods.heads import use_scores  # which a language model does not need
+    if str((raw.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        from litmini.checkpoints.scores import give_scores  # which a language model does not need
 
-        use_scores(model, n_scores)
+        give_scores(model, raw)
     return module, model
-
-
-def score_count(raw: dict[str, Any]) -> int:
-    """Return the scores of a classifier or reward model, a `...ForSequenceClassification`; 0 of a language model."""
-    names = raw.get("architectures") or [""]
-    if not str(names[0]).endswith("ForSequenceClassification"):
-        return 0
-    labels = raw.get("id2label")
-    return len(labels) if isinstance(labels, dict) else int(raw.get("num_labels") or 2)  # as transformers has it
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:

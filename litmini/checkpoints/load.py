@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from litmini.checkpoints.config import empty_model, score_count
+from litmini.checkpoints.config import empty_model
 from litmini.checkpoints.hf import check_checkpoint_dir, load_model, parse_dtype
-from litmini.checkpoints.peft import Adapter, load_adapter, read_adapter
+from litmini.checkpoints.peft import load_adapter, read_adapter
+from litmini.checkpoints.scores import give_scores_of_adapter
 from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError
-from litmini.files import read_json
 from litmini.methods.nf4 import NF4Linear, convert, quantizable
 from litmini.tokenizer import Tokenizer
 
@@ -35,31 +35,6 @@ def load_quantized(
         return load_model(directory, dtype, device)
     names = quantizable(empty_model(check_checkpoint_dir(directory))[1])
     return load_model(directory, dtype, device, swap=lambda n, m: NF4Linear(m, config.double, on) if n in names else m)
-
-
-def adapter_scores(adapter: Adapter) -> int:
-    """Return the scores of an adapter that makes a classifier or a reward model; 0 of one for a language model.
-
-    Raises:
-        UserError: its scores are missing.
-    """
-    if adapter.config.get("task_type") != "SEQ_CLS":
-        return 0
-    if "score" not in adapter.full:
-        raise UserError(f"{adapter.directory} is an adapter of a classifier (SEQ_CLS), but has no score.weight.")
-    return len(adapter.full["score"]["weight"])
-
-
-def refuse_scores(checkpoint_dir: str | Path, adapter_dir: str | Path | None) -> None:
-    """Raise UserError if a checkpoint or its adapter gives scores, and so generates nothing."""
-    for directory, name in ((checkpoint_dir, "config.json"), (adapter_dir, "adapter_config.json")):
-        file = Path(directory or "") / name
-        raw = read_json(file) if directory is not None and file.is_file() else {}
-        if score_count(raw) or raw.get("task_type") == "SEQ_CLS":
-            raise UserError(
-                f"{directory} is a classifier or a reward model: it gives scores and generates nothing. scripts/evaluate.py "
-                f"--reward FILE ranks pairs with it."
-            )
 
 
 def load(
@@ -94,10 +69,7 @@ def load(
     if stored != wanted:
         convert(model, wanted)
     if adapter_dir is not None:
-        if n_scores := adapter_scores(adapter):
-            from litmini.methods.heads import use_scores
-
-            use_scores(model, n_scores)
+        give_scores_of_adapter(model, adapter)
         load_adapter(model, adapter_dir)
     if check_finite and (wrong := [n for n, t in model.state_dict().items() if not t.isfinite().all()]):
         raise UserError(

@@ -9,7 +9,6 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from litmini.config.training import RunConfig
@@ -86,26 +85,12 @@ def sum_on_host(fabric: Fabric, *counts: int) -> list[int]:
     if fabric.world_size == 1:
         return list(counts)
     total = torch.tensor(counts)
-    torch.distributed.all_reduce(total, group=_host_group())
+    torch.distributed.all_reduce(total, group=host_group())
     return total.tolist()
 
 
-def sum_array_on_host(fabric: Fabric, array: np.ndarray) -> np.ndarray:
-    """Return the sum of an array over all ranks."""
-    if fabric.world_size > 1:
-        torch.distributed.all_reduce(torch.from_numpy(array), group=_host_group())
-    return array
-
-
-def broadcast_on_host(fabric: Fabric, array: np.ndarray) -> np.ndarray:
-    """Return the array of rank 0; on other ranks `array` has its shape and dtype."""
-    if fabric.world_size > 1:
-        torch.distributed.broadcast(torch.from_numpy(array), 0, group=_host_group())
-    return array
-
-
 @functools.lru_cache(1)
-def _host_group() -> Any:
+def host_group() -> Any:
     """Return a group of all processes whose tensors are on the host. Every rank makes it at the same time."""
     if torch.distributed.get_backend() == "gloo":
         return None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from litmini.checkpoints.load import load, refuse_scores
+from litmini.checkpoints.load import load
+from litmini.checkpoints.scores import refuse_scores
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.batch import Batch

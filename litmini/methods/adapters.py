@@ -4,8 +4,7 @@
 linear, a quantised one (`NF4Linear`), or grouped experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -144,18 +143,6 @@ def restore_adapters(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
     """Undo `merge_adapters` or `remove_adapters`, exactly."""
     for name, module in replaced.items():
         model.set_submodule(name, module)
-
-
-@contextmanager
-def at_start(model: nn.Module) -> Iterator[None]:
-    """Let `model` be what it was before its adapters were trained, for as long as this lasts. Nothing is copied."""
-    layers = adapters(model)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.at_start())
-    try:
-        yield
-    finally:
-        restore_adapters(model, layers)
 
 
 def remove_adapters(model: nn.Module) -> dict[str, nn.Module]:

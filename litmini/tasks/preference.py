@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from litmini.config.preference import FinetunePreferenceConfig, PreferenceConfig, PreferenceDataConfig
 from litmini.data.preferences import PreferenceSequences, load_preferences
-from litmini.methods.adapters import at_start
+from litmini.methods.reference import at_start
 from litmini.system import time_limit
 from litmini.tasks.preference_losses import LOSSES, Pairs, kto
 from litmini.tasks.setup import Data, TrainingSetup, warn

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from litmini.config.preference import FinetunePreferenceConfig
 from litmini.data.preferences import PreferenceSequences
 from litmini.data.token_cache import cache_directory
-from litmini.distributed.fabric import broadcast_on_host, sum_array_on_host
+from litmini.distributed.host_arrays import broadcast_on_host, sum_array_on_host
 from litmini.runs.manifest import weights_hash
 from litmini.tasks.preference import INPUTS, PreferenceData
 from litmini.training.objective import Batch

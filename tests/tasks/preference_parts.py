@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from litmini.checkpoints.hf import load_model
 from litmini.config.preference import PreferenceConfig, PreferenceDataConfig
 from litmini.data.preferences import PreferenceExamples, PreferenceSequences, load_preferences
-from litmini.methods.dropout import disable_dropout
 from litmini.methods.heads import use_log_probs
+from litmini.methods.reference import disable_dropout
 from litmini.ops.cross_entropy import original_head
 from litmini.tasks.preference import PairPreference, SinglePreference
 from litmini.tokenizer import Tokenizer

@@ -34,9 +34,9 @@ from litmini.config.preference import PreferenceConfig
 from litmini.data.preference_records import read_preferences
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
-from litmini.methods.dropout import disable_dropout
 from litmini.methods.heads import use_log_probs
 from litmini.methods.ia3 import add_ia3
+from litmini.methods.reference import disable_dropout
 from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.rounding import dither
 from litmini.tasks.preference import PairPreference, SinglePreference, match

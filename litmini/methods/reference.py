@@ -1,9 +1,13 @@
-"""Dropout off while a model is trained, for objectives that compare log-probabilities or scores."""
+"""For objectives that compare a model with itself: as its adapters began, and without dropout."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from litmini.methods.adapters import adapters, restore_adapters
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -19,3 +23,15 @@ def disable_dropout(model: nn.Module) -> None:
     config: Any = model.config
     if names := [f.name for f in dataclasses.fields(config) if f.name.endswith("dropout")]:
         model.config = dataclasses.replace(config, **dict.fromkeys(names, 0.0))  # type: ignore[assignment]
+
+
+@contextmanager
+def at_start(model: nn.Module) -> Iterator[None]:
+    """Let `model` be what it was before its adapters were trained, for as long as this lasts. Nothing is copied."""
+    layers = adapters(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.at_start())
+    try:
+        yield
+    finally:
+        restore_adapters(model, layers)
