@@ -73,7 +73,7 @@ def preference_jobs(config: Any, place: Path, dtype: str, tools: list[str]) -> l
     plan_pairs(config.checkpoint_dir, data, config.steps, rows, config.max_seq_len, kind).save(work)
     words = ["--checkpoint_dir", config.checkpoint_dir, "--data.path", data, "--seed", SEED, "--preference.beta", BETA]
     words += ["--data.max_seq_len", config.max_seq_len, "--train.global_batch_size", rows]
-    words += ["--train.micro_batch_size", rows, "--train.max_steps", config.steps, "--optim.lr", RATE]
+    words += ["--train.micro_batch_size", 1, "--train.max_steps", config.steps, "--optim.lr", RATE]
     words += ["--optim.schedule", "constant", "--eval.samples", 0, "--compile", "false"]
     words += ["--precision", "32-true" if dtype == "fp32" else "bf16-true"]
     words += ["--lora.rank", LORA.rank, "--lora.alpha", LORA.alpha]

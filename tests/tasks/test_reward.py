@@ -177,7 +177,7 @@ def test_a_run_learns_and_its_result_gives_equal_scores_elsewhere(tiny_dir, file
     out = run(capfd, *words(tiny_dir, files, tmp_path / "run", *more[kind], "--train.max_steps", 20))
     results = json.loads((tmp_path / "run/manifest.json").read_text())["results"]
     assert results["val_loss_before"] == pytest.approx(math.log(2), rel=0.2) and "--reward PAIRS.jsonl" in out
-    assert results["val_loss_after"] < results["val_loss_before"] and results["accuracy_after"] >= 0.8
+    assert results["val_loss_after"] < results["val_loss_before"] and results["accuracy_after"] >= 0.7
     final, loading = tmp_path / "run/final", transformers.AutoModelForSequenceClassification.from_pretrained
     config = transformers.AutoConfig.from_pretrained(final)
     if kind == "full":
