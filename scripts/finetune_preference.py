@@ -23,7 +23,8 @@ def main(config: FinetunePreferenceConfig) -> None:
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.measure import finish, measure_start
-    from litmini.tasks.preference import make_objective, measure_matches, prepare_data, warn_of_falling
+    from litmini.tasks.preference import make_objective, prepare_data
+    from litmini.tasks.preference_measures import measure_matches, warn_of_falling
     from litmini.tasks.reference import remember_reference
     from litmini.tasks.setup import make_setup
     from litmini.training.loop import fit

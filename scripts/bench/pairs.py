@@ -64,15 +64,14 @@ def plan_pairs(checkpoint_dir: str, data: Path, steps: int, rows: int, max_seq_l
 
 def preference_jobs(config: Any, place: Path, dtype: str, tools: list[str]) -> list[dict[str, Any]]:
     """Return one job for each tool: DPO with LoRA, with as many tokens in a step as the other tasks have."""
-    rows = max(1, config.micro_batch_size // 2)  # sequences with room for two documents of max_seq_len
+    rows, length = config.micro_batch_size, config.max_seq_len // 2  # a sequence has room for two documents
     data = place / f"pairs-{config.steps * rows * config.max_seq_len}.jsonl"
-    longest = min(200, config.max_seq_len - 60)
-    write_pairs(data, config.steps * rows * 2 * config.max_seq_len // 250 + 50, longest)
+    write_pairs(data, config.steps * rows * config.max_seq_len // 250 + 50, min(200, length - 60))
     work = place / f"work-dpo-{dtype}.json"
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    plan_pairs(config.checkpoint_dir, data, config.steps, rows, config.max_seq_len, kind).save(work)
+    plan_pairs(config.checkpoint_dir, data, config.steps, rows, length, kind).save(work)
     words = ["--checkpoint_dir", config.checkpoint_dir, "--data.path", data, "--seed", SEED, "--preference.beta", BETA]
-    words += ["--data.max_seq_len", config.max_seq_len, "--train.global_batch_size", rows]
+    words += ["--data.max_seq_len", length, "--train.global_batch_size", rows]
     words += ["--train.micro_batch_size", 1, "--train.max_steps", config.steps, "--optim.lr", RATE]
     words += ["--optim.schedule", "constant", "--eval.samples", 0, "--compile", "false"]
     words += ["--precision", "32-true" if dtype == "fp32" else "bf16-true"]

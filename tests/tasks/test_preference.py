@@ -8,12 +8,15 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from numerics import assert_close, assert_gradients_close, difference, ulps
+from preference_data import is_short_and_polite, records
 from preference_parts import (
     examples_of,
     policy,
@@ -39,8 +42,9 @@ from litmini.methods.ia3 import add_ia3
 from litmini.methods.reference import disable_dropout
 from litmini.ops.cross_entropy import IGNORE
 from litmini.ops.rounding import dither
-from litmini.tasks.preference import PairPreference, SinglePreference, match
+from litmini.tasks.preference import PairPreference, SinglePreference
 from litmini.tasks.preference_losses import LOSSES
+from litmini.tasks.preference_measures import match
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Measuring
 from litmini.training.setup import on_device
@@ -54,6 +58,17 @@ def files(tmp_path_factory) -> dict[str, Path]:
     found = {"train": write_pairs(place / "train.jsonl"), "val": write_pairs(place / "val.jsonl", 6, first=40)}
     found |= {"kto": write_labelled(place / "kto.jsonl"), "kto_val": write_labelled(place / "kto_val.jsonl", 9, 40)}
     return found
+
+
+@pytest.fixture(autouse=True)
+def _quick(request, monkeypatch):
+    """Charts, and the measurement of what the CPU can do, take longer than the rest of a run."""
+    if "reports" not in request.node.name:
+        drawn = SimpleNamespace(
+            savefig=lambda file, **_: file.touch() if isinstance(file, Path) else file.write("<svg>")
+        )
+        monkeypatch.setattr("litmini.runs.report._figure", lambda *_: drawn)
+        monkeypatch.setattr("litmini.training.flops.peak_flops", lambda *_: (1e12, "assumed"))
 
 
 def run(capfd: Any, *arguments: object, status: int = 0, script: str = "finetune_preference") -> str:
@@ -264,6 +279,20 @@ def test_truncation_is_counted_and_both_keep_their_beginning(tiny_dir, tmp_path,
     assert examples.statistics["truncated_examples"] == examples.statistics["truncated_in_one_only"] == 1
     assert examples.documents(0)[0] == 40 and examples[0][1][39] != Tokenizer(tiny_dir).stop_ids[0]
     assert "truncated at their end 1 (50.0%), 1 of them in one completion only" in examples.describe("x")
+
+
+def test_the_quickstarts_data_are_what_their_script_writes_and_its_expression_says_what_is_preferred():
+    train, held_out = records()
+    for name, rows in (("train", train), ("heldout", held_out)):
+        assert [json.loads(line) for line in (ROOT / f"config_hub/preference/{name}.jsonl").open()] == rows
+    assert not {row["chosen"].partition("! ")[2] for row in train} & {
+        row["chosen"].partition("! ")[2] for row in held_out
+    }
+    pattern = yaml.safe_load((ROOT / "config_hub/quickstart_preference.yaml").read_text())["eval"]["matches"]
+    others = ["Gladly! " + "word " * 25, "The capital of Italy is Rome.", "", "Thanks", "It's with pleasure, sir."]
+    for text in [row[name] for row in [*train, *held_out] for name in ("chosen", "rejected")] + others:
+        assert match(pattern, text) == is_short_and_polite(text), text
+    assert all(is_short_and_polite(row["chosen"]) and not is_short_and_polite(row["rejected"]) for row in train)
 
 
 # Objectives

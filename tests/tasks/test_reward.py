@@ -46,6 +46,17 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     return train, val
 
 
+@pytest.fixture(autouse=True)
+def _quick(request, monkeypatch):
+    """Charts, and the measurement of what the CPU can do, take longer than the rest of a run."""
+    if "learns" not in request.node.name:
+        drawn = SimpleNamespace(
+            savefig=lambda file, **_: file.touch() if isinstance(file, Path) else file.write("<svg>")
+        )
+        monkeypatch.setattr("litmini.runs.report._figure", lambda *_: drawn)
+        monkeypatch.setattr("litmini.training.flops.peak_flops", lambda *_: (1e12, "assumed"))
+
+
 def run(capfd: Any, *arguments: object, status: int = 0, script: str = "finetune_reward") -> str:
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
