@@ -34,7 +34,7 @@ def warn_of_falling(setup: TrainingSetup) -> None:
     """Print a warning if chosen completions became less probable: the loss falls as well if rejected ones fall faster."""
     results = setup.recorder.results
     before, after = (results.get(f"logp_chosen_{when}") for when in ("before", "after"))
-    if before is not None and after is not None and after < before:
+    if before is not None and after is not None and after < before - 0.005 * abs(before):  # more than rounding
         setup.fabric.print(
             f"warning: chosen completions of the validation data became less probable: log p {before:.1f} -> {after:.1f}. The "
             f"model moved away from rejected ones faster, possibly to something else than chosen ones: look at its "
