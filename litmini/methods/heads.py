@@ -52,8 +52,9 @@ class LogProbHead(OutputHead):
             found = torch.cat(
                 [checkpoint(self._log_probs, part, want, softcap, use_reentrant=False) for part, want in parts]
             )
-        zeros = torch.zeros(targets.labels.numel(), dtype=torch.float32, device=hidden.device)
-        return zeros.index_copy(0, targets.index, found).view_as(targets.labels), targets.count()
+        T, zeros = hidden.shape[1], torch.zeros(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
+        log_probs = zeros.index_put((targets.index // T, targets.index % T), found)  # no view: FSDP warns of one
+        return log_probs, targets.count()
 
     def _log_probs(self, rows: Tensor, wanted: Tensor, softcap: float | None) -> Tensor:
         logits = self.original(rows).float()  # (c, vocab)

@@ -100,7 +100,7 @@ class PairPreference(_Completions):
             losses = losses - self.config.sft_weight * pairs.chosen_mean
         rewards = self._rewards(pairs)
         sums = [*(one.sum() for one in rewards), (rewards[0] > rewards[1]).sum()]
-        counts = tokens.new_tensor(len(tokens))
+        counts = tokens.new_full((), len(tokens))
         self.add([*sums, pairs.chosen.sum(), pairs.rejected.sum(), counts], log_probs, reference, batch)
         return losses.sum()
 
@@ -167,7 +167,7 @@ class SinglePreference(_Completions):
             self._z, self._mismatched = None, []
         reference, log_probs = self.reference(model, batch), self.log_probs(model, batch)
         ratio = document_sums(log_probs - reference, batch)
-        self._mismatched.append(torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))]))
+        self._mismatched.append(torch.stack([ratio.sum(), ratio.new_full((), len(ratio))]))
         return torch.zeros((), device=ratio.device, requires_grad=True)
 
     def _estimate(self, like: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class BradleyTerry:
         losses = -F.logsigmoid(chosen - rejected - batch["margins"])
         if self.config.center:
             losses = losses + self.config.center * (chosen + rejected).square()
-        n = chosen.new_tensor(len(chosen))
+        n = chosen.new_full((), len(chosen))
         found = torch.stack([chosen.sum(), rejected.sum(), (chosen > rejected).sum().float(), n]).detach()
         self._sums = found if self._sums is None else self._sums + found
         return losses.sum()
