@@ -520,3 +520,13 @@ def test_resumed_equals_undisturbed(tiny_dir, files, tmp_path, capfd, monkeypatc
     results = [json.loads((tmp_path / name / "manifest.json").read_text())["results"] for name in ("run", "whole")]
     for key in ("val_loss_before", "val_loss_after", "margin_after"):
         assert results[0][key] == results[1][key]
+
+
+@pytest.mark.real
+def test_the_quickstart_begins_at_ln_2_and_learns(smollm2, tmp_path, capfd):
+    """In bf16, with the real model; docs/preferences.md has the whole run."""
+    words = ["--config", ROOT / "config_hub/quickstart_preference.yaml", "--out_dir", tmp_path / "run"]
+    words += ["--data.val_path", "null", "--eval.matches", "null", "--train.eval_every", "null"]
+    run(capfd, *words, "--checkpoint_dir", smollm2, "--preference.sft_weight", 0, "--train.max_steps", 4)
+    losses = [float(row["loss"]) for row in metrics(tmp_path / "run")]
+    assert losses[0] == pytest.approx(math.log(2), rel=2**-23) and losses[3] < 0.5
