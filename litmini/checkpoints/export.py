@@ -58,6 +58,11 @@ def export(
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter = read_adapter(adapter_dir)
+        if adapter.config.get("task_type") == "SEQ_CLS":
+            raise UserError(
+                f"{adapter_dir} is an adapter of a classifier or a reward model; merging it is not implemented. "
+                f"PEFT merges it: merge_and_unload()."
+            )
         check_adapter(model, adapter)  # refuses one of another base
         tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
         if any(_changed(adapter, name) for name in tied):

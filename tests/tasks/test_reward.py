@@ -214,6 +214,15 @@ def test_a_run_learns_and_its_result_gives_equal_scores_elsewhere(tiny_dir, file
     for script, more_ in (("generate", ["--prompt", "a"]), ("serve", []), ("evaluate", ["--perplexity", files[1]])):
         error = run(capfd, *given, *more_, status=1, script=script)
         assert f"{final} is a classifier or a reward model: it gives scores" in error
+    if kind == "full":
+        run(capfd, final, "--out_dir", tmp_path / "converted", script="convert_to_hf")
+        again, _ = litmini.load(tmp_path / "converted", dtype="fp32")
+        with torch.no_grad():
+            assert torch.equal(again.eval()(ids), ours(ids))
+        assert "gives scores" in run(capfd, final, status=1, script="verify")
+    else:
+        error = run(capfd, *given, "--out_dir", tmp_path / "merged", status=1, script="merge_adapter")
+        assert "merging it is not implemented" in error
 
 
 def test_evaluate_refuses_what_is_no_reward_model(tiny_dir, files, capfd):
