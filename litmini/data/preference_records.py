@@ -98,6 +98,8 @@ def _records(where: str, record: Any, has_template: bool, pairs: bool | None, is
     names = PAIR if is_pair else ("completion",)
     given = {name: _turns(record[name], name, is_csv) for name in names}
     prompt = _turns(record["prompt"], "prompt", is_csv) if record.get("prompt") is not None else None
+    if prompt is None and not is_pair:
+        raise ValueError("prompt is null, expected text or a list of messages")
     before = turns_before(record, "prompt/completion")
     tools = read_objects(record.get("tools"), "tools")
     if has_template or not isinstance(prompt, str):

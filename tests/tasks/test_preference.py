@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import random
 import re
 import runpy
 import shutil
@@ -35,6 +36,7 @@ from litmini.checkpoints.load import load_quantized
 from litmini.config.finetune import Ia3Config, LoraConfig, QuantizeConfig
 from litmini.config.preference import PreferenceConfig
 from litmini.data.preference_records import read_preferences
+from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters
 from litmini.methods.dora import DoRALinear
 from litmini.methods.heads import use_log_probs
@@ -271,6 +273,44 @@ def test_supervised_finetuning_refuses_preferences(tiny_dir, files, tmp_path, ca
     given = ["--checkpoint_dir", tiny_dir, "--out_dir", tmp_path / "x", "--data.path", file, "--data.max_seq_len", 80]
     error = run(capfd, *given, status=1, script="finetune_lora")
     assert "scripts/finetune_preference.py" in error and f"{file}:1" in error
+
+
+def test_any_record_is_read_or_named(tmp_path):
+    """Whatever stands in place of a text."""
+    draw = random.Random(0)
+    odd: list[Any] = [
+        None,
+        "",
+        " ",
+        "a",
+        3,
+        0.5,
+        True,
+        [],
+        {},
+        ["a"],
+        [None],
+        [{}],
+        turns("a"),
+        turns("a", "b"),
+        "\ud800",
+    ]
+    odd += [
+        [{"role": "tool", "content": "x"}],
+        [{"role": "assistant"}],
+        [{"role": 3, "content": 4}],
+        '[{"role": "user"}]',
+    ]
+    names, read = ("prompt", "chosen", "rejected", "completion", "label", "margin", "tools", "system", "history"), 0
+    for i in range(600):
+        chosen = ("prompt", *draw.choice([("chosen", "rejected"), ("completion", "label"), draw.sample(names[1:], 4)]))
+        row = {name: draw.choice(odd if draw.random() < 0.4 else ["a", turns("", "b")[1:], 1]) for name in chosen}
+        try:
+            file = write(tmp_path / f"a.{draw.choice(['jsonl', 'jsonl', 'csv'])}", row)
+            read += len(read_preferences(str(file), bool(i % 3), (None, True, False)[i % 7 % 3]))
+        except UserError as error:
+            assert "a.jsonl:1" in str(error) or ".csv" in str(error)
+    assert read > 5
 
 
 def test_truncation_is_counted_and_both_keep_their_beginning(tiny_dir, tmp_path, capfd, files):
