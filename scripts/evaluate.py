@@ -1,4 +1,4 @@
-"""Evaluate a model: the perplexity of a text, exact match of completions, tasks of lm-eval; or how a reward model ranks pairs.
+"""Evaluate a model: the perplexity of a text, exact match of completions, tasks of lm-eval; or a classifier or reward model.
 
     python scripts/evaluate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
         --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/heldout.jsonl
@@ -31,6 +31,8 @@ class EvaluateConfig(ModelConfig):
     """Longest completion in tokens."""
     reward: str | None = None
     """File of pairs (prompt, chosen, rejected) to rank with a reward model, which measures nothing else."""
+    classify: str | None = None
+    """File of texts with labels to measure a classifier on, which measures nothing else."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-eval."""
     include_path: str | None = None
@@ -46,12 +48,17 @@ class EvaluateConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         others = self.perplexity is not None or self.exact_match is not None or bool(self.tasks)
-        if not others and self.reward is None:
+        scored = self.reward is not None or self.classify is not None
+        if not others and not scored:
             raise UserError(
-                "nothing to measure: expected --perplexity FILE, --exact_match FILE, --reward FILE or --tasks '[NAME]'."
+                "nothing to measure: expected --perplexity FILE, --exact_match FILE, --tasks '[NAME]', --reward FILE or "
+                "--classify FILE."
             )
-        if others and self.reward is not None:
-            raise UserError("--reward takes a reward model, which has no next tokens: measure the others without it.")
+        if others and scored:
+            name, what = ("reward", "reward model") if self.reward is not None else ("classify", "classifier")
+            raise UserError(f"--{name} takes a {what}, which has no next tokens: measure the others without it.")
+        if self.reward is not None and self.classify is not None:
+            raise UserError("--reward takes a reward model and --classify a classifier: give one of them.")
         check(
             "",
             self,
@@ -78,10 +85,16 @@ def main(config: EvaluateConfig) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"{config.perplexity} is not UTF-8 text: {error}.") from None
     results: dict[str, Any] = {}
-    if config.reward is not None:
-        from litmini.evaluation.rewards import rank
+    if config.reward is not None or config.classify is not None:
+        if config.reward is not None:
+            from litmini.evaluation.rewards import rank
 
-        results["reward"] = rank(config, config.reward, config.limit, config.batch_size)
+            results["reward"] = rank(config, config.reward, config.limit, config.batch_size)
+        else:
+            from litmini.evaluation.classify import classify
+
+            assert config.classify is not None
+            results["classify"] = classify(config, config.classify, config.limit, config.batch_size)
         print(report(results))
         if out is not None:
             write_json(check_new_file(str(out), "--out"), results)
@@ -140,6 +153,10 @@ def report(results: dict[str, Any]) -> str:
         )
         if r["dropped"]:
             lines.append(f"  {r['dropped']} pairs are left out: equal, empty or longer than the model's context")
+    if c := results.get("classify"):
+        from litmini.evaluation.classify import describe
+
+        lines += describe(c)
     for name, metrics in results.get("tasks", {}).items():
         values = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
         lines.append(f"{name}: {', '.join(values)}")

@@ -1,10 +1,10 @@
 """Finetune a classifier: a score for each class, at the last token of a text, in place of the language model head.
 
-    python scripts/finetune_classifier.py --checkpoint_dir checkpoints/ORG/NAME --out_dir out/classifier \\
-        --data.path labelled.jsonl --data.val_fraction 0.1
+    python scripts/finetune_classifier.py --config config_hub/quickstart_classifier.yaml
 
-A line of labelled.jsonl is {"text": ..., "label": ...}. The result in OUT_DIR/final is an adapter in PEFT's format
-(task_type SEQ_CLS) or, with --lora null, a Hugging Face ...ForSequenceClassification.
+A line of the data is {"text": ..., "label": ...}, or {"messages": [...], "label": ...}; a label is a class, a list of classes
+or a number. Beside the result stand the majority class and a bag of words on the same validation data. The result in
+OUT_DIR/final is an adapter in PEFT's format (task_type SEQ_CLS) or, with --lora null, a ...ForSequenceClassification.
 """
 
 from pathlib import Path
@@ -20,7 +20,14 @@ def main(config: FinetuneClassifierConfig) -> None:
     from litmini.methods.heads import use_scores
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
-    from litmini.tasks.classify import Classification, measure_accuracy, prepare_data, save_classifier, with_score
+    from litmini.tasks.classify import Classification, label_weights, prepare_data, save_classifier, with_score
+    from litmini.tasks.classify_measures import (
+        describe_classifier,
+        measure_baselines,
+        measure_classifier,
+        report_charts,
+        report_tables,
+    )
     from litmini.tasks.measure import finish, measure_start
     from litmini.tasks.setup import make_setup
     from litmini.training.loop import fit
@@ -35,7 +42,8 @@ def main(config: FinetuneClassifierConfig) -> None:
     data = prepare_data(fabric, config)
 
     # 4. Base model, with a score for each class in place of its head
-    model = load_quantized(config.checkpoint_dir, config.quantize, weight_dtype(config.precision), load_device(fabric))
+    dtype = weight_dtype(config.precision)
+    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
     use_scores(model, len(data.names))
 
     # 5. Method: freeze everything, adapters over linears, the score is trained in full; or every weight is trained
@@ -47,9 +55,9 @@ def main(config: FinetuneClassifierConfig) -> None:
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
 
     def save_weights(directory: Path | None) -> None:
-        save_classifier(model, directory, config, data)
+        save_classifier(model, directory, config, data, data.problem_type)
 
-    objective = Classification()
+    objective = Classification(data.problem_type, label_weights(data.train.examples, config.classes.weights))
     if config.dry_run or config.show_masks:
         from litmini.tasks.dry_run import preview
 
@@ -59,18 +67,18 @@ def main(config: FinetuneClassifierConfig) -> None:
     # 6. Setup: shard, make the optimizer, restore what is resumed
     setup = make_setup(directory, fabric, data, model, save_weights, ratios)
 
-    # 7. Fit
+    # 7. Fit, and what needs no model beside it
+    measure_baselines(setup, data, config.classes.weights == "balanced")
     measure_start(setup, objective)
-    measure_accuracy(setup, "before")
+    measure_classifier(setup, data, "before")
     fit(setup, objective)
 
     # 8. Save and measure
-    measure_accuracy(setup, "after")
-    if config.lora is None:
-        usage = "It loads as AutoModelForSequenceClassification of transformers."
-    else:
-        usage = "It is an adapter (SEQ_CLS): PEFT puts it over AutoModelForSequenceClassification of transformers."
-    fabric.print(finish(setup, objective, usage=usage))
+    measure_classifier(setup, data, "after")
+    base = f" --checkpoint_dir {config.checkpoint_dir} --adapter_dir" if config.lora else " --checkpoint_dir"
+    usage = f"Measure it on other texts:\n  python scripts/evaluate.py{base} {config.out_dir}/final --classify LABELLED.jsonl"
+    fabric.print(finish(setup, objective, usage=usage, charts=report_charts(setup, data), tables=report_tables(setup)))
+    fabric.print(describe_classifier(setup, data))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class MergeConfig:
 def main(config: MergeConfig) -> None:
     from litmini.checkpoints.export import export, merge_error
     from litmini.checkpoints.hf import parse_dtype
+    from litmini.checkpoints.scores import score_count
     from litmini.files import read_json
     from litmini.models import use_model_file
 
@@ -45,7 +46,9 @@ def main(config: MergeConfig) -> None:
     if config.check:
         written = "fp32" if read_json(target / "config.json")["dtype"] == "float32" else "bf16"
         difference, same = merge_error(config.checkpoint_dir, config.adapter_dir, target, written)
-        print(f"merged and unmerged: log-probabilities differ by at most {difference:.3g}, same top-1 token {same:.1%}")
+        scored = score_count(read_json(target / "config.json")) > 0
+        what, top = ("scores", "class") if scored else ("log-probabilities", "token")
+        print(f"merged and unmerged: {what} differ by at most {difference:.3g}, same top-1 {top} {same:.1%}")
 
 
 if __name__ == "__main__":

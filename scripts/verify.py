@@ -8,7 +8,8 @@ bit by bit, cached and uncached, packed and unpacked, merged and unmerged, accum
 status 1 if a check fails. Memory: 4 bytes per parameter, twice that while transformers rounds its model.
 
 With an adapter, logits are compared with those of peft, and this adapter is merged; training is checked with random ones.
-With 4 bits, transformers gets the dequantized weights.
+With 4 bits, transformers gets the dequantized weights. Of classifiers and reward models, scores are compared, packed and
+unpacked, merged and unmerged.
 """
 
 from dataclasses import dataclass
@@ -46,34 +47,32 @@ def main(config: VerifyConfig) -> None:
     import litmini
     from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.checkpoints.peft import read_adapter
-    from litmini.checkpoints.scores import refuse_scores
+    from litmini.checkpoints.scores import gives_scores
     from litmini.errors import UserError
-    from litmini.evaluation.verify import CHECKS, check_bits, sequences
+    from litmini.evaluation.verify import CHECKS, SCORE_CHECKS, check_bits, sequences
     from litmini.files import check_new_file, write_json
     from litmini.generation.generate import usable_device
     from litmini.methods.nf4 import NF4Linear, convert
 
     file = None if config.json is None else check_new_file(config.json, "--json")
     directory = check_checkpoint_dir(config.checkpoint)
-    refuse_scores(directory, config.adapter_dir)
     device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
     bits: Literal[4, 16] = config.bits or (4 if trained == 4 else 16)
     model, tokenizer = litmini.load(directory, config.adapter_dir, "fp32", device, bits)
     tokens = sequences(tokenizer, model, device)
-    with torch.no_grad():
-        ours = model(tokens)
+    scored = gives_scores(model)
+    ours = outputs(model, tokens, scored)
     results = [check_bits(directory)]
-    for check in CHECKS:
+    for check in SCORE_CHECKS if scored else CHECKS:
         results.append(check(model, tokens))
         with torch.no_grad():
-            assert torch.equal(model(tokens), ours), f"{check.__name__} left the model changed"
+            assert torch.equal(outputs(model, tokens, scored), ours), f"{check.__name__} left the model changed"
     packed = {name: m.dequantize() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     convert(model, torch.bfloat16)
-    with torch.no_grad():
-        rounded = model(tokens).float()
+    rounded = outputs(model, tokens, scored).float()
     del model
-    results = against_transformers(str(directory), config.adapter_dir, packed, tokens, ours, rounded) + results
+    results = against_transformers(str(directory), config.adapter_dir, packed, tokens, ours, rounded, scored) + results
     for result in results:
         word = {True: "ok", False: "FAILED", None: "skipped"}[result.passed]
         numbers = ", ".join(f"{key} {value:.3g}" for key, value in result.measured.items())
@@ -92,6 +91,16 @@ def main(config: VerifyConfig) -> None:
         raise UserError(f"{directory}: {len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
 
 
+def outputs(model: "nn.Module", tokens: "Tensor", scored: bool) -> "Tensor":
+    """Return the logits, or the scores at the last token of each sequence."""
+    import torch
+
+    labels = torch.full_like(tokens, -100)
+    labels[:, -1] = 0
+    with torch.no_grad():
+        return model(tokens, labels=labels)[0] if scored else model(tokens)  # type: ignore[no-any-return]
+
+
 def against_transformers(
     directory: str,
     adapter_dir: str | None,
@@ -99,22 +108,26 @@ def against_transformers(
     tokens: "Tensor",
     ours: "Tensor",
     rounded: "Tensor",
+    scored: bool = False,
 ) -> "list[Check]":
     """Compare logits in fp32 and bf16 with those of transformers. In bf16, the error to fp32 must be about the same.
 
     Args:
         packed: layer -> its dequantized weight, for layers in 4 bits.
+        scored: it is a classifier or a reward model, whose scores at the last token are compared.
     """
     import torch
 
     from litmini.evaluation.verify import Check, compare_logits
 
     library = "peft" if adapter_dir else "transformers"
-    names = [f"logits = {library}, {dtype}" for dtype in ("fp32", "bf16")]
+    names = [f"{'scores' if scored else 'logits'} = {library}, {dtype}" for dtype in ("fp32", "bf16")]
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        kind: Any = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+        settings = {"config": AutoConfig.from_pretrained(adapter_dir)} if scored and adapter_dir else {}
+        theirs: Any = kind.from_pretrained(directory, dtype=torch.float32, **settings)
         for name, weight in packed.items():
             _put_weight(theirs, name.removesuffix(".base"), weight)
         if adapter_dir:

@@ -299,6 +299,7 @@ def test_config_hub(path):
         "ia3": FinetuneIa3Config,
         "preference": FinetunePreferenceConfig,
         "reward": FinetuneRewardConfig,
+        "classifier": FinetuneClassifierConfig,
     }
     config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)
     config = parse(config_class, "doc", argv=["--config", str(path)])

@@ -15,6 +15,7 @@ from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
+from litmini.checkpoints.scores import gives_scores, put_scores_of_adapter, with_scores
 from litmini.errors import UserError
 from litmini.files import write_atomically
 from litmini.methods.base_layer import dense
@@ -57,12 +58,10 @@ def export(
     tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
-        adapter = read_adapter(adapter_dir)
+        adapter, old = read_adapter(adapter_dir), None
         if adapter.config.get("task_type") == "SEQ_CLS":
-            raise UserError(
-                f"{adapter_dir} is an adapter of a classifier or a reward model; merging it is not implemented. "
-                f"PEFT merges it: merge_and_unload()."
-            )
+            old, changes = put_scores_of_adapter(model, adapter, source, tokenizer)
+            raw |= changes
         check_adapter(model, adapter)  # refuses one of another base
         tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
         if any(_changed(adapter, name) for name in tied):
@@ -71,6 +70,7 @@ def export(
 
         def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
             inside = model_tensors(module, model.config, stream)
+            inside = inside if old is None else with_scores(inside, adapter, old)
             return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
 
         empty, tensors = list(with_adapter(empty)), with_adapter(tensors)
@@ -148,14 +148,16 @@ def merge_error(
     Both run in `dtype`, and one model is in memory at a time.
 
     Returns:
-        The largest difference of log-probabilities, and the fraction of positions with the same most probable token.
+        The largest difference of log-probabilities (of a classifier, of scores), and the fraction of positions with the same
+        most probable token (class).
     """
     bits = read_adapter(adapter_dir).quantize.bits
     outputs = []
     for directory, adapter in ((checkpoint_dir, adapter_dir), (merged_dir, None)):
         model, tokenizer = load(directory, adapter, dtype=dtype, bits=bits if adapter else 16)
-        rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float().log_softmax(-1) for prompt in PROMPTS]
-        outputs.append(torch.cat(rows))  # (tokens of all prompts, vocab)
+        rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float() for prompt in PROMPTS]
+        both = torch.cat(rows)  # (tokens of all prompts, vocab)
+        outputs.append(both if gives_scores(model) else both.log_softmax(-1))
         del model
         gc.collect()
     unmerged, merged = outputs

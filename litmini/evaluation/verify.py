@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.checkpoints.config import disk_tensors, model_tensors, parameter_names, read_config
+from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, parameter_names, read_config
 from litmini.checkpoints.safetensors_io import read_tensors, shards
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig, TrainConfig
@@ -73,8 +73,7 @@ def compare_logits(name: str, ours: Tensor, theirs: Tensor, bound: float = BOUND
 def check_bits(directory: Path) -> Check:
     """Compare the bits of every tensor of the files with those after import and export."""
     module, config = read_config(directory)
-    with torch.device("meta"):
-        names = parameter_names(module.Model(config))
+    names = parameter_names(empty_model(directory)[1])
     inside = ((n, t) for n, t in model_tensors(module, config, read_tensors(shards(directory))) if n in names)
     back = dict(_hashes(disk_tensors(module, config, inside)))
     before = dict(_hashes(read_tensors(shards(directory))))
@@ -259,4 +258,6 @@ def check_resume(model: nn.Module, tokens: Tensor) -> Check:
     return Check("resumed = uninterrupted", exact, {"tensors": float(len(results[0])), "max_difference": worst})
 
 
+SCORE_CHECKS = (check_packing, check_merge)
+"""Of a classifier or a reward model, which has no next token to generate or to train on."""
 CHECKS = (check_cache, check_packing, check_merge, check_accumulation, check_resume)

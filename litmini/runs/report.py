@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,20 @@ def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
     _figure(lambda axes: _draw_loss(axes, rows, results, directory.name), (7, 4)).savefig(file, dpi=120)
 
 
-def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -> None:
+def write_report(
+    directory: Path,
+    lengths: np.ndarray | None,
+    row_length: int,
+    more_charts: Sequence[Callable[[Any], None]] = (),
+    more_tables: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """Write report.html of a finished run: results, curves, samples, data, configuration and manifest.
 
     Args:
         lengths: tokens of each training example; None: the data are not examples.
         row_length: tokens of the longest sequence.
+        more_charts: functions that draw a chart on matplotlib's axes.
+        more_tables: title -> rows of a table.
     """
     manifest = read_json(directory / "manifest.json")
     results = manifest.pop("results")
@@ -41,6 +49,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
     charts = [_svg(functools.partial(_draw_line, rows=rows, key=key, title=name), (4, 2.4)) for key, name in small]
     if lengths is not None:
         charts.append(_svg(lambda axes: _draw_lengths(axes, lengths, row_length), (4, 2.4)))
+    charts += [_svg(draw, (4, 3.2)) for draw in more_charts]
     before, after = (today_keys(results.pop(f"samples_{when}", [])) for when in ("before", "after"))
     shown = ("trained_parameters", "steps", "tokens", "target_tokens", "best_step", "best_val_loss")
     numbers = {k: _number(v) for k, v in manifest.get("statistics", {}).items()}
@@ -54,7 +63,7 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
         charts=charts,
         samples=list(zip(before, after, strict=False)),
         during=[row for row in read_samples(directory) if before and row["prompt"] == before[0]["prompt"]],
-        tables={"training examples": numbers, "this run": counts},
+        tables={**(more_tables or {}), "training examples": numbers, "this run": counts},
         config=(directory / "config.yaml").read_text(encoding="utf-8"),
         details=yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True),
     )

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.checkpoints.config import read_config
 from litmini.checkpoints.hf import save_trained
 from litmini.checkpoints.peft import save_adapter
+from litmini.checkpoints.scores import classifier_config
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
 from litmini.config.finetune import LoraConfig
-from litmini.data.labelled import load_labelled
+from litmini.data.labelled import LabelledExamples, LabelledSequences, listed, load_labelled, model_inputs
+from litmini.data.labels import MULTI, REGRESSION, SINGLE
+from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.ops.cross_entropy import IGNORE, Targets
-from litmini.tasks.setup import Data, TrainingSetup, warn
+from litmini.tasks.setup import Data, warn
 from litmini.tasks.sft import open_base, plan
 from litmini.tokenizer import Tokenizer
-from litmini.training.loop import evaluate
 from litmini.training.objective import Batch
 
 if TYPE_CHECKING:
@@ -33,40 +35,54 @@ if TYPE_CHECKING:
 
 
 class Classification:
-    """Cross entropy of the class, summed over documents. The model has a `ScoreHead` with a score for each class."""
+    """The loss of transformers' `...ForSequenceClassification`, summed over documents. The model has a `ScoreHead`.
+
+    Of one label it is the cross entropy of the class; of several, the mean over labels of each one's binary cross entropy; of
+    a regression, the squared error. With weights, the sum is still divided by the number of documents, not by their weights:
+    so an example counts as much whatever others share its step.
+    """
+
+    def __init__(self, problem_type: str = SINGLE, weights: Tensor | None = None) -> None:
+        """
+        Args:
+            weights: of each class, (classes,) fp32; of several labels, of examples that have them.
+        """
+        self.problem_type, self.weights = problem_type, weights
 
     def count(self, batch: Batch) -> int:
         """Return the number of documents."""
         return int((batch["labels"] != IGNORE).sum())
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the summed cross entropy."""
-        scores, classes = scores_and_classes(model, batch)
-        return F.cross_entropy(scores, classes, reduction="sum")
-
-
-class Accuracy(Classification):
-    """The share of documents whose class has the highest score, for `evaluate`."""
-
-    def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the number of such documents."""
-        scores, classes = scores_and_classes(model, batch)
-        return (scores.argmax(-1) == classes).sum()
-
-
-def scores_and_classes(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the scores of the documents of a batch, (n, n_classes) fp32, and the numbers of their classes, (n,) int64."""
-    scores, _ = model(**batch)
-    targets = Targets.of(batch["labels"])  # on a GPU, they are Targets already
-    return scores, targets.labels.flatten().index_select(0, targets.index)
+        """Return the summed loss."""
+        scores, _ = model(**model_inputs(batch))  # (n, classes)
+        if self.weights is not None:
+            self.weights = self.weights.to(scores.device)
+        if self.problem_type == SINGLE:
+            labels = Targets.of(batch["labels"])  # on a GPU, they are Targets already
+            classes = labels.labels.flatten().index_select(0, labels.index)
+            return F.cross_entropy(scores, classes, self.weights, reduction="sum")
+        if self.problem_type == REGRESSION:
+            return F.mse_loss(scores[:, 0], batch["targets"], reduction="sum")
+        losses = F.binary_cross_entropy_with_logits(scores, batch["targets"], reduction="none", pos_weight=self.weights)
+        return losses.mean(1).sum()
 
 
 @dataclass(frozen=True)
 class ClassificationData(Data):
-    """The sequences of a run, and the names of their classes."""
+    """The sequences of a run. Both have their texts, labels and names of classes (`examples`)."""
 
-    names: list[str] = field(default_factory=list)
-    """In the order of the scores."""
+    train: LabelledSequences
+    val: LabelledSequences | None
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the scores."""
+        return self.train.examples.names
+
+    @property
+    def problem_type(self) -> str:
+        return self.train.examples.problem_type
 
 
 def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> ClassificationData:
@@ -76,12 +92,45 @@ def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> Classifica
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, None)
-    train, val = load_labelled(config.data, tokenizer, config.seed)
+    train, val = load_labelled(config.data, tokenizer, config.seed, config.classes.problem_type)
     plain = {f.name: f.default for f in dataclasses.fields(LabelledDataConfig)}
-    unused = ("chat_template", "template_kwargs", "special_tokens_in_text", "train_on", "max_dropped")
+    unused = ["train_on", "max_dropped"]
+    if all(text.messages is None for text in train.records()):
+        unused = ["chat_template", "template_kwargs", "special_tokens_in_text", *unused]
     warn(fabric, {f"data.{name}": getattr(config.data, name) != plain[name] for name in unused})
-    data = plan(fabric, config, tokenizer, base, train, val, [])
-    return ClassificationData(**vars(data), names=train.names)
+    fabric.print(f"labels: {train.problem_type}")
+    if train.problem_type == REGRESSION and (train.targets.std() > 10 or abs(train.targets.mean()) > 10):
+        fabric.print(
+            "warning: the scores begin near 0, far from these values: divide them, so that they are around -3 to 3."
+        )
+    data = plan(fabric, config, tokenizer, base, train, val, [], LabelledSequences)
+    return ClassificationData(**vars(data))
+
+
+def label_weights(examples: LabelledExamples, weights: str | dict[str, float] | None) -> Tensor | None:
+    """Return the weight of each class, (classes,) fp32; of several labels, of examples that have them. None: all are 1.
+
+    Balanced are n / (classes x examples of the class), whose mean over examples is 1; of several labels, the examples without
+    a label divided by those with it.
+
+    Raises:
+        UserError: a class that does not exist, or a regression.
+    """
+    if weights is None:
+        return None
+    if examples.problem_type == REGRESSION:
+        raise UserError("classes.weights weigh classes, and these labels are numbers (a regression): leave them out.")
+    counts, n = examples.counts(), len(examples)
+    if isinstance(weights, str):
+        several = examples.problem_type == MULTI
+        return torch.from_numpy(
+            np.maximum(n - counts, 1) / np.maximum(counts, 1) if several else n / (len(counts) * counts)
+        ).float()
+    if unknown := sorted(weights.keys() - set(examples.names)):
+        raise UserError(
+            f"classes.weights: there is no class {listed(unknown)}; the classes are {listed(examples.names)}."
+        )
+    return torch.tensor([weights.get(name, 1.0) for name in examples.names])
 
 
 def with_score(config: LoraConfig) -> LoraConfig:
@@ -99,50 +148,25 @@ class Named(Protocol):
 
 
 def save_classifier(
-    model: nn.Module, directory: Path | None, config: FinetuneClassifierConfig | FinetuneRewardConfig, data: Named
+    model: nn.Module,
+    directory: Path | None,
+    config: FinetuneClassifierConfig | FinetuneRewardConfig,
+    data: Named,
+    problem_type: str | None = None,
 ) -> None:
     """Write the result into `directory`: a Hugging Face `...ForSequenceClassification`, or an adapter in PEFT's format.
 
     Beside an adapter stands the `config.json` of its base as a classifier, with the names of the classes:
     `AutoModelForSequenceClassification.from_pretrained(base, config=AutoConfig.from_pretrained(directory))` is the model that
     PEFT puts the adapter over. Every rank calls this, to gather a sharded model; ranks other than 0 pass None.
+
+    Args:
+        problem_type: None: a regression of one score, one label of several scores.
     """
-    changes = classifier_config(config.checkpoint_dir, data.names, data.tokenizer)
+    changes = classifier_config(config.checkpoint_dir, data.names, data.tokenizer, problem_type)
     if config.lora is None:
         return save_trained(model, directory, config.checkpoint_dir, **changes)
     save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
     if directory is not None:
         base = read_json(Path(config.checkpoint_dir) / "config.json")
         write_json(directory / "config.json", {**base, **changes})
-
-
-def classifier_config(checkpoint_dir: str, names: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the keys of `config.json` in which a sequence classifier differs from its base."""
-    module, config = read_config(Path(checkpoint_dir))
-    raw = {**module.config_to_hf(config), **read_json(Path(checkpoint_dir) / "config.json")}
-    family = re.sub(r"(ForCausalLM|LMHeadModel)$", "", (raw.get("architectures") or [""])[0])
-    if raw["model_type"].endswith("_text") and not family.endswith("Text"):
-        family += "Text"  # transformers has Gemma3ForCausalLM, but Gemma3TextForSequenceClassification
-    pad = raw.get("pad_token_id")
-    if pad is None:  # transformers pools at the last token that is not padding
-        pad = tokenizer.special_id("pad_token")
-    return {
-        "architectures": [f"{family}ForSequenceClassification"],
-        "num_labels": len(names),
-        "id2label": {str(number): name for number, name in enumerate(names)},
-        "label2id": {name: number for number, name in enumerate(names)},
-        "problem_type": "single_label_classification" if len(names) > 1 else "regression",
-        "pad_token_id": tokenizer.stop_ids[0] if pad is None else pad,
-    }
-
-
-def measure_accuracy(setup: TrainingSetup, when: str) -> None:
-    """Measure the accuracy on the validation data, and write it to the manifest under a name ending in `when`.
-
-    Do nothing before the training of a run that is resumed.
-    """
-    fabric, data = setup.fabric, setup.data
-    batches = data.validation_batches(fabric.global_rank, fabric.world_size)
-    if batches is not None and not (when == "before" and setup.progress.step):
-        accuracy = evaluate(fabric, setup.model, Accuracy(), batches, setup.attention)
-        setup.recorder.write_manifest(**{f"accuracy_{when}": accuracy})

@@ -24,16 +24,15 @@ from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import load_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
 from litmini.config.finetune import LoraConfig
-from litmini.data.labelled import load_labelled
+from litmini.data.labelled import LabelledSequences, load_labelled, model_inputs
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters
 from litmini.methods.heads import use_scores
 from litmini.models import FAMILIES
 from litmini.ops.cross_entropy import IGNORE
-from litmini.tasks.classify import Accuracy, Classification, save_classifier, with_score
+from litmini.tasks.classify import Classification, label_weights, save_classifier, with_score
 from litmini.tokenizer import Tokenizer
-from litmini.training.loop import evaluate
 from litmini.training.setup import on_device
 
 ROOT = Path(__file__).parents[2]
@@ -159,14 +158,36 @@ def test_names_of_classes(tiny_dir, tmp_path, labels, names):
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (['{"text": "a"}'], "train.jsonl:1: found text; expected text and label"),
-        (['{"text": "a", "label": 0.5}'], "train.jsonl:1: label is float, expected the name or number of one class"),
-        (['{"text": "a", "label": ["x"]}'], "label is list"),
-        (['{"text": "a", "label": null}'], "label is NoneType"),
+        (['{"text": "a"}'], "train.jsonl:1: found text; expected text and label, or messages and label"),
+        (['{"text": "a", "label": null}'], "train.jsonl:1: label is NoneType, expected the name or number of a class"),
+        (['{"text": "a", "label": {"x": 1}}'], "label is dict"),
+        (['{"text": "a", "label": [["x"]]}'], "label is list"),
+        (['{"text": "a", "label": ["x", "x"]}'], "label has one name twice"),
+        (['{"text": "a", "label": NaN}'], "train.jsonl:1: "),
+        (['{"text": "a", "messages": [], "label": "x"}'], "has text and messages; expected one of them"),
+        (['{"messages": [{"role": "user", "content": " "}], "label": "x"}'], "messages say nothing"),
+        (['{"messages": [{"role": "who", "content": "a"}], "label": "x"}'], "role 'who'"),
+        (
+            ['{"text": "a", "label": "x"}', '{"text": "b", "label": ["y"]}'],
+            "train.jsonl:1: label is 'x', expected a list",
+        ),
+        (
+            ['{"text": "a", "label": 0.5}', '{"text": "b", "label": "y"}'],
+            "train.jsonl:2: label is 'y', expected a number",
+        ),
+        (
+            ['{"text": "a", "label": ["x"]}', '{"text": "b", "label": 0.5}'],
+            "train.jsonl:2: label is 0.5, expected a list",
+        ),
+        (['{"text": "a", "label": 0.5}'] * 2, "is 0.5; expected two different ones or more"),
+        (
+            ['{"text": "a", "label": ["x"]}', '{"text": "b", "label": []}'],
+            "the only label is 'x'; expected two or more",
+        ),
         (['{"text": " ", "label": "x"}'], "text is empty"),
         (['{"text": "a", "label": " "}'], "label is empty"),
         (['{"text": "a", "label": "x"}', "{"], "train.jsonl:2: not valid JSON"),
-        (['{"text": "a", "label": "x"}'] * 2, "is 'x'; expected two classes or more"),
+        (['{"text": "a", "label": "x"}'] * 2, "is 'x'; expected two different ones or more"),
         (['{"text": "a", "label": "x"}', '{"text": "b", "label": "y"}'], "val.jsonl:1: 'fruit'"),
     ],
 )
@@ -215,17 +236,6 @@ def test_batches_as_a_gpu_gets_them(tiny_dir, files):
     ready = on_device(batch, torch.device("cpu"), "sdpa")
     with torch.no_grad():
         assert_close(Classification().loss(model, ready), Classification().loss(model, batch))
-
-
-def test_accuracy_is_that_of_single_texts(tiny_dir, files):
-    model = moved(classifier(tiny_dir)).eval()
-    examples, _ = load_labelled(data_config(files[0]), Tokenizer(tiny_dir), 0)
-    data = PackedDataset(examples, 64, True, 0, shuffle=False)
-    with torch.no_grad():
-        scores = [model(torch.from_numpy(examples[i][0])[None].long())[0, -1] for i in range(len(examples))]
-    right = np.mean([int(s.argmax()) == c for s, c in zip(scores, examples.classes(), strict=True)])
-    fabric: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1)
-    assert evaluate(fabric, model, Accuracy(), data.batches(range(len(data)), 2)) == right and 0 < right < 1
 
 
 def settings_of(base: Path, **more: Any) -> FinetuneClassifierConfig:
