@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from litmini.checkpoints.classifier import put_scores_of_adapter, with_scores
 from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, parameter_names, read_raw_config
 from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
-from litmini.checkpoints.scores import gives_scores, put_scores_of_adapter, with_scores
+from litmini.checkpoints.scores import gives_scores
 from litmini.errors import UserError
 from litmini.files import write_atomically
 from litmini.methods.base_layer import dense

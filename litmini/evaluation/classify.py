@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from litmini.checkpoints.classifier import label_names
 from litmini.checkpoints.load import load
-from litmini.checkpoints.scores import count_scores, gives_scores, label_names
+from litmini.checkpoints.scores import count_scores, gives_scores
 from litmini.config.generate import ModelConfig
 from litmini.data.labelled import LabelledSequences, check_labels, model_inputs, read_files, tokenize
 from litmini.data.labels import REGRESSION, SINGLE

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litmini.checkpoints.classifier import classifier_config
 from litmini.checkpoints.hf import save_trained
 from litmini.checkpoints.peft import save_adapter
-from litmini.checkpoints.scores import classifier_config
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
 from litmini.config.finetune import LoraConfig
 from litmini.data.labelled import LabelledExamples, LabelledSequences, listed, load_labelled, model_inputs

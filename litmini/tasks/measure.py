@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from litmini.runs.run import MEASURES, today_keys
@@ -23,19 +22,14 @@ def measure_start(setup: TrainingSetup, objective: Objective) -> None:
 
 
 def finish(
-    setup: TrainingSetup,
-    objective: Objective,
-    adapter_of: str | None = None,
-    usage: str | None = None,
-    charts: Sequence[Callable[[Any], None]] = (),
-    tables: dict[str, dict[str, Any]] | None = None,
+    setup: TrainingSetup, objective: Objective, adapter_of: str | None = None, usage: str | None = None, **report: Any
 ) -> str:
     """Save the result of training, measure it, write plot and report, and return a summary with the command to type next.
 
     Args:
         adapter_of: the base checkpoint, if the result is an adapter.
         usage: a line that says how the result is used; None: by `scripts/generate.py`.
-        charts, tables: of the task, for the report; see `write_report`.
+        report: further arguments of `write_report`.
     """
     run, throughput, progress = setup.recorder, setup.throughput, setup.progress
     assert isinstance(throughput, Throughput)
@@ -58,7 +52,7 @@ def finish(
         from litmini.runs.report import plot_metrics, write_report
 
         plot_metrics(run.directory, run.results)
-        write_report(run.directory, setup.data.train.lengths(), setup.data.train.length, charts, tables)
+        write_report(run.directory, setup.data.train.lengths(), setup.data.train.length, **report)
     if usage is None:
         where = [adapter_of, "--adapter_dir", str(final)] if adapter_of else [str(final)]
         words = ["python", "scripts/generate.py", "--checkpoint_dir", *where, "--prompt", "..."]

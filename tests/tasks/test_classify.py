@@ -24,14 +24,14 @@ from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import load_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
 from litmini.config.finetune import LoraConfig
-from litmini.data.labelled import LabelledSequences, load_labelled, model_inputs
+from litmini.data.labelled import load_labelled
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters
 from litmini.methods.heads import use_scores
 from litmini.models import FAMILIES
 from litmini.ops.cross_entropy import IGNORE
-from litmini.tasks.classify import Classification, label_weights, save_classifier, with_score
+from litmini.tasks.classify import Classification, save_classifier, with_score
 from litmini.tokenizer import Tokenizer
 from litmini.training.setup import on_device
 
@@ -300,7 +300,7 @@ def test_a_run_learns_and_its_result_loads_elsewhere(tiny_dir, files, tmp_path, 
     assert results["val_loss_after"] < 0.6 * results["val_loss_before"]
     assert results["accuracy_after"] >= 0.75 > results["accuracy_before"]
     assert f"validation accuracy     {results['accuracy_before']:.1%} -> {results['accuracy_after']:.1%}" in out
-    assert "3 classes: fruit 20, tools 20, weather 20" in out and "AutoModelForSequenceClassification" in out
+    assert "3 classes: fruit 20, tools 20, weather 20" in out and f"{tmp_path}/run/final --classify" in out
     assert "validation accuracy" in (tmp_path / "run/report.html").read_text()
     final, given = tmp_path / "run/final", padded()
     config = transformers.AutoConfig.from_pretrained(final)
