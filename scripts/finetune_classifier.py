@@ -77,7 +77,9 @@ def main(config: FinetuneClassifierConfig) -> None:
     measure_classifier(setup, data, "after")
     base = f" --checkpoint_dir {config.checkpoint_dir} --adapter_dir" if config.lora else " --checkpoint_dir"
     usage = f"Measure it on other texts:\n  python scripts/evaluate.py{base} {config.out_dir}/final --classify LABELLED.jsonl"
-    fabric.print(finish(setup, objective, usage=usage, more_charts=report_charts(setup, data), **report_tables(setup)))
+    fabric.print(
+        finish(setup, objective, usage=usage, more_charts=report_charts(setup, data), more_tables=report_tables(setup))
+    )
     fabric.print(describe_classifier(setup, data))
 
 

@@ -27,7 +27,7 @@ def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
 
 
 def write_report(
-    directory: Path, lengths: np.ndarray | None, row_length: int, more_charts: Any = (), **more_tables: dict[str, Any]
+    directory: Path, lengths: np.ndarray | None, row_length: int, more_charts: Any = (), more_tables: Any = None
 ) -> None:
     """Write report.html of a finished run: results, curves, samples, data, configuration and manifest.
 
@@ -35,7 +35,7 @@ def write_report(
         lengths: tokens of each training example; None: the data are not examples.
         row_length: tokens of the longest sequence.
         more_charts: functions that draw on matplotlib's axes.
-        more_tables: title -> name of a row -> its value.
+        more_tables: title -> name of a row -> its value; None: none.
     """
     manifest = read_json(directory / "manifest.json")
     results = manifest.pop("results")
@@ -59,7 +59,7 @@ def write_report(
         charts=charts,
         samples=list(zip(before, after, strict=False)),
         during=[row for row in read_samples(directory) if before and row["prompt"] == before[0]["prompt"]],
-        tables={**more_tables, "training examples": numbers, "this run": counts},
+        tables={**(more_tables or {}), "training examples": numbers, "this run": counts},
         config=(directory / "config.yaml").read_text(encoding="utf-8"),
         details=yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True),
     )

@@ -68,11 +68,11 @@ def words(tiny_dir: Path, files: tuple[Path, Path], out_dir: Path, *more: object
     return list(map(str, [*fixed, *more]))
 
 
-def run(capfd: Any, *arguments: str, status: int = 0) -> str:
+def run(capfd: Any, *arguments: object, status: int = 0, script: str = "finetune_classifier") -> str:
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["finetune_classifier", *arguments])
-        runpy.run_path(str(ROOT / "scripts/finetune_classifier.py"), run_name="__main__")
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
     out, err = capfd.readouterr()
     assert end.value.code == status, out + err
     return err if status else out
