@@ -204,7 +204,7 @@ def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[t
     for name, tensor in tensors:
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, in old files
             continue
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = name if name.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{name}"
         yield name, tensor.T.contiguous() if name.endswith(CONV1D) else tensor
 
 

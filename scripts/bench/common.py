@@ -75,13 +75,23 @@ def device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def count_targets(samples: list[list[int]]) -> int:
+    """Return the tokens to predict in samples."""
+    return sum(len(sample) - 1 for sample in samples)
+
+
 def train(
-    job: Job, model: Any, micro_loss: MICRO_LOSS, backward: Callable[[Any], None] = lambda loss: loss.backward()
+    job: Job,
+    model: Any,
+    micro_loss: MICRO_LOSS,
+    backward: Callable[[Any], None] = lambda loss: loss.backward(),
+    count: Callable[[list[list[int]]], int] = count_targets,
 ) -> dict[str, Any]:
     """Train in a plain loop, with AdamW over the trainable parameters of `model`.
 
     Args:
-        micro_loss: (samples, targets in the whole step) -> the summed loss of the samples divided by these targets.
+        micro_loss: (samples, units of the whole step) -> the summed loss of the samples divided by these units.
+        count: the units of samples.
     """
     import torch
 
@@ -92,9 +102,9 @@ def train(
     model.train()
     for samples in job["steps"]:
         clock.begin()
-        targets, total = sum(len(sample) - 1 for sample in samples), torch.zeros((), device=device())
+        units, total = count(samples), torch.zeros((), device=device())
         for at in range(0, len(samples), size):
-            loss = micro_loss(samples[at : at + size], targets)
+            loss = micro_loss(samples[at : at + size], units)
             backward(loss)
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, job["max_grad_norm"])

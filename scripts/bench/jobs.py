@@ -13,8 +13,8 @@ from typing import Any
 BENCH = Path(__file__).parent
 METHODS = {"lora": "lora", "qlora": "qlora", "dora": "dora", "full": "full", "packed": "lora"}
 ABLE = {
-    "litmini": [*METHODS, "dpo", "convert"],
-    "transformers": [*METHODS, "convert"],
+    "litmini": [*METHODS, "dpo", "classifier", "convert"],
+    "transformers": [*METHODS, "classifier", "convert"],
     "trl": ["lora", "full", "packed", "dpo"],
     "litgpt": ["lora", "full", "convert"],
 }
@@ -41,6 +41,11 @@ def training_jobs(config: Any, place: Path, task: str, dtype: str, tools: list[s
         from pairs import preference_jobs
 
         return preference_jobs(config, place, dtype, [tool for tool in tools if task in ABLE[tool]])
+
+    if task == "classifier":
+        from classes import classifier_jobs
+
+        return classifier_jobs(config, place, dtype, [tool for tool in tools if task in ABLE[tool]])
 
     method: Any = METHODS[task]
     length, rows = (config.packed_len, 1) if task == "packed" else (config.max_seq_len, config.micro_batch_size)

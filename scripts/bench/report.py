@@ -63,6 +63,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
     return {
         "real_tokens_per_second": targets / spent,
         **({"pairs_per_second": pairs / spent} if work.get("prompts") else {}),
+        **({"texts_per_second": 2 * pairs / spent} if work.get("classes") else {}),
         "seconds_per_step": spent / (len(work["steps"]) - warmup),
         "peak_memory_mib": median(result["peak_memory_mib"] for result in results),
         "mfu": flops / spent / rate,
@@ -115,6 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         validation = [_figure(row, name, ".3f") for name in ("validation_loss", "validation_loss_bf16")]
         whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
         speed = _figure(row, "real_tokens_per_second", ",.0f")
+        speed += f" ({row['texts_per_second']:.2f} texts/s)" if "texts_per_second" in row else ""
         speed += f" ({row['pairs_per_second']:.2f} pairs/s)" if "pairs_per_second" in row else ""
         cells = [row["task"], tool, row["dtype"], speed]
         cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]

@@ -87,5 +87,5 @@ def convert(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed", "dpo"), finetune)
+    training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed", "dpo", "classifier"), finetune)
     main({**training, "convert": convert}, ["litmini", "lightning-fabric", "bitsandbytes"])

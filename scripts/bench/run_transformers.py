@@ -20,6 +20,34 @@ def finetune(job: Job) -> dict[str, Any]:
     return found if job["method"] == "qlora" else {**found, **validation_losses(job, model, loss)}
 
 
+def classify(job: Job) -> dict[str, Any]:
+    """A classifier with LoRA, over texts padded to the longest of a micro-batch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        job["model"],
+        num_labels=job["labels"],
+        pad_token_id=0,
+        dtype=torch.bfloat16 if job["dtype"] == "bf16" else torch.float32,
+    ).to(device())
+    adapters = LoraConfig(
+        r=job["rank"], lora_alpha=job["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="SEQ_CLS"
+    )
+    model = get_peft_model(model, adapters)
+    pairs = zip(job["steps"], job["classes"], strict=True)
+    classes = {tuple(ids): number for texts, numbers in pairs for ids, number in zip(texts, numbers, strict=True)}
+
+    def loss(samples: list[list[int]], units: int) -> Any:
+        tokens, mask, _ = padded(samples)
+        labels = torch.tensor([classes[tuple(ids)] for ids in samples], device=device())
+        scores = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.float()
+        return torch.nn.functional.cross_entropy(scores, labels, reduction="sum") / units
+
+    return train(job, model, loss, count=len)
+
+
 def load(job: Job) -> Any:
     """Return the model of a job, with its adapters, on the device."""
     import torch
@@ -70,4 +98,4 @@ def convert(job: Job) -> dict[str, Any]:
 
 if __name__ == "__main__":
     training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed"), finetune)
-    main({**training, "convert": convert}, ["transformers", "peft", "bitsandbytes"])
+    main({**training, "classifier": classify, "convert": convert}, ["transformers", "peft", "bitsandbytes"])

@@ -41,6 +41,8 @@ class Work:
     """FLOPs of each step, by `litmini.training.flops`; padding and recomputation do not count."""
     prompts: list[list[int]] = field(default_factory=list)
     """Of pairs, whose samples are chosen and rejected documents in turns: the tokens of each one's prompt."""
+    classes: list[list[int]] = field(default_factory=list)
+    """Of texts with a label: the number of each one's class."""
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from classes import CLASSES, plan_texts, write_texts
 from pairs import plan_pairs, write_pairs
 from report import make_rows, table
 from work import plan_work, write_samples
@@ -149,6 +150,19 @@ def test_every_pair_of_a_step_is_what_the_file_says(tmp_path, tiny_dir):
     assert set(chosen) <= known and len(chosen) % 2 == 0 and len(work.flops) == 3
     prompts = [prompt for step in work.prompts for prompt in step]
     assert all(a[:size] == b[:size] for a, b, size in zip(chosen[::2], chosen[1::2], prompts[::2], strict=True))
+
+
+def test_every_text_of_a_step_has_its_class(tmp_path, tiny_dir):
+    write_texts(tmp_path / "texts.jsonl", 30, max_tokens=60)
+    tokenizer, rows = Tokenizer(tiny_dir), [json.loads(line) for line in (tmp_path / "texts.jsonl").open()]
+    work = plan_texts(str(tiny_dir), tmp_path / "texts.jsonl", 3, 2, 128, torch.float32)
+    known = {(tuple(tokenizer.encode(row["text"])[:128]), sorted(CLASSES).index(row["label"])) for row in rows}
+    chosen = [
+        (tuple(ids), number)
+        for step, numbers in zip(work.steps, work.classes, strict=True)
+        for ids, number in zip(step, numbers, strict=True)
+    ]
+    assert set(chosen) <= known and len(chosen) > 6 and len(work.flops) == 3
 
 
 def test_pairs_per_second_are_in_the_table(tmp_path):

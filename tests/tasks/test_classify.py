@@ -364,6 +364,11 @@ def test_two_processes_equal_one(tiny_dir, files, tmp_path, capfd, strategy, lor
             assert float(b[name] or 0) == pytest.approx(float(a[name] or 0), rel=ulps()), name
     results = [json.loads((tmp_path / name / "manifest.json").read_text())["results"] for name in ("one", "two")]
     assert results[0]["accuracy_after"] == results[1]["accuracy_after"]
+    one_, two_ = ([*each["classification"].values()] for each in results)
+    assert one_[:2] == two_[:2]  # baselines
+    for a, b in zip(one_[2:], two_[2:], strict=True):
+        assert a["confusion"] == b["confusion"] and a["roc_auc"] == pytest.approx(b["roc_auc"], abs=1e-3)
+        assert a["ece"] == pytest.approx(b["ece"], abs=1e-3)
     (file,) = (path.name for path in (tmp_path / "one/final").glob("*.safetensors"))
     ours, theirs = (load_file(tmp_path / name / "final" / file) for name in ("one", "two"))
     assert ours.keys() == theirs.keys() and any("score" in name for name in ours)

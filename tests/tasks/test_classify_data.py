@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -13,11 +14,19 @@ import transformers
 from classify_parts import TYPES, write_labelled
 from numerics import assert_close
 from test_classify import data_config, run, words
+from tiny import make_family
 
 import litmini
+from litmini.checkpoints.export import export
+from litmini.checkpoints.hf import load_model
+from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
+from litmini.config.finetune import LoraConfig
 from litmini.data.labelled import load_labelled
 from litmini.data.labels import MULTI, REGRESSION, SINGLE
 from litmini.errors import UserError
+from litmini.methods.adapters import add_adapters
+from litmini.methods.heads import use_scores
+from litmini.tasks.classify import save_classifier, with_score
 from litmini.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "is it <|im_end|> broken?"}, {"role": "assistant", "content": "no"}]
@@ -167,6 +176,38 @@ def test_from_data_to_what_is_loaded_elsewhere(tiny_dir, tmp_path, capfd, kind, 
     checked = run(capfd, *([tiny_dir, "--adapter_dir", final] if lora else [place]), script="verify")
     assert f"scores = {'peft' if lora else 'transformers'}, fp32" in checked and "FAILED" not in checked
     assert "skipped" not in checked and "packed = unpacked" in checked
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "falcon"])
+@pytest.mark.parametrize("has_names", [True, False])
+def test_merged_scores_of_other_families(tokenizer_dir, tmp_path, model_type, has_names):
+    """Tied heads, heads of their own, other layouts on disk; and an adapter of PEFT's, without the names of its classes."""
+    base = make_family(model_type, tmp_path / "base", tokenizer_dir)
+    torch.manual_seed(0)
+    model: Any = load_model(base, torch.float32)
+    use_scores(model, 3)
+    lora = with_score(LoraConfig(rank=4))
+    add_adapters(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    (tmp_path / "final").mkdir()
+    config = FinetuneClassifierConfig(checkpoint_dir=str(base), out_dir="x", data=LabelledDataConfig("x"), lora=lora)
+    data: Any = SimpleNamespace(names=["a", "b", "c"], tokenizer=Tokenizer(base))
+    save_classifier(model, tmp_path / "final", config, data, MULTI)
+    if not has_names:
+        (tmp_path / "final/config.json").unlink()
+    export(base, tmp_path / "merged", tmp_path / "final", torch.float32)
+    theirs: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert theirs.config.id2label[2] == ("c" if has_names else "LABEL_2")
+    assert theirs.config.problem_type == (MULTI if has_names else SINGLE)
+    ids, labels = torch.randint(3, 512, (2, 9)), torch.full((2, 9), -100)
+    labels[:, -1] = 0
+    with torch.no_grad():
+        expected, _ = model.eval()(ids, labels=labels)
+        assert_close(theirs.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, expected)
+        ours, _ = litmini.load(tmp_path / "merged", dtype="fp32")
+        assert_close(ours.eval()(ids, labels=labels)[0], expected)
 
 
 def test_evaluate_refuses_what_is_no_classifier(tiny_dir, files, capfd):
