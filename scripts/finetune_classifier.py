@@ -40,6 +40,7 @@ def main(config: FinetuneClassifierConfig) -> None:
 
     # 3. Tokenizer and data
     data = prepare_data(fabric, config)
+    objective = Classification(data.problem_type, label_weights(data.train.examples, config.classes.weights))
 
     # 4. Base model, with a score for each class in place of its head
     dtype = weight_dtype(config.precision)
@@ -57,7 +58,6 @@ def main(config: FinetuneClassifierConfig) -> None:
     def save_weights(directory: Path | None) -> None:
         save_classifier(model, directory, config, data, data.problem_type)
 
-    objective = Classification(data.problem_type, label_weights(data.train.examples, config.classes.weights))
     if config.dry_run or config.show_masks:
         from litmini.tasks.dry_run import preview
 

@@ -186,7 +186,7 @@ def load_labelled(
 def check_labels(files: list[TextFile], names: list[str], problem_type: str) -> None:
     """Raise UserError if records have labels that training had not, or of another type."""
     texts = [text for file in files for text in file.texts]
-    find_problem_type(texts, problem_type)  # type: ignore[arg-type]
+    find_problem_type(texts, problem_type, f"the training data were {problem_type}")  # type: ignore[arg-type]
     known = set(names)
     unknown = [text for text in texts if not known.issuperset(text.names)] if problem_type != REGRESSION else []
     if unknown:

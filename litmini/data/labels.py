@@ -104,8 +104,11 @@ def _name(value: Any) -> str:
     return value
 
 
-def find_problem_type(texts: list[LabelledText], asked: ProblemType) -> str:
+def find_problem_type(texts: list[LabelledText], asked: ProblemType, reason: str | None = None) -> str:
     """Return what is learned from labels: what is asked for, or what their types say.
+
+    Args:
+        reason: why it is `asked` for, for errors; None: the setting says so.
 
     Raises:
         UserError: labels of several types, or others than `asked` needs; the first of them is named by file:line.
@@ -125,7 +128,7 @@ def find_problem_type(texts: list[LabelledText], asked: ProblemType) -> str:
     if wrong is None:
         return found
     label = list(wrong.label) if isinstance(wrong.label, tuple) else wrong.label
-    why = f"{SETTING} is {asked}" if asked != "auto" else f"as {first.where} has one" if first else ""
+    why = (reason or f"{SETTING} is {asked}") if asked != "auto" else f"as {first.where} has one" if first else ""
     raise UserError(f"{wrong.where}: label is {label!r:.80}, expected {expected}: {why}.")
 
 

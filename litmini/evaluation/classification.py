@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from litmini.data.labels import MULTI, REGRESSION, SINGLE
+from litmini.errors import UserError
 from litmini.evaluation.rewards import wilson
 
 BINS = 15
@@ -40,6 +41,8 @@ def measure(scores: np.ndarray, targets: np.ndarray, problem_type: str) -> dict[
     - Of a regression: `mse`, `mae`, `r2`, `pearson`.
     """
     scores = np.asarray(scores, np.float64)
+    if not np.isfinite(scores).all():
+        raise UserError("the model gives scores that are NaN or infinite: its weights are damaged. Train it again.")
     if problem_type == REGRESSION:
         return _regression(scores[:, 0], targets.astype(np.float64))
     single = problem_type == SINGLE

@@ -67,7 +67,7 @@ def classifier_jobs(config: Any, place: Path, dtype: str, tools: list[str]) -> l
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     plan_texts(config.checkpoint_dir, data, config.steps, rows, length, kind).save(work)
     words = ["--checkpoint_dir", config.checkpoint_dir, "--data.path", data, "--seed", SEED]
-    words += ["--data.max_seq_len", length, "--train.global_batch_size", rows, "--train.micro_batch_size", rows]
+    words += ["--data.max_seq_len", length, "--train.global_batch_size", rows, "--train.micro_batch_size", 1]
     words += ["--train.max_steps", config.steps, "--optim.lr", RATE, "--optim.schedule", "constant"]
     words += ["--compile", "false", "--precision", "32-true" if dtype == "fp32" else "bf16-true"]
     words += ["--lora.rank", LORA.rank, "--lora.alpha", LORA.alpha]

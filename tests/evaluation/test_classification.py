@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from litmini.data.labels import MULTI, REGRESSION, SINGLE
+from litmini.errors import UserError
 from litmini.evaluation.baselines import INSTALL, WORDS, bag_of_words, constant
 from litmini.evaluation.classification import confusion_lines, expected_error, fit_temperature, measure, roc_auc, table
 
@@ -117,6 +118,11 @@ def test_calibration_is_measured_on_the_other_half():
         for half in (0, 1)
     )
     assert sum(count * confidence for count, confidence, _ in bins) == pytest.approx(total)
+
+
+def test_scores_that_are_not_finite():
+    with pytest.raises(UserError, match="NaN or infinite"):
+        measure(np.array([[np.nan, 1.0]]), np.array([0]), SINGLE)
 
 
 def test_ece_by_hand():

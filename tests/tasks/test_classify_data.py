@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 import transformers
 from classify_parts import TYPES, write_labelled
 from numerics import assert_close
-from test_classify import data_config, run, words
+from test_classify import ROOT, data_config, run, words
 from tiny import make_family
 
 import litmini
@@ -176,6 +177,43 @@ def test_from_data_to_what_is_loaded_elsewhere(tiny_dir, tmp_path, capfd, kind, 
     checked = run(capfd, *([tiny_dir, "--adapter_dir", final] if lora else [place]), script="verify")
     assert f"scores = {'peft' if lora else 'transformers'}, fp32" in checked and "FAILED" not in checked
     assert "skipped" not in checked and "packed = unpacked" in checked
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_preview_of_every_problem_type(tiny_dir, tmp_path, capfd, kind):
+    """And weights as they are typed."""
+    files = write_labelled(tmp_path / "train.jsonl", kind, 4), write_labelled(tmp_path / "val.jsonl", kind)
+    more = [] if kind == REGRESSION else ["--classes.weights", "{fruit: 2, tools: 0.5}"]
+    out = run(capfd, *words(tiny_dir, files, tmp_path / "x", "--dry_run", "--show_masks", 1, *more))
+    shown = {SINGLE: "class fruit", MULTI: "labels fruit", REGRESSION: "value 0.5"}[kind]
+    assert f"{shown}\napples and pears" in out and "peak memory of the process" in out and "cannot be" not in out
+    assert f"labels: {kind}" in out
+
+
+def test_settings_and_data_that_do_not_fit(tiny_dir, files, tmp_path, capfd):
+    both = words(tiny_dir, (files, files), tmp_path / "x")
+    assert "there is no class toys" in run(capfd, *both, "--classes.weights", "{toys: 2}", status=1)
+    assert "expected balanced" in run(capfd, *both, "--classes.weights", "heavy", status=2)
+    error = run(capfd, *both, "--classes.problem_type", MULTI, status=1)
+    assert "texts.jsonl:1: label is 'fruit', expected a list of labels: --classes.problem_type is multi" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_without_validation_data_says_so(tiny_dir, files, tmp_path, capfd):
+    given = words(tiny_dir, (files, files), tmp_path / "run", "--data.val_path", "null", "--train.max_steps", 1)
+    assert "no validation data, so nothing is measured" in run(capfd, *given)
+
+
+def test_the_data_of_the_quickstart_are_what_their_script_writes(tmp_path):
+    made = runpy.run_path(str(ROOT / "scripts/examples/make_classifier_data.py"))
+    for name, sentences, things, copies, seed in (
+        ("train", made["TRAIN"], made["THINGS"], 5, 1),
+        ("heldout", made["HELD_OUT"], made["NEW_THINGS"], 2, 2),
+    ):
+        made["write"](tmp_path / name, sentences, things, copies, seed)
+        assert (tmp_path / name).read_bytes() == (ROOT / f"config_hub/classifier/{name}.jsonl").read_bytes()
+    lines = [{line for label in made[key].values() for line in label} for key in ("TRAIN", "HELD_OUT")]
+    assert not lines[0] & lines[1] and not set(made["THINGS"]) & set(made["NEW_THINGS"])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "falcon"])
