@@ -108,7 +108,7 @@ def against_transformers(
     tokens: "Tensor",
     ours: "Tensor",
     rounded: "Tensor",
-    scored: bool = False,
+    scored: bool,
 ) -> "list[Check]":
     """Compare logits in fp32 and bf16 with those of transformers. In bf16, the error to fp32 must be about the same.
 

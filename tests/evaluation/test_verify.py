@@ -164,8 +164,8 @@ class Scaled:
     def __init__(self, original) -> None:
         self.original = original
 
-    def __call__(self, directory, adapter_dir, packed, tokens, ours, rounded):
-        return self.original(directory, adapter_dir, packed, tokens, ours * 1.01, rounded * 1.01)
+    def __call__(self, directory, adapter_dir, packed, tokens, ours, rounded, scored):
+        return self.original(directory, adapter_dir, packed, tokens, ours * 1.01, rounded * 1.01, scored)
 
 
 def test_accumulation_is_not_judged_by_a_familys_dropout():
