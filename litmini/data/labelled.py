@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from litmini.config.classify import LabelledDataConfig, ProblemType
-from litmini.data.dataset import Examples, find_files, split
+from litmini.data.dataset import Examples, split
 from litmini.data.encode import ENTRY
 from litmini.data.formats import bad_records
 from litmini.data.labels import (
@@ -22,29 +22,16 @@ from litmini.data.labels import (
     SETTING,
     SINGLE,
     LabelledText,
+    TextFile,
     find_problem_type,
-    read_texts,
+    read_files,
     value_of,
 )
 from litmini.data.packing import Batch, PackedDataset
 from litmini.data.readers import CHUNK
 from litmini.errors import UserError
-from litmini.files import content_hash, existing_file
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """The records of one file."""
-
-    data_set: int
-    """Number of its data set."""
-    name: str
-    """In the manifest."""
-    path: str
-    sha256: str
-    texts: list[LabelledText]
 
 
 @dataclass(frozen=True)
@@ -194,13 +181,6 @@ def check_labels(files: list[TextFile], names: list[str], problem_type: str) -> 
         raise UserError(
             f"{len(unknown)} examples have labels that no training example has; there are {listed(names)}:\n  {listing}"
         )
-
-
-def read_files(data_sets: list[str]) -> list[TextFile]:
-    """Return the files of several data sets with their records."""
-    paths = [(number, name, path) for number, each in enumerate(data_sets) for name, path in find_files(each).items()]
-    hashes = [content_hash(existing_file(path, "data file")) for _, _, path in paths]  # of what is read, or older
-    return [TextFile(*at, sha256, read_texts(at[-1])) for at, sha256 in zip(paths, hashes, strict=True)]
 
 
 def class_names(labels: set[str]) -> list[str]:

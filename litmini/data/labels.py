@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from litmini.config.classify import ProblemType
+from litmini.data.dataset import find_files
 from litmini.data.formats import bad_records, read_messages
 from litmini.data.readers import check_text, parse_json, read_chunks
 from litmini.errors import UserError
+from litmini.files import content_hash, existing_file
 from litmini.tokenizer import Message
 
 Label = str | int | float | tuple[str, ...]
@@ -32,6 +34,26 @@ class LabelledText:
     def names(self) -> tuple[str, ...]:
         """The names of its classes."""
         return self.label if isinstance(self.label, tuple) else (str(self.label),)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The records of one file."""
+
+    data_set: int
+    """Number of its data set."""
+    name: str
+    """In the manifest."""
+    path: str
+    sha256: str
+    texts: list[LabelledText]
+
+
+def read_files(data_sets: list[str]) -> list[TextFile]:
+    """Return the files of several data sets with their records."""
+    paths = [(number, name, path) for number, each in enumerate(data_sets) for name, path in find_files(each).items()]
+    hashes = [content_hash(existing_file(path, "data file")) for _, _, path in paths]  # of what is read, or older
+    return [TextFile(*at, sha256, read_texts(at[-1])) for at, sha256 in zip(paths, hashes, strict=True)]
 
 
 def read_texts(path: str) -> list[LabelledText]:

@@ -10,8 +10,8 @@ from litmini.checkpoints.classifier import label_names
 from litmini.checkpoints.load import load
 from litmini.checkpoints.scores import count_scores, gives_scores
 from litmini.config.generate import ModelConfig
-from litmini.data.labelled import LabelledSequences, check_labels, model_inputs, read_files, tokenize
-from litmini.data.labels import REGRESSION, SINGLE
+from litmini.data.labelled import LabelledSequences, check_labels, model_inputs, tokenize
+from litmini.data.labels import REGRESSION, SINGLE, read_files
 from litmini.errors import UserError
 from litmini.evaluation.classification import confusion_lines, measure, table
 from litmini.generation.generate import usable_device
