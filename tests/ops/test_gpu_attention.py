@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
 from litmini.models import FAMILIES, family
-from litmini.ops import attention
+from litmini.ops import varlen
 from litmini.ops.attention import Documents, record_kernels
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
@@ -65,7 +65,7 @@ def loss_and_gradients(model: torch.nn.Module, data: dict) -> tuple[torch.Tensor
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in FLEX])
 def test_varlen_equals_the_cpu_path(name, monkeypatch):
     """Windows, GQA, documents of one token and padding; in fp32, which the operator of the tests computes, too."""
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     model, data = tiny(name, torch.float32), batch()
     real = data["documents"] > 0
     varlen_kernel.calls.clear()
@@ -84,9 +84,7 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
 
 def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     """torch 2.10's `varlen_attn` has no `enable_gqa`; without windows, it is not used."""
-    from torch.nn.attention import varlen
-
-    plain, heads = varlen.varlen_attn, []
+    plain, heads = torch.nn.attention.varlen.varlen_attn, []
 
     def older(q, k, v, *bounds, scale=None, window_size=(-1, -1)):
         heads.append((q.shape[1], k.shape[1], v.shape[1]))
@@ -95,18 +93,18 @@ def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     def oldest(q, k, v, *bounds, is_causal=False):
         raise AssertionError("it has no windows")
 
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     model, data = tiny("llama", torch.float32), {**batch(), "labels": None}
     real = data["documents"] > 0
     for function, kernel in ((older, "varlen"), (oldest, "sdpa")):
-        monkeypatch.setattr(varlen, "varlen_attn", function)
-        attention._varlen_parameters.cache_clear()
-        attention._has_flash.cache_clear()
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
+        varlen.parameters.cache_clear()
+        varlen.has_flash.cache_clear()
         with torch.no_grad(), record_kernels() as kernels:
             assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
         assert kernels == {kernel, "documents"}
-    attention._varlen_parameters.cache_clear()
-    attention._has_flash.cache_clear()
+    varlen.parameters.cache_clear()
+    varlen.has_flash.cache_clear()
     assert heads == [(4, 4, 4)] * model.config.n_layers
 
 
