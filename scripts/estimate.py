@@ -171,13 +171,13 @@ def compare(config: EstimateConfig) -> None:
 def process_bytes() -> int:
     """Return the bytes of a process after a training step, without its model, as measured in this process."""
     import torch
-    from lightning_fabric import Fabric
 
+    from litmini.distributed.fabric import fabric_class
     from litmini.models import llama
     from litmini.system import resident_bytes
     from litmini.training.memory import full_rows
 
-    Fabric(accelerator="cpu", devices=1)
+    fabric_class()(accelerator="cpu", devices=1)
     tiny = llama.Model(llama.PRESETS["tiny"])
     tiny.init_weights(torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float32):

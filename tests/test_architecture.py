@@ -146,6 +146,7 @@ except SystemExit as end:
     assert not end.code, end.code
 for name in [name for name in sys.modules if name.split(".")[0] == "litmini"]:
     print("MODULE", name, len(open(sys.modules[name].__file__).readlines()))
+print("OTHERS", *sorted({name.split(".")[0] for name, module in sys.modules.items() if module}))
 """
 
 
@@ -161,6 +162,8 @@ def test_a_lora_run_imports_what_it_needs(tiny_dir, tmp_path):
         {"importers", "serving", "generation", "evaluation"}
     )
     assert not [name for name in found if "hub" in name or name.startswith("litmini.data.pretrain")]
+    others = re.search("^OTHERS (.*)$", done.stdout, re.MULTILINE)
+    assert others and {"torchmetrics", "transformers", "scipy", "pandas"}.isdisjoint(others[1].split())  # seconds
     families = {name for name in found if name.startswith("litmini.models.")} - {"litmini.models.hf_config"}
     assert families == {"litmini.models.llama"}
     with_code = {name: lines for name, lines in found.items() if lines > 3}  # packages are a docstring
