@@ -30,6 +30,8 @@ from litmini.ops.cpu_attention import (
     allowed_keys,
     attend_dense,
     attend_fused,
+    attend_prompt,
+    can_attend_prompt,
     document_by_document,
     pad_documents,
 )
@@ -168,8 +170,7 @@ def make_mask(
             in_order = slots.n_slots == cache.capacity  # not a ring, whose slots are in any order
             flash = in_order and not torch.is_grad_enabled() and varlen.has_flash(positions.device, cache=True)
             return Mask(positions, keys, window, slots=slots, flash=flash, static=True)
-        simple = not cache.ragged and (window is None or cache.length <= window) and T in (1, cache.length)
-        if simple:
+        if not cache.ragged and (window is None or cache.length <= window):
             return Mask(positions, keys, window, slots=slots)
         allowed = allowed_keys(positions, keys, window)
         if cache.ragged:  # padding has no keys in the cache: it sees all keys, as its output must be finite
@@ -275,6 +276,9 @@ def attend(
         return attend_flex(q, k, v, mask.blocks, scale, softcap, slopes, mask.queries)
     if kernel == "sdpa" and mask.packed is not None:
         return attend_fused(q, k, v, mask.dense(), scale, dropout, expand=True)
+    plain = softcap is None and slopes is None and not dropout
+    if plain and mask.slots is not None and mask.allowed is None and not mask.static and can_attend_prompt(q):
+        return attend_prompt(q, k, v, scale)
     if mask.padded is None:
         bias = alibi(mask.queries, mask.keys, slopes)
         return attend_dense(q, k, v, mask.dense(), scale, softcap, bias, dropout)
