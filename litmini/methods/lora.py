@@ -21,6 +21,7 @@ from litmini.methods.base_layer import (
     shape,
 )
 from litmini.methods.lora_matmul import LoRAMatmul, is_autocast
+from litmini.ops.norms import gate_factors
 from litmini.system import time_limit
 
 GROUPED = ("gate_up_proj", "down_proj")  # experts' weights, in the order in which PEFT wraps them
@@ -62,10 +63,10 @@ class LoRALinear(AdapterLayer):
             return self.base(x, *offsets) + self.output_delta(x, *offsets)
         if is_autocast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        base, flat = self.base, x.flatten(0, -2)
+        base, flat, factors = self.base, x.flatten(0, -2), gate_factors(x)
         dropped = self.dropout(flat) if self.training and self.dropout.p > 0 else None
         a, b = self.factors(x.dtype)
-        y = LoRAMatmul.apply(flat, dropped, base, base.weight, base.bias, a, b, self.magnitude_scale())
+        y = LoRAMatmul.apply(flat, dropped, base, base.weight, base.bias, a, b, self.magnitude_scale(), factors)
         return y.unflatten(0, x.shape[:-1])
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor
 # without AMX (`python scripts/bench/cpu_choices.py`). In fp32, which has no matmul instructions, they never are.
 EXPLICIT_LENGTH = 512
 EXPLICIT_LENGTH_FP32 = 0
-PROMPT_BLOCK = 128  # queries of a prompt that are computed together: fewer waste less above the diagonal, more run faster
+PROMPT_BLOCK = (
+    128  # queries of a prompt that are computed together: fewer waste less above the diagonal, more run faster
+)
 
 # oneDNN compiles code for each shape of a matmul: this takes milliseconds and up to a MiB that stays allocated
 ALIGN = 32
@@ -218,7 +220,9 @@ def _causal(T: int, S: int, device: torch.device) -> Tensor:
 
 def can_attend_prompt(q: Tensor) -> bool:
     """Return whether q are queries for `attend_prompt`: in generation, in 16 bits, on a CPU, and more than one."""
-    return q.shape[2] > 1 and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not q.requires_grad
+    return (
+        q.shape[2] > 1 and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not q.requires_grad
+    )
 
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -229,7 +233,7 @@ def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
     k, v = k.reshape(B * n_kv_heads, S, head_dim).transpose(1, 2), v.reshape(B * n_kv_heads, S, head_dim)
-    parts = []
+    parts: list[Tensor] = []
     for block in q.split(PROMPT_BLOCK, 2):
         n = block.shape[2]
         seen = S - T + sum(part.shape[2] for part in parts) + n  # keys of the block's last query
