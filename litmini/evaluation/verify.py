@@ -179,10 +179,10 @@ def _train(
     model: nn.Module, batches: list[list[dict[str, Tensor]]], optim: OptimConfig, state: Path, stop: int | None = None
 ) -> None:
     """Train the adapters of `model`, resuming from `state` if it exists; save it after step `stop`."""
-    from litmini.distributed.fabric import fabric_class
+    from lightning_fabric import Fabric
 
     device = next(model.parameters()).device
-    fabric = fabric_class()(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)
+    fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
     progress = load_state(state, model, optimizer) if state.is_dir() else Progress()
     constant = dataclasses.replace(optim, schedule="constant", warmup_steps=0, max_grad_norm=None)

@@ -56,6 +56,16 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
     return names
 
 
+def keep_casts(model: nn.Module) -> None:
+    """Let adapters cast their factors to the compute dtype once for each optimizer step, not in each forward.
+
+    Not for sharded models: there a parameter's values come and go under the same version.
+    """
+    for layer in adapters(model).values():
+        if isinstance(layer, LoRALinear):
+            layer.casts = {}
+
+
 def _lora(init: str) -> type[LoRALinear]:
     """Return LoRA's layer that starts as `lora.init` says."""
     if init == "pissa":

@@ -54,6 +54,7 @@ class LoRALinear(AdapterLayer):
         experts, device = shape(base)[:-2], base.weight.device  # (n_experts,) or ()
         self.lora_A = nn.Parameter(torch.empty(*experts, rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, rank, dtype=torch.float32, device=device))
+        self.casts: dict[int, tuple[Any, Tensor]] | None = None  # see `keep_casts`
         for matrix in self.lora_A.data.view(-1, rank, base.in_features):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
@@ -71,7 +72,17 @@ class LoRALinear(AdapterLayer):
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A (..., rank, in), and B with the scale in it (..., out, rank), in the dtype of their matmuls."""
-        return self.lora_A.to(dtype), (self.lora_B * self.scale).to(dtype)
+        if self.casts is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.lora_A.to(dtype), (self.lora_B * self.scale).to(dtype)
+        return self._kept_cast(self.lora_A, 1.0, dtype), self._kept_cast(self.lora_B, self.scale, dtype)
+
+    def _kept_cast(self, factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        assert self.casts is not None
+        key, (found, cast) = (factor._version, dtype), self.casts.get(id(factor), (None, factor))
+        if found != key:  # what an optimizer or a loader changes has another version
+            cast = (factor.detach() * scale).to(dtype)
+            self.casts[id(factor)] = key, cast
+        return _Cast.apply(factor, cast, scale)  # type: ignore[no-any-return]
 
     def magnitude_scale(self) -> Tensor | None:
         """Return what each output is multiplied with, (out,) in fp32: nothing, but in DoRA."""
@@ -217,6 +228,19 @@ def matches(pattern: str, name: str) -> bool:
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if matches(key, name)), default)
+
+
+class _Cast(torch.autograd.Function):
+    """`(factor * scale).to(dtype)`, where `cast` holds its values already."""
+
+    @staticmethod
+    def forward(ctx, factor: Tensor, cast: Tensor, scale: float) -> Tensor:  # type: ignore[override,no-untyped-def]
+        ctx.scale, ctx.dtype = scale, factor.dtype
+        return cast.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
+        return grad.to(ctx.dtype) * ctx.scale, None, None
 
 
 def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
+from litmini.methods.adapters import keep_casts
 from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
@@ -139,7 +140,9 @@ def make_setup(
     trained, total = count_parameters(model)
     run.results["trained_parameters"] = trained
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
-    if is_sharded(model):
+    if not is_sharded(model):
+        keep_casts(model)
+    else:
         local, every = (f"{size / 2**20:,.1f}" for size in local_bytes(model))
         fabric.print(
             f"parameters are sharded over {fabric.world_size} processes: this one holds {local} of {every} MiB"

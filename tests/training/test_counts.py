@@ -127,6 +127,7 @@ def test_gated_activations_are_not_kept_beside_their_factors(name):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = model(**batch)
+    assert loss.requires_grad
     tokens = batch["tokens"].numel()
     assert len({address for address, rows in wide if rows == tokens}) == 2 * model.config.n_layers
 
