@@ -129,8 +129,9 @@ class RunConfig(ABC):
     """torch.compile for each block: it takes a minute or more at first. auto: if the run is long enough to save time.
     Default (null): auto on a GPU, false on a CPU, where it needs a C++ compiler."""
     attention: Literal["auto", "varlen", "flex", "sdpa"] = "auto"
-    """Attention kernel on a GPU. auto: varlen (FlashAttention) where it can compute the attention, flex (FlexAttention)
-    for softcap and ALiBi, else sdpa. On a CPU: document by document."""
+    """Attention kernel on a GPU. auto: varlen where it can compute the attention (FlashAttention, of version 3 on
+    Hopper and 4 on Blackwell if that is installed; asked for, 2), flex (FlexAttention) for softcap and ALiBi, else sdpa. On a
+    CPU: document by document."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of matmuls of fp32 tensors. high: TF32 on a GPU; medium: bf16."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)

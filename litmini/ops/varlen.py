@@ -7,7 +7,9 @@ each begins, so the host waits for nothing. Not run on a GPU yet: tests register
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +18,29 @@ from torch import Tensor
 from litmini.ops.cpu_attention import expand_heads
 
 HEAD_DIM, DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
+
+NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.interface")}
+"""Compute capability of a GPU -> the newer FlashAttention for it: torch's name, and the module that torch takes it from."""
+
+
+@functools.lru_cache
+def activate_newer(device: torch.device) -> str | None:
+    """Let torch use FlashAttention 3 on Hopper and 4 on Blackwell, if it is installed; return torch's name of it.
+
+    The kernels that come with torch are those of FlashAttention 2.
+    """
+    major = torch.cuda.get_device_capability(device)[0]
+    name, module = NEWER.get(major, ("", ""))
+    try:
+        if not name or not importlib.import_module(module):
+            return None
+        torch.nn.attention.activate_flash_attention_impl(name)
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, RuntimeError, ValueError) as error:  # of another version than torch expects
+        warnings.warn(f"{name} is installed, but cannot be used: {error}", stacklevel=2)
+        return None
+    return name
 
 
 @functools.lru_cache

@@ -151,7 +151,12 @@ def make_setup(
     throughput = Throughput(model, fabric.device, dtype)
     fabric.print(f"MFU is relative to {throughput.peak / 1e12:,.2f} TFLOP/s, {throughput.source}")
     attention = None if config.attention == "auto" else config.attention
-    run.results["attention"] = attention_kernels(wrapped, fabric.device, attention)
+    newer = None
+    if fabric.device.type == "cuda" and attention is None:
+        from litmini.ops.varlen import activate_newer
+
+        newer = activate_newer(fabric.device)
+    run.results["attention"] = attention_kernels(wrapped, fabric.device, attention) + (f" ({newer})" if newer else "")
     fabric.print(f"attention: {run.results['attention']}")
     worth = is_auto(config.compile, fabric.device) and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:

@@ -208,3 +208,22 @@ def test_attention_dropout_needs_a_dense_mask():
 def test_a_kernel_that_cannot_is_refused(kernel, name, dtype, found):
     with pytest.raises(UserError, match=f"--attention {kernel} cannot .*{found}.*use --attention auto"):
         tiny(name, dtype)(**with_kernel({**batch(), "labels": None}, kernel))
+
+
+def test_newer_flash_attention_is_used_where_it_is_installed(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn_interface.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    capability, activated = {"device": (9, 0)}, []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["device"])
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    assert varlen.activate_newer(torch.device("cuda", 0)) == "FA3" == activated.pop()
+    for number, capability["device"] in ((1, (8, 0)), (2, (10, 0))):  # of an older GPU, and 4 is not installed
+        assert varlen.activate_newer(torch.device("cuda", number)) is None and not activated
+
+    def refuse(name):
+        raise RuntimeError("does not expose FA3 kernels")
+
+    capability["device"] = (9, 0)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", refuse)
+    with pytest.warns(UserWarning, match="FA3 is installed, but cannot be used: does not expose"):
+        assert varlen.activate_newer(torch.device("cuda", 3)) is None
