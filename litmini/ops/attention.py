@@ -30,8 +30,6 @@ from litmini.ops.cpu_attention import (
     allowed_keys,
     attend_dense,
     attend_fused,
-    attend_prompt,
-    can_attend_prompt,
     document_by_document,
     pad_documents,
 )
@@ -105,6 +103,8 @@ class Mask:
     """With a cache: the slots of the new keys."""
     static: bool = False
     """With a cache: `keys` are all of its slots, in use or not."""
+    is_prompt: bool = False
+    """On a CPU with a cache: more than one query, and nothing but causal."""
     _dense: list[Tensor] = field(default_factory=list, repr=False)
 
     def dense(self) -> Tensor | None:
@@ -171,7 +171,8 @@ def make_mask(
             flash = in_order and not torch.is_grad_enabled() and varlen.has_flash(positions.device, cache=True)
             return Mask(positions, keys, window, slots=slots, flash=flash, static=True)
         if not cache.ragged and (window is None or cache.length <= window):
-            return Mask(positions, keys, window, slots=slots)
+            is_prompt = T > 1 and positions.device.type == "cpu" and not torch.is_grad_enabled()
+            return Mask(positions, keys, window, slots=slots, is_prompt=is_prompt)
         allowed = allowed_keys(positions, keys, window)
         if cache.ragged:  # padding has no keys in the cache: it sees all keys, as its output must be finite
             allowed = allowed | (positions < 0)[:, None, :, None]
@@ -276,8 +277,9 @@ def attend(
         return attend_flex(q, k, v, mask.blocks, scale, softcap, slopes, mask.queries)
     if kernel == "sdpa" and mask.packed is not None:
         return attend_fused(q, k, v, mask.dense(), scale, dropout, expand=True)
-    plain = softcap is None and slopes is None and not dropout
-    if plain and mask.slots is not None and mask.allowed is None and not mask.static and can_attend_prompt(q):
+    if mask.is_prompt and q.dtype in (torch.bfloat16, torch.float16) and softcap is None and slopes is None:
+        from litmini.ops.prompt_attention import attend_prompt
+
         return attend_prompt(q, k, v, scale)
     if mask.padded is None:
         bias = alibi(mask.queries, mask.keys, slopes)

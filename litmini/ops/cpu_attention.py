@@ -12,9 +12,6 @@ from torch import Tensor
 # without AMX (`python scripts/bench/cpu_choices.py`). In fp32, which has no matmul instructions, they never are.
 EXPLICIT_LENGTH = 512
 EXPLICIT_LENGTH_FP32 = 0
-PROMPT_BLOCK = (
-    128  # queries of a prompt that are computed together: fewer waste less above the diagonal, more run faster
-)
 
 # oneDNN compiles code for each shape of a matmul: this takes milliseconds and up to a MiB that stays allocated
 ALIGN = 32
@@ -216,34 +213,6 @@ def attend_fused(
 
 def _causal(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-
-
-def can_attend_prompt(q: Tensor) -> bool:
-    """Return whether q are queries for `attend_prompt`: in generation, in 16 bits, on a CPU, and more than one."""
-    return (
-        q.shape[2] > 1 and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not q.requires_grad
-    )
-
-
-def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute the causal attention of the T > 1 last tokens over all S, by matmuls, in blocks of queries; in 16 bits.
-
-    It takes half the time of the fused kernel, in which a query's scores are not computed beyond its block, either.
-    """
-    B, n_heads, T, head_dim = q.shape
-    n_kv_heads, S = k.shape[1], k.shape[2]
-    k, v = k.reshape(B * n_kv_heads, S, head_dim).transpose(1, 2), v.reshape(B * n_kv_heads, S, head_dim)
-    parts: list[Tensor] = []
-    for block in q.split(PROMPT_BLOCK, 2):
-        n = block.shape[2]
-        seen = S - T + sum(part.shape[2] for part in parts) + n  # keys of the block's last query
-        rows = block.reshape(B * n_kv_heads, -1, head_dim)  # query heads with the same key head are stacked
-        scores = torch.baddbmm(rows.new_empty(1, 1, 1), rows, k[:, :, :seen], beta=0, alpha=scale)  # (.., seen)
-        later = torch.full((n, n), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-        scores.view(B, n_heads, n, seen)[..., seen - n :] += later
-        weights = torch.softmax(scores, -1)  # computed in fp32
-        parts.append(torch.bmm(weights, v[:, :seen]).view(B, n_heads, n, head_dim))
-    return torch.cat(parts, 2)
 
 
 def expand_heads(x: Tensor, repeats: int) -> Tensor:
