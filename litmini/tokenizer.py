@@ -10,16 +10,19 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
-from litmini.files import check_no_pointer, existing_file, read_json, write_json
+from litmini.files import check_no_pointer, existing_file, read_json, write_json, write_text
 from litmini.literal_tokens import START, Encoded, LiteralTokens
 from litmini.tool_calls import convert_arguments
+
+if TYPE_CHECKING:
+    from litmini.new_tokens import NewTokens
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -41,6 +44,7 @@ class Tokenizer:
         began: the time that templates write with `strftime_now`; None: the current time.
         template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
         special_tokens_in_text: special tokens that people write in messages and texts are tokens, not text.
+        new_tokens: texts that become tokens, if they are none: see `new_tokens.py`.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -53,6 +57,7 @@ class Tokenizer:
         began: datetime | None = None,
         template_kwargs: dict[str, Any] | None = None,
         special_tokens_in_text: bool = False,
+        new_tokens: Sequence[str] = (),
     ) -> None:
         self.directory = Path(directory)
         self.special_tokens_in_text = special_tokens_in_text
@@ -63,14 +68,18 @@ class Tokenizer:
                 f"{self.directory} has no tokenizer.json; a SentencePiece tokenizer.model alone is not read."
             )
         try:
-            exact = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', file.read_text(encoding="utf-8"))
-            self.fast = FastTokenizer.from_str(exact)  # offsets that cover white space too; ids are the same
+            content = file.read_text(encoding="utf-8")
+            self.fast = _with_exact_offsets(content)
         except Exception as error:  # tokenizers raises plain Exception
             check_no_pointer(file)
             raise UserError(f"{file} is damaged: {error}") from None
+        self.settings = self._optional("tokenizer_config.json")
+        self.chat_template = self._find_template(chat_template)
+        self.new_tokens: NewTokens | None = None
+        if new_tokens:
+            self.fast = _with_exact_offsets(self._add(content, new_tokens))
         self.fast.no_truncation()
         self.fast.no_padding()
-        self.settings = self._optional("tokenizer_config.json")
         self._tokens = self.settings  # bos_token, eos_token, ...
         if "added_tokens_decoder" not in self.settings:  # with older files, special_tokens_map.json takes precedence
             self._tokens = {**self.settings, **self._optional("special_tokens_map.json")}
@@ -78,7 +87,6 @@ class Tokenizer:
         added = self.fast.get_added_tokens_decoder()
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
-        self.chat_template = self._find_template(chat_template)
         saved = self.settings.get(SAVED_KWARGS, {})
         if not isinstance(saved, dict):
             raise self._wrong("tokenizer_config.json", SAVED_KWARGS, saved, "names and values")
@@ -101,6 +109,14 @@ class Tokenizer:
         self.stop_ids: list[int] = list(dict.fromkeys(i for i in ids if i is not None))
         if not self.stop_ids:
             raise UserError(f"{self.directory} names no end token in tokenizer_config.json or generation_config.json.")
+
+    def _add(self, content: str, tokens: Sequence[str]) -> str:
+        """Return the content of tokenizer.json with the new tokens `tokens`."""
+        from litmini.new_tokens import new_tokens, with_settings, with_tokens
+
+        self.new_tokens = new_tokens(content, tokens, self.chat_template or "")
+        self.settings = with_settings(self.settings, self.new_tokens.entries)
+        return with_tokens(content, self.new_tokens.entries)
 
     def _optional(self, name: str) -> dict[str, Any]:
         file = self.directory / name
@@ -276,6 +292,11 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write the tokenizer, the template and its variables in use and all stop ids into `directory`, beside the weights."""
         copy_side_files(self.directory, directory)
+        if self.new_tokens:
+            from litmini.new_tokens import with_tokens
+
+            content = (self.directory / "tokenizer.json").read_text(encoding="utf-8")
+            write_text(directory / "tokenizer.json", with_tokens(content, self.new_tokens.entries))
         settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", SAVED_KWARGS)}
         settings |= {SAVED_KWARGS: self.template_kwargs} if self.template_kwargs else {}
         write_json(directory / "tokenizer_config.json", settings)
@@ -285,6 +306,11 @@ class Tokenizer:
             template.write_text(self.chat_template, encoding="utf-8")
         stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
         write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})
+
+
+def _with_exact_offsets(content: str) -> FastTokenizer:
+    """Return the tokenizer of a tokenizer.json, with offsets that cover white space, too; ids are the same."""
+    return FastTokenizer.from_str(re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', content))
 
 
 def _may_be_unknown(message: Message) -> bool:
