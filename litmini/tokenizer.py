@@ -4,6 +4,7 @@ Finetuning, generation and export use the same code: text rendered by a template
 special tokens (BOS) that the tokenizer itself adds.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,8 @@ class Tokenizer:
     Args:
         directory: holds `tokenizer.json` and, if they exist, `tokenizer_config.json`, `chat_template.jinja`,
             `generation_config.json` and `config.json`.
-        chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
+        chat_template: "auto" for the checkpoint's own template, "none" for none, one of `builtin_templates.BUILTIN`, or the
+            path of a template file.
         began: the time that templates write with `strftime_now`; None: the current time.
         template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
         special_tokens_in_text: special tokens that people write in messages and texts are tokens, not text.
@@ -87,6 +89,7 @@ class Tokenizer:
         added = self.fast.get_added_tokens_decoder()
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
+        self._check_builtin(chat_template)
         saved = self.settings.get(SAVED_KWARGS, {})
         if not isinstance(saved, dict):
             raise self._wrong("tokenizer_config.json", SAVED_KWARGS, saved, "names and values")
@@ -141,6 +144,14 @@ class Tokenizer:
         if choice == "none":
             return None
         if choice != "auto":
+            from litmini.builtin_templates import BOS, BUILTIN, NAMES
+
+            if choice in BUILTIN:
+                return BOS * bool(self._before_text) + BUILTIN[choice].text
+            if not Path(choice).suffix and not Path(choice).exists():
+                raise UserError(
+                    f"chat_template is {choice}; expected auto, none, {NAMES}, or the path of a .jinja file."
+                )
             return _read_template(existing_file(choice, "chat template"))
         file = self.directory / "chat_template.jinja"
         if file.is_file():
@@ -152,6 +163,24 @@ class Tokenizer:
             expected = "a template's text or a list of objects with name and template"
             raise self._wrong("tokenizer_config.json", "chat_template", found, expected)
         return found
+
+    def _check_builtin(self, choice: str) -> None:
+        """Raise a UserError if `choice` is a template by name with markers that are no tokens here."""
+        if choice in ("auto", "none"):
+            return
+        from litmini.builtin_templates import BUILTIN
+
+        if choice in BUILTIN:
+            lost = [token for token in BUILTIN[choice].tokens if self.fast.token_to_id(token) not in self.special_ids]
+            if lost:
+                raise UserError(
+                    f"the chat template {choice} needs the special tokens {', '.join(lost)}, which {self.directory} has not: "
+                    f"add them with --data.new_tokens '{json.dumps(lost)}', or choose alpaca or zephyr, which need none."
+                )
+            if not BUILTIN[choice].tokens and self._token("eos_token") is None:
+                raise UserError(
+                    f"the chat template {choice} ends turns with eos_token, which {self.directory} does not name."
+                )
 
     @cached_property
     def after_completion(self) -> str:
@@ -195,7 +224,12 @@ class Tokenizer:
             UserError: there is no template, it is not valid jinja, or exceeds a limit.
         """
         if self.chat_template is None:
-            raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
+            from litmini.builtin_templates import NAMES
+
+            raise BadTemplate(
+                f"{self.directory} has no chat template, as base models have none. Choose one with --data.chat_template: "
+                f"{NAMES} or FILE.jinja. It is saved with the result."
+            )
         named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
         variables = {key: token for key, token in named.items() if token} | self.template_kwargs
         name = f"the chat template of {self.directory}"

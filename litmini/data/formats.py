@@ -7,7 +7,7 @@ JSONL, JSON, CSV or Parquet.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
@@ -22,7 +22,12 @@ FORMS = {
     "prompt/completion": ("prompt", "completion"),
     "text": ("text",),
 }
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "tool": "tool"}
+ROLE_NAMES = {
+    **dict.fromkeys(("gpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+    "human": "user",
+}
+"""Other names of roles, ShareGPT's."""
 SYSTEM = ("system", "system_prompt")
 TRAIN = ("weight", "train", "training", "loss")
 """Keys with which data say whether a turn is trained."""
@@ -55,11 +60,18 @@ class Example:
     text: str = ""
 
 
-def read_examples(path: str, has_template: bool) -> list[Example]:
+def last_only(example: Example) -> Example:
+    """Return an example of whose assistant turns only the last one is supervised, if it is at all."""
+    turns = [i for i, message in enumerate(example.messages or ()) if message["role"] == "assistant"]
+    return replace(example, untrained=example.untrained | frozenset(turns[:-1]))
+
+
+def read_examples(path: str, has_template: bool, columns: dict[str, str] | None = None) -> list[Example]:
     """Return all records of a file.
 
     Args:
         has_template: Alpaca and prompt/completion become messages; without a chat template, plain text.
+        columns: key that litmini reads -> the column of the file that has it.
 
     Raises:
         UserError: the file is missing, empty, of unknown form, mixes forms, or has broken records; all named by file:line.
@@ -67,14 +79,16 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     form = None
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, columns):
         form = parse_chunk(chunk, form, has_template, examples, problems)
     if problems:
         raise bad_records(problems)
     return examples
 
 
-def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> list[Example]:
+def pick_examples(
+    path: str, has_template: bool, wanted: Collection[int], columns: dict[str, str] | None = None
+) -> list[Example]:
     """Return the records with the numbers `wanted` (from 0), in the order of the file.
 
     Raises:
@@ -83,7 +97,7 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
     picked: list[Example] = []
     problems: list[str] = []
     first, form = 0, None
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, columns):
         inside = [n - first for n in wanted if first <= n < first + len(chunk.locations)]
         first += len(chunk.locations)
         if form is None or inside:
@@ -111,7 +125,7 @@ def parse_chunk(
     """
     for where, record in chunk.records():
         try:
-            forms = _find_forms(record)
+            forms = _find_forms(record, chunk.columns)
             form = form or forms[0]
             if form not in forms:
                 raise ValueError(f"is {forms[0]}, but the records before it are {form}; one form in a file")
@@ -127,15 +141,15 @@ def bad_records(problems: list[str]) -> UserError:
     return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
 
 
-def _find_forms(record: Any) -> list[str]:
-    """Return the forms that a record can be read as, the preferred one first."""
+def _find_forms(record: Any, columns: Collection[str]) -> list[str]:
+    """Return the forms that a record can be read as, the preferred one first: those with keys that were renamed."""
     if isinstance(record, ValueError):
         raise record
     forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
     if not forms:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}")
-    return forms
+    return sorted(forms, key=lambda name: set(columns).isdisjoint(FORMS[name]))
 
 
 def _example(where: str, record: dict[str, Any], form: str, has_template: bool) -> Example:
@@ -145,8 +159,14 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
     if unused := [key for key in UNUSED if record.get(key)]:
         raise ValueError(f"has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
     tools, before = read_objects(record.get("tools"), "tools"), _turns_before(record, form)
-    if form in ("messages", "ShareGPT"):
+    are_turns = form == "prompt/completion" and all(isinstance(record[key], list) for key in FORMS[form])
+    if form in ("messages", "ShareGPT") or are_turns:
         messages, untrained = _messages(record[FORMS[form][0]])
+        if are_turns:  # those of the prompt are context
+            untrained = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+            completed, skipped = _messages(record["completion"])
+            untrained += [i + len(messages) for i in skipped]
+            messages += completed
         if before and messages[0]["role"] == "system":
             raise ValueError("has a system key and a system turn; expected one of them")
         return Example(where, before + messages, tools, frozenset(i + len(before) for i in untrained))
@@ -198,7 +218,8 @@ def _messages(turns: Any) -> tuple[list[Message], list[int]]:
         if not isinstance(turn, dict):
             raise ValueError(f"a turn is {type(turn).__name__}, expected role and content")
         role = turn.get("role", turn.get("from"))
-        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        is_call = role == "function_call"
+        role = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
         if turn.get("function_call"):
@@ -206,16 +227,35 @@ def _messages(turns: Any) -> tuple[list[Message], list[int]]:
         if not _is_trained(turn, role):
             untrained.append(len(messages))
         rest = {k: v for k, v in turn.items() if k not in TURN_KEYS and v is not None}
+        content = turn.get("content", turn.get("value"))
+        if is_call:  # its value is a call, or a list of them
+            value = parse_json(content) if isinstance(content, str) else content
+            rest["tool_calls"], content = [value] if isinstance(value, dict) else value, None
         calls = rest["tool_calls"] = read_calls(rest.get("tool_calls"))
+        if is_call and not calls:
+            raise ValueError("a function_call turn has no call; expected an object with name and arguments")
         if not calls:
             del rest["tool_calls"]
         elif role != "assistant":
             raise ValueError(f"a {role} turn has tool_calls; expected them in assistant turns")
-        content = turn.get("content", turn.get("value"))
         if content is not None or not calls:
-            rest = {"content": check_text(content, f"content of a {role} turn"), **rest}
+            rest = {"content": _text(content, role), **rest}
         messages.append({"role": role, **rest})
     return messages, untrained
+
+
+def _text(content: Any, role: str) -> str:
+    """Return the content of a turn, which may be a list of parts that are text."""
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        kinds = [part.get("type", "text") if isinstance(part, dict) else type(part).__name__ for part in parts]
+        if others := [kind for kind in kinds if kind != "text"]:
+            raise ValueError(
+                f"content of a {role} turn is a list with a part of type {others[0]}; only text is trained"
+            )
+        text_of = f"content of a {role} turn is a list, in which a text"
+        return "".join(check_text(part.get("text"), text_of) for part in parts)
+    return check_text(content, f"content of a {role} turn")
 
 
 def _is_trained(turn: dict[str, Any], role: str) -> bool:

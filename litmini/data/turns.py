@@ -114,7 +114,10 @@ def render_examples(
         for e in examples
     ]
     chats = [(tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in marked if e.messages]
-    end = len(tokenizer.after_completion) if chats else 0
+    try:
+        end = len(tokenizer.after_completion) if chats else 0
+    except BadTemplate as error:
+        raise BadTemplate(f"{next(e.where for e in examples if e.messages)}: {error}") from None
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
     for number, example in enumerate(marked):
