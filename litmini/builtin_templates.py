@@ -1,6 +1,10 @@
 """Chat templates by name, for base models that have none. The one that is used is saved with the result."""
 
+import json
+from pathlib import Path
 from typing import NamedTuple
+
+from litmini.errors import UserError
 
 ROLES = (
     "{%- if m['role'] not in ROLES %}{{ raise_exception('no place for the role ' + m['role']) }}{% endif %}"
@@ -67,3 +71,20 @@ BUILTIN = {
 BOS = "{{- bos_token }}"
 """What stands before a template where the tokenizer puts BOS before a text."""
 NAMES = ", ".join(BUILTIN)
+
+
+def check_builtin(choice: str, directory: Path, special: set[str], eos_token: str | None) -> None:
+    """Raise a UserError if `choice` is a template by name, and the tokenizer of `directory` lacks tokens for it.
+
+    Args:
+        special: its special tokens.
+    """
+    if choice not in BUILTIN:
+        return
+    if lost := [token for token in BUILTIN[choice].tokens if token not in special]:
+        raise UserError(
+            f"the chat template {choice} needs the special tokens {', '.join(lost)}, which {directory} has not: add them with "
+            f"--data.new_tokens '{json.dumps(lost)}', or choose alpaca or zephyr, which need none."
+        )
+    if not BUILTIN[choice].tokens and eos_token is None:
+        raise UserError(f"the chat template {choice} ends turns with eos_token, which {directory} does not name.")

@@ -4,7 +4,6 @@ Finetuning, generation and export use the same code: text rendered by a template
 special tokens (BOS) that the tokenizer itself adds.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json, write_text
-from litmini.literal_tokens import START, Encoded, LiteralTokens
-from litmini.tool_calls import convert_arguments
+from litmini.literal_tokens import SAID, START, Encoded, LiteralTokens
+from litmini.template_form import TemplateForm, find_form
 
 if TYPE_CHECKING:
     from litmini.new_tokens import NewTokens
@@ -89,7 +88,11 @@ class Tokenizer:
         added = self.fast.get_added_tokens_decoder()
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
-        self._check_builtin(chat_template)
+        if chat_template not in ("auto", "none"):
+            from litmini.builtin_templates import check_builtin
+
+            special = {token.content for token in added.values() if token.special}
+            check_builtin(chat_template, self.directory, special, self._token("eos_token"))
         saved = self.settings.get(SAVED_KWARGS, {})
         if not isinstance(saved, dict):
             raise self._wrong("tokenizer_config.json", SAVED_KWARGS, saved, "names and values")
@@ -98,6 +101,7 @@ class Tokenizer:
             raise UserError(
                 f"template_kwargs has {', '.join(own)}, which litmini gives to templates itself: leave it out."
             )
+        self._forms: dict[bool, TemplateForm] = {}
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
@@ -108,7 +112,7 @@ class Tokenizer:
                 raise self._wrong(f"{name}.json", "eos_token_id", found, "a token id or a list of them")
             ids += found
         if self.chat_template:
-            ids.append(self._turn_end())
+            ids += [self.turn_end, self._call_end()]
         self.stop_ids: list[int] = list(dict.fromkeys(i for i in ids if i is not None))
         if not self.stop_ids:
             raise UserError(f"{self.directory} names no end token in tokenizer_config.json or generation_config.json.")
@@ -164,24 +168,6 @@ class Tokenizer:
             raise self._wrong("tokenizer_config.json", "chat_template", found, expected)
         return found
 
-    def _check_builtin(self, choice: str) -> None:
-        """Raise a UserError if `choice` is a template by name with markers that are no tokens here."""
-        if choice in ("auto", "none"):
-            return
-        from litmini.builtin_templates import BUILTIN
-
-        if choice in BUILTIN:
-            lost = [token for token in BUILTIN[choice].tokens if self.fast.token_to_id(token) not in self.special_ids]
-            if lost:
-                raise UserError(
-                    f"the chat template {choice} needs the special tokens {', '.join(lost)}, which {self.directory} has not: "
-                    f"add them with --data.new_tokens '{json.dumps(lost)}', or choose alpaca or zephyr, which need none."
-                )
-            if not BUILTIN[choice].tokens and self._token("eos_token") is None:
-                raise UserError(
-                    f"the chat template {choice} ends turns with eos_token, which {self.directory} does not name."
-                )
-
     @cached_property
     def after_completion(self) -> str:
         """The text that the template puts after an assistant's turn: at the end of a conversation or, if the template refuses
@@ -197,9 +183,25 @@ class Tokenizer:
             return tail.partition("question")[0] if found else ""
         return ""
 
-    def _turn_end(self) -> int | None:
-        """Return the id of the special token that the template puts after an assistant's turn, or None."""
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The id of the special token that the template puts after an assistant's turn, or None."""
         return next((i for i in self.encode(self.after_completion, special=False) if i in self.special_ids), None)
+
+    def _call_end(self) -> int | None:
+        """Return the id of the special token with which the template ends a turn that calls a tool, or None."""
+        if "tool_calls" not in (self.chat_template or ""):
+            return None
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
+        turns: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "tool_calls": [call]}]
+        try:
+            ids = self.encode(self.apply_template(turns).rstrip(), special=False)
+        except UserError as error:
+            if isinstance(error, BadTemplate):
+                raise
+            return None
+        last = self.fast.id_to_token(ids[-1]) if ids else None
+        return ids[-1] if last is not None and ids[-1] in self.special_ids and last not in SAID else None
 
     def apply_template(
         self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -212,7 +214,7 @@ class Tokenizer:
         Raises:
             UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
         """
-        (text,) = self.render([(self.with_arguments(messages), tools, [(len(messages), add_generation_prompt, None)])])
+        (text,) = self.render([(self.in_form(messages), tools, [(len(messages), add_generation_prompt, None)])])
         if isinstance(text, UserError):
             raise text
         return text
@@ -239,20 +241,16 @@ class Tokenizer:
         except BadTemplate as error:
             raise BadTemplate(f"{name} {error}") from None
 
-    @cached_property
-    def _arguments(self) -> type | None:
-        """What the template writes as JSON where a tool call has it as its arguments: dict, or str; None: both, or neither."""
-        texts: list[str | UserError] = []
-        for arguments in ({"a": 1}, '{"a": 1}'):
-            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            turns = [
-                {"role": "user", "content": "question"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ]
-            texts += self.render([(turns, None, [(2, False, None)])])
-        # neither a repr nor JSON of JSON
-        fits = [isinstance(text, str) and "'a'" not in text and '\\"' not in text for text in texts]
-        return None if fits[0] == fits[1] else dict if fits[0] else str
+    def _form(self, has_calls: bool) -> TemplateForm:
+        """Return the form in which the template wants messages, with calls of tools or without."""
+
+        def render(messages: list[Message]) -> str | None:
+            (text,) = self.render([(messages, None, [(len(messages), False, None)])])
+            return text if isinstance(text, str) else None
+
+        if has_calls not in self._forms:
+            self._forms[has_calls] = find_form(render, has_calls)
+        return self._forms[has_calls]
 
     @cached_property
     def _literal(self) -> LiteralTokens:
@@ -265,10 +263,9 @@ class Tokenizer:
         """
         return value if self.special_tokens_in_text else self._literal.mark(value)
 
-    def with_arguments(self, messages: list[Message]) -> list[Message]:
-        """Return messages with the arguments of tool calls as the template wants them."""
-        has_calls = any(message.get("tool_calls") for message in messages)
-        return convert_arguments(messages, self._arguments) if has_calls and self._arguments else messages
+    def in_form(self, messages: list[Message]) -> list[Message]:
+        """Return messages as the template wants them: arguments of calls, content beside calls, or content in parts."""
+        return self._form(any(message.get("tool_calls") for message in messages)).apply(messages)
 
     def dates(self) -> list[str]:
         """Return the current date as the template writes it, in each of its forms; [] if it writes none."""
@@ -312,7 +309,7 @@ class Tokenizer:
         left_out = {i: f"messages[{i}], of the role {m['role']}" for i, m in enumerate(messages) if _may_be_unknown(m)}
         left_out |= {TOOLS: "the tools"} if tools else {}
         parts: Parts = [(len(messages), True, i) for i in (None, *left_out)]
-        text, *others = self.render([(self.with_arguments(messages), tools, parts)])
+        text, *others = self.render([(self.in_form(messages), tools, parts)])
         if isinstance(text, UserError):
             raise text
         for what, other in zip(left_out.values(), others, strict=True):

@@ -55,6 +55,8 @@ class Turn:
     """The text when the model is asked for it."""
     after: str
     """The text that ends with it."""
+    asked: str = ""
+    """The content of the turn before it."""
 
     @cached_property
     def asks(self) -> re.Match[str] | None:
@@ -68,11 +70,30 @@ class Turn:
         before, end, _ = self.message.get("content", "").partition(END_THINK)
         return str(found if found is not None else before.rpartition("<think>")[2] if end else "").strip()
 
-    def check_calls(self) -> None:
-        """Raise a ValueError if the template leaves out a call of a tool."""
+    def check(self) -> None:
+        """Raise a ValueError if the template leaves out a call of a tool, or content beside it."""
+        new = self.after[_common_prefix(self.after, self.before) :]
         for call in self.message.get("tool_calls", []):
-            if call.get("function", call)["name"] not in self.after[_common_prefix(self.after, self.before) :]:
+            if call.get("function", call)["name"] not in new:
                 raise ValueError(f"the chat template leaves out the tool_calls of turn {self.index + 1}. {OTHER}")
+        content = self.message.get("content", "").rpartition(END_THINK)[2].strip()
+        if content not in self.after:
+            what = "that it has beside tool_calls " if self.message.get("tool_calls") else ""
+            raise ValueError(
+                f"the chat template leaves out the content {what}of turn {self.index + 1}, or changes it. {OTHER}"
+            )
+
+    def _after_a_changed_context(self) -> str:
+        """Return what follows the end of the prompt in a text with other turns before, whose reasoning is left out, say.
+
+        Raises:
+            ValueError: the text has no such end, with the last turn of the prompt in it.
+        """
+        size = _common_tail(self.before, self.after)
+        tail = self.before[len(self.before) - size :]
+        if self.index == 0 or not self.asked or self.asked not in tail or self.after.count(tail) > 1:
+            raise ValueError(FIRST if self.index == 0 else CHANGED.format(self.index + 1))
+        return self.after.partition(tail)[2]
 
     def said(self, thinks: bool) -> tuple[str, bool]:
         """Return what the model says when it is asked, and whether that differs from what the template writes.
@@ -87,16 +108,18 @@ class Turn:
         """
         said = self.after[len(self.before) :]
         is_changed = not self.after.startswith(self.before)
-        if is_changed:
-            if not self.asks or not self.after.startswith(self.before[: self.asks.start()]):
-                where = FIRST if self.index == 0 else CHANGED.format(self.index + 1)
-                raise ValueError(where)
+        if is_changed and self.asks and self.after.startswith(self.before[: self.asks.start()]):
             said = self.after[self.asks.start() :]
             said = said.partition(END_THINK)[2].lstrip("\n") if said.startswith("<think>") else said
+        elif is_changed:
+            said, is_changed = self._after_a_changed_context(), False
         if (self.asks and self.asks[1]) or (self.reasoning in said and not is_changed):
             return said, is_changed
         if not thinks:
-            raise ValueError(f"the chat template leaves out the reasoning of turn {self.index + 1}. {OTHER}")
+            raise ValueError(
+                f"the chat template leaves out the reasoning of turn {self.index + 1}. Write it into the content "
+                f"(<think>...</think>), or use another template (--data.chat_template FILE)"
+            )
         opening = "" if self.asks else "<think>\n"
         return opening + self.reasoning + f"\n{END_THINK}\n\n" + said.lstrip("\n"), True
 
@@ -113,11 +136,13 @@ def render_examples(
         replace(e, messages=tokenizer.mark(e.messages), tools=tokenizer.mark(e.tools)) if e.messages else e
         for e in examples
     ]
-    chats = [(tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in marked if e.messages]
+    talks = [e for e in marked if e.messages]
     try:
-        end = len(tokenizer.after_completion) if chats else 0
+        chats = [(tokenizer.in_form(e.messages or []), e.tools or None, _parts(e, train_on)) for e in talks]
+        end = tokenizer.after_completion if chats else ""
     except BadTemplate as error:
-        raise BadTemplate(f"{next(e.where for e in examples if e.messages)}: {error}") from None
+        raise BadTemplate(f"{talks[0].where}: {error}") from None
+    stop = str(tokenizer.fast.id_to_token(tokenizer.turn_end)) if chats and tokenizer.turn_end is not None else ""
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
     for number, example in enumerate(marked):
@@ -129,7 +154,8 @@ def render_examples(
         own = islice(texts, len(_parts(example, train_on)))
         try:
             text, turns = _read_turns(example, own, train_on)
-            rendered += _find_spans(number, text, turns, end, bool(THINK.search(tokenizer.chat_template or "")), notes)
+            thinks = bool(THINK.search(tokenizer.chat_template or ""))
+            rendered += _find_spans(number, text, turns, (end, stop), thinks, notes)
         except BadTemplate as error:
             raise BadTemplate(f"{example.where}: {error}") from None
         except (UserError, ValueError) as error:
@@ -189,7 +215,8 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
             )
         elif message["role"] == "assistant" and train_on != "all" and i not in example.untrained:
             try:
-                turns.append(Turn(i, message, take(), take() if i + 1 < len(messages) else text))
+                asked = str(messages[i - 1].get("content") or "").strip() if i else ""
+                turns.append(Turn(i, message, take(), take() if i + 1 < len(messages) else text, asked))
             except UserError as error:
                 if i or isinstance(error, BadTemplate):
                     raise
@@ -198,17 +225,17 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
 
 
 def _find_spans(
-    number: int, text: str, turns: list[Turn], end: int, thinks: bool, notes: Counter[str]
+    number: int, text: str, turns: list[Turn], end: tuple[str, str], thinks: bool, notes: Counter[str]
 ) -> list[Rendered]:
     """Return a conversation as one text with its spans or, where it renders differently when more follows, as one text for
     each supervised turn.
 
     Args:
-        end: characters that the template puts after the completion that ends a conversation.
+        end: what the template puts after the completion that ends a conversation, and the stop token in it.
         thinks: whether the template knows reasoning.
     """
     for turn in turns:
-        turn.check_calls()
+        turn.check()
     spans = [span for turn in turns if (span := _find_span(turn, text, end))]
     if len(spans) == len(turns):
         return [Rendered(number, text, spans)]
@@ -221,15 +248,26 @@ def _find_spans(
     return alone
 
 
-def _find_span(turn: Turn, text: str, end: int) -> tuple[int, int] | None:
+def _find_span(turn: Turn, text: str, end: tuple[str, str]) -> tuple[int, int] | None:
     """Return the span of a turn in the text of its conversation; None: it is not there as the model will be asked."""
     stop = _common_prefix(text, turn.after)
     last_only = len(turn.after) - stop  # some templates end the last turn in another way, after the completion
-    if not text.startswith(turn.before) or stop <= len(turn.before) or last_only >= max(1, end):
+    if not text.startswith(turn.before) or stop <= len(turn.before) or last_only >= max(1, len(end[0])):
+        return None
+    if end[1] and last_only and turn.after.rfind(end[1]) + len(end[1]) > stop:  # with another stop token
         return None
     if turn.asks or turn.reasoning not in text[len(turn.before) : stop]:
         return None
     return len(turn.before), stop
+
+
+def _common_tail(a: str, b: str) -> int:
+    """Return the length of the longest end of `a` that stands anywhere in `b`."""
+    low, high = 0, len(a)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[len(a) - middle :] in b else (low, middle - 1)
+    return low
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -191,7 +191,7 @@ def choice(
         tokens = [describe(token, tokenizer) for token in logprobs]
         offsets = [token.offset for token in logprobs]
         named = {"content": tokens, "refusal": None} if settings.chat else _old_logprobs(tokens, offsets)
-    content, calls = parse_calls(piece) if settings.tools and finish == "stop" else (piece, [])
+    content, calls = parse_calls(piece, settings.tools) if settings.tools and finish == "stop" else (piece, [])
     common = {"index": index, "logprobs": named, "finish_reason": "tool_calls" if calls else finish}
     if not settings.chat:
         return {**common, "text": piece}

@@ -173,12 +173,6 @@ def test_a_template_that_ends_the_whole_conversation(tokenizer: Tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("template", "turns", "message"),
     [
-        # an earlier answer is shown otherwise than the last one, as templates do which drop its reasoning
-        (
-            "{% for m in messages %}{{ '<think>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}",
-            ["a", "b", "c", "d"],
-            r"a:1: the chat template renders turn 2 differently when more follows",
-        ),
         # what asks for an answer is not what stands before one
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
@@ -199,7 +193,7 @@ def test_a_template_that_ends_the_whole_conversation(tokenizer: Tokenizer, tmp_p
             r"a:1: the chat template of .* fails on these messages: in pairs",
         ),
     ],
-    ids=["unstable answer", "other prompt", "no stop token", "refusal"],
+    ids=["other prompt", "no stop token", "refusal"],
 )
 def test_templates_whose_turns_cannot_be_told_apart(
     tokenizer: Tokenizer, tmp_path: Path, template: str, turns: list[str], message: str
@@ -236,6 +230,17 @@ def test_a_prompt_has_the_tokens_with_which_the_model_is_asked(
     changed, example = Tokenizer(directory), chat("a", "b", "c", "d")
     data = make(changed, example)
     assert len(data) == 2 and data.notes["apart"] == 2 and trained(changed, data, 1) == ["d<|im_end|>"]
+    for number, turns in enumerate((1, 3)):
+        prompt = changed.encode_prompt(example.messages[:turns])
+        assert data[number][0].tolist()[: len(prompt)] == prompt
+
+
+def test_a_context_that_changes_when_the_turn_is_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What follows the last turn of the prompt is what the model says, whatever happened to the turns before."""
+    template = "{% for m in messages %}{{ '<!>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
+    changed, example = with_template(tokenizer, tmp_path, template), chat("a", "b", "c", "d")
+    data = make(changed, example)
+    assert [trained(changed, data, i) for i in range(2)] == [["<!>b<|im_end|>"], ["<!>d<|im_end|>"]]
     for number, turns in enumerate((1, 3)):
         prompt = changed.encode_prompt(example.messages[:turns])
         assert data[number][0].tolist()[: len(prompt)] == prompt
