@@ -25,12 +25,15 @@ def read_objects(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
-    """Return the tool calls of a turn as objects; their arguments stay an object or its JSON.
+    """Return the tool calls of a turn as {"type": "function", "function": ...}; arguments stay an object or its JSON.
 
     Raises:
         ValueError: a call has no name, or other arguments.
     """
-    calls = read_objects(value, "tool_calls")
+    calls = [
+        call if "function" in call else {"type": "function", "function": call}
+        for call in read_objects(value, "tool_calls")
+    ]
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -93,8 +96,8 @@ Schemas = dict[str, dict[str, Any]]
 
 def _read_json(found: re.Match[str], schemas: Schemas) -> list[Call]:
     (call,) = read_calls([found[1]])
-    arguments = call.get("arguments", {})
-    return [(call["name"], json.loads(arguments) if isinstance(arguments, str) else arguments)]
+    arguments = call["function"].get("arguments", {})
+    return [(call["function"]["name"], json.loads(arguments) if isinstance(arguments, str) else arguments)]
 
 
 def _read_elements(found: re.Match[str], schemas: Schemas) -> list[Call]:

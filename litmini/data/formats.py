@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from litmini.chat_template import REASONING
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
 from litmini.errors import UserError
 from litmini.tokenizer import ROLES, Message
@@ -23,7 +24,7 @@ FORMS = {
     "text": ("text",),
 }
 ROLE_NAMES = {
-    **dict.fromkeys(("gpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("gpt", "model", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function_response"), "tool"),
     "human": "user",
 }
@@ -34,11 +35,12 @@ TRAIN = ("weight", "train", "training", "loss")
 TURN_KEYS = {"role", "from", "content", "value", *TRAIN}
 UNUSED = {
     "functions": "give them as tools",
+    "developer": "give it as a turn",
     "documents": "put their texts into a turn",
     "chat_template_kwargs": "give them as --data.template_kwargs",
     **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "only text is trained"),
 }
-"""Keys of a conversation that change what it means -> what to do instead."""
+"""Keys of a conversation, or of a turn, that change what it means -> what to do instead."""
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
@@ -158,13 +160,21 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         return Example(where, text=check_text(record["text"], "text"))
     if unused := [key for key in UNUSED if record.get(key)]:
         raise ValueError(f"has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
+    if weighed := [key for key in ("weight", "train") if record.get(key) not in (None, 1, "", "1")]:
+        raise ValueError(
+            f"has {weighed[0]}, which is read in turns only: give it to a turn, or a file a --data.weights"
+        )
     tools, before = read_objects(record.get("tools"), "tools"), _turns_before(record, form)
-    are_turns = form == "prompt/completion" and all(isinstance(record[key], list) for key in FORMS[form])
+    if form == "ShareGPT":  # which has functions as they are
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    are_turns = form == "prompt/completion" and any(isinstance(record[key], list) for key in FORMS[form])
     if form in ("messages", "ShareGPT") or are_turns:
-        messages, untrained = _messages(record[FORMS[form][0]])
+        messages, untrained = _messages(
+            _as_turns(record[FORMS[form][0]], "user") if are_turns else record[FORMS[form][0]]
+        )
         if are_turns:  # those of the prompt are context
             untrained = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-            completed, skipped = _messages(record["completion"])
+            completed, skipped = _messages(_as_turns(record["completion"], "assistant"))
             untrained += [i + len(messages) for i in skipped]
             messages += completed
         if before and messages[0]["role"] == "system":
@@ -172,6 +182,8 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         return Example(where, before + messages, tools, frozenset(i + len(before) for i in untrained))
     fields = [check_text(record[key], key) for key in FORMS[form]]
     prompt, completion = fields
+    thoughts = [check_text(record[key], key) for key in REASONING if record.get(key)]
+    thought = {"reasoning_content": thoughts[0]} if thoughts else {}
     chat = plain = prompt
     if form == "Alpaca":
         extra = check_text(record.get("input") or "", "input")
@@ -179,11 +191,20 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         context = ", paired with an input that provides further context" if extra else ""
         plain = ALPACA.format(context, prompt, f"### Input:\n{extra}\n\n" if extra else "")
     if has_template:
-        turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": completion}]
+        turns: list[Message] = [
+            {"role": "user", "content": chat},
+            {"role": "assistant", "content": completion, **thought},
+        ]
         return Example(where, before + turns, tools)
-    if before or tools:
-        raise ValueError("has tools, system or history, for which plain text has no place; expected a chat template")
+    if before or tools or thought:
+        what = "tools, system, history or reasoning"
+        raise ValueError(f"has {what}, for which plain text has no place; expected a chat template")
     return Example(where, prompt=plain, text=plain + completion)
+
+
+def _as_turns(value: Any, role: str) -> Any:
+    """Return a text as a list of one turn; a list stays."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _turns_before(record: dict[str, Any], form: str) -> list[Message]:
@@ -224,6 +245,8 @@ def _messages(turns: Any) -> tuple[list[Message], list[int]]:
             raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
         if turn.get("function_call"):
             raise ValueError("a turn has function_call, which is not read; expected tool_calls")
+        if unused := [key for key in UNUSED if turn.get(key)]:
+            raise ValueError(f"a {role} turn has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
         if not _is_trained(turn, role):
             untrained.append(len(messages))
         rest = {k: v for k, v in turn.items() if k not in TURN_KEYS and v is not None}

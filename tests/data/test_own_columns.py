@@ -67,6 +67,8 @@ def test_a_prompt_and_a_completion_of_turns(tmp_path: Path, tokenizer_dir: Path)
     assert [turn["role"] for turn in example.messages or []] == ["system", "user", "assistant", "user", "assistant"]
     tokenizer = Tokenizer(tokenizer_dir)
     assert trained(tokenizer, make(tokenizer, example)) == ["Yes<|im_end|>"]
+    for record in ({"prompt": "Hi", "completion": [YES]}, {"prompt": [HI], "completion": "Yes"}):
+        assert read_examples(write(tmp_path, record), True)[0].messages == [HI, YES]
 
 
 def test_content_of_parts(tmp_path: Path) -> None:
@@ -94,7 +96,11 @@ def test_calls_and_observations_of_sharegpt(tmp_path: Path, tokenizer_dir: Path)
     (example,) = read_examples(write(tmp_path, {"conversations": turns, "tools": tools}), True)
     messages = example.messages or []
     assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
-    assert messages[1]["tool_calls"] == [call] and len(messages[3]["tool_calls"]) == 2 and "content" not in messages[1]
+    assert (
+        messages[1]["tool_calls"] == [{"type": "function", "function": call}]
+        and len(messages[3]["tool_calls"]) == 2
+        and "content" not in messages[1]
+    )
     (tmp_path / "t.jinja").write_text(HERMES)
     tokenizer = Tokenizer(tokenizer_dir, str(tmp_path / "t.jinja"))
     assert "".join(trained(tokenizer, make(tokenizer, example))).count('{"name": "add", "arguments": {') == 3
