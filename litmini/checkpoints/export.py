@@ -15,6 +15,7 @@ from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors,
 from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import check_adapter, grow_for, read_adapter
+from litmini.checkpoints.peft_tokens import has_vocabulary, with_rows
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
 from litmini.files import write_atomically
@@ -59,6 +60,7 @@ def export(
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter = read_adapter(adapter_dir)
+        grows = has_vocabulary(model, adapter)
         grow_for(model, adapter)
         check_adapter(model, adapter)  # refuses one of another base
         rows = model.config.vocab_size  # type: ignore[union-attr]
@@ -70,9 +72,7 @@ def export(
 
         def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
             inside = model_tensors(module, model.config, stream)
-            if adapter.tokens or adapter.vocabulary or adapter.full:
-                from litmini.checkpoints.peft_tokens import with_rows
-
+            if grows:
                 inside = with_rows(model, adapter, inside)
             return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
 

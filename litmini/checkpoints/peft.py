@@ -134,9 +134,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
 
 def grow_for(model: nn.Module, adapter: Adapter) -> None:
     """Give `model` the rows of tokens that the adapter's base had in training."""
-    if adapter.tokens or adapter.vocabulary or adapter.full:
-        from litmini.checkpoints.peft_tokens import grow_for
+    from litmini.checkpoints.peft_tokens import grow_for, has_vocabulary
 
+    if has_vocabulary(model, adapter):
         grow_for(model, adapter)
 
 
@@ -176,7 +176,7 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
         for name, setting in named.items()
         if name not in layers and not name.startswith(in_full)
     ]
-    if adapter.config.get("trainable_token_indices"):
+    if adapter.config.get("trainable_token_indices") or adapter.vocabulary:
         from litmini.checkpoints.peft_tokens import check_tokens
 
         token_layers, token_problems = check_tokens(model, adapter)

@@ -54,6 +54,21 @@ def read_tokens(
     return tokens, vocabulary
 
 
+def has_vocabulary(model: nn.Module, adapter: Adapter) -> bool:
+    """Return whether an adapter trains rows of tokens, brings embeddings or heads, or has one in full with other rows."""
+    modules = dict(model.named_modules()) if adapter.full else {}
+    others = [
+        name
+        for name, tensors in adapter.full.items()
+        if "weight" in tensors and name in modules and tensors["weight"].shape != _shape(modules[name])
+    ]
+    return bool(adapter.tokens or adapter.vocabulary or others)
+
+
+def _shape(module: Any) -> Any:
+    return getattr(module, "weight", torch.empty(0)).shape
+
+
 def grow_for(model: nn.Module, adapter: Adapter) -> None:
     """Give `model` the rows of tokens that the adapter's base had in training, and whole frozen weights that it brings.
 
@@ -85,6 +100,10 @@ def grow_for(model: nn.Module, adapter: Adapter) -> None:
             module.weight.data = weight.to(module.weight)
 
 
+def _equal(own: Tensor, weight: Tensor) -> bool:
+    return own.shape == weight.shape and torch.equal(own, weight.to(own))
+
+
 def token_ids(adapter: Adapter) -> list[int]:
     """Return the ids of all tokens that an adapter trains."""
     return [i for name in adapter.tokens for i in indices_of(adapter.config, name)]
@@ -108,8 +127,16 @@ def check_tokens(model: nn.Module, adapter: Adapter) -> tuple[dict[str, AdapterL
                 f"{name}: token {max(ids)}, but the model has rows for 0 to {rows - 1}. An adapter with new tokens cannot "
                 f"share its base: merge it (scripts/merge_adapter.py), or use it alone (--adapter_dir)"
             )
-    setting = adapter.config[SETTING]
-    named = names[:1] if isinstance(setting, list) else [n for n in names if any(n.endswith(key) for key in setting)]
+    for name, weight in adapter.vocabulary.items():
+        own: Any = dict(model.named_modules()).get(name)
+        if own is None or (not own.weight.is_meta and not _equal(own.weight, weight)):
+            problems.append(
+                f"{name}: the adapter brings another one, so it cannot share its base: merge it (scripts/merge_adapter.py), "
+                f"or use it alone (--adapter_dir)"
+            )
+    setting = adapter.config.get(SETTING) or {}
+    keys = {names[0]} if isinstance(setting, list) else setting.keys()
+    named = [name for name in names if any(name.endswith(key) for key in keys)]
     if lost := [n for n in named if n not in adapter.tokens and not (is_tied(model, names) and adapter.tokens)]:
         problems.append(f"{', '.join(lost)}: {SETTING} names it, and the adapter has no rows for it")
     if problems:

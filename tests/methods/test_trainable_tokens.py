@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -261,6 +262,30 @@ def test_several_adapters_over_a_base_that_has_the_rows(bases, tmp_path):
         found = base(TOKENS)
     assert_close(found[0], expected[0])
     assert_close(found[1], plain[1])
+
+
+def test_an_adapter_that_brings_another_embedding_has_a_base_of_its_own(bases, tmp_path):
+    """PEFT's `save_embedding_layers`."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(bases["untied"], dtype=torch.float32)
+    base.get_input_embeddings().weight.data += 1
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM")
+    reference = changed(peft.get_peft_model(base, config))
+    reference.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = load_model(bases["untied"], torch.float32)
+    with pytest.raises(UserError, match="embed_tokens: the adapter brings another one"):
+        MultiLoRA(model).add("x", tmp_path)
+    load_adapter(model, tmp_path)
+    assert_close(model(TOKENS % 512), reference(TOKENS % 512).logits)
+
+
+def test_a_script_that_does_not_know_new_tokens(bases, tmp_path):
+    """What an embedding has no row for is an error, not an index."""
+    from litmini.tasks.setup import make_setup
+
+    model, tokenizer = load_model(bases["untied"]), Tokenizer(bases["untied"], new_tokens=NEW)
+    data, directory = SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(config=None)
+    with pytest.raises(UserError, match="data.new_tokens is not implemented here"):
+        make_setup(directory, None, data, model, None)
 
 
 def test_over_four_bits_and_a_head_by_another_name(bases, tmp_path):
