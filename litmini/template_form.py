@@ -1,8 +1,9 @@
-"""In which form a chat template wants messages that data have in several: found by rendering a few."""
+"""In which form a chat template wants messages that data have in several, and how it ends turns: found by rendering a few."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from litmini.literal_tokens import SAID
 from litmini.tool_calls import convert_arguments
 
 ABSENT = object()
@@ -68,3 +69,50 @@ def find_form(render: Render, has_calls: bool) -> TemplateForm:
         if any(found := fits(empty)):
             return TemplateForm(None if all(found) else dict if found[0] else str, empty, has_parts)
     return TemplateForm(None, "", has_parts)  # it leaves calls out
+
+
+class TurnEnds(NamedTuple):
+    """Special tokens with which a model ends what it says, "" where there is none."""
+
+    turn: str
+    """After an assistant's turn."""
+    call: str
+    """After a turn that calls a tool."""
+    next_turn: str
+    """Where the template ends no turn: what begins the next one, which the model says to end its own (GLM-4.5)."""
+    next_call: str
+    """The same after a turn that calls a tool."""
+
+
+def find_ends(
+    after_completion: str,
+    text_of: Callable[[list[dict[str, Any]]], str],
+    specials: Callable[[str], list[str | None]],
+    has_calls: bool,
+) -> TurnEnds:
+    """Return how a template ends turns.
+
+    Args:
+        after_completion: what it puts after an assistant's turn.
+        text_of: messages -> text; "" if the template fails.
+        specials: text -> for each token its text if it is special, or None.
+        has_calls: whether the template knows tool calls.
+    """
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
+    user, said = {"role": "user", "content": "question"}, {"role": "assistant", "content": "completion"}
+    asks = {"role": "assistant", "tool_calls": [call]}
+    result = {"role": "tool", "content": "result", "tool_call_id": "call00000"}
+
+    def between(turns: list[dict[str, Any]], following: dict[str, Any]) -> str:
+        """Return the special token with which a turn begins that follows others, or "" if it begins otherwise."""
+        before, text = text_of(turns), text_of([*turns, following])
+        rest = text[len(before) :] if before and text.startswith(before) else ""
+        return next((token for token in specials(rest) if token and rest.startswith(token)), "")
+
+    end = next((token for token in specials(after_completion) if token), "")
+    next_turn = "" if after_completion.strip() else between([user, said], user)
+    if next_turn and next_turn == between([user], said):  # what begins any turn ends none
+        next_turn = ""
+    call_end = ([None, *specials(text_of([user, asks]).rstrip())][-1] or "") if has_calls else ""
+    next_call = between([user, asks], result) if has_calls and next_turn else ""
+    return TurnEnds(end, "" if call_end in SAID else call_end, next_turn, next_call)

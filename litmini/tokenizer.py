@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, existing_file, read_json, write_json, write_text
-from litmini.literal_tokens import SAID, START, Encoded, LiteralTokens
-from litmini.template_form import TemplateForm, find_form
+from litmini.literal_tokens import START, Encoded, LiteralTokens
+from litmini.template_form import TemplateForm, TurnEnds, find_ends, find_form
 
 if TYPE_CHECKING:
     from litmini.new_tokens import NewTokens
@@ -30,6 +30,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 NAMED = {"name", "template"}
 """The keys of one of several chat templates in tokenizer_config.json."""
 OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+
+
 SAVED_KWARGS = "chat_template_kwargs"
 """The key of tokenizer_config.json that holds the template's variables of training."""
 
@@ -112,7 +114,7 @@ class Tokenizer:
                 raise self._wrong(f"{name}.json", "eos_token_id", found, "a token id or a list of them")
             ids += found
         if self.chat_template:
-            ids += [self.turn_end, self._call_end()]
+            ids += [self.fast.token_to_id(token) for token in self.turn_ends if token]
         self.stop_ids: list[int] = list(dict.fromkeys(i for i in ids if i is not None))
         if not self.stop_ids:
             raise UserError(f"{self.directory} names no end token in tokenizer_config.json or generation_config.json.")
@@ -184,24 +186,22 @@ class Tokenizer:
         return ""
 
     @cached_property
-    def turn_end(self) -> int | None:
-        """The id of the special token that the template puts after an assistant's turn, or None."""
-        return next((i for i in self.encode(self.after_completion, special=False) if i in self.special_ids), None)
+    def turn_ends(self) -> TurnEnds:
+        """The special tokens with which the template ends an assistant's turns."""
 
-    def _call_end(self) -> int | None:
-        """Return the id of the special token with which the template ends a turn that calls a tool, or None."""
-        if "tool_calls" not in (self.chat_template or ""):
-            return None
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {}}}
-        turns: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "tool_calls": [call]}]
-        try:
-            ids = self.encode(self.apply_template(turns).rstrip(), special=False)
-        except UserError as error:
-            if isinstance(error, BadTemplate):
+        def text_of(messages: list[Message]) -> str:
+            try:
+                return self.apply_template(messages)
+            except BadTemplate:
                 raise
-            return None
-        last = self.fast.id_to_token(ids[-1]) if ids else None
-        return ids[-1] if last is not None and ids[-1] in self.special_ids and last not in SAID else None
+            except UserError:
+                return ""
+
+        def specials(text: str) -> list[str | None]:
+            ids = self.encode(text, special=False)
+            return [self.fast.id_to_token(i) if i in self.special_ids else None for i in ids]
+
+        return find_ends(self.after_completion, text_of, specials, "tool_calls" in (self.chat_template or ""))
 
     def apply_template(
         self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None

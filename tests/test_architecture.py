@@ -41,7 +41,8 @@ ROOMS = {
     "literal_tokens": "",
     "new_tokens": "errors",
     "builtin_templates": "errors",
-    "template_form": "tool_calls",
+    "template_form": "tool_calls literal_tokens",
+    "call_forms": "tool_calls",
     "tokenizer": "errors files chat_template tool_calls literal_tokens new_tokens builtin_templates template_form",
     "config": "errors",
     "yaml_values": "errors",
@@ -59,7 +60,7 @@ ROOMS = {
     "generation": "checkpoints models methods ops distributed config tokenizer compiler tool_calls",
     "runs": "training checkpoints distributed config tokenizer",
     "evaluation": "generation data training runs methods checkpoints models ops config tokenizer",
-    "serving": "generation config tokenizer tool_calls",
+    "serving": "generation config tokenizer call_forms",
     "tasks": "evaluation generation runs data training importers checkpoints models methods ops distributed config tokenizer "
     "compiler",
 }

@@ -15,7 +15,7 @@ from litmini.chat_template import REASONING, TOOLS, BadTemplate, Parts
 from litmini.data.formats import Example
 from litmini.errors import UserError
 from litmini.literal_tokens import START
-from litmini.tokenizer import Message, Tokenizer
+from litmini.tokenizer import Message, Tokenizer, TurnEnds
 
 Spans = list[tuple[int, int]]
 THINK, END_THINK = re.compile("</?think>"), "</think>"
@@ -140,9 +140,9 @@ def render_examples(
     try:
         chats = [(tokenizer.in_form(e.messages or []), e.tools or None, _parts(e, train_on)) for e in talks]
         end = tokenizer.after_completion if chats else ""
+        ends = tokenizer.turn_ends if chats else TurnEnds("", "", "", "")
     except BadTemplate as error:
         raise BadTemplate(f"{talks[0].where}: {error}") from None
-    stop = str(tokenizer.fast.id_to_token(tokenizer.turn_end)) if chats and tokenizer.turn_end is not None else ""
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
     for number, example in enumerate(marked):
@@ -155,7 +155,7 @@ def render_examples(
         try:
             text, turns = _read_turns(example, own, train_on)
             thinks = bool(THINK.search(tokenizer.chat_template or ""))
-            rendered += _find_spans(number, text, turns, (end, stop), thinks, notes)
+            rendered += _find_spans(number, text, turns, (end, ends), thinks, notes)
         except BadTemplate as error:
             raise BadTemplate(f"{example.where}: {error}") from None
         except (UserError, ValueError) as error:
@@ -225,36 +225,51 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
 
 
 def _find_spans(
-    number: int, text: str, turns: list[Turn], end: tuple[str, str], thinks: bool, notes: Counter[str]
+    number: int, text: str, turns: list[Turn], end: tuple[str, TurnEnds], thinks: bool, notes: Counter[str]
 ) -> list[Rendered]:
     """Return a conversation as one text with its spans or, where it renders differently when more follows, as one text for
     each supervised turn.
 
     Args:
-        end: what the template puts after the completion that ends a conversation, and the stop token in it.
+        end: what the template puts after the completion that ends a conversation, and the tokens that end turns.
         thinks: whether the template knows reasoning.
     """
     for turn in turns:
         turn.check()
     spans = [span for turn in turns if (span := _find_span(turn, text, end))]
     if len(spans) == len(turns):
-        return [Rendered(number, text, spans)]
+        return [_with_ends(Rendered(number, text, spans), turns, end[1])]
     alone = []
     for turn in turns:
         said, is_changed = turn.said(thinks)
         whole, start = turn.before + said, len(turn.before)
-        alone.append(Rendered(number, whole, [(start, len(whole))], start if turn.asks else 0))
+        one = Rendered(number, whole, [(start, len(whole))], start if turn.asks else 0)
+        alone.append(_with_ends(one, [turn], end[1]))
         notes["rewritten_turns"] += is_changed
     return alone
 
 
-def _find_span(turn: Turn, text: str, end: tuple[str, str]) -> tuple[int, int] | None:
+def _with_ends(one: Rendered, turns: list[Turn], ends: TurnEnds) -> Rendered:
+    """Return a text whose spans have what begins the next turn at their ends, where that ends turns."""
+    if not ends.next_turn:
+        return one
+    text, spans = one.text, []
+    for (start, stop), turn in zip(one.spans, turns, strict=True):
+        token = ends.next_call if turn.message.get("tool_calls") else ends.next_turn
+        if stop == len(text):
+            text += token
+        spans.append((start, stop + len(token) if text.startswith(token, stop) else stop))
+    return replace(one, text=text, spans=spans)
+
+
+def _find_span(turn: Turn, text: str, end: tuple[str, TurnEnds]) -> tuple[int, int] | None:
     """Return the span of a turn in the text of its conversation; None: it is not there as the model will be asked."""
     stop = _common_prefix(text, turn.after)
     last_only = len(turn.after) - stop  # some templates end the last turn in another way, after the completion
     if not text.startswith(turn.before) or stop <= len(turn.before) or last_only >= max(1, len(end[0])):
         return None
-    if end[1] and last_only and turn.after.rfind(end[1]) + len(end[1]) > stop:  # with another stop token
+    own = end[1].turn
+    if own and last_only and turn.after.rfind(own) + len(own) > stop:  # with another stop token
         return None
     if turn.asks or turn.reasoning not in text[len(turn.before) : stop]:
         return None

@@ -4,13 +4,13 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from litmini.call_forms import parse_calls
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.prompts import check_messages, check_text, describe
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer
-from litmini.tool_calls import parse_calls
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,

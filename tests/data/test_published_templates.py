@@ -13,13 +13,13 @@ import trl
 from tiny import make_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from litmini.call_forms import parse_calls
 from litmini.config.finetune import DataConfig
 from litmini.data.encode import encode_examples
 from litmini.data.formats import Example, read_examples
 from litmini.data.turns import render_examples
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
-from litmini.tool_calls import parse_calls
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SCHEMA = {
@@ -104,6 +104,7 @@ KNOWN: list[tuple[str, set[str], set[str]]] = [
 ]
 OF = {name: (refused, apart) for names, refused, apart in KNOWN for name in names.split()}
 SHORT = [
+    "glm4moe",
     "qwen3",
     "qwen3_5_think",
     "deepseek_r1_distill",
@@ -203,8 +204,18 @@ def test_tokens_begin_with_those_of_the_prompt_and_end_with_a_stop_token(base: P
 
 
 def test_a_template_whose_turns_have_no_end(base: Path, tmp_path: Path) -> None:
-    """GLM-4.5 ends a turn with the role of the next one, which an example does not have."""
-    part = encode_examples([read(tmp_path, CHATS["plain"])], tokenizer_of("glm4moe", base), DataConfig(""))
+    """GLM-4.5 ends a turn with the role of the next one, which the model says, and which ends a generation."""
+    tokenizer = tokenizer_of("glm4moe", base)
+    ends = [tokenizer.fast.token_to_id(token) for token in ("<|user|>", "<|observation|>")]
+    assert set(ends) <= set(tokenizer.stop_ids)
+    for kind, expected in (("plain", [0, 0]), ("call", [1, 0, 0]), ("reasoning", [0, 0])):
+        part = encode_examples([read(tmp_path, CHATS[kind])], tokenizer, DataConfig(""))
+        assert not part.problems and [ends.index(i) for i in part.labels.tolist() if i in ends] == expected
+    plain = (
+        '{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{{ "assistant: " if add_generation_prompt }}'
+    )
+    (tmp_path / "t.jinja").write_text(plain)
+    part = encode_examples([read(tmp_path, CHATS["plain"])], Tokenizer(base, str(tmp_path / "t.jinja")), DataConfig(""))
     assert "puts no stop token after an assistant's turn" in part.problems[0]
 
 
