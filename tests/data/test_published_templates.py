@@ -183,6 +183,18 @@ def test_every_turn_is_trained_as_the_model_is_asked(base: Path, tmp_path: Path,
             assert "None" not in target and "null" not in target
 
 
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseek_r1_distill", "qwen3", "llama3_1", "gptoss"])
+def test_calls_without_content_and_without_tools(base: Path, tmp_path: Path, name: str) -> None:
+    """DeepSeek's templates write calls only where content is null, and join arguments as text; others want no null."""
+    tokenizer, record = tokenizer_of(name, base), {"messages": CHATS["call"]["messages"][:4]}
+    example, problems = read(tmp_path, record), list[str]()
+    rendered = render_examples([example], tokenizer, "assistant", problems, Counter())
+    assert not problems and sum(one.text[a:b].count("Rome") for one in rendered for a, b in one.spans) == 1
+    whole = tokenizer.apply_template(example.messages or [])
+    assert whole == as_transformers(tokenizer, tokenizer.in_form(example.messages or []), None, False)
+    assert "Rome" in whole and "None" not in whole and "null" not in whole
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_tokens_begin_with_those_of_the_prompt_and_end_with_a_stop_token(base: Path, tmp_path: Path, name: str) -> None:
     tokenizer, (refused, _) = tokenizer_of(name, base), OF[name]

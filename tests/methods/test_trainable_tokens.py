@@ -1,6 +1,7 @@
 """New tokens: rows of embedding and head that start as the mean and are trained alone; against PEFT and transformers."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from litmini.errors import UserError
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.methods.adapters import add_adapters, merge_adapters, restore_adapters
 from litmini.methods.dora import DoRALinear
-from litmini.methods.heads import head_name, use_log_probs
+from litmini.methods.heads import head_name, use_log_probs, use_scores
 from litmini.methods.trainable_tokens import TrainableTokensLayer, add_tokens, vocabulary_modules
 from litmini.models import gpt2, gpt_neox, llama, mpt, phi
 from litmini.tokenizer import Tokenizer
@@ -276,6 +277,37 @@ def test_an_adapter_that_brings_another_embedding_has_a_base_of_its_own(bases, t
         MultiLoRA(model).add("x", tmp_path)
     load_adapter(model, tmp_path)
     assert_close(model(TOKENS % 512), reference(TOKENS % 512).logits)
+
+
+def test_scores_beside_new_tokens(bases, tmp_path):
+    """A classifier's head has no logits of tokens: only the embedding grows."""
+    model = load_model(bases["untied"], torch.float32)
+    use_scores(model, 3)
+    add_adapters(model, LoraConfig(rank=2, modules_to_save=["score"]))
+    add_tokens(model, [512, 513], 512)
+    assert vocabulary_modules(model) == ["model.embed_tokens"]
+    changed(model)
+    labels = torch.full_like(TOKENS, -100)
+    labels[:, -1] = 0
+    scores, _ = model(TOKENS, labels=labels)
+    save_adapter(model, tmp_path, str(bases["untied"]))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        bases["untied"], num_labels=3, pad_token_id=0, dtype=torch.float32
+    )
+    theirs.resize_token_embeddings(514)
+    assert_close(peft.PeftModel.from_pretrained(theirs, tmp_path).eval()(TOKENS).logits, scores)
+
+
+def test_the_command_that_extends_a_vocabulary(bases, tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[2] / "scripts/extend_vocabulary.py"
+    words = ["--checkpoint_dir", str(bases["tied"]), "--new_tokens", '["<|city|>"]', "--out_dir", str(tmp_path / "out")]
+    for status, said in ((0, "<|city|>  512"), (1, "exists already; choose another --out_dir")):
+        monkeypatch.setattr("sys.argv", [str(script), *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        assert end.value.code == status and said in "".join(capsys.readouterr())
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reference.lm_head.weight is reference.get_input_embeddings().weight and len(reference.lm_head.weight) == 513
 
 
 def test_a_script_that_does_not_know_new_tokens(bases, tmp_path):
