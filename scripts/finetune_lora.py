@@ -38,6 +38,10 @@ def main(config: FinetuneLoraConfig) -> None:
 
     # 5. Method: freeze everything, adapters over linears
     add_adapters(model, config.lora)
+    if tokens := data.tokenizer.new_tokens:
+        from litmini.methods.trainable_tokens import add_tokens
+
+        add_tokens(model, tokens.ids, tokens.known)
     ratios = learning_rate_ratios(model, config.lora)
 
     def save_weights(directory: Path | None) -> None:

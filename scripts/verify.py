@@ -118,6 +118,8 @@ def against_transformers(
         if adapter_dir:
             from peft import PeftModel
 
+            if ours.shape[-1] != theirs.config.vocab_size:  # the adapter has new tokens
+                theirs.resize_token_embeddings(ours.shape[-1], mean_resizing=False)
             theirs = PeftModel.from_pretrained(theirs, adapter_dir)
         theirs = theirs.to(tokens.device).eval()
     except ImportError as error:

@@ -144,7 +144,7 @@ def test_all_unknown_keys_are_named_at_once(capsys):
         ("optim.lr", "fast", "a number"),
         ("data.pack", "maybe", "true or false"),
         ("precision", "fp16", "32-true or bf16-true or bf16-mixed"),
-        ("data.train_on", "user", "assistant or all"),
+        ("data.train_on", "user", "assistant or last or all"),
         ("lora.targets", "q_proj", "a list such as '[a, b]'"),
         ("optim.betas", "3", "two numbers"),
     ],

@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from litmini.checkpoints.adapter import Adapter
 from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, parameter_names, read_raw_config
 from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
-from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
+from litmini.checkpoints.peft import check_adapter, grow_for, read_adapter
+from litmini.checkpoints.peft_tokens import has_vocabulary, with_rows
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
 from litmini.files import write_atomically
@@ -58,7 +60,11 @@ def export(
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter = read_adapter(adapter_dir)
+        grows = has_vocabulary(model, adapter)
+        grow_for(model, adapter)
         check_adapter(model, adapter)  # refuses one of another base
+        rows = model.config.vocab_size  # type: ignore[union-attr]
+        raw |= {"vocab_size": rows} if rows != raw.get("vocab_size", rows) else {}
         tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
         if any(_changed(adapter, name) for name in tied):
             raw["tie_word_embeddings"] = False
@@ -66,6 +72,8 @@ def export(
 
         def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
             inside = model_tensors(module, model.config, stream)
+            if grows:
+                inside = with_rows(model, adapter, inside)
             return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
 
         empty, tensors = list(with_adapter(empty)), with_adapter(tensors)

@@ -219,4 +219,6 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path, **c
     added = {name for name, _ in parameters} - parameter_names(fresh).keys()
     if any(hasattr(fresh, name.partition(".")[0]) for name in added):  # a merge untied the head
         raw["tie_word_embeddings"] = False
+    rows = (model.config.vocab_size, fresh.config.vocab_size)  # type: ignore[union-attr]
+    raw |= {"vocab_size": rows[0]} if rows[0] != rows[1] else {}
     save_model(directory, {**raw, **changes}, tensors, side_files=source, empty=empty)

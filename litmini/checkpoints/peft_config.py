@@ -39,6 +39,15 @@ def check_types(config: dict[str, Any]) -> None:
         value = config.get(key)
         if not all(type(one) is item for one in (value if isinstance(value, list) else [value]) if value is not None):
             raise ValueError(f"{key} = {reprlib.repr(value)}, expected {EXPECTED[item]} or a list of that")
+    tokens = config.get("trainable_token_indices")
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+    if not all(
+        isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids) for ids in lists
+    ) or not all(len(set(ids)) == len(ids) for ids in lists):
+        found = reprlib.repr(tokens)
+        raise ValueError(
+            f"trainable_token_indices = {found}, expected different token ids, or such for names of modules"
+        )
     patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
     patterns += [value for key in ONE_OR_MORE if isinstance(value := config.get(key), str)]
     patterns += value if isinstance(value := config.get("layers_pattern"), list) else []

@@ -23,15 +23,21 @@ class DataConfig:
     """Validation file, in any of the same forms."""
     val_fraction: float = 0.0
     """Without val_path: the fraction of the training examples to validate on instead."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns with other names, such as '{prompt: question, completion: answer}': the key that is read, and the column."""
     chat_template: str = "auto"
-    """auto: the checkpoint's own; none: plain text; or the path of a .jinja file, which is then saved with the result."""
+    """auto: the checkpoint's own; none: plain text; chatml, llama3, gemma, alpaca or zephyr; or the path of a .jinja file. It
+    is saved with the result."""
     template_kwargs: dict[str, Any] | None = None
     """Variables of the template, such as '{enable_thinking: false}', which are then saved with the result. None: those saved
     with the checkpoint."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens carry loss: those of assistant turns (or completions), of the last one only, or all of them."""
     special_tokens_in_text: bool = False
     """Special tokens such as <|im_end|> in the texts of the data are tokens. By default they are encoded as text."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Texts that become tokens, such as '["<|city|>"]', with rows of their own in embedding and head, which start as the mean
+    of the others; beside adapters, only these rows are trained. Those that the chat template writes are special tokens."""
     max_seq_len: int = 2048
     """Longest sequence in tokens. Longer examples are truncated, and their share is printed."""
     pack: bool = True
@@ -175,6 +181,14 @@ class FinetuneIa3Config(FinetuneConfig):
 
     ia3: Ia3Config = field(default_factory=Ia3Config)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.new_tokens:
+            raise UserError(
+                "data.new_tokens does not go with IA3, since PEFT's IA3 has no trained tokens: use finetune_lora.py, or train "
+                "their rows first: scripts/finetune_full.py --data.new_tokens."
+            )
 
 
 @dataclass(kw_only=True)

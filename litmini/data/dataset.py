@@ -161,7 +161,7 @@ def load_data(
         for number, path in enumerate(file for files in val_files for file in files.values()):
             wanted = np.unique(entries["number"][entries["file"] == number]).tolist()
             if wanted:
-                val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted)
+                val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted, config.columns)
     return train, val, val_examples
 
 

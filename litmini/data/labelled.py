@@ -104,13 +104,13 @@ def load_labelled(
     Raises:
         UserError: a file cannot be read, there are fewer than two classes, or validation has one that training has not.
     """
-    files = _read_files(config.paths)
+    files = _read_files(config.paths, config.columns)
     names = _class_names({text.label for file in files for text in file.texts})
     if len(names) < 2:
         raise UserError(f"every label in {', '.join(config.paths)} is {names[0]!r}; expected two classes or more.")
     train, val = _tokenize(files, names, tokenizer, config.max_seq_len), None
     if config.val_path:
-        val_files = _read_files([config.val_path])
+        val_files = _read_files([config.val_path], config.columns)
         if unknown := [text for file in val_files for text in file.texts if text.label not in names]:
             listing = "\n  ".join(f"{text.where}: {text.label!r}" for text in unknown[:10])
             raise UserError(
@@ -128,14 +128,14 @@ def load_labelled(
     return train, val
 
 
-def _read_files(data_sets: list[str]) -> list[TextFile]:
+def _read_files(data_sets: list[str], columns: dict[str, str]) -> list[TextFile]:
     """Return the files of several data sets with their records."""
     paths = [(number, name, path) for number, each in enumerate(data_sets) for name, path in find_files(each).items()]
     hashes = [content_hash(existing_file(path, "data file")) for _, _, path in paths]  # of what is read, or older
-    return [TextFile(*at, sha256, read_texts(at[-1])) for at, sha256 in zip(paths, hashes, strict=True)]
+    return [TextFile(*at, sha256, read_texts(at[-1], columns)) for at, sha256 in zip(paths, hashes, strict=True)]
 
 
-def read_texts(path: str) -> list[LabelledText]:
+def read_texts(path: str, columns: dict[str, str] | None = None) -> list[LabelledText]:
     """Return the records of a file.
 
     Raises:
@@ -143,7 +143,7 @@ def read_texts(path: str) -> list[LabelledText]:
     """
     texts: list[LabelledText] = []
     problems: list[str] = []
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, columns):
         for where, record in chunk.records():
             try:
                 texts.append(_labelled(where, record))

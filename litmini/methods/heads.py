@@ -89,7 +89,8 @@ def head_name(model: nn.Module) -> str:
     """
     children = dict(model.named_children())
     names = [name for name, module in children.items() if isinstance(module, OutputHead)]
-    names = names or [name for name, module in children.items() if isinstance(module, nn.Linear | AdapterLayer)]
+    bases = {name: module.base if isinstance(module, AdapterLayer) else module for name, module in children.items()}
+    names = names or [name for name, module in bases.items() if isinstance(module, nn.Linear)]
     if len(names) != 1:
         raise UserError(
             f"expected one output head on the model itself, found {len(names)}: {', '.join(names) or 'none'}."

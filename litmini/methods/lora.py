@@ -27,7 +27,6 @@ from litmini.system import time_limit
 GROUPED = ("gate_up_proj", "down_proj")  # experts' weights, in the order in which PEFT wraps them
 NEUTRAL: dict[str, Any] = {  # PEFT's settings that are implemented for this value only, and unset
     "bias": "none",
-    "trainable_token_indices": None,
     "lora_bias": False,
     "alora_invocation_tokens": None,
     "layer_replication": None,

@@ -4,13 +4,13 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from litmini.call_forms import parse_calls
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.prompts import check_messages, check_text, describe
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer
-from litmini.tool_calls import parse_calls
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -191,7 +191,7 @@ def choice(
         tokens = [describe(token, tokenizer) for token in logprobs]
         offsets = [token.offset for token in logprobs]
         named = {"content": tokens, "refusal": None} if settings.chat else _old_logprobs(tokens, offsets)
-    content, calls = parse_calls(piece) if settings.tools and finish == "stop" else (piece, [])
+    content, calls = parse_calls(piece, settings.tools) if settings.tools and finish == "stop" else (piece, [])
     common = {"index": index, "logprobs": named, "finish_reason": "tool_calls" if calls else finish}
     if not settings.chat:
         return {**common, "text": piece}

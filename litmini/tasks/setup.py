@@ -18,6 +18,7 @@ from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
 from litmini.methods.adapters import keep_casts
+from litmini.errors import UserError
 from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
@@ -134,6 +135,9 @@ def make_setup(
         UserError: the checkpoint does not fit, or base, template or data changed since the run began.
     """
     config = directory.config
+    new, rows = data.tokenizer.new_tokens, int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if new and max(new.ids) >= rows:
+        raise UserError("data.new_tokens is not implemented here: give the checkpoint of scripts/extend_vocabulary.py.")
     wrapped = fabric.setup_module(model)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, lr_ratios or {}))
     run = Run(directory, fabric, model, optimizer, data.tokenizer, save_weights, data.hashes, data.statistics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,16 @@ def open_base(fabric: Fabric, config: FinetuneConfig, began: datetime | None) ->
     began = fabric.broadcast(began or datetime.now())
     data = config.data
     tokenizer = Tokenizer(
-        config.checkpoint_dir, data.chat_template, began, data.template_kwargs, data.special_tokens_in_text
+        config.checkpoint_dir,
+        data.chat_template,
+        began,
+        data.template_kwargs,
+        data.special_tokens_in_text,
+        data.new_tokens,
     )
     _, base = read_config(Path(config.checkpoint_dir))
+    if new := tokenizer.new_tokens:
+        base = replace(base, vocab_size=max(base.vocab_size, *(i + 1 for i in new.ids)))
     if config.data.max_seq_len > base.max_positions:
         raise UserError(
             f"data.max_seq_len is {config.data.max_seq_len}, the model's context {base.max_positions} tokens: "
@@ -94,6 +102,11 @@ def plan(
         "eval.exact_match": config.eval.exact_match and not val_examples,
     }
     warn(fabric, ineffective | ineffective_optim(config.optim, steps) | ineffective_memory(config, fabric.device))
+    if new := tokenizer.new_tokens:
+        pairs = zip(config.data.new_tokens, new.ids, strict=True)
+        tokens = ", ".join(f"{token} {i}{' (was there)' * (i < new.known)}" for token, i in pairs)
+        fresh = f"; rows from {new.known} on start as the mean of those before" * (max(new.ids) >= new.known)
+        fabric.print(f"new tokens: {tokens}{fresh}")
     fabric.print(train.describe("training"))
     if val:
         fabric.print(val.describe("validation"))

@@ -160,7 +160,11 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [{"role": "asistant", "content": "a"}]}', "a.jsonl:1: role 'asistant'; .*assistant"),
         ("a.jsonl", b'{"messages": [{"content": "a"}]}', "a.jsonl:1: role None; expected one of"),
         ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "a"}]}', r"a.jsonl:1: role \['user'\]"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": [{}]}]}', "a.jsonl:1: content of a user turn is list"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{}]}]}',
+            "a.jsonl:1: content of a user turn is a list, in w",
+        ),
         ("a.jsonl", b'{"messages": [{"role": "assistant"}]}', "a.jsonl:1: content of a assistant turn is NoneType"),
         ("a.csv", b"prompt,completion\na,b\nc\nd,e\n", "a.csv:3: has more or fewer fields than the header"),
         ("a.csv", b"prompt,completion\na,b\nc,d,e\n", "a.csv:3: has more or fewer fields than the header"),

@@ -278,7 +278,7 @@ def test_an_adapter_that_does_nothing(tiny_dir, saved):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"bias": "all"}, {"lora_bias": True}, {"use_qalora": True}, {"trainable_token_indices": [1]}]
+    "setting", [{"bias": "all"}, {"lora_bias": True}, {"use_qalora": True}, {"layer_replication": [[0, 1]]}]
 )
 def test_features_that_are_not_here_are_refused(tiny_dir, saved, setting):
     file = saved / "adapter_config.json"
