@@ -17,8 +17,8 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
-from litmini.methods.adapters import keep_casts
 from litmini.errors import UserError
+from litmini.methods.adapters import keep_casts
 from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
