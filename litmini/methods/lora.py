@@ -53,7 +53,7 @@ class LoRALinear(AdapterLayer):
         experts, device = shape(base)[:-2], base.weight.device  # (n_experts,) or ()
         self.lora_A = nn.Parameter(torch.empty(*experts, rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, rank, dtype=torch.float32, device=device))
-        self.casts: dict[int, tuple[Any, Tensor]] | None = None  # see `keep_casts`
+        self.casts: dict[tuple[int, torch.dtype], Tensor] | None = None  # see `keep_casts`
         for matrix in self.lora_A.data.view(-1, rank, base.in_features):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
@@ -77,10 +77,8 @@ class LoRALinear(AdapterLayer):
 
     def _kept_cast(self, factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         assert self.casts is not None
-        key, (found, cast) = (factor._version, dtype), self.casts.get(id(factor), (None, factor))
-        if found != key:  # what an optimizer or a loader changes has another version
-            cast = (factor.detach() * scale).to(dtype)
-            self.casts[id(factor)] = key, cast
+        if (cast := self.casts.get((id(factor), dtype))) is None:
+            cast = self.casts[id(factor), dtype] = (factor.detach() * scale).to(dtype)
         return _Cast.apply(factor, cast, scale)  # type: ignore[no-any-return]
 
     def magnitude_scale(self) -> Tensor | None:

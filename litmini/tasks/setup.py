@@ -145,7 +145,7 @@ def make_setup(
     run.results["trained_parameters"] = trained
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
     if not is_sharded(model):
-        keep_casts(model)
+        keep_casts(model, optimizer.optimizer)
     else:
         local, every = (f"{size / 2**20:,.1f}" for size in local_bytes(model))
         fabric.print(
