@@ -13,7 +13,7 @@ from typing import Any
 
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.settings import Text
 
 COMMANDS = "/reset, /save FILE, /quit"
@@ -85,7 +85,9 @@ def start(config: ChatConfig) -> list[dict[str, Any]]:
         return system
     lines = list(read_prompts(config.history))
     if len(lines) != 1:
-        raise UserError(f"{config.history} holds {len(lines)} conversations, expected one, as /save writes it.")
+        raise UserError(
+            f"{config.history} holds {counted(len(lines), 'conversation')}, expected one, as /save writes it."
+        )
     if isinstance(lines[0].prompt, UserError):
         raise UserError(f"{config.history}: {lines[0].prompt}")
     messages = lines[0].prompt
@@ -106,7 +108,7 @@ def obey(said: str, messages: list[dict[str, Any]], before: list[dict[str, Any]]
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{error.strerror}: {path}") from None
-        print(f"{len(messages)} messages in {path}", file=sys.stderr)
+        print(f"{counted(len(messages), 'message')} in {path}", file=sys.stderr)
         return messages
     raise UserError(f"{word} is not a command; the commands are: {COMMANDS}.")
 

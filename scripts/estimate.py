@@ -12,7 +12,7 @@ from typing import Any, Literal
 from litmini.cli import command
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
-from litmini.errors import UserError, check
+from litmini.errors import UserError, check, counted
 
 POSITIVE = ("max_seq_len", "micro_batch_size", "micro_batches", "devices", "num_nodes", "node_gb", "network_gb", "mfu")
 
@@ -74,8 +74,10 @@ def main(config: EstimateConfig) -> None:
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
-    batch = f"{config.micro_batch_size} sequences of {config.max_seq_len:,} tokens in a micro-batch"
-    print(f"peak memory of each of {devices} GPUs, {batch} (estimated, not run on a GPU):\n{describe(memory)}")
+    batch = f"{counted(config.micro_batch_size, 'sequence')} of {config.max_seq_len:,} tokens in a micro-batch"
+    print(
+        f"peak memory of each of {counted(devices, 'GPU')}, {batch} (estimated, not run on a GPU):\n{describe(memory)}"
+    )
     print("fits on:", *gpus.fits_on(memory), sep="\n")
     print(f"tokens per day at {config.mfu:.0%} MFU of the published bf16 peak:")
     for name, tokens in gpus.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():

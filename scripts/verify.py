@@ -46,7 +46,7 @@ def main(config: VerifyConfig) -> None:
     import litmini
     from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.checkpoints.peft import read_adapter
-    from litmini.errors import UserError
+    from litmini.errors import UserError, counted
     from litmini.evaluation.verify import CHECKS, check_bits, sequences
     from litmini.files import check_new_file, write_json
     from litmini.generation.generate import usable_device
@@ -87,7 +87,7 @@ def main(config: VerifyConfig) -> None:
         facts |= {"rows": list(tokens.shape), "versions": versions}
         write_json(check_new_file(str(file), "--json"), {**facts, "checks": [vars(result) for result in results]})
     if failed := [result.name for result in results if result.passed is False]:
-        raise UserError(f"{directory}: {len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
+        raise UserError(f"{directory}: {len(failed)} of {counted(len(results), 'check')} failed: {', '.join(failed)}.")
 
 
 def against_transformers(

@@ -32,8 +32,9 @@ class DataConfig:
     """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
     special_tokens_in_text: bool = False
     """Special tokens such as <|im_end|> in the texts of the data are tokens. By default they are encoded as text."""
-    max_seq_len: int = 2048
-    """Longest sequence in tokens. Longer examples are truncated, and their share is printed."""
+    max_seq_len: int | None = None
+    """Longest sequence in tokens. Longer examples are truncated, and their share is printed. Default (null): 2048, or the
+    model's context if that is shorter."""
     pack: bool = True
     """Several examples in each sequence, which do not attend to each other."""
     max_dropped: float = 0.01
@@ -44,7 +45,7 @@ class DataConfig:
             "data.",
             self,
             val_fraction=0 <= self.val_fraction < 1,
-            max_seq_len=self.max_seq_len > 0,
+            max_seq_len=self.max_seq_len is None or self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
             path=self.path != [],
             weights=self.weights is None
@@ -56,6 +57,11 @@ class DataConfig:
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        return 2048 if self.max_seq_len is None else self.max_seq_len
 
 
 def _are_patterns(names: Iterable[str]) -> bool:

@@ -16,8 +16,9 @@ class TrainConfig:
     """Passes over the training sequences; ignored if max_steps is given."""
     max_steps: int | None = None
     """Optimizer steps."""
-    global_batch_size: int = 16
-    """Sequences in one optimizer step, over all devices."""
+    global_batch_size: int | None = None
+    """Sequences in one optimizer step, over all devices. Default (null): as many as hold about 8 examples for each device,
+    each sequence as short as that allows; in pretraining 16."""
     micro_batch_size: int = 4
     """Sequences in one forward pass on one device."""
     checkpoint_activations: bool = False
@@ -155,7 +156,7 @@ class RunConfig(ABC):
             show_masks=self.show_masks >= 0,
         )
         clash = {
-            "train.global_batch_size above micro_batch_size": self.train.global_batch_size
+            "train.global_batch_size above micro_batch_size": (self.train.global_batch_size or 1)
             > self.train.micro_batch_size,
             "optim.max_grad_norm (null is none)": self.optim.max_grad_norm is not None,
             "several devices": self.devices * self.num_nodes > 1,

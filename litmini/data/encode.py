@@ -18,10 +18,10 @@ CHANGES = (
     "space where prompt and completion meet (one space belongs to the completion), or change the template"
 )
 NOTES = {
-    "split_conversations": "{:,} conversations render differently when more follows: each assistant turn is an example",
-    "repeated_tokens": "their repeated context is {:,} tokens",
-    "rewritten_turns": "{:,} turns are written as the template asks for them, not as it shows them: about reasoning",
-    "special_tokens_as_text": "{:,} special tokens in texts are encoded as text (--data.special_tokens_in_text)",
+    "split_conversations": "conversations that render differently when more follows: {:,}; each assistant turn is an example",
+    "repeated_tokens": "tokens of their repeated context: {:,}",
+    "rewritten_turns": "turns written as the template asks for them, not as it shows them: {:,}, about reasoning",
+    "special_tokens_as_text": "special tokens in texts, encoded as text: {:,} (--data.special_tokens_in_text)",
 }
 """What is said of examples, by its key in the statistics."""
 ENTRY = np.dtype(
@@ -69,7 +69,7 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     entries: list[tuple[int, int, int, int, int, int, bool]] = []
     sizes: dict[int, list[int]] = defaultdict(list)  # by record
-    max_ids = config.max_seq_len + 1  # the last one is only predicted
+    max_ids = config.most_tokens + 1  # the last one is only predicted
     start = 0
     for number, ids, mask in _encode(examples, tokenizer, config.train_on, part):
         targets = int(np.count_nonzero(mask[1:max_ids]))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from litmini.config.generate import SamplingConfig
 from litmini.data.dataset import Example
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.generation.batch import check_ids
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
@@ -115,7 +115,7 @@ def perplexity(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, s
         )
     ids = tokenizer.encode(text)
     if len(ids) < 2:
-        raise UserError(f"the text has {len(ids)} tokens; at least 2 are needed.")
+        raise UserError(f"the text has {counted(len(ids), 'token')}; at least 2 are needed.")
     check_ids(ids, config.vocab_size)
     device = next(model.parameters()).device
     loss_sum, n_targets = 0.0, 0

@@ -27,6 +27,8 @@ MAY_CHANGE = re.compile(  # on resuming; any other setting changes the result of
     r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
 )
 
+CHOSEN = ("compile", "data.max_seq_len", "train.global_batch_size")  # null: the run chooses them, and saves its choice
+
 
 class RunDirectory:
     """The directory of one run, `out/<name>/`. Making this object writes nothing.
@@ -137,8 +139,10 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise UserError(f"{run / 'config.yaml'} is damaged, and {self.restart_from} needs it: {error}") from None
         before = {**{name: value for name, value in flat(defaults(self.config)).items() if name in now}, **before}
-        if self.config.compile is None:  # by default as before, also where an older version had another default
-            self.config.compile = now["compile"] = before["compile"]
+        for name in CHOSEN:  # as before, also where an older version had another default
+            if now.get(name, 0) is None:
+                now[name] = before[name]
+                put(self.config, name, before[name])
         self.before = read_json(run / "manifest.json")
         # the others are data sets of the hub
         files = [name for name in self.before.get("data", {}) if Path(name).is_file()]
@@ -156,6 +160,14 @@ def plain(config: Any) -> dict[str, Any]:
         k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
         for k, v in vars(config).items()
     }
+
+
+def put(config: Any, name: str, value: Any) -> None:
+    """Set the setting with a dotted name."""
+    *groups, last = name.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    setattr(config, last, value)
 
 
 def defaults(config: Any) -> dict[str, Any]:

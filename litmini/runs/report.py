@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 import yaml
 
+from litmini.errors import counted
 from litmini.files import read_json, write_text
 from litmini.runs.directory import REPORT
 from litmini.runs.run import MEASURES, read_metrics, read_samples, today_keys
@@ -74,7 +75,7 @@ def _tiles(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         if seconds > 120
         else f"{seconds:.0f} s"
     )
-    tiles.append(("training", spent, f"{results['steps']:,} steps"))
+    tiles.append(("training", spent, counted(results["steps"], "step")))
     mfu = f"MFU {results['mfu']:.1%}" if "mfu" in results else ""
     tiles.append(("tokens a second", f"{results['tokens_per_second']:,.0f}", mfu))
     tiles.append(("peak memory", f"{results['peak_memory_mib'] / 1024:.1f} GiB", ""))

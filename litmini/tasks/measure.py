@@ -16,7 +16,7 @@ def measure_start(setup: TrainingSetup, objective: Objective) -> None:
     """Measure the model before training, and run the longest batch once. Do nothing if the run is resumed."""
     if setup.progress.step == 0:
         measure(setup, objective, "before")
-        longest = setup.data.train.longest_batch(setup.train.micro_batch_size)
+        longest = setup.data.train.longest_batch(setup.data.micro_batch_size)
         if longest is not None:
             memory_warmup(setup, objective, longest)
 

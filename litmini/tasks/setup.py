@@ -17,6 +17,7 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
+from litmini.errors import counted
 from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
@@ -230,7 +231,7 @@ def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
         "optim.betas": config.name == "sgd" and config.betas != plain.betas,
         "optim.decay_fraction": config.schedule != "wsd" and config.decay_fraction != plain.decay_fraction,
         "optim.min_lr": config.min_lr > config.lr,
-        f"optim.warmup_steps beyond the {steps} steps of the run": config.warmup_steps >= steps,
+        f"optim.warmup_steps beyond the {counted(steps, 'step')} of the run": config.warmup_steps >= steps,
     }
 
 
