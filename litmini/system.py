@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -96,6 +97,15 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the name of this machine's CPU, such as `Intel(R) Xeon(R) Platinum 8488C`; its kind where there is no more."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def resident_bytes() -> int:

@@ -46,8 +46,7 @@ def main(config: ConvertConfig) -> None:
 
     from litmini.checkpoints.export import export, parse_size
     from litmini.checkpoints.hf import parse_dtype
-    from litmini.checkpoints.model_card import export_adapter, model_card, push, resolve
-    from litmini.files import write_text
+    from litmini.checkpoints.model_card import export_adapter, push, resolve, write_card
     from litmini.models import use_model_file
 
     own = use_model_file(config.model_file)
@@ -61,7 +60,7 @@ def main(config: ConvertConfig) -> None:
     else:
         dtype = parse_dtype(config.dtype) if config.dtype else None
         export(result.checkpoint, out_dir, result.adapter, dtype, parse_size(config.max_shard_size))
-    write_text(out_dir / "README.md", model_card(result, out_dir.name, kept))
+    write_card(result, out_dir, out_dir.name, kept)
     readers = "transformers, vLLM and PEFT load it"
     if own:
         readers = f"transformers cannot load it: its model_type is that of {config.model_file}"

@@ -1,6 +1,7 @@
 """The settings of the finetuning scripts: method, quantisation, and what they have in common."""
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -153,12 +154,59 @@ class FinetuneConfig(RunConfig):
     def base(self) -> str:
         return self.checkpoint_dir
 
+    @property
+    def tokenizer_dir(self) -> str:
+        """Directory of the tokenizer and its template."""
+        return self.base
+
 
 @dataclass(kw_only=True)
-class FinetuneLoraConfig(FinetuneConfig):
+class FinetuneAdapterConfig(FinetuneConfig):
+    """Settings of the scripts that train adapters."""
+
+    adapter_dir: str | None = None
+    """Adapter over checkpoint_dir to start from, such as the final/ of an earlier run. None: a new one."""
+    adapter_start: Literal["continue", "merge"] = "continue"
+    """continue: train adapter_dir further, with its rank and modules. merge: train a new adapter over checkpoint_dir with
+    adapter_dir merged in, which is written to OUT_DIR/base."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_start == "merge" and self.adapter_dir is None:
+            raise UserError("--adapter_start merge needs the adapter to merge: --adapter_dir out/NAME/final.")
+
+    @property
+    def continued(self) -> str | None:
+        """The adapter that is trained further; None: a new one is."""
+        return self.adapter_dir if self.adapter_start == "continue" else None
+
+    @property
+    def base(self) -> str:
+        merged = self.adapter_start == "merge" and not (self.dry_run or self.show_masks)
+        return os.path.join(self.out_dir, "base") if merged else self.checkpoint_dir
+
+    @property
+    def tokenizer_dir(self) -> str:
+        own = self.continued is not None and os.path.isfile(os.path.join(self.continued, "tokenizer.json"))
+        return self.continued if own and self.continued is not None else self.base
+
+
+def _described(method: str, lora: LoraConfig, continued: str | None) -> str:
+    """Return a method with the settings that matter most; those of an adapter that is continued are its own."""
+    if continued is not None:
+        return f"{method}, continued from {continued}"
+    return f"{method}, rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
+
+
+@dataclass(kw_only=True)
+class FinetuneLoraConfig(FinetuneAdapterConfig):
     """Settings of finetune_lora.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def method(self) -> str:
+        return _described("LoRA", self.lora, self.continued)
 
 
 @dataclass(kw_only=True)
@@ -167,6 +215,10 @@ class FinetuneQloraConfig(FinetuneLoraConfig):
 
     quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
 
+    @property
+    def method(self) -> str:
+        return _described("LoRA" if self.quantize.bits == 16 else "QLoRA", self.lora, self.continued)
+
 
 @dataclass(kw_only=True)
 class FinetuneDoraConfig(FinetuneLoraConfig):
@@ -174,13 +226,23 @@ class FinetuneDoraConfig(FinetuneLoraConfig):
 
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
+    @property
+    def method(self) -> str:
+        return _described("DoRA", self.lora, self.continued) + ", 4-bit base" * (self.quantize.bits == 4)
+
 
 @dataclass(kw_only=True)
-class FinetuneIa3Config(FinetuneConfig):
+class FinetuneIa3Config(FinetuneAdapterConfig):
     """Settings of finetune_ia3.py."""
 
     ia3: Ia3Config = field(default_factory=Ia3Config)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+    @property
+    def method(self) -> str:
+        return f"IA3, {', '.join([*self.ia3.targets, *self.ia3.feedforward])}" + ", 4-bit base" * (
+            self.quantize.bits == 4
+        )
 
 
 @dataclass(kw_only=True)

@@ -140,6 +140,9 @@ class RunConfig(ABC):
     """Seed of the data order, initial weights and dropout."""
     resume: bool | str = False
     """auto: resume from the last checkpoint in out_dir, if it has one; or the directory of a checkpoint."""
+    resume_changed: bool = False
+    """Resume with another number of epochs or steps, another learning rate, other settings of the optimizer, or adapter
+    dropout; also a run that is finished. The result is not that of a run which had them from the start."""
     dry_run: bool = False
     """Check everything and print the statistics of the data; train nothing and write nothing but the token cache."""
     show_masks: int = 0
@@ -166,6 +169,11 @@ class RunConfig(ABC):
             raise UserError(
                 f"optim.in_backward does not go with {', '.join(k for k, is_set in clash.items() if is_set)}."
             )
+
+    @property
+    def method(self) -> str:
+        """What is trained, in a few words."""
+        return "all weights"
 
     @property
     @abstractmethod

@@ -123,7 +123,7 @@ class Interrupted(UserError):
 
     def __init__(self, received: list[str], message: str) -> None:
         name = (received or ["SIGTERM"])[0]  # none: another rank received it
-        super().__init__(f"\n{'interrupted' if name == 'SIGINT' else name}: {message}")
+        super().__init__(f"{'interrupted' if name == 'SIGINT' else name}: {message}")
         self.status = 128 + signal.Signals[name]
 
 

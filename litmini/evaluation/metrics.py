@@ -60,7 +60,7 @@ def predict(
     training = model.training
     model.eval()
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
-    with tqdm(total=len(pairs), desc="generating", unit="ex", disable=None) as bar:
+    with tqdm(total=len(pairs), desc="generating", unit="ex", disable=None, leave=False) as bar:
         for start in range(0, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
             requests = [Request(ids, sampling, tokenizer.stop_ids) for ids, _, _ in part]

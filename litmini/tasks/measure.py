@@ -83,6 +83,8 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     results: dict[str, Any] = {}
     if (loss := validate(setup, objective)) is not None:
         results[f"val_loss_{when}"] = loss
+        if when == "before":
+            setup.fabric.print(f"validation loss before training: {loss:.4f}")
     if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
         from litmini.evaluation.metrics import exact_match
 

@@ -22,6 +22,7 @@ from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
+from litmini.training.display import say
 from litmini.training.flops import Throughput
 from litmini.training.objective import Batch
 from litmini.training.optimizer import make_optimizer
@@ -57,6 +58,20 @@ class Sequences(Protocol):
 
 
 @dataclass(frozen=True)
+class SizedBatches:
+    """Batches, and their number for a progress bar."""
+
+    batches: Iterator[Batch]
+    count: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
 class Data:
     """The sequences of a run, their tokenizer, and their statistics."""
 
@@ -89,7 +104,10 @@ class Data:
         return self.train.locations(self._numbers(step)[rank::world])
 
     def validation_batches(self, rank: int, world: int) -> Iterable[Batch] | None:
-        return self.val.batches(range(len(self.val)), self.micro_batch_size, rank, world) if self.val else None
+        if self.val is None:
+            return None
+        count = math.ceil(len(self.val) / (self.micro_batch_size * world))
+        return SizedBatches(self.val.batches(range(len(self.val)), self.micro_batch_size, rank, world), count)
 
 
 @dataclass
@@ -191,9 +209,18 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
 
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
-    """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
+    """Print completions of the first validation prompts, and append them to samples.jsonl.
+
+    Every rank calls this, for sharded models.
+    """
     predictions = setup.predict(setup.data.val_examples[: setup.recorder.config.eval.samples])
     setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
+    for sample in predictions:
+        step = f"step {progress.step}"
+        say(
+            setup.fabric,
+            f"\nprompt     {sample.prompt}\nreference  {sample.reference}\n{step:10} {sample.prediction}\n",
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -57,12 +57,16 @@ def open_base(fabric: Fabric, config: FinetuneConfig, began: datetime | None) ->
             from litmini.importers.download import ensure_checkpoint
 
             ensure_checkpoint(config.checkpoint_dir, config.download_from)
+        if config.base != config.checkpoint_dir:
+            from litmini.tasks.merged_base import write_merged_base
+
+            write_merged_base(config)
     began = fabric.broadcast(began or datetime.now())
     data = config.data
     tokenizer = Tokenizer(
-        config.checkpoint_dir, data.chat_template, began, data.template_kwargs, data.special_tokens_in_text
+        config.tokenizer_dir, data.chat_template, began, data.template_kwargs, data.special_tokens_in_text
     )
-    _, base = read_config(Path(config.checkpoint_dir))
+    _, base = read_config(Path(config.base))
     if config.data.max_seq_len is None:
         config.data.max_seq_len = min(config.data.most_tokens, base.max_positions)
     if config.data.max_seq_len > base.max_positions:
