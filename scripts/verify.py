@@ -30,6 +30,8 @@ class VerifyConfig:
     """Checkpoint directory, or the final/ of a full finetuning run."""
     adapter_dir: str | None = None
     """Adapter over it, such as the final/ of a LoRA run."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     bits: Literal[4, 16] | None = None
     """Bits of the base's linears; none: those of the adapter's training, 16 without an adapter."""
     json: str | None = None
@@ -51,8 +53,10 @@ def main(config: VerifyConfig) -> None:
     from litmini.files import check_new_file, write_json
     from litmini.generation.generate import usable_device
     from litmini.methods.nf4 import NF4Linear, convert
+    from litmini.models import use_model_file
 
     file = None if config.json is None else check_new_file(config.json, "--json")
+    use_model_file(config.model_file)
     directory = check_checkpoint_dir(config.checkpoint)
     device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16

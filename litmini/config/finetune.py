@@ -155,9 +155,18 @@ class FinetuneConfig(RunConfig):
         return self.checkpoint_dir
 
     @property
+    def own_file(self) -> str | None:
+        return self.model_file
+
+    @property
     def tokenizer_dir(self) -> str:
         """Directory of the tokenizer and its template."""
         return self.base
+
+    @property
+    def ineffective(self) -> dict[str, bool]:
+        """Setting -> whether another one makes it ineffective."""
+        return {}
 
 
 @dataclass(kw_only=True)
@@ -208,6 +217,12 @@ class FinetuneLoraConfig(FinetuneAdapterConfig):
     def method(self) -> str:
         return _described("LoRA", self.lora, self.continued)
 
+    @property
+    def ineffective(self) -> dict[str, bool]:
+        given = {name: value for name, value in vars(self.lora).items() if name not in ("dropout", "plus_ratio")}
+        plain = vars(LoraConfig())
+        return {f"lora.{name}": self.continued is not None and given[name] != plain[name] for name in given}
+
 
 @dataclass(kw_only=True)
 class FinetuneQloraConfig(FinetuneLoraConfig):
@@ -240,9 +255,9 @@ class FinetuneIa3Config(FinetuneAdapterConfig):
 
     @property
     def method(self) -> str:
-        return f"IA3, {', '.join([*self.ia3.targets, *self.ia3.feedforward])}" + ", 4-bit base" * (
-            self.quantize.bits == 4
-        )
+        which = ", ".join([*self.ia3.targets, *self.ia3.feedforward])
+        which = which if self.continued is None else f"continued from {self.continued}"
+        return f"IA3, {which}" + ", 4-bit base" * (self.quantize.bits == 4)
 
 
 @dataclass(kw_only=True)

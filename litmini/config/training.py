@@ -171,6 +171,11 @@ class RunConfig(ABC):
             )
 
     @property
+    def own_file(self) -> str | None:
+        """The user's model file, which whoever uses the result needs, too; None: the family is in litmini/models/."""
+        return None
+
+    @property
     def method(self) -> str:
         """What is trained, in a few words."""
         return "all weights"

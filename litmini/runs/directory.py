@@ -169,7 +169,7 @@ class RunDirectory:
             advice = "To train on with them, which is another run from here on: --resume_changed true"
             if never:
                 advice = f"Start another run with them: --out_dir {self._free_name()}"
-            listed = "\n  ".join(never or self.changed)
+            listed = "\n  ".join(never if self.config.resume_changed else self.changed)
             raise UserError(f"cannot resume {self.restart_from} with other settings:\n  {listed}\n{advice}")
 
 

@@ -52,6 +52,7 @@ def finish(setup: TrainingSetup, objective: Objective, adapter_of: str | None = 
         write_report(run.directory, setup.data.train.lengths(), setup.data.train.length)
     if usage is None:
         where = [adapter_of, "--adapter_dir", str(final)] if adapter_of else [str(final)]
+        where += ["--model_file", run.config.own_file] if run.config.own_file else []
         words = ["python", "scripts/generate.py", "--checkpoint_dir", *where, "--prompt", "..."]
         usage = f"Try it:\n  {shlex.join(words)}"
     return "\n".join([*describe_results(run.results), f"\nThe result is {final}. {usage}"])

@@ -102,7 +102,13 @@ def plan(
         "train.eval_every": config.train.eval_every is not None and not val,
         "eval.exact_match": config.eval.exact_match and not val_examples,
     }
-    warn(fabric, ineffective | ineffective_optim(config.optim, steps) | ineffective_memory(config, fabric.device))
+    warn(
+        fabric,
+        ineffective
+        | config.ineffective
+        | ineffective_optim(config.optim, steps)
+        | ineffective_memory(config, fabric.device),
+    )
     fabric.print(train.describe("training"))
     if val:
         fabric.print(val.describe("validation"))

@@ -64,7 +64,8 @@ def test_an_adapter_is_trained_further(run, tmp_path, script):
     assert run("still", *start, "--optim.lr", 0, script=script)[0] == 0
     before, still = tensors(tmp_path / "first"), tensors(tmp_path / "still")
     assert before.keys() == still.keys() and all(torch.equal(before[name], still[name]) for name in before)
-    status, out, _ = run("second", *start, script=script)
+    status, out, _ = run("second", *start, *own, script=script)
+    assert ("warning: ineffective settings: lora.rank\n" in out) == bool(own)
     after = tensors(tmp_path / "second")
     assert status == 0 and any(not torch.equal(before[name], after[name]) for name in before)
     trained = read_json(tmp_path / "second/manifest.json")["results"]["trained_parameters"]
@@ -122,7 +123,7 @@ def test_settings_change_if_that_is_asked_for(run, tmp_path):
     assert status == 0 and "note: other settings from here on" in out
     manifest = read_json(tmp_path / "other/manifest.json")
     assert manifest["bit_identical"] is False
-    assert manifest["changed"] == [{"after_step": 2, "settings": ["optim.lr: 0.01 -> 0"]}]
+    assert manifest["changed"] == [{"after_step": 2, "settings": ["optim.lr: 0.01 -> 0.0"]}]
     kept = load_file(tmp_path / "run/step-000002/adapter_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in tensors(tmp_path / "other").items())
     settings = yaml.safe_load((tmp_path / "other/config.yaml").read_text())
