@@ -11,6 +11,8 @@ from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
 from litmini.training.objective import Objective
 
+MOST_WRONG = 20  # wrong answers that the report shows
+
 
 def measure_start(setup: TrainingSetup, objective: Objective) -> None:
     """Measure the model before training, and run the longest batch once. Do nothing if the run is resumed."""
@@ -93,4 +95,7 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
         results[f"samples_{when}"] = [vars(p) for p in predictions[: config.samples]]
         if config.exact_match:
             results[f"exact_match_{when}"] = exact_match(predictions)
+            if when == "after":
+                wrong = [vars(p) for p in predictions if not p.correct]
+                results |= {"wrong": len(wrong), "wrong_after": wrong[:MOST_WRONG]}
     run.write_manifest(**results)
