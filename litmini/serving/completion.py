@@ -76,6 +76,10 @@ class Completion:
             "model": name,
         }
 
+    def tokens(self) -> tuple[int, int]:
+        """Return the tokens of the prompts, and those of the completions so far."""
+        return sum(map(len, self.prompts)), sum(len(job.request.ids) for job in self.jobs)
+
     def leave(self) -> None:
         """Free the slots of the request."""
         for job in self.jobs:

@@ -231,6 +231,15 @@ def test_a_conversation(base, loaded, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "talk.jsonl").read_text()
 
 
+def test_chat_says_which_model_it_is_and_what_it_understands(base, tiny_dir, monkeypatch, capsys):
+    """Without a terminal, no colors."""
+    printed, told = chat(["/help", "/quit"], *base, monkeypatch=monkeypatch, capsys=capsys)
+    assert told.startswith(f"{tiny_dir.name}: /help lists the commands") and "\033" not in printed + told
+    for command in ("/help ", "/reset ", "/save FILE ", "/quit "):
+        assert f"\n{command}" in told
+    assert printed.count("> ") == 2
+
+
 def test_chat_reports_mistakes_and_continues(base, tmp_path, monkeypatch, capsys):
     typed = ["/nonsense", f"/save {tmp_path}", "Say " * 300, "/save", "/quit", "never"]
     printed, errors = chat(typed, *base, "--max_new_tokens=3", monkeypatch=monkeypatch, capsys=capsys)
