@@ -221,7 +221,7 @@ def make_app(server: Server) -> "Starlette":
 
     async def refused(request: "HTTPRequest", error: Exception) -> Response:
         assert isinstance(error, Refused), error
-        log_request(request, error.status, str(error))
+        log_request(request, error.status, error.kind)  # the message quotes what the client sent
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error_body(str(error), error.kind), error.status, headers)
 
