@@ -22,7 +22,7 @@ from litmini.generation.prompts import check_utf8
 from litmini.serving.access import AllowedHosts, has_key
 from litmini.serving.completion import Completion, Refused, error_body
 from litmini.serving.engine import Busy, Engine
-from litmini.serving.log import log_request
+from litmini.serving.log import RequestLog
 from litmini.serving.openai_protocol import CompletionSettings, check_output, encode, read_request
 from litmini.tokenizer import Tokenizer
 
@@ -77,12 +77,14 @@ class Server:
         self.context = min(limits.max_context, config.max_positions)
         self.engine = Engine(model, multi_lora, limits.max_batch, limits.max_queue)
         self.preparing = ThreadPoolExecutor(2, "litmini-prepare")  # few: what a body becomes is many times its size
+        self.log = RequestLog()
         self.started = int(time.time())
 
     def close(self) -> None:
         """Stop the threads; what is unfinished stays so."""
         self.engine.close()
         self.preparing.shutdown(cancel_futures=True)
+        self.log.close()
 
     def check_access(self, request: "HTTPRequest") -> None:
         """Check the name that the client calls this server by, and its key."""
@@ -195,7 +197,7 @@ class Server:
     def _log(self, completion: Completion, request: "HTTPRequest", started: float, status: int = 200) -> None:
         read, written = completion.tokens()
         seconds = time.perf_counter() - started
-        log_request(
+        self.log.add(
             request, status, f"{completion.head['model']}, {read} + {counted(written, 'token')}, {seconds:.1f} s"
         )
 
@@ -221,7 +223,7 @@ def make_app(server: Server) -> "Starlette":
 
     async def refused(request: "HTTPRequest", error: Exception) -> Response:
         assert isinstance(error, Refused), error
-        log_request(request, error.status, error.kind)  # the message quotes what the client sent
+        server.log.add(request, error.status, error.kind)  # the message quotes what the client sent
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error_body(str(error), error.kind), error.status, headers)
 
