@@ -13,7 +13,7 @@ from litmini.config.finetune import FinetuneDoraConfig
 
 def main(config: FinetuneDoraConfig) -> None:
     from litmini.checkpoints.load import load_quantized
-    from litmini.checkpoints.peft import continue_adapter, save_adapter
+    from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.methods.dora import DoRALinear
@@ -40,6 +40,8 @@ def main(config: FinetuneDoraConfig) -> None:
 
     # 5. Method: freeze everything, adapters with magnitudes over linears
     if config.continued:
+        from litmini.checkpoints.continue_adapter import continue_adapter
+
         continue_adapter(model, config.continued, DoRALinear, config.lora.dropout)
     else:
         add_adapters(model, config.lora, DoRALinear)

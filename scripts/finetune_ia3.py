@@ -13,7 +13,7 @@ from litmini.config.finetune import FinetuneIa3Config
 
 def main(config: FinetuneIa3Config) -> None:
     from litmini.checkpoints.load import load_quantized
-    from litmini.checkpoints.peft import continue_adapter, save_adapter
+    from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import load_device, make_fabric, weight_dtype
     from litmini.methods.ia3 import IA3Linear, add_ia3
     from litmini.runs.directory import RunDirectory
@@ -38,6 +38,8 @@ def main(config: FinetuneIa3Config) -> None:
 
     # 5. Method: freeze everything, factors over linears
     if config.continued:
+        from litmini.checkpoints.continue_adapter import continue_adapter
+
         continue_adapter(model, config.continued, IA3Linear)
     else:
         add_ia3(model, config.ia3)

@@ -13,7 +13,7 @@ from litmini.config.finetune import FinetuneLoraConfig
 
 def main(config: FinetuneLoraConfig) -> None:
     from litmini.checkpoints.hf import load_model
-    from litmini.checkpoints.peft import continue_adapter, save_adapter
+    from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.methods.lora import LoRALinear
@@ -39,6 +39,8 @@ def main(config: FinetuneLoraConfig) -> None:
 
     # 5. Method: freeze everything, adapters over linears
     if config.continued:
+        from litmini.checkpoints.continue_adapter import continue_adapter
+
         continue_adapter(model, config.continued, LoRALinear, config.lora.dropout)
     else:
         add_adapters(model, config.lora)

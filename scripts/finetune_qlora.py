@@ -13,7 +13,7 @@ from litmini.config.finetune import FinetuneQloraConfig
 
 def main(config: FinetuneQloraConfig) -> None:
     from litmini.checkpoints.load import load_quantized
-    from litmini.checkpoints.peft import continue_adapter, save_adapter
+    from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
     from litmini.methods.lora import LoRALinear
@@ -40,6 +40,8 @@ def main(config: FinetuneQloraConfig) -> None:
 
     # 5. Method: freeze everything, adapters over linears
     if config.continued:
+        from litmini.checkpoints.continue_adapter import continue_adapter
+
         continue_adapter(model, config.continued, LoRALinear, config.lora.dropout)
     else:
         add_adapters(model, config.lora)
