@@ -7,6 +7,7 @@ from typing import Any
 
 from litmini.runs.run import MEASURES, today_keys
 from litmini.tasks.setup import TrainingSetup
+from litmini.training.display import say
 from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
 from litmini.training.objective import Objective
@@ -87,7 +88,7 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     if (loss := validate(setup, objective)) is not None:
         results[f"val_loss_{when}"] = loss
         if when == "before":
-            setup.fabric.print(f"validation loss before training: {loss:.4f}")
+            say(setup.fabric, f"validation loss before training: {loss:.4f}")
     if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
         from litmini.evaluation.metrics import exact_match
 

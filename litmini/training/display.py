@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,10 @@ LINES = 20  # of a whole run, without a terminal
 
 
 def say(fabric: Fabric, text: str) -> None:
-    """Print a text in the first process, above the progress bars if there are any."""
+    """Print a text in the first process at once, above the progress bars if there are any."""
     if fabric.is_global_zero:
         tqdm.write(text)
+        sys.stdout.flush()  # a log file is watched, too
 
 
 def validating(fabric: Fabric, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -66,7 +68,7 @@ class Display:
         self.bar.update()
         if self.bar.disable and step % max(1, total // LINES) == 0:
             remaining = tqdm.format_interval(progress.seconds / step * (total - step))
-            self.fabric.print(f"step {step} of {total}: {_format_metrics(metrics)}, {remaining} left")
+            say(self.fabric, f"step {step} of {total}: {_format_metrics(metrics)}, {remaining} left")
 
 
 def _format_metrics(metrics: dict[str, float]) -> str:
