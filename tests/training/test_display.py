@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import select
 import struct
 import termios
 from contextlib import contextmanager, redirect_stderr
@@ -29,10 +30,17 @@ def terminal():
     No fixture: pytest puts its own stream in place between fixtures and test.
     """
     ours, theirs = os.openpty()
-    os.set_blocking(ours, False)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(theirs, "w") as stream, redirect_stderr(stream):
-        yield lambda: re.split(r"[\r\n]+", (stream.flush(), os.read(ours, 1 << 16))[1].decode())
+
+        def shown() -> list[str]:
+            stream.flush()
+            found = b""
+            while select.select([ours], [], [], 0.3)[0]:  # the system passes it on in pieces
+                found += os.read(ours, 1 << 16)
+            return re.split(r"[\r\n]+", found.decode())
+
+        yield shown
     os.close(ours)
 
 
