@@ -73,7 +73,7 @@ def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     questions.write_bytes(content)
     options = ["--max_new_tokens=3", "--batch_size=250", "--chat_template=none"]
     error = run("generate.py", *base, "--prompts", questions, "--out", answers, *options, status=1)
-    wrong = [int(n) for n in re.findall(r"line (\d+): ", error)]
+    wrong = [int(n) for n in re.findall(r"questions\.jsonl:(\d+): ", error)]
     assert wrong == [14, 201, 202, 501, 502, 503, 601, 1000]
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [a["line"] for a in found] == list(range(1, 1001))
