@@ -26,7 +26,7 @@ from litmini.training.display import say
 from litmini.training.flops import Throughput
 from litmini.training.objective import Batch
 from litmini.training.optimizer import make_optimizer
-from litmini.training.setup import Progress, Setup, on_device
+from litmini.training.setup import Progress, Setup, SizedBatches, on_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,20 +55,6 @@ class Sequences(Protocol):
     def lengths(self) -> np.ndarray | None:
         """Return the length of each example; None if the data are not examples."""
         ...
-
-
-@dataclass(frozen=True)
-class SizedBatches:
-    """Batches, and their number for a progress bar."""
-
-    batches: Iterator[Batch]
-    count: int
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches
-
-    def __len__(self) -> int:
-        return self.count
 
 
 @dataclass(frozen=True)
