@@ -30,6 +30,8 @@ class VerifyConfig:
     """Checkpoint directory, or the final/ of a full finetuning run."""
     adapter_dir: str | None = None
     """Adapter over it, such as the final/ of a LoRA run."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     bits: Literal[4, 16] | None = None
     """Bits of the base's linears; none: those of the adapter's training, 16 without an adapter."""
     json: str | None = None
@@ -46,13 +48,15 @@ def main(config: VerifyConfig) -> None:
     import litmini
     from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.checkpoints.peft import read_adapter
-    from litmini.errors import UserError
+    from litmini.errors import UserError, counted
     from litmini.evaluation.verify import CHECKS, check_bits, sequences
     from litmini.files import check_new_file, write_json
     from litmini.generation.generate import usable_device
     from litmini.methods.nf4 import NF4Linear, convert
+    from litmini.models import use_model_file
 
     file = None if config.json is None else check_new_file(config.json, "--json")
+    use_model_file(config.model_file)
     directory = check_checkpoint_dir(config.checkpoint)
     device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
@@ -87,7 +91,7 @@ def main(config: VerifyConfig) -> None:
         facts |= {"rows": list(tokens.shape), "versions": versions}
         write_json(check_new_file(str(file), "--json"), {**facts, "checks": [vars(result) for result in results]})
     if failed := [result.name for result in results if result.passed is False]:
-        raise UserError(f"{directory}: {len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
+        raise UserError(f"{directory}: {len(failed)} of {counted(len(results), 'check')} failed: {', '.join(failed)}.")
 
 
 def against_transformers(

@@ -25,6 +25,7 @@ from litmini.config.finetune import (
     FinetuneQloraConfig,
     LoraConfig,
 )
+from litmini.distributed.processes import Interrupted
 from litmini.errors import UserError
 from litmini.files import existing_file
 from litmini.runs.directory import plain
@@ -340,6 +341,8 @@ def run(main, monkeypatch) -> int:
         (PermissionError(13, "Permission denied", "/a/b"), 1, "error: Permission denied: /a/b\n"),
         (NotADirectoryError(20, "Not a directory", "/a/b"), 1, "error: Not a directory: /a/b\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted.\n"),
+        (Interrupted(["SIGINT"], "saved it"), 130, "\ninterrupted: saved it\n"),
+        (Interrupted(["SIGTERM"], "saved it"), 143, "\nSIGTERM: saved it\n"),
     ],
 )
 def test_errors_end_in_a_line_and_a_status(monkeypatch, capsys, error, status, expected):

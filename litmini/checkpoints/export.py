@@ -4,6 +4,7 @@ import gc
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from litmini.checkpoints.peft_tokens import has_vocabulary, with_rows
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
 from litmini.files import write_atomically
-from litmini.methods.base_layer import dense
+from litmini.methods.base_layer import dense, linears
 from litmini.methods.nf4 import NF4Linear, quantizable
 from litmini.ops.rounding import stochastic_round
 from litmini.tokenizer import Tokenizer
 
+SUMS = 1e-4  # what sums in another order change in log-probabilities, in any dtype
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
 
 
@@ -139,31 +141,58 @@ def _merge(base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantiz
     return merged.detach()
 
 
+@dataclass(frozen=True)
+class MergeError:
+    """How a merged checkpoint differs from the adapter over its base, on a few prompts."""
+
+    difference: float
+    """Largest difference of log-probabilities."""
+    same: float
+    """Fraction of positions with the same most probable token."""
+    rounding: float
+    """Largest difference that rounding the merged weights once more makes, in the same dtype."""
+
+    @property
+    def expected(self) -> bool:
+        """Whether the difference is of the size of rounding."""
+        return self.difference <= 3 * self.rounding + SUMS
+
+
 @torch.no_grad()
-def merge_error(
-    checkpoint_dir: str | Path,
-    adapter_dir: str | Path,
-    merged_dir: str | Path,
-    dtype: str,
-) -> tuple[float, float]:
+def merge_error(checkpoint_dir: str | Path, adapter_dir: str | Path, merged_dir: str | Path, dtype: str) -> MergeError:
     """Compare the merged checkpoint with the adapter over its base, in 4 bits if it was trained so, on a few prompts.
 
     Both run in `dtype`, and one model is in memory at a time.
-
-    Returns:
-        The largest difference of log-probabilities, and the fraction of positions with the same most probable token.
     """
     bits = read_adapter(adapter_dir).quantize.bits
     outputs = []
     for directory, adapter in ((checkpoint_dir, adapter_dir), (merged_dir, None)):
         model, tokenizer = load(directory, adapter, dtype=dtype, bits=bits if adapter else 16)
-        rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float().log_softmax(-1) for prompt in PROMPTS]
-        outputs.append(torch.cat(rows))  # (tokens of all prompts, vocab)
+        prompts = [torch.tensor([tokenizer.encode(prompt)]) for prompt in PROMPTS]
+        outputs.append(_log_probabilities(model, prompts))
+        if adapter is None:
+            _round_again(model)
+            outputs.append(_log_probabilities(model, prompts))
         del model
         gc.collect()
-    unmerged, merged = outputs
+    unmerged, merged, again = outputs
     same = (unmerged.argmax(-1) == merged.argmax(-1)).float().mean()
-    return float((unmerged - merged).abs().max()), float(same)
+    return MergeError(float((unmerged - merged).abs().max()), float(same), float((merged - again).abs().max()))
+
+
+def _log_probabilities(model: nn.Module, prompts: list[Tensor]) -> Tensor:
+    """Return log-probabilities (tokens of all prompts, vocab) in fp32."""
+    return torch.cat([model(prompt)[0].float().log_softmax(-1) for prompt in prompts])
+
+
+def _round_again(model: nn.Module) -> None:
+    """Move the weight of each linear by up to a ULP of its dtype, at random, as a merge moves it."""
+    generator = torch.Generator().manual_seed(0)
+    for linear in linears(model).values():
+        weight = linear.weight.data
+        noise = 2 * torch.rand(weight.shape, generator=generator) - 1
+        moved = weight.float() * (1 + torch.finfo(weight.dtype).eps / 2 * noise)
+        linear.weight = nn.Parameter(stochastic_round(moved, weight.dtype, generator), requires_grad=False)
 
 
 def parse_size(text: str) -> int:

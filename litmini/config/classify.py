@@ -26,6 +26,11 @@ class FinetuneClassifierConfig(FinetuneConfig):
     """Adapters beside the score; null: all weights are trained."""
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
+    @property
+    def method(self) -> str:
+        adapters = "all weights" if self.lora is None else f"LoRA, rank {self.lora.rank}, alpha {self.lora.alpha:g}"
+        return f"classifier, {adapters}" + ", 4-bit base" * (self.quantize.bits == 4)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora is None and self.quantize.bits == 4:

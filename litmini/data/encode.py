@@ -14,11 +14,11 @@ from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
 NOTES = {
-    "split_conversations": "{:,} conversations render differently when more follows: each assistant turn is an example",
-    "repeated_tokens": "their repeated context is {:,} tokens",
-    "rewritten_turns": "{:,} turns are written as the template asks for them, not as it shows them: about reasoning",
-    "apart": "{:,} turns share a token with their prompt, so both are tokenised alone: strip white space where they meet",
-    "special_tokens_as_text": "{:,} special tokens in texts are encoded as text (--data.special_tokens_in_text)",
+    "split_conversations": "conversations that render differently when more follows: {:,}; each assistant turn is an example",
+    "repeated_tokens": "tokens of their repeated context: {:,}",
+    "rewritten_turns": "turns written as the template asks for them, not as it shows them: {:,}, about reasoning",
+    "special_tokens_as_text": "special tokens in texts, encoded as text: {:,} (--data.special_tokens_in_text)",
+    "apart": "turns that share a token with their prompt: {:,}; both are tokenised alone: strip white space where they meet",
 }
 """What is said of examples, by its key in the statistics."""
 ENTRY = np.dtype(
@@ -66,7 +66,7 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     entries: list[tuple[int, int, int, int, int, int, bool]] = []
     sizes: dict[int, list[int]] = defaultdict(list)  # by record
-    max_ids = config.max_seq_len + 1  # the last one is only predicted
+    max_ids = config.most_tokens + 1  # the last one is only predicted
     start = 0
     if config.train_on == "last":
         examples = [last_only(example) for example in examples]

@@ -13,7 +13,7 @@ from typing import Any
 from litmini.chat_template import REASONING
 from litmini.data.messages import UNUSED, read_messages
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
-from litmini.errors import UserError
+from litmini.errors import UserError, by_cause
 from litmini.tokenizer import Message
 from litmini.tool_calls import read_objects
 
@@ -68,7 +68,7 @@ def read_examples(path: str, has_template: bool, columns: dict[str, str] | None 
     for chunk in read_chunks(path, columns):
         form = parse_chunk(chunk, form, has_template, examples, problems)
     if problems:
-        raise bad_records(problems)
+        raise bad_records(problems, len(examples) + len(problems))
     return examples
 
 
@@ -121,10 +121,9 @@ def parse_chunk(
     return form
 
 
-def bad_records(problems: list[str]) -> UserError:
-    """Return one error for all problems, which lists the first ten."""
-    more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
-    return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
+def bad_records(problems: list[str], total: int | None = None) -> UserError:
+    """Return one error for all problems, with a line for each cause; `total` is the number of all records."""
+    return UserError(f"bad records:\n  {by_cause(problems, total)}")
 
 
 def _find_forms(record: Any, columns: Collection[str]) -> list[str]:

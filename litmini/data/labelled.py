@@ -15,7 +15,7 @@ from litmini.data.dataset import Examples, find_files, split
 from litmini.data.encode import ENTRY
 from litmini.data.formats import bad_records
 from litmini.data.readers import CHUNK, check_text, read_chunks
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.files import content_hash, existing_file
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ class LabelledExamples(Examples):
         most = Counter(s["classes"]).most_common(10)
         classes = ", ".join(f"{label} {count:,}" for label, count in most) + ", ..." * (len(s["classes"]) > len(most))
         return (
-            f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, longest {s['longest']:,}, "
+            f"{name}: {counted(s['examples'], 'example')}, {counted(s['tokens'], 'token')}, longest {s['longest']:,}, "
             f"truncated {s['truncated_examples']} ({s['truncated_examples'] / s['examples']:.1%}); "
             f"{len(s['classes'])} classes: {classes}"
         )
@@ -89,7 +89,9 @@ class LabelledExamples(Examples):
         for i in range(min(count, len(self))):
             ids = self[i][0].tolist()
             rest, last = (tokenizer.decode(part, skip_special=False) for part in (ids[:-1], ids[-1:]))
-            shown.append(f"--- example {i + 1}: {len(ids)} tokens, class {self.names[classes[i]]}\n{rest}[{last}]")
+            shown.append(
+                f"--- example {i + 1}: {counted(len(ids), 'token')}, class {self.names[classes[i]]}\n{rest}[{last}]"
+            )
         return "\n".join(shown)
 
 
@@ -108,16 +110,16 @@ def load_labelled(
     names = _class_names({text.label for file in files for text in file.texts})
     if len(names) < 2:
         raise UserError(f"every label in {', '.join(config.paths)} is {names[0]!r}; expected two classes or more.")
-    train, val = _tokenize(files, names, tokenizer, config.max_seq_len), None
+    train, val = _tokenize(files, names, tokenizer, config.most_tokens), None
     if config.val_path:
         val_files = _read_files([config.val_path], config.columns)
         if unknown := [text for file in val_files for text in file.texts if text.label not in names]:
             listing = "\n  ".join(f"{text.where}: {text.label!r}" for text in unknown[:10])
             raise UserError(
-                f"{len(unknown)} validation examples have labels that no training example has; there are "
+                f"{counted(len(unknown), 'validation example')} with a label that no training example has; there are "
                 f"{_listed(names)}:\n  {listing}"
             )
-        val = _tokenize(val_files, names, tokenizer, config.max_seq_len)
+        val = _tokenize(val_files, names, tokenizer, config.most_tokens)
     elif config.val_fraction:
         train, val = split(train, config.val_fraction, seed)
         if missing := [name for name, count in train.statistics["classes"].items() if not count]:
@@ -143,14 +145,16 @@ def read_texts(path: str, columns: dict[str, str] | None = None) -> list[Labelle
     """
     texts: list[LabelledText] = []
     problems: list[str] = []
+    total = 0
     for chunk in read_chunks(path, columns):
+        total += len(chunk.locations)
         for where, record in chunk.records():
             try:
                 texts.append(_labelled(where, record))
             except ValueError as error:
                 problems.append(f"{where}: {error}")
     if problems:
-        raise bad_records(problems)
+        raise bad_records(problems, total)
     return texts
 
 

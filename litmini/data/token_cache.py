@@ -109,7 +109,7 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
         "new_tokens": tokenizer.new_tokens.entries if tokenizer.new_tokens else [],
         "template": [tokenizer.chat_template, tokenizer.template_kwargs, *tokenizer.dates()],
         "special_tokens_in_text": tokenizer.special_tokens_in_text,
-        "config": [config.train_on, config.max_seq_len, config.columns],
+        "config": [config.train_on, config.most_tokens, config.columns],
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -163,7 +163,7 @@ def _write(
             total, tokens = total + part.records, tokens + len(part.inputs)
             bar.update(part.records)
         if problems:
-            raise bad_records(problems)
+            raise bad_records(problems, total)
         np.save(table, whole := np.concatenate(tables))
         for file in (inputs, labels, table):
             file.flush()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from litmini.distributed.fsdp import is_sharded
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.generation.decoding import AHEAD, Decoding, finite_tokens, is_gpu
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
@@ -178,7 +178,8 @@ def check_prompt(prompt: list[int], context: int, vocab_size: int) -> None:
         raise UserError("the prompt is empty.")
     if len(prompt) >= context:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context {context}: no token remains for a completion."
+            f"the prompt has {counted(len(prompt), 'token')}, the model's context {context}: "
+            f"no token remains for a completion."
         )
     check_ids(prompt, vocab_size)
 

@@ -17,16 +17,17 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.methods.adapters import keep_casts
 from litmini.ops.attention import record_kernels
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
+from litmini.training.display import say
 from litmini.training.flops import Throughput
 from litmini.training.objective import Batch
 from litmini.training.optimizer import make_optimizer
-from litmini.training.setup import Progress, Setup, on_device
+from litmini.training.setup import Progress, Setup, SizedBatches, on_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -90,7 +91,10 @@ class Data:
         return self.train.locations(self._numbers(step)[rank::world])
 
     def validation_batches(self, rank: int, world: int) -> Iterable[Batch] | None:
-        return self.val.batches(range(len(self.val)), self.micro_batch_size, rank, world) if self.val else None
+        if self.val is None:
+            return None
+        count = math.ceil(len(self.val) / (self.micro_batch_size * world))
+        return SizedBatches(self.val.batches(range(len(self.val)), self.micro_batch_size, rank, world), count)
 
 
 @dataclass
@@ -202,9 +206,18 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
 
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
-    """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
+    """Print completions of the first validation prompts, and append them to samples.jsonl.
+
+    Every rank calls this, for sharded models.
+    """
     predictions = setup.predict(setup.data.val_examples[: setup.recorder.config.eval.samples])
     setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
+    for sample in predictions:
+        step = f"step {progress.step}"
+        say(
+            setup.fabric,
+            f"\nprompt     {sample.prompt}\nreference  {sample.reference}\n{step:10} {sample.prediction}\n",
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -242,7 +255,7 @@ def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
         "optim.betas": config.name == "sgd" and config.betas != plain.betas,
         "optim.decay_fraction": config.schedule != "wsd" and config.decay_fraction != plain.decay_fraction,
         "optim.min_lr": config.min_lr > config.lr,
-        f"optim.warmup_steps beyond the {steps} steps of the run": config.warmup_steps >= steps,
+        f"optim.warmup_steps beyond the {counted(steps, 'step')} of the run": config.warmup_steps >= steps,
     }
 
 

@@ -194,8 +194,14 @@ def test_problems_come_in_one_error(tmp_path: Path) -> None:
     lines[10:] = ['{"tekst": "a"}'] * 20
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     message = error_of(tmp_path / "a.jsonl")
-    assert "a.jsonl:18: found tekst" in message and "a.jsonl:19" not in message
-    assert message.count("a.jsonl:") == 10 and message.endswith("... and 12 more")
+    assert (
+        re.search(r"\n  20 records: found tekst; .*; first \S+a.jsonl:11$", message) and message.count("a.jsonl:") == 3
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[10:]))
+    assert re.search(r"all 20 records: found tekst; .*; first \S+a.jsonl:1$", error_of(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({str(n): 1}) for n in range(12)))
+    message = error_of(tmp_path / "a.jsonl")
+    assert message.count("a.jsonl:") == 10 and message.endswith("... and 2 more")
 
 
 def test_a_list_in_pieces_is_what_json_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,7 +354,7 @@ def test_a_stream_comes_while_it_is_made(tokenizer):
     ids = tokenizer.encode("one two three", special=False)
     model, calls = saying(tokenizer, "Hi", ids), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    next(stream(model, tokenizer, "Hi", SamplingConfig(max_new_tokens=len(ids))))
+    next(stream(model, tokenizer, "Hi", max_new_tokens=len(ids)))
     assert len(calls) == 2  # prefill and one token
 
 
@@ -362,7 +362,7 @@ def test_a_stream_stops_at_the_same_tokens_and_ignores_them_on_request(tokenizer
     ids, stop = tokenizer.encode("yes", special=False), tokenizer.stop_ids[0]
     model = saying(tokenizer, "Hi", [*ids, stop, *ids])
     assert "".join(stream(model, tokenizer, "Hi")) == "yes"
-    pieces = stream(model, tokenizer, "Hi", SamplingConfig(max_new_tokens=2 * len(ids) + 1, ignore_eos=True))
+    pieces = stream(model, tokenizer, "Hi", max_new_tokens=2 * len(ids) + 1, ignore_eos=True)
     assert "".join(pieces) == "yesyes"  # special tokens are not shown
 
 
