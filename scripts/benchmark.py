@@ -25,7 +25,7 @@ from litmini.errors import UserError, check
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from jobs import ABLE, is_installed, run_in_turns, training_jobs
 
-Task = Literal["lora", "qlora", "dora", "full", "packed", "generate", "convert", "growth", "shapes"]
+Task = Literal["lora", "qlora", "dora", "full", "packed", "dpo", "generate", "convert", "growth", "shapes"]
 
 
 @dataclass(kw_only=True)
@@ -40,8 +40,9 @@ class BenchmarkConfig(ModelConfig):
     """Training file in any format that finetuning reads; by default, synthetic samples of 20 to 400 tokens."""
     tasks: list[Task] = field(default_factory=list)
     """lora, qlora, dora, full: sequences of max_seq_len; packed: LoRA, one sequence of packed_len per step, packed by all
-    tools; generate: greedy decoding; convert: checkpoints; growth: cost over the size of data and accumulation, litmini
-    only; shapes: LoRA, QLoRA, full and decoding on random weights, for GPUs. None: shapes with --device cuda, else lora."""
+    tools; dpo: preferences, with LoRA; generate: greedy decoding; convert: checkpoints; growth: cost over the size of data
+    and accumulation, litmini only; shapes: LoRA, QLoRA, full and decoding on random weights, for GPUs. None: shapes with
+    --device cuda, else lora."""
     tools: list[Literal["litmini", "transformers", "trl", "litgpt"]] = field(
         default_factory=lambda: ["litmini", "transformers", "trl", "litgpt"]
     )

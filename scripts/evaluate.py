@@ -1,4 +1,4 @@
-"""Evaluate a model: the perplexity of a text, exact match of completions, and tasks of lm-eval, in any combination.
+"""Evaluate a model: the perplexity of a text, exact match of completions, tasks of lm-eval; or how a reward model ranks pairs.
 
     python scripts/evaluate.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \
         --adapter_dir out/quickstart/final --perplexity README.md --exact_match config_hub/quickstart/heldout.jsonl
@@ -29,6 +29,8 @@ class EvaluateConfig(ModelConfig):
     """File of prompts with their reference completions."""
     max_new_tokens: int = 64
     """Longest completion in tokens."""
+    reward: str | None = None
+    """File of pairs (prompt, chosen, rejected) to rank with a reward model, which measures nothing else."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-eval."""
     include_path: str | None = None
@@ -43,8 +45,13 @@ class EvaluateConfig(ModelConfig):
     """New JSON file for the results, which are printed as well."""
 
     def __post_init__(self) -> None:
-        if self.perplexity is None and self.exact_match is None and not self.tasks:
-            raise UserError("nothing to measure: expected --perplexity FILE, --exact_match FILE or --tasks '[NAME]'.")
+        others = self.perplexity is not None or self.exact_match is not None or bool(self.tasks)
+        if not others and self.reward is None:
+            raise UserError(
+                "nothing to measure: expected --perplexity FILE, --exact_match FILE, --reward FILE or --tasks '[NAME]'."
+            )
+        if others and self.reward is not None:
+            raise UserError("--reward takes a reward model, which has no next tokens: measure the others without it.")
         check(
             "",
             self,
@@ -70,8 +77,16 @@ def main(config: EvaluateConfig) -> None:
             text = existing_file(config.perplexity, "text file").read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{config.perplexity} is not UTF-8 text: {error}.") from None
-    model, tokenizer = open_model(config)
     results: dict[str, Any] = {}
+    if config.reward is not None:
+        from litmini.evaluation.rewards import rank
+
+        results["reward"] = rank(config, config.reward, config.limit, config.batch_size)
+        print(report(results))
+        if out is not None:
+            write_json(check_new_file(str(out), "--out"), results)
+        return
+    model, tokenizer = open_model(config)
 
     def show(name: str, found: dict[str, Any]) -> None:
         """Print a result at once: a later measurement may fail."""
@@ -117,6 +132,14 @@ def report(results: dict[str, Any]) -> str:
     if e := results.get("exact_match"):
         lines.append(f"exact match {e['exact_match']:.1%} of {e['examples']} examples of {e['file']}")
         lines += [f"  reference  {w['reference']!r}\n  prediction {w['prediction']!r}" for w in e["wrong"][:3]]
+    if r := results.get("reward"):
+        low, high = r["interval"]
+        lines.append(
+            f"accuracy {r['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}), {r['correct']} of {r['pairs']} pairs of "
+            f"{r['file']} ranked right; scores {r['chosen']:.3f} chosen, {r['rejected']:.3f} rejected"
+        )
+        if r["dropped"]:
+            lines.append(f"  {r['dropped']} pairs are left out: equal, empty or longer than the model's context")
     for name, metrics in results.get("tasks", {}).items():
         values = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
         lines.append(f"{name}: {', '.join(values)}")

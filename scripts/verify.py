@@ -48,6 +48,7 @@ def main(config: VerifyConfig) -> None:
     import litmini
     from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.checkpoints.peft import read_adapter
+    from litmini.checkpoints.scores import refuse_scores
     from litmini.errors import UserError, counted
     from litmini.evaluation.verify import CHECKS, check_bits, sequences
     from litmini.files import check_new_file, write_json
@@ -58,6 +59,7 @@ def main(config: VerifyConfig) -> None:
     file = None if config.json is None else check_new_file(config.json, "--json")
     use_model_file(config.model_file)
     directory = check_checkpoint_dir(config.checkpoint)
+    refuse_scores(directory, config.adapter_dir)
     device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
     bits: Literal[4, 16] = config.bits or (4 if trained == 4 else 16)

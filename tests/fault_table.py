@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -39,6 +38,8 @@ SCRIPTS = (
     "finetune_dora",
     "finetune_ia3",
     "finetune_classifier",
+    "finetune_preference",
+    "finetune_reward",
     "pretrain",
 )
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
@@ -69,6 +70,7 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     from litmini import cli
     from litmini.data.dataset import load_data
     from litmini.data.labelled import load_labelled
+    from litmini.data.preferences import load_preferences
     from litmini.runs.run import Run
     from litmini.tasks import measure, setup
     from litmini.training import loop
@@ -76,6 +78,7 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     entries = {
         load_data: "tokenising",
         load_labelled: "tokenising",
+        load_preferences: "tokenising",
         loop.fit: "step",
         loop.evaluate: "evaluation",
         Run.checkpoint: "save",
@@ -120,13 +123,13 @@ def play(
         late: seconds that the clock is put back.
         counted: count calls also where there is no fault.
     """
-    from litmini.runs import plots
+    from litmini.runs import report
     from litmini.training import flops
 
     os.environ["LITMINI_CACHE"] = cache
     now = time.time
     time.time = lambda: now() - late
-    plots._figure = lambda *_: SimpleNamespace(savefig=draw_nothing)
+    report.plot_metrics = lambda directory, _: (directory / "loss.png").touch()
     flops.peak_flops = lambda *_: (1e12, "assumed")  # charts and this take longer than the rest
     mine = moment and moment.rank == int(os.environ.get("RANK", 0))
     if mine and moment.what == "gradients":
@@ -149,13 +152,6 @@ def play(
         if end.code:
             raise
     return counts
-
-
-def draw_nothing(file: Any, **_: Any) -> None:
-    if isinstance(file, Path):
-        file.touch()
-    else:
-        file.write("<svg>")
 
 
 def break_gradients(step: int) -> None:
@@ -226,6 +222,18 @@ class Place:
             file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts))
         return file
 
+    def preferred(self) -> Path:
+        """The prompts with their completions, and with another one that is rejected."""
+        file = self.directory / "preferred.jsonl"
+        if not file.exists():
+            rows = [json.loads(line) for line in self.data.open()]
+            pairs = [
+                {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"Not {i}."}
+                for i, row in enumerate(rows)
+            ]
+            file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        return file
+
     def poisoned(self) -> tuple[Path, Path, int]:
         """A base that gives NaN for one token, and data in which one line has that token: (base, data, line)."""
         base, data, line = self.directory / "poisoned", self.directory / "poisoned.jsonl", 8
@@ -250,6 +258,10 @@ class Place:
         elif script == "finetune_classifier":
             words += ["--checkpoint_dir", self.base, "--data.path", self.labelled(), "--data.max_seq_len", 128]
             words += ["--data.val_fraction", 0.2]
+        elif script in ("finetune_preference", "finetune_reward"):
+            words += ["--checkpoint_dir", self.base, "--data.path", self.preferred(), "--data.max_seq_len", 64]
+            words += ["--data.val_fraction", 0.2]
+            words += ["--lora", "null"] if script == "finetune_preference" else ["--lora.rank", 4]
         else:
             words += ["--checkpoint_dir", self.base, "--data.path", self.data, "--data.max_seq_len", 128]
             words += ["--data.val_path", self.directory / "held_out.jsonl"]

@@ -123,7 +123,7 @@ def test_the_loop_knows_nothing_of_what_is_learned():
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_reference_library_and_no_script_is_imported(file):
-    assert not {name.split(".")[0] for name in imports(file)} & {"transformers", "peft", "scripts"}
+    assert not {name.split(".")[0] for name in imports(file)} & {"transformers", "peft", "trl", "scripts"}
 
 
 def test_lightning_is_imported_for_its_wandb_logger_only():
@@ -171,7 +171,7 @@ def test_a_lora_run_imports_what_it_needs(tiny_dir, tmp_path):
     families = {name for name in found if name.startswith("litmini.models.")} - {"litmini.models.hf_config"}
     assert families == {"litmini.models.llama"}
     with_code = {name: lines for name, lines in found.items() if lines > 3}  # packages are a docstring
-    assert len(with_code) <= 61 and sum(with_code.values()) <= 10_700, (len(with_code), sum(with_code.values()))
+    assert len(with_code) <= 62 and sum(with_code.values()) <= 10_900, (len(with_code), sum(with_code.values()))
 
 
 def test_no_pickle_and_no_remote_code():

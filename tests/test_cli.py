@@ -25,6 +25,7 @@ from litmini.config.finetune import (
     FinetuneQloraConfig,
     LoraConfig,
 )
+from litmini.config.preference import FinetunePreferenceConfig, FinetuneRewardConfig
 from litmini.distributed.processes import Interrupted
 from litmini.errors import UserError
 from litmini.files import existing_file
@@ -297,6 +298,8 @@ def test_config_hub(path):
         "qlora": FinetuneQloraConfig,
         "dora": FinetuneDoraConfig,
         "ia3": FinetuneIa3Config,
+        "preference": FinetunePreferenceConfig,
+        "reward": FinetuneRewardConfig,
     }
     config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)
     config = parse(config_class, "doc", argv=["--config", str(path)])

@@ -1,13 +1,14 @@
-"""A tokenizer trained here, and a checkpoint of llama's `tiny` preset."""
+"""A tokenizer trained here, and checkpoints of `tiny` presets."""
 
+import importlib
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from litmini.checkpoints.hf import save_model
-from litmini.models import llama
+from litmini.checkpoints.hf import disk_tensors, save_model
+from litmini.models import FAMILIES, llama
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
@@ -41,4 +42,18 @@ def make_tiny(directory: Path, tokenizer_dir: Path) -> Path:
     model = llama.Model(config)
     model.init_weights(torch.Generator().manual_seed(0))
     save_model(directory, llama.config_to_hf(config), model.state_dict().items(), side_files=tokenizer_dir)
+    return directory
+
+
+def make_family(model_type: str, directory: Path, tokenizer_dir: Path) -> Path:
+    """A tiny checkpoint of a family."""
+    module = importlib.import_module(FAMILIES[model_type])
+    config = next(
+        c for c in module.PRESETS.values() if c.vocab_size == 512 and module.config_to_hf(c)["model_type"] == model_type
+    )
+    model = module.Model(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    directory.mkdir()
+    tensors = disk_tensors(module, config, model.state_dict().items())
+    save_model(directory, module.config_to_hf(config), tensors, side_files=tokenizer_dir)
     return directory

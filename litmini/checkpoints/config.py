@@ -44,9 +44,14 @@ def parse_model(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
     """Return the family module and the model of the content of a config.json, with all parameters on the meta device."""
     module, config = parse_config(raw, file)
     try:
-        return module, meta_model(module, config)
+        model = meta_model(module, config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes an impossible model: {error}.") from None
+    if str((raw.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        from litmini.checkpoints.scores import give_scores  # which a language model does not need
+
+        give_scores(model, raw)
+    return module, model
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def export(
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter = read_adapter(adapter_dir)
+        if adapter.config.get("task_type") == "SEQ_CLS":
+            raise UserError(
+                f"{adapter_dir} is an adapter of a classifier or a reward model; merging it is not implemented. "
+                f"PEFT merges it: merge_and_unload()."
+            )
         grows = has_vocabulary(model, adapter)
         grow_for(model, adapter)
         check_adapter(model, adapter)  # refuses one of another base

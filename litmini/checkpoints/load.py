@@ -12,6 +12,7 @@ from torch import nn
 from litmini.checkpoints.config import empty_model
 from litmini.checkpoints.hf import check_checkpoint_dir, load_model, parse_dtype
 from litmini.checkpoints.peft import load_adapter, read_adapter
+from litmini.checkpoints.scores import give_scores_of_adapter
 from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError, counted
 from litmini.methods.nf4 import NF4Linear, convert, quantizable
@@ -46,6 +47,8 @@ def load(
 ) -> tuple[nn.Module, Tokenizer]:
     """The model of a checkpoint directory, with an adapter if given, and its tokenizer.
 
+    Of a classifier or a reward model it gives scores in place of logits; see `litmini.methods.heads.ScoreHead`.
+
     Args:
         dtype: "bf16" or "fp32".
         bits: 4 puts the linears of the base into NF4 while they are loaded, as for QLoRA.
@@ -66,6 +69,7 @@ def load(
     if stored != wanted:
         convert(model, wanted)
     if adapter_dir is not None:
+        give_scores_of_adapter(model, adapter)
         load_adapter(model, adapter_dir)
     if check_finite and (wrong := [n for n, t in model.state_dict().items() if not t.isfinite().all()]):
         raise UserError(

@@ -191,7 +191,7 @@ class FinetuneAdapterConfig(FinetuneConfig):
             raise UserError("--adapter_start merge needs the adapter to merge: --adapter_dir out/NAME/final.")
         if self.continued is not None and self.data.new_tokens:
             raise UserError(
-                "data.new_tokens needs a new adapter, and adapter_dir is one that is trained further: take --adapter_start merge."
+                "data.new_tokens needs a new adapter, and adapter_dir is trained further: take --adapter_start merge."
             )
 
     @property

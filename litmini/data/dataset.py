@@ -50,6 +50,15 @@ class Examples:
         inputs, labels = self.arrays[entry["file"]]
         return inputs[span], labels[span]
 
+    def documents(self, i: int) -> list[int]:
+        """Return the tokens of each document of an example: it is one."""
+        return [int(self.table["size"][i])]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The tokens of a sequence that each example needs, (examples,)."""
+        return self.table["size"]
+
     def check_ids(self, vocab_size: int) -> None:
         """Raise a `UserError` that names the first example with a token id that a model of so many rows does not have."""
         for i in range(len(self)):

@@ -71,7 +71,7 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
     if config.train_on == "last":
         examples = [last_only(example) for example in examples]
     train_on = "all" if config.train_on == "all" else "assistant"
-    for number, ids, mask in _encode(examples, tokenizer, train_on, part):
+    for number, ids, mask in encode_texts(examples, tokenizer, train_on, part):
         targets = int(np.count_nonzero(mask[1:max_ids]))
         size = min(len(ids), max_ids) - 1
         sizes[number].append(size)
@@ -95,10 +95,13 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
     return part
 
 
-def _encode(
+def encode_texts(
     examples: list[Example], tokenizer: Tokenizer, train_on: str, part: Part
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield (number, ids, mask) of examples, arrays of int32 and bool; faults of others are added to `part.problems`."""
+    """Yield (number, ids, mask) of examples, arrays of int32 and bool; faults of others are added to `part.problems`.
+
+    A conversation that renders differently when more follows comes once for each supervised turn.
+    """
     rendered = deque(render_examples(examples, tokenizer, train_on, part.problems, part.notes))
     bos, prompts = tokenizer.encode(""), _prompts(tokenizer)
     encoded = deque(_encode_pieces(rendered, tokenizer))

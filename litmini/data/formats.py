@@ -25,6 +25,7 @@ FORMS = {
     "text": ("text",),
 }
 SYSTEM = ("system", "system_prompt")
+PREFERENCES = "Preferences are for scripts/finetune_preference.py"
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
@@ -133,7 +134,8 @@ def _find_forms(record: Any, columns: Collection[str]) -> list[str]:
     forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
     if not forms:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}")
+        pairs = f". {PREFERENCES}" if isinstance(record, dict) and record.keys() >= {"chosen", "rejected"} else ""
+        raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}{pairs}")
     return sorted(forms, key=lambda name: set(columns).isdisjoint(FORMS[name]))
 
 
@@ -141,13 +143,15 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
     """Return a record of any form as an `Example`; a ValueError says what is wrong with it."""
     if form == "text":
         return Example(where, text=check_text(record["text"], "text"))
+    if form == "prompt/completion" and str(record.get("label")).lower() in ("true", "false"):
+        raise ValueError(f"has a label, and an undesirable completion would be imitated. {PREFERENCES}")
     if unused := [key for key in UNUSED if record.get(key)]:
         raise ValueError(f"has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
     if weighed := [key for key in ("weight", "train") if record.get(key) not in (None, 1, "", "1")]:
         raise ValueError(
             f"has {weighed[0]}, which is read in turns only: give it to a turn, or a file a --data.weights"
         )
-    tools, before = read_objects(record.get("tools"), "tools"), _turns_before(record, form)
+    tools, before = read_objects(record.get("tools"), "tools"), turns_before(record, form)
     if form == "ShareGPT":  # which has functions as they are
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     are_turns = form == "prompt/completion" and any(isinstance(record[key], list) for key in FORMS[form])
@@ -190,7 +194,7 @@ def _as_turns(value: Any, role: str) -> Any:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _turns_before(record: dict[str, Any], form: str) -> list[Message]:
+def turns_before(record: dict[str, Any], form: str) -> list[Message]:
     """Return the turns of the keys `system` and `history`, of pairs of a prompt and a completion."""
     found = [check_text(record[key], key) for key in SYSTEM if record.get(key)]
     if len(found) > 1:

@@ -37,7 +37,7 @@ class PackedDataset:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.examples, self.pack, self.seed, self.shuffle = examples, pack, seed, shuffle
-        self.sizes = examples.table["size"].astype(np.int64)
+        self.sizes = examples.sizes.astype(np.int64)
         assert self.sizes.max() <= length, (self.sizes.max(), length)
         sets = examples.table["set"]
         weights = weights or [1.0] * (int(sets.max()) + 1)
@@ -123,20 +123,21 @@ class PackedDataset:
         """Return tensors (len(sequences), T) int64: tokens, positions, documents and labels.
 
         Packed sequences have T = `length`; others are as long as the longest. The examples of a sequence are documents
-        1, 2, ...; padding is document 0 and has no labels. Sequences without examples are all padding.
+        1, 2, ..., or several each; padding is document 0 and has no labels. Sequences without examples are all padding.
         """
         T = self.length if self.pack else max([1, *(int(self.sizes[s].sum()) for s in sequences if s)])
         tokens, positions, documents = np.zeros((3, len(sequences), T), dtype=np.int64)
         labels = np.full((len(sequences), T), IGNORE, dtype=np.int64)
         for row, sequence in enumerate(sequences):
-            at = 0
-            for number, i in enumerate(sequence, 1):
-                size = self.sizes[i]
-                target = slice(at, at + size)
-                tokens[row, target], labels[row, target] = self.examples[i]
-                positions[row, target] = np.arange(size)
-                documents[row, target] = number
-                at += size
+            at = number = 0
+            for i in sequence:
+                inputs, targets = self.examples[i]
+                tokens[row, at : at + len(inputs)], labels[row, at : at + len(inputs)] = inputs, targets
+                for size in self.examples.documents(i):
+                    number += 1
+                    positions[row, at : at + size] = np.arange(size)
+                    documents[row, at : at + size] = number
+                    at += size
             positions[row, at:] = np.arange(T - at)
         arrays = {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -102,12 +102,12 @@ def sum_on_host(fabric: Fabric, *counts: int) -> list[int]:
     if fabric.world_size == 1:
         return list(counts)
     total = torch.tensor(counts)
-    torch.distributed.all_reduce(total, group=_host_group())
+    torch.distributed.all_reduce(total, group=host_group())
     return total.tolist()
 
 
 @functools.lru_cache(1)
-def _host_group() -> Any:
+def host_group() -> Any:
     """Return a group of all processes whose tensors are on the host. Every rank makes it at the same time."""
     if torch.distributed.get_backend() == "gloo":
         return None

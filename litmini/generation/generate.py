@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from litmini.checkpoints.load import load
+from litmini.checkpoints.scores import refuse_scores
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.batch import Batch
@@ -41,6 +42,7 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, Tokenizer]:
     """
     if config.compile and config.bits == 4:
         raise UserError("--compile is for weights in 16 or 32 bits, not for --bits 4.")
+    refuse_scores(config.checkpoint_dir, config.adapter_dir)
     device = usable_device(config.device)
     use_model_file(config.model_file)
     model, tokenizer = load(

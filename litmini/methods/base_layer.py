@@ -57,6 +57,10 @@ class AdapterLayer(nn.Module):
                 merged.bias = nn.Parameter(changed.detach().to(bias.dtype), requires_grad=False)
         return merged
 
+    def at_start(self) -> nn.Module:
+        """Return a layer that computes what this one computed before it was trained. It has no parameters of its own."""
+        return self.base  # type: ignore[no-any-return]
+
     def peft_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of `peft_keys` as PEFT has them. Every rank of a sharded model has to ask for them."""
         raise NotImplementedError

@@ -14,12 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer
 from litmini.ops.cross_entropy import CHUNK, UNFUSED, OutputHead, Targets, rows_at_once
+from litmini.ops.log_probs import frozen_log_probs
 
 
 class LogProbHead(OutputHead):
     """Log-probabilities of the labels, per token.
 
-    Logits are computed some rows at a time, and again in the backward pass; gradients are right for any upstream gradient.
+    Logits are computed some rows at a time. If the head is trained or adapted, or has a bias, they are computed again in the
+    backward pass. Gradients are right for any upstream gradient.
     """
 
     def __init__(self, head: nn.Module, chunk: int | None = None) -> None:
@@ -30,6 +32,8 @@ class LogProbHead(OutputHead):
         """
         super().__init__(head)
         self.chunk = chunk
+        # Decided here, so that it is the same while an adapted head is replaced by its base
+        self._is_frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits, as without labels."""
@@ -41,12 +45,16 @@ class LogProbHead(OutputHead):
         rows = hidden.flatten(0, 1).index_select(0, targets.index)  # (n, dim)
         wanted = targets.labels.flatten().index_select(0, targets.index)  # (n,)
         chunk = self.chunk or rows_at_once(self.original, targets, rows.shape[-1], UNFUSED, CHUNK)
-        parts = [
-            checkpoint(self._log_probs, part, want, softcap, use_reentrant=False)
-            for part, want in zip(rows.split(chunk), wanted.split(chunk), strict=True)
-        ]
-        zeros = torch.zeros(targets.labels.numel(), dtype=torch.float32, device=hidden.device)
-        return zeros.index_copy(0, targets.index, torch.cat(parts)).view_as(targets.labels), targets.count()
+        if self._is_frozen:
+            found = frozen_log_probs(rows, self.original.weight, wanted, softcap, chunk)
+        else:
+            parts = zip(rows.split(chunk), wanted.split(chunk), strict=True)
+            found = torch.cat(
+                [checkpoint(self._log_probs, part, want, softcap, use_reentrant=False) for part, want in parts]
+            )
+        T, zeros = hidden.shape[1], torch.zeros(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
+        log_probs = zeros.index_put((targets.index // T, targets.index % T), found)  # no view: FSDP warns of one
+        return log_probs, targets.count()
 
     def _log_probs(self, rows: Tensor, wanted: Tensor, softcap: float | None) -> Tensor:
         logits = self.original(rows).float()  # (c, vocab)

@@ -10,6 +10,7 @@ from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.methods.base_layer import dense, plain_layer
 from litmini.methods.lora import LoRALinear
+from litmini.methods.lora_matmul import LoRAMatmul, is_autocast
 
 
 class PiSSALinear(LoRALinear):
@@ -35,6 +36,10 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("start_B", self.lora_B.detach().clone())
         self.base = plain_layer(base, weight - self.delta().detach())
 
+    def at_start(self) -> nn.Module:
+        """Return a layer of the factors with which this one began: the base lacks them."""
+        return _Start(self)
+
     def peft_tensors(self) -> dict[str, Tensor]:
         a, b = full_tensor(self.lora_A), full_tensor(self.lora_B)
         return {"lora_A.weight": torch.cat((a, self.start_A)), "lora_B.weight": torch.cat((b, -self.start_B), 1)}
@@ -42,3 +47,20 @@ class PiSSALinear(LoRALinear):
     def peft_rank_and_alpha(self) -> tuple[int, float]:
         """Return twice the rank, and the alpha that leaves the scale as it is."""
         return 2 * len(self.lora_A), self.alpha * (math.sqrt(2) if self.rank_stabilized else 2)
+
+
+class _Start(nn.Module):
+    """What a `PiSSALinear` computed at first, by the same kernels."""
+
+    def __init__(self, layer: PiSSALinear) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list: it is no module of this one's
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layer,) = self._layer
+        if is_autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        base, flat = layer.base, x.flatten(0, -2)
+        a, b = layer.start_A.to(x.dtype), (layer.start_B * layer.scale).to(x.dtype)
+        y = LoRAMatmul.apply(flat, None, base, base.weight, base.bias, a, b, None, None)
+        return y.unflatten(0, x.shape[:-1])

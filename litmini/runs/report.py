@@ -11,7 +11,7 @@ from litmini.errors import counted
 from litmini.files import read_json, write_text
 from litmini.runs.charts import Series, bar_chart, line_chart
 from litmini.runs.directory import REPORT
-from litmini.runs.run import MEASURES, read_metrics, read_samples, today_keys
+from litmini.runs.run import COLUMNS, MEASURES, read_metrics, read_samples, today_keys
 
 BLUE, ORANGE = "#2563eb", "#ea580c"
 SMALL = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens a second"}
@@ -51,7 +51,19 @@ def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -
     manifest = read_json(directory / "manifest.json")
     results = manifest.pop("results")
     rows = read_metrics(directory / "metrics.csv")
-    charts = [line_chart(name, [Series(name, "blue", _column(rows, key))], "step") for key, name in SMALL.items()]
+    measured = [name for name in rows[0] if name not in COLUMNS and not name.startswith("val_")]
+    small = {**SMALL, **{name: name.replace("_", " ") for name in measured}}
+    charts = [
+        line_chart(
+            name,
+            [
+                Series(name, "blue", _column(rows, key)),
+                Series("validation", "orange", _column(rows, f"val_{key}"), dots=True),
+            ],
+            "step",
+        )
+        for key, name in small.items()
+    ]
     if lengths is not None:
         charts.append(bar_chart(f"tokens of an example, in sequences of {row_length:,}", lengths.tolist(), "tokens"))
     before, after = (today_keys(results.pop(f"samples_{when}", [])) for when in ("before", "after"))
@@ -88,7 +100,7 @@ def _facts(manifest: dict[str, Any]) -> list[str]:
 
 
 def _column(rows: Rows, key: str) -> list[tuple[float, float]]:
-    return [(int(row["step"]), float(row[key])) for row in rows if row[key]]
+    return [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
 
 
 def _validation(rows: Rows, results: dict[str, Any]) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,11 @@ MEASURES = {
     "val_loss": ("loss", "{:.3f}"),
     "exact_match": ("exact match", "{:.0%}"),
     "accuracy": ("accuracy", "{:.1%}"),
+    "matches": ("completions that match", "{:.0%}"),
+    "margin": ("reward margin", "{:.3f}"),
+    "logp_chosen": ("log p of chosen", "{:.1f}"),
+    "logp_rejected": ("log p of rejected", "{:.1f}"),
+    "kl": ("KL to the start", "{:.4f}"),
 }
 """Results `KEY_before` and `KEY_after` training on validation data -> their title and format."""
 SAME_BITS = ("device", "machine", "instruction_set", "threads")
@@ -70,13 +75,16 @@ class Run(Recorder):
         save_weights: Callable[[Path | None], None],
         hashes: dict[str, str],
         statistics: dict[str, Any],
+        names: Sequence[str] = (),
     ) -> None:
         """
         Args:
             save_weights: writes the result of training into a directory on rank 0; the other ranks get None and gather.
             hashes: sha256 of each data file, by name.
             statistics: of the data, for the manifest.
+            names: of metrics beyond `COLUMNS`.
         """
+        self.columns = [*COLUMNS, *names, *(f"val_{name}" for name in names)]
         self.run_directory, self.config, self.directory = run_directory, run_directory.config, run_directory.directory
         self.fabric, self.model, self.optimizer, self.tokenizer = fabric, model, optimizer, tokenizer
         self.save_weights = save_weights
@@ -142,7 +150,7 @@ class Run(Recorder):
         file = self.directory / "metrics.csv"
         rows = [row for row in read_metrics(file) if int(row["step"]) <= step] if file.exists() and step else []
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(file, text.getvalue())
@@ -155,7 +163,7 @@ class Run(Recorder):
         """Append a row to metrics.csv, and pass it to the loggers."""
         if self.fabric.is_global_zero:
             with (self.directory / "metrics.csv").open("a", newline="") as opened:
-                csv.DictWriter(opened, COLUMNS, lineterminator="\n").writerow(metrics)
+                csv.DictWriter(opened, self.columns, lineterminator="\n").writerow(metrics)
             for logger in self.loggers:
                 logger.log_metrics({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
 

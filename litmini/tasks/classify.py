@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from litmini.training.objective import Batch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from litmini.config.preference import FinetuneRewardConfig
 
 
 class Classification:
@@ -86,8 +89,17 @@ def with_score(config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, modules_to_save=[*config.modules_to_save, "score"])
 
 
+class Named(Protocol):
+    """Data whose scores have names: those of classes, or one."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
 def save_classifier(
-    model: nn.Module, directory: Path | None, config: FinetuneClassifierConfig, data: ClassificationData
+    model: nn.Module, directory: Path | None, config: FinetuneClassifierConfig | FinetuneRewardConfig, data: Named
 ) -> None:
     """Write the result into `directory`: a Hugging Face `...ForSequenceClassification`, or an adapter in PEFT's format.
 
@@ -104,7 +116,7 @@ def save_classifier(
         write_json(directory / "config.json", {**base, **changes})
 
 
-def classifier_config(checkpoint_dir: str, names: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
+def classifier_config(checkpoint_dir: str, names: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the keys of `config.json` in which a sequence classifier differs from its base."""
     module, config = read_config(Path(checkpoint_dir))
     raw = {**module.config_to_hf(config), **read_json(Path(checkpoint_dir) / "config.json")}
@@ -119,7 +131,7 @@ def classifier_config(checkpoint_dir: str, names: list[str], tokenizer: Tokenize
         "num_labels": len(names),
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
-        "problem_type": "single_label_classification",
+        "problem_type": "single_label_classification" if len(names) > 1 else "regression",
         "pad_token_id": tokenizer.stop_ids[0] if pad is None else pad,
     }
 

@@ -72,7 +72,7 @@ def describe_results(r: dict[str, Any]) -> list[str]:
     for key, (title, form) in MEASURES.items():
         if {f"{key}_before", f"{key}_after"} <= r.keys():
             before, after = (form.format(r[f"{key}_{when}"]) for when in ("before", "after"))
-            lines.append(f"{f'validation {title}':24}{before} -> {after}")
+            lines.append(f"{f'validation {title}  ':24}{before} -> {after}")
     lines.append(
         f"training took {r['training_seconds']:.0f} s at {r['tokens_per_second']:,.0f} tokens/s, "
         f"peak memory {r['peak_memory_mib']:,.0f} MiB"
@@ -85,10 +85,10 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     data, run = setup.data, setup.recorder
     config = run.config.eval
     results: dict[str, Any] = {}
-    if (loss := validate(setup, objective)) is not None:
-        results[f"val_loss_{when}"] = loss
-        if when == "before":
-            say(setup.fabric, f"validation loss before training: {loss:.4f}")
+    for name, value in validate(setup, objective).items():
+        results[f"{'val_loss' if name == 'loss' else name}_{when}"] = value
+    if when == "before" and f"val_loss_{when}" in results:
+        say(setup.fabric, f"validation loss before training: {results[f'val_loss_{when}']:.4f}")
     if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
         from litmini.evaluation.metrics import exact_match
 

@@ -20,6 +20,7 @@ from litmini.distributed.fsdp import is_sharded, local_bytes
 from litmini.errors import UserError, counted
 from litmini.methods.adapters import keep_casts
 from litmini.ops.attention import record_kernels
+from litmini.ops.cross_entropy import original_head
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
@@ -115,7 +116,7 @@ class TrainingSetup(Setup):
 
         # what is gathered in bf16 needs autocast; elsewhere completions are those of the weights as they are
         precision = self.fabric.autocast() if is_sharded(self.module) else nullcontext()
-        with precision:
+        with precision, original_head(self.module):
             return predict(self.module, self.data.tokenizer, examples, self.recorder.config.eval.max_new_tokens)
 
 
@@ -126,6 +127,8 @@ def make_setup(
     model: nn.Module,
     save_weights: Callable[[Path | None], None],
     lr_ratios: dict[str, float] | None = None,
+    names: Sequence[str] = (),
+    before: Callable[[nn.Module], None] | None = None,
 ) -> TrainingSetup:
     """Shard the model, make its optimizer, restore the state that the run resumes from, and compile the model if requested.
 
@@ -134,6 +137,8 @@ def make_setup(
         save_weights: writes the result of training into a directory. Every rank calls it, to gather a sharded model; ranks
             other than 0 pass None.
         lr_ratios: parameter name -> its learning rate divided by `optim.lr`.
+        names: of the objective's metrics.
+        before: called with the model as the run began with it, sharded, before the state to resume from is restored.
 
     Raises:
         UserError: the checkpoint does not fit, or base, template or data changed since the run began.
@@ -144,7 +149,9 @@ def make_setup(
         raise UserError("data.new_tokens is not implemented here: give the checkpoint of scripts/extend_vocabulary.py.")
     wrapped = fabric.setup_module(model)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, lr_ratios or {}))
-    run = Run(directory, fabric, model, optimizer, data.tokenizer, save_weights, data.hashes, data.statistics)
+    if before is not None:
+        before(wrapped)
+    run = Run(directory, fabric, model, optimizer, data.tokenizer, save_weights, data.hashes, data.statistics, names)
     trained, total = count_parameters(model)
     run.results["trained_parameters"] = trained
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")

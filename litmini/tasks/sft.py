@@ -98,14 +98,19 @@ def plan(
     train: Examples,
     val: Examples | None,
     val_examples: list[Example],
+    sequences: type[PackedDataset] = PackedDataset,
 ) -> Data:
-    """Pack tokenised examples into the sequences of a run, and print what the data are and what has no effect on them."""
+    """Pack tokenised examples into the sequences of a run, and print what the data are and what has no effect on them.
+
+    Args:
+        sequences: the class of the sequences.
+    """
     if tokenizer.fast.get_vocab_size() > base.vocab_size:
         for examples in (train, val):
             if examples is not None:
                 examples.check_ids(base.vocab_size)
     batch = choose_sizes(config, train, val)
-    rows = PackedDataset(train, config.data.most_tokens, config.data.pack, config.seed, weights=config.data.weights)
+    rows = sequences(train, config.data.most_tokens, config.data.pack, config.seed, weights=config.data.weights)
     total_rows = config.train.max_steps * batch if config.train.max_steps else rows.count(config.train.epochs)
     steps = math.ceil(total_rows / batch)
     ineffective = {
@@ -133,9 +138,7 @@ def plan(
     fabric.print(describe_steps(rows, total_rows, batch, len(train)))
     if steps < FEW_STEPS and config.train.max_steps is None:
         fabric.print(warn_of_few_steps(steps, min(batch, total_rows), config))
-    validation = (
-        PackedDataset(val, config.data.most_tokens, config.data.pack, config.seed, shuffle=False) if val else None
-    )
+    validation = sequences(val, config.data.most_tokens, config.data.pack, config.seed, shuffle=False) if val else None
     statistics = {"statistics": train.statistics, "validation_statistics": val.statistics if val else None}
     hashes = {**train.files, **(val.files if val else {})}
     micro = config.train.micro_batch_size

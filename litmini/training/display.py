@@ -54,8 +54,12 @@ class Display:
             bar_format=TRAINING,
         )
 
-    def show(self, metrics: dict[str, float], progress: Progress) -> None:
-        """Show a step: in the bar or, without a terminal, in a line for each twentieth of the run; and a validation loss."""
+    def show(self, metrics: dict[str, float], progress: Progress, more: dict[str, str]) -> None:
+        """Show a step: in the bar or, without a terminal, in a line for each twentieth of the run; and a validation loss.
+
+        Args:
+            more: the objective's metrics to show, and their formats.
+        """
         step, total = progress.step, self.bar.total
         if "val_loss" in metrics:
             self.val_loss = f"val {metrics['val_loss']:.3f}, "
@@ -68,12 +72,13 @@ class Display:
         self.bar.update()
         if self.bar.disable and step % max(1, total // LINES) == 0:
             remaining = tqdm.format_interval(progress.seconds / step * (total - step))
-            say(self.fabric, f"step {step} of {total}: {_format_metrics(metrics)}, {remaining} left")
+            say(self.fabric, f"step {step} of {total}: {_format_metrics(metrics, more)}, {remaining} left")
 
 
-def _format_metrics(metrics: dict[str, float]) -> str:
+def _format_metrics(metrics: dict[str, float], more: dict[str, str]) -> str:
     """Return metrics as a line of text."""
-    words = f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
+    measured = "".join(f"{name} {metrics[name]:{form}}, " for name, form in more.items() if name in metrics)
+    words = f"loss {metrics['loss']:.3f}, {measured}lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
     words += f"{metrics['tokens_per_second']:,.0f} tok/s"
     if "mfu" in metrics:
         words += f", MFU {metrics['mfu']:.0%}, {metrics['memory_mib']:,.0f} MiB"

@@ -19,7 +19,7 @@ from litmini.distributed.fsdp import full_tensor, is_dtensor
 from litmini.distributed.processes import Interrupted, graceful_shutdown
 from litmini.errors import UserError
 from litmini.training.display import Display, validating
-from litmini.training.objective import Batch, Objective, count_tokens
+from litmini.training.objective import Batch, Measuring, Objective, count_tokens
 from litmini.training.optimizer import learning_rate
 from litmini.training.setup import Feed, Progress, Setup, on_device
 
@@ -78,7 +78,7 @@ def _step(setup: Setup, objective: Objective, feed: Feed, scaler: Any, signals: 
     rate = learning_rate(step, data.total_steps, setup.optim)
     for group in setup.optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]
-    losses, loss, norm = _take_step(setup, objective, [ready for _, ready in batches], units, scaler)
+    losses, loss, norm, measured = _take_step(setup, objective, [ready for _, ready in batches], units, scaler)
     if _not_taken(loss, norm, scaler, progress):
         where = setup.recorder.save_nonfinite_step(
             step + 1, micro_batches, losses, lambda: data.locations(step, rank, world)
@@ -90,7 +90,7 @@ def _step(setup: Setup, objective: Objective, feed: Feed, scaler: Any, signals: 
     metrics = {"step": step + 1, "tokens": progress.tokens, "loss": loss, "lr": rate, "grad_norm": norm}
     metrics |= {"tokens_per_second": tokens / seconds}
     metrics |= setup.throughput(micro_batches, seconds) if setup.throughput else {}
-    return metrics, bool(stop)
+    return metrics | measured, bool(stop)
 
 
 def _report(setup: Setup, objective: Objective, display: Display, metrics: dict[str, float]) -> None:
@@ -98,13 +98,13 @@ def _report(setup: Setup, objective: Objective, display: Display, metrics: dict[
     progress, train = setup.progress, setup.train
     last = progress.step == setup.data.total_steps
     if train.eval_every and progress.step % train.eval_every == 0 and not last:
-        loss = validate(setup, objective)
-        if loss is not None:
-            metrics["val_loss"] = loss
-            progress.remember(loss)
+        found = validate(setup, objective)
+        metrics |= {f"val_{name}": value for name, value in found.items()}
+        if found:
+            progress.remember(found["loss"])
     if "val_loss" in metrics or progress.step % train.log_every == 0 or last:
         setup.recorder.log(metrics)
-    display.show(metrics, progress)
+    display.show(metrics, progress, objective.shown if isinstance(objective, Measuring) else {})
     sampled = setup.sample and train.sample_every and progress.step % train.sample_every == 0
     if sampled:
         setup.sample(progress)  # type: ignore[misc]
@@ -137,7 +137,7 @@ def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
 
 def _take_step(
     setup: Setup, objective: Objective, micro_batches: list[dict[str, Any]], units: int, scaler: Any
-) -> tuple[list[float], float, float]:
+) -> tuple[list[float], float, float, dict[str, float]]:
     """Run the micro-batches and take one optimizer step, unless loss or gradients are not finite.
 
     Args:
@@ -146,8 +146,8 @@ def _take_step(
         scaler: the gradient scaler of 16-mixed; it lowers its scale when gradients are not finite.
 
     Returns:
-        The summed losses of this rank's micro-batches; the loss per unit and the gradient norm before clipping, both over
-        all ranks.
+        The summed losses of this rank's micro-batches; the loss per unit, the gradient norm before clipping, and what the
+        objective measures, all over all ranks.
     """
     fabric, model, optimizer = setup.fabric, setup.model, setup.optimizer
     losses = []
@@ -165,10 +165,11 @@ def _take_step(
     else:
         clip = setup.optim.max_grad_norm or math.inf
         clipped = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
-    loss_sum: Any = sum(losses)
-    total: Any = fabric.all_reduce(loss_sum, reduce_op="sum")
-    numbers = torch.stack([total, full_tensor(clipped).to(total), *losses])
-    total, norm, *each = numbers.tolist()  # the step's CPU-GPU sync point
+    measured = objective.take_sums() if isinstance(objective, Measuring) else losses[0].new_zeros(0)
+    sums: Any = fabric.all_reduce(torch.cat([sum(losses)[None], measured]), reduce_op="sum")  # type: ignore[index]
+    numbers = torch.cat([full_tensor(clipped).to(sums)[None], torch.stack(losses), sums])
+    norm, *each = numbers.tolist()  # the step's CPU-GPU sync point
+    each, total, measured_sums = each[: len(losses)], each[len(losses)], each[len(losses) + 1 :]
     mean = total / max(1, units)
     finite = math.isfinite(mean) and math.isfinite(norm)
     if not finite:
@@ -176,7 +177,7 @@ def _take_step(
     if scaler or finite:
         optimizer.step()
     optimizer.zero_grad()
-    return each, mean, norm
+    return each, mean, norm, objective.metrics(measured_sums) if isinstance(objective, Measuring) else {}
 
 
 def _not_taken(loss: float, norm: float, scaler: Any, progress: Progress) -> bool:
@@ -200,16 +201,15 @@ def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, pr
     fabric.print(f"warning: {what}")
 
 
-def validate(setup: Setup, objective: Objective) -> float | None:
-    """Return the mean validation loss per unit; None if there is no validation set."""
+def validate(setup: Setup, objective: Objective) -> dict[str, float]:
+    """Return the mean validation loss per unit as `loss`, and what the objective measures; {} without a validation set."""
     fabric = setup.fabric
     batches = setup.data.validation_batches(fabric.global_rank, fabric.world_size)
     if batches is None:
-        return None
-    return evaluate(fabric, setup.model, objective, validating(fabric, batches), setup.attention)
+        return {}
+    return _evaluate(fabric, setup.model, objective, validating(fabric, batches), setup.attention)
 
 
-@torch.no_grad()
 def evaluate(
     fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch], attention: str | None = None
 ) -> float:
@@ -218,17 +218,27 @@ def evaluate(
     Args:
         attention: the kernel to use; None: by the rules.
     """
+    return _evaluate(fabric, model, objective, batches, attention)["loss"]
+
+
+@torch.no_grad()
+def _evaluate(
+    fabric: Fabric, model: Any, objective: Objective, batches: Iterable[Batch], attention: str | None
+) -> dict[str, float]:
+    """Return the mean loss per unit as `loss`, and what the objective measures."""
     model.eval()
     losses, units = [], 0
     for batch in batches:
         losses.append(objective.loss(model, on_device(batch, fabric.device, attention)))
         units += objective.count(batch)
     loss_sum = sum(torch.stack(losses).tolist()) if losses else 0.0  # CPU-GPU sync point
+    measured = objective.take_sums().tolist() if isinstance(objective, Measuring) else []
     if fabric.world_size > 1:
-        mine = torch.tensor([loss_sum, units], dtype=torch.float64, device=fabric.device)
+        mine = torch.tensor([loss_sum, units, *measured], dtype=torch.float64, device=fabric.device)
         total: Any = fabric.all_reduce(mine, reduce_op="sum")
-        loss_sum, units = total.tolist()
-    return loss_sum / max(1, units)
+        loss_sum, units, *measured = total.tolist()
+    found = {"loss": loss_sum / max(1, units)}
+    return found | (objective.metrics(measured) if isinstance(objective, Measuring) else {})
 
 
 def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
@@ -239,3 +249,5 @@ def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
     setup.model.train()
     setup.fabric.backward(objective.loss(setup.model, on_device(batch, setup.fabric.device, setup.attention)))
     setup.optimizer.zero_grad()
+    if isinstance(objective, Measuring):
+        objective.take_sums()

@@ -24,7 +24,7 @@ from litmini.config.training import OptimConfig
 from litmini.errors import UserError
 from litmini.ops.attention import ESTIMATE
 from litmini.ops.cross_entropy import Targets
-from litmini.training.objective import LanguageModeling, Objective
+from litmini.training.objective import LanguageModeling, Measuring, Objective
 from litmini.training.optimizer import block_matrices
 from litmini.training.setup import on_device
 
@@ -153,6 +153,8 @@ def _peak(
         except RuntimeError as error:  # such as torch's DataDependentOutputException
             what = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"the memory of this model cannot be estimated: {what}") from error
+        if isinstance(objective, Measuring):
+            objective.take_sums()  # of fake tensors
         gradients = {fake.grad.untyped_storage()._cdata for fake in fakes if fake.grad is not None}
         return ledger.parts(gradients)
 

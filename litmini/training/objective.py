@@ -4,7 +4,7 @@ The loop divides by the units of the whole optimizer step over all ranks. So no 
 or the number of ranks if `loss` is a sum; a mean of means, or a term for a micro-batch as a whole, depends on them.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,24 @@ class Objective(Protocol):
             model: as Fabric wrapped it; in training or evaluation mode.
             batch: on the model's device.
         """
+        ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """What an objective has as well that reports more than its loss. Its sums travel with those of the loss."""
+
+    names: tuple[str, ...]
+    """Names of its metrics: columns of metrics.csv, and with "val_" before them those of validation."""
+    shown: dict[str, str]
+    """Name -> format, of those that the progress line shows."""
+
+    def take_sums(self) -> Tensor:
+        """Return sums over the micro-batches since the last call, (k,) fp32 on the device, and begin again with zeros."""
+        ...
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """Return metrics by name, made of sums over all micro-batches and ranks; without those that have no value."""
         ...
 
 

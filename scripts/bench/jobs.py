@@ -13,9 +13,9 @@ from typing import Any
 BENCH = Path(__file__).parent
 METHODS = {"lora": "lora", "qlora": "qlora", "dora": "dora", "full": "full", "packed": "lora"}
 ABLE = {
-    "litmini": [*METHODS, "convert"],
+    "litmini": [*METHODS, "dpo", "convert"],
     "transformers": [*METHODS, "convert"],
-    "trl": ["lora", "full", "packed"],
+    "trl": ["lora", "full", "packed", "dpo"],
     "litgpt": ["lora", "full", "convert"],
 }
 
@@ -36,6 +36,11 @@ def training_jobs(config: Any, place: Path, task: str, dtype: str, tools: list[s
     """Return one job for each tool that supports the task, with the same samples in the same steps."""
     import torch
     from work import LORA, SEED, plan_work, write_samples
+
+    if task == "dpo":
+        from pairs import preference_jobs
+
+        return preference_jobs(config, place, dtype, [tool for tool in tools if task in ABLE[tool]])
 
     method: Any = METHODS[task]
     length, rows = (config.packed_len, 1) if task == "packed" else (config.max_seq_len, config.micro_batch_size)

@@ -139,7 +139,7 @@ def main(config: BenchmarkConfig) -> None:
         parts = list(data.val.batches(range(len(data.val)), 64))
         sums = [plain(part["tokens"], part["labels"], reduction="sum") for part in parts]
     losses = {
-        "litmini": validate(setup, objective) or 0.0,
+        "litmini": validate(setup, objective).get("loss", 0.0),
         "plain": float(sum(sums)) / sum(part["labels"].numel() for part in parts),
     }
     for name, size in zip(turns, sizes, strict=True):

@@ -54,7 +54,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
     """Return the medians of training runs."""
     work = json.loads(Path(results[0]["job"]["work"]).read_text())
     targets = sum(len(sample) - 1 for step in work["steps"][warmup:] for sample in step)
-    flops = sum(work["flops"][warmup:])
+    flops, pairs = sum(work["flops"][warmup:]), sum(map(len, work["steps"][warmup:])) / 2
     spent = median(sum(result["seconds"][warmup:]) for result in results)
     validation = {
         name: [result[name] for result in results if result.get(name) is not None]
@@ -62,6 +62,7 @@ def trained(results: list[dict[str, Any]], warmup: int, rate: float) -> dict[str
     }
     return {
         "real_tokens_per_second": targets / spent,
+        **({"pairs_per_second": pairs / spent} if work.get("prompts") else {}),
         "seconds_per_step": spent / (len(work["steps"]) - warmup),
         "peak_memory_mib": median(result["peak_memory_mib"] for result in results),
         "mfu": flops / spent / rate,
@@ -113,7 +114,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         losses = [_figure(row, name, ".3f") for name in ("loss_start", "loss_end")]
         validation = [_figure(row, name, ".3f") for name in ("validation_loss", "validation_loss_bf16")]
         whole = f"{row['seconds']:.1f} s in all" if "seconds" in row else ""
-        cells = [row["task"], tool, row["dtype"], _figure(row, "real_tokens_per_second", ",.0f")]
+        speed = _figure(row, "real_tokens_per_second", ",.0f")
+        speed += f" ({row['pairs_per_second']:.2f} pairs/s)" if "pairs_per_second" in row else ""
+        cells = [row["task"], tool, row["dtype"], speed]
         cells += [_figure(row, "peak_memory_mib", ",.0f"), _figure(row, "mfu", ".0%"), start]
         cells += [whole or ", ".join(filter(None, losses)), ", ".join(filter(None, validation))]
         lines.append(f"| {' | '.join(cells)} |")

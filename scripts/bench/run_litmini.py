@@ -34,7 +34,7 @@ def finetune(job: Job) -> dict[str, Any]:
         "losses": [loss for _, loss in rows],
         "seconds_to_first_step": first - started,
         "peak_memory_mib": results["peak_memory_mib"],
-        **(validation_losses(job) if job["method"] != "qlora" else {}),
+        **(validation_losses(job) if job["method"] != "qlora" and job["validation"] else {}),
     }
 
 
@@ -87,5 +87,5 @@ def convert(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed"), finetune)
+    training = dict.fromkeys(("lora", "qlora", "dora", "full", "packed", "dpo"), finetune)
     main({**training, "convert": convert}, ["litmini", "lightning-fabric", "bitsandbytes"])

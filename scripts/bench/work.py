@@ -7,7 +7,7 @@ micro-batches. In all tools, the loss of a step is the mean over its target toke
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class Work:
     """Samples that are in no step, if there are enough."""
     flops: list[float]
     """FLOPs of each step, by `litmini.training.flops`; padding and recomputation do not count."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """Of pairs, whose samples are chosen and rejected documents in turns: the tokens of each one's prompt."""
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))

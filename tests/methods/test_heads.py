@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters
-from litmini.methods.heads import head_name, use_log_probs, use_scores
+from litmini.methods.heads import LogProbHead, head_name, use_log_probs, use_scores
 from litmini.models import FAMILIES, llama, use_model_file
 from litmini.ops.cross_entropy import IGNORE, original_head
 from litmini.training.optimizer import block_matrices
@@ -247,3 +247,21 @@ def test_a_model_without_a_head_is_refused():
     model.lm_head = nn.Identity()
     with pytest.raises(UserError, match="expected one output head on the model itself, found 0: none"):
         head_name(model)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_frozen_head_gives_the_same_as_one_that_is_trained(softcap):
+    """By a function of its own that computes logits once."""
+    model, given = tiny("litmini.models.llama"), batch(True)
+    hidden, weights = torch.randn(2, 24, model.config.dim, requires_grad=True), torch.randn(2, 24)
+    found = []
+    for frozen in (False, True):
+        head = LogProbHead(model.lm_head.requires_grad_(not frozen), chunk=7)
+        log_probs, _ = head.outputs(hidden, given["labels"], softcap)
+        (log_probs * weights).sum().backward()
+        found.append((log_probs.detach(), hidden.grad.clone()))
+        hidden.grad = None
+    assert_close(found[1][0], found[0][0])
+    assert_close(found[1][1].flatten(0, 1), found[0][1].flatten(0, 1))
+    with torch.no_grad():
+        assert torch.equal(head.outputs(hidden, given["labels"], softcap)[0], found[1][0])

@@ -336,7 +336,7 @@ def test_weights_that_are_nan_end_a_run_that_skips(poisoned, tmp_path, monkeypat
 def test_the_best_step_is_saved_when_it_is_found(tiny_dir, tmp_path, monkeypatch, capfd):
     losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before, after steps 1 to 4, after the run
     for module in (loop, measure):
-        monkeypatch.setattr(module, "validate", lambda *_: next(losses))
+        monkeypatch.setattr(module, "validate", lambda *_: {"loss": next(losses)})
     words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 1, "--train.keep_best", "true"]
     assert finetune(tiny_dir, tmp_path / "run", monkeypatch, capfd, *words, "--train.max_steps", 5)[0] == 0
     assert [p.name for p in sorted((tmp_path / "run").glob("step-*"))] == ["step-000001", "step-000002"]
@@ -363,7 +363,7 @@ class Death(Exception):
 def test_a_death_after_any_decision_changes_no_result(tiny_dir, tmp_path, monkeypatch, capfd, at, words):
     losses = {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0, 5: 2.0, 6: 1.0}
     for module in (loop, measure):
-        monkeypatch.setattr(module, "validate", lambda setup, _: losses[setup.progress.step])
+        monkeypatch.setattr(module, "validate", lambda setup, _: {"loss": losses[setup.progress.step]})
     words = ["--data.val_path", DATA / "heldout.jsonl", "--train.eval_every", 1, "--train.max_steps", 6, *words]
     assert finetune(tiny_dir, tmp_path / "whole", monkeypatch, capfd, *words)[0] == 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import plan_pairs, write_pairs
 from report import make_rows, table
 from work import plan_work, write_samples
 
@@ -131,3 +132,29 @@ def test_mfu_is_relative_to_the_median_rate_of_matmuls(tmp_path):
 def test_losses_are_compared_in_fp32_where_it_was_run(tmp_path, losses, same):
     rows = make_rows([result(tmp_path, tool, 0.2, loss, dtype=dtype) for tool, dtype, loss in losses], 1)
     assert [row["same_losses"] for row in rows] == [bool(one) for one in same]
+
+
+def test_every_pair_of_a_step_is_what_the_file_says(tmp_path, tiny_dir):
+    write_pairs(tmp_path / "pairs.jsonl", 30, max_tokens=60)
+    tokenizer, rows = Tokenizer(tiny_dir), [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()]
+    work = plan_pairs(str(tiny_dir), tmp_path / "pairs.jsonl", 3, 2, 128, torch.float32)
+    known = {
+        (*tokenizer.encode_prompt(row["prompt"]), *tokenizer.encode(row[name], special=False), tokenizer.stop_ids[0])[
+            :129
+        ]
+        for row in rows
+        for name in ("chosen", "rejected")
+    }
+    chosen = [tuple(sample) for step in work.steps for sample in step]
+    assert set(chosen) <= known and len(chosen) % 2 == 0 and len(work.flops) == 3
+    prompts = [prompt for step in work.prompts for prompt in step]
+    assert all(a[:size] == b[:size] for a, b, size in zip(chosen[::2], chosen[1::2], prompts[::2], strict=True))
+
+
+def test_pairs_per_second_are_in_the_table(tmp_path):
+    found = result(tmp_path, "litmini", 0.2, 3.0)
+    (tmp_path / "work.json").write_text(
+        json.dumps({"steps": [[[0] * 11] * 4] * 4, "flops": [1e9] * 4, "prompts": [[1]]})
+    )
+    (row,) = make_rows([found], 1)
+    assert row["pairs_per_second"] == pytest.approx(2 / 0.2) and "(10.00 pairs/s)" in table([row])

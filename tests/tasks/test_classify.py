@@ -1,7 +1,6 @@
 """Classification: its data, its objective, and results that transformers and PEFT load with the same scores."""
 
 import csv
-import importlib
 import json
 import re
 import runpy
@@ -18,9 +17,10 @@ import torch
 import transformers
 from numerics import assert_close, assert_gradients_close, difference, ulps
 from safetensors.torch import load_file
+from tiny import make_family
 from two import command, run_two, values
 
-from litmini.checkpoints.hf import load_model, save_model
+from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import load_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
 from litmini.config.finetune import LoraConfig
@@ -228,24 +228,6 @@ def test_accuracy_is_that_of_single_texts(tiny_dir, files):
     assert evaluate(fabric, model, Accuracy(), data.batches(range(len(data)), 2)) == right and 0 < right < 1
 
 
-def base_of(model_type: str, directory: Path, tokenizer_dir: Path) -> Path:
-    """A tiny checkpoint of a family."""
-    from litmini.checkpoints.hf import disk_tensors
-
-    module = importlib.import_module(FAMILIES[model_type])
-    config = next(
-        c for c in module.PRESETS.values() if c.vocab_size == 512 and module.config_to_hf(c)["model_type"] == model_type
-    )
-    model = module.Model(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    directory.mkdir()
-    save_model(
-        directory, module.config_to_hf(config), disk_tensors(module, config, model.state_dict().items()),
-        side_files=tokenizer_dir,
-    )  # fmt: skip
-    return directory
-
-
 def settings_of(base: Path, **more: Any) -> FinetuneClassifierConfig:
     return FinetuneClassifierConfig(checkpoint_dir=str(base), out_dir="x", data=LabelledDataConfig("x"), **more)
 
@@ -274,7 +256,7 @@ def last_only(tokens: torch.Tensor) -> torch.Tensor:
 def test_every_family_gives_the_scores_of_transformers(model_type, tokenizer_dir, tmp_path):
     if model_type in ("mistral", "olmo3"):
         pytest.skip("no tiny preset of its own: the same file as another")
-    base = base_of(model_type, tmp_path / "base", tokenizer_dir)
+    base = make_family(model_type, tmp_path / "base", tokenizer_dir)
     model, given = load_model(base, torch.float32), padded()
     use_scores(model, 3)
     moved(model)

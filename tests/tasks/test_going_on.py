@@ -111,11 +111,11 @@ def test_an_adapter_with_new_tokens_is_trained_further(run, tmp_path):
     words = ["--data.path", data, "--data.max_dropped", 1]
     assert run("first", *words, "--data.new_tokens", '["<|city|>"]')[0] == 0
     again = [*words, "--adapter_dir", tmp_path / "first/final"]
-    status, out, error = run("second", *again)
+    status, _, error = run("second", *again)
     assert status == 0, error
     before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
-    (rows,) = (name for name in before if "token_adapter" in name)
-    assert before[rows].shape == after[rows].shape and not torch.equal(before[rows], after[rows])
+    rows = [name for name in before if "token_adapter" in name]
+    assert rows and not any(torch.equal(before[name], after[name]) for name in rows)
     status, _, error = run("third", *again, "--data.new_tokens", '["<|other|>"]')
     assert status == 2 and "data.new_tokens needs a new adapter" in error
 

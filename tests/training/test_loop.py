@@ -200,7 +200,7 @@ def test_dropout_is_a_function_of_the_step(fabric, monkeypatch):
 
         def validate(*_, disturb=disturb):
             torch.rand(7 if disturb else 1)
-            return 0.0
+            return {"loss": 0.0}
 
         monkeypatch.setattr(loop, "validate", validate)
         train = TrainConfig(eval_every=1)
@@ -246,7 +246,7 @@ def test_patience(fabric, stopped, monkeypatch):
     """Two evaluations without a lower validation loss end the run; resumed in between, it ends at the same step."""
     losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9, 5: 1.9, 6: 2.2, 7: 1.0}
     progress = Progress()
-    monkeypatch.setattr(loop, "validate", lambda *_: losses[progress.step])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"loss": losses[progress.step]})
     settings = dict(train=TrainConfig(eval_every=1, patience=2), rate=1e-3)
     if stopped:
         run(fabric, tiny_model(), [ragged(2)], steps=stopped + 1, progress=progress, **settings)
@@ -262,7 +262,7 @@ def test_patience_is_a_function_of_what_is_saved(fabric, monkeypatch):
     settings = dict(train=TrainConfig(eval_every=1, patience=2, save_every=1), rate=1e-3)
     saved = []
     progress = Progress()
-    monkeypatch.setattr(loop, "validate", lambda *_: losses[progress.step])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"loss": losses[progress.step]})
     recorder = Listening(checkpoint=lambda p: saved.append(dataclasses.asdict(p)))
     run(fabric, tiny_model(), [ragged(2)], steps=20, progress=progress, recorder=recorder, **settings)
     assert (progress.step, progress.best_step, progress.best_val_loss) == (6, 4, 1.9) and len(saved) == 6

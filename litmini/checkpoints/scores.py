@@ -1,0 +1,50 @@
+"""Classifiers and reward models on disk: checkpoints and adapters that give scores in place of logits."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from litmini.checkpoints.adapter import Adapter
+from litmini.errors import UserError
+from litmini.files import read_json
+from litmini.methods.heads import use_scores
+
+
+def score_count(raw: dict[str, Any]) -> int:
+    """Return the scores of a `...ForSequenceClassification` with this config.json; 0 of a language model."""
+    names = raw.get("architectures") or [""]
+    if not str(names[0]).endswith("ForSequenceClassification"):
+        return 0
+    labels = raw.get("id2label")
+    return len(labels) if isinstance(labels, dict) else int(raw.get("num_labels") or 2)  # as transformers has it
+
+
+def give_scores(model: nn.Module, raw: dict[str, Any]) -> None:
+    """Put the head of a `...ForSequenceClassification` onto a model."""
+    use_scores(model, score_count(raw))
+
+
+def give_scores_of_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put a head for the scores of `adapter` onto its base, if it is one of a classifier or a reward model.
+
+    Raises:
+        UserError: its scores are missing.
+    """
+    if adapter.config.get("task_type") != "SEQ_CLS":
+        return
+    if "score" not in adapter.full:
+        raise UserError(f"{adapter.directory} is an adapter of a classifier (SEQ_CLS), but has no score.weight.")
+    use_scores(model, len(adapter.full["score"]["weight"]))
+
+
+def refuse_scores(checkpoint_dir: str | Path, adapter_dir: str | Path | None) -> None:
+    """Raise UserError if a checkpoint or its adapter gives scores, and so generates nothing."""
+    for directory, name in ((checkpoint_dir, "config.json"), (adapter_dir, "adapter_config.json")):
+        file = Path(directory or "") / name
+        raw = read_json(file) if directory is not None and file.is_file() else {}
+        if score_count(raw) or raw.get("task_type") == "SEQ_CLS":
+            raise UserError(
+                f"{directory} is a classifier or a reward model: it gives scores and generates nothing. scripts/evaluate.py "
+                f"--reward FILE ranks pairs with it."
+            )
