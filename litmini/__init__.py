@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from litmini.tasks.from_python import finetune as finetune
     from litmini.tasks.from_python import save_adapter as save_adapter
 
-PLACES = {
+LOCATIONS = {
     "load": "litmini.checkpoints.load",
     "generate": "litmini.generation.generate",
     "stream": "litmini.generation.generate",
@@ -38,8 +38,8 @@ __all__ = ["add_adapters", "finetune", "generate", "load", "save_adapter", "stre
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or read the version, when it is first used."""
-    if name in PLACES:
-        return getattr(importlib.import_module(PLACES[name]), name)
+    if name in LOCATIONS:
+        return getattr(importlib.import_module(LOCATIONS[name]), name)
     if name == "__version__":
         from importlib.metadata import version
 
@@ -48,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *PLACES, "__version__"])
+    return sorted([*globals(), *LOCATIONS, "__version__"])

@@ -45,9 +45,9 @@ def by_cause(problems: list[str], total: int | None = None, shown: int = 10) -> 
         where, _, cause = problem.partition(": ")
         causes.setdefault(cause, []).append(where)
     lines = []
-    for cause, places in causes.items():
-        every = "all " if len(places) == total else ""
-        many = f"{every}{counted(len(places), 'record')}: {cause}; first {places[0]}"
-        lines.append(many if len(places) > 1 else f"{places[0]}: {cause}")
+    for cause, locations in causes.items():
+        every = "all " if len(locations) == total else ""
+        many = f"{every}{counted(len(locations), 'record')}: {cause}; first {locations[0]}"
+        lines.append(many if len(locations) > 1 else f"{locations[0]}: {cause}")
     more = [f"... and {len(lines) - shown} more"] * (len(lines) > shown)
     return "\n  ".join(lines[:shown] + more)

@@ -55,7 +55,8 @@ def main(config: MergeConfig) -> None:
         if found.expected:
             print(f"That is as expected: {rounding}.")
         else:
-            print(f"warning: that is more than expected: {rounding}. Try --dtype fp32, or the adapter over its base.")
+            other = "" if written == "fp32" else "--dtype fp32, or "
+            print(f"warning: that is more than expected: {rounding}. Try {other}the adapter over its base.")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def parse_model(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
         model = meta_model(module, config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes an impossible model: {error}.") from None
-    if str((raw.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+    if "ForSequenceClassification" in str(raw.get("architectures")):
         from litmini.checkpoints.scores import give_scores  # which a language model does not need
 
         give_scores(model, raw)

@@ -1,6 +1,7 @@
 """Publishes results: finds the checkpoint of a run, writes its model card, and uploads it to the hub on request."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def model_card(result: Result, name: str, adapter_kept: bool) -> str:
     lines += [f"{kind} `{base}`" + (", with its adapter merged in." if merged else "."), ""]
     if not manifest:
         return "\n".join(lines)
-    lines += ["## Training", "", f"    {' '.join(manifest.get('command', []))}", ""]
+    lines += ["## Training", "", f"    {shlex.join(manifest.get('command', []))}", ""]
     lines += [f"Method: {manifest['method']}.", ""] if manifest.get("method") else []
     lines += [f"Date: {manifest['date'][:10]}.", ""] if manifest.get("date") else []
     lines += ["| data | sha256 |", "|---|---|"]

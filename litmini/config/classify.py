@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig
+from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig, describe_adapters
 from litmini.errors import UserError
 
 
@@ -28,8 +28,7 @@ class FinetuneClassifierConfig(FinetuneConfig):
 
     @property
     def method(self) -> str:
-        adapters = "all weights" if self.lora is None else f"LoRA, rank {self.lora.rank}, alpha {self.lora.alpha:g}"
-        return f"classifier, {adapters}" + ", 4-bit base" * (self.quantize.bits == 4)
+        return f"classifier, {describe_adapters(self.lora, self.quantize)}"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -210,6 +210,12 @@ class FinetuneAdapterConfig(FinetuneConfig):
         return self.continued if own and self.continued is not None else self.base
 
 
+def describe_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> str:
+    """Return what is trained by a script that trains adapters or, without, all weights."""
+    adapters = "all weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}"
+    return adapters + ", 4-bit base" * (quantize.bits == 4)
+
+
 def _described(method: str, lora: LoraConfig, continued: str | None) -> str:
     """Return a method with the settings that matter most; those of an adapter that is continued are its own."""
     if continued is not None:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig
+from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig, describe_adapters
 from litmini.config.training import EvalConfig, OptimConfig
 from litmini.errors import UserError, check
 
@@ -20,8 +20,12 @@ USED_BY: dict[str, tuple[str, ...]] = {
 """Setting -> the losses that use it; all use the others."""
 
 
-def check_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> None:
-    """Raise UserError if weights in 4 bits would be trained."""
+def check_adapters(data: DataConfig, lora: LoraConfig | None, quantize: QuantizeConfig) -> None:
+    """Raise UserError if weights in 4 bits, or new tokens, would be trained."""
+    if data.new_tokens:
+        raise UserError(
+            "data.new_tokens is for supervised finetuning; extend the checkpoint first: scripts/extend_vocabulary.py."
+        )
     if lora is None and quantize.bits == 4:
         raise UserError("quantize.bits 4 needs adapters, since weights in 4 bits are not trained: leave out lora null.")
 
@@ -119,9 +123,13 @@ class FinetunePreferenceConfig(FinetuneConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     eval: PreferenceEvalConfig = field(default_factory=PreferenceEvalConfig)
 
+    @property
+    def method(self) -> str:
+        return f"preferences ({self.preference.loss}), {describe_adapters(self.lora, self.quantize)}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adapters(self.lora, self.quantize)
+        check_adapters(self.data, self.lora, self.quantize)
 
 
 @dataclass
@@ -161,6 +169,10 @@ class FinetuneRewardConfig(FinetuneConfig):
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
 
+    @property
+    def method(self) -> str:
+        return f"reward model, {describe_adapters(self.lora, self.quantize)}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adapters(self.lora, self.quantize)
+        check_adapters(self.data, self.lora, self.quantize)

@@ -35,6 +35,8 @@ class Examples:
     """How many of these were truncated."""
     notes: Counter[str] = field(default_factory=Counter)
     """Numbers for `encode.NOTES`."""
+    lengths_per_sequence = 1
+    """Packed sequences are as many times as long as data.max_seq_len."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by name."""
     paths: list[str] = field(default_factory=list)

@@ -40,6 +40,8 @@ class Batch:
     ) -> None:
         config: Any = model.config
         self.model, self.config, self.draft, self.chunk, self.multi_lora = model, config, draft, chunk, multi_lora
+        if isinstance(getattr(model, "score", None), nn.Module):
+            raise UserError("this model is a classifier or a reward model: it gives scores, so it generates nothing.")
         self.requests: list[Request] = []
         self.cache: KVCache | None = None
         parameter = next(model.parameters())
@@ -96,7 +98,7 @@ class Batch:
         with self._adapters(self.requests):
             if self._decoding is None:
                 assert self.cache is not None
-                # adapters come and go, and shards are gathered anew each time; a graph costs as much as some tokens
+                # adapters come and go, and shards are gathered in each forward; a graph costs as much as some tokens
                 graph = self.on_gpu and self.multi_lora is None and not is_sharded(self.model) and remaining >= AHEAD
                 self._decoding = Decoding(self.model, self.cache, self.requests, graph)
             tokens, logits = self._decoding.run(count)

@@ -125,6 +125,8 @@ def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | No
     `lora.modules_to_save`: it is trained if it is added after them, too, but not saved with them.
     """
     config: Any = model.config
+    if isinstance(model.get_submodule(head_name(model)), ScoreHead) and len(model.score.weight) == n_outputs:  # type: ignore
+        return model.score  # type: ignore[return-value]  # of a checkpoint that gives as many already
     device = next(model.parameters()).device
     score = nn.Linear(config.dim, n_outputs, bias=False, device=device, dtype=torch.float32)
     if device.type != "meta":

@@ -91,8 +91,12 @@ class RunDirectory:
     def _how_to_go_on(self, steps: list[Path]) -> str:
         """Return what to type for more training of a run that is finished."""
         final = self.directory / "final"
-        start = "--adapter_dir" if (final / "adapter_config.json").is_file() else "--checkpoint_dir"
-        more = f"Start another from its result: {start} {final} --out_dir {self._free_name()}"
+        is_adapter = (final / "adapter_config.json").is_file()
+        more = f"Start another from its result: --checkpoint_dir {final} --out_dir {self._free_name()}"
+        if is_adapter and hasattr(self.config, "adapter_dir"):
+            more = more.replace("--checkpoint_dir", "--adapter_dir")
+        elif is_adapter:
+            more = f"Start another over its base, with another --out_dir {self._free_name()}, or merge it (merge_adapter.py)"
         if steps:
             more += f". Or train on from {steps[-1]}: --resume auto --resume_changed true, with more --train.epochs"
         return f"the run in {self.directory} is finished: {final} exists. {more}"

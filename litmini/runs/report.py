@@ -42,7 +42,7 @@ def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
 
 
 def write_report(directory: Path, lengths: np.ndarray | None, row_length: int) -> None:
-    """Write report.html of a finished run: results, curves, completions, wrong answers, data, configuration and manifest.
+    """Write report.html of a finished run: results, curves, completions, wrong ones, data, configuration and manifest.
 
     Args:
         lengths: tokens of each training example; None: the data are not examples.
@@ -210,12 +210,12 @@ PAGE = """<!doctype html>
 </div>
 
 {% if wrong %}
-<h2>Wrong answers after training: {{ n_wrong }}{{ ", the first %d" % wrong | length if n_wrong > wrong | length }}</h2>
-{% for answer in wrong %}
+<h2>Wrong completions after training: {{ n_wrong }}{{ ", the first %d" % wrong | length if n_wrong > wrong | length }}</h2>
+{% for one in wrong %}
 <div class="box sample"><dl>
-  <dt>prompt</dt><dd>{{ answer.prompt }}</dd>
-  <dt>reference</dt><dd>{{ answer.reference }}</dd>
-  <dt>answer</dt><dd class="wrong">{{ answer.prediction }}</dd>
+  <dt>prompt</dt><dd>{{ one.prompt }}</dd>
+  <dt>reference</dt><dd>{{ one.reference }}</dd>
+  <dt>completion</dt><dd class="wrong">{{ one.prediction }}</dd>
 </dl></div>
 {% endfor %}
 {% endif %}

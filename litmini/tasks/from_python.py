@@ -19,6 +19,7 @@ from litmini.config.finetune import (
     Ia3Config,
     LoraConfig,
 )
+from litmini.config.preference import FinetunePreferenceConfig, FinetuneRewardConfig
 from litmini.config.pretrain import PretrainConfig
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
@@ -33,6 +34,8 @@ SCRIPTS: dict[type[RunConfig], str] = {
     FinetuneDoraConfig: "finetune_dora",
     FinetuneIa3Config: "finetune_ia3",
     FinetuneClassifierConfig: "finetune_classifier",
+    FinetunePreferenceConfig: "finetune_preference",
+    FinetuneRewardConfig: "finetune_reward",
     PretrainConfig: "pretrain",
 }
 """Settings of a run -> the script whose steps it takes."""

@@ -12,7 +12,7 @@ from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
 from litmini.training.objective import Objective
 
-MOST_WRONG = 20  # wrong answers that the report shows
+MOST_WRONG = 20  # wrong completions that the report shows
 
 
 def measure_start(setup: TrainingSetup, objective: Objective) -> None:

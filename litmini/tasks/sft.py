@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litmini.checkpoints.config import read_config
+from litmini.checkpoints.scores import refuse_scores
 from litmini.config.finetune import FinetuneConfig
 from litmini.data.dataset import Example, Examples, load_data
 from litmini.data.packing import MULTIPLE, PackedDataset
@@ -34,6 +35,7 @@ def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None 
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, began)
+    refuse_scores(config.base, getattr(config, "adapter_dir", None))
     to_complete = None if config.eval.exact_match else config.eval.samples
     failed: UserError | None = None
     with fabric.rank_zero_first(local=True):  # the other ranks read its tokens from the cache
@@ -155,7 +157,7 @@ def choose_sizes(config: FinetuneConfig, train: Examples, val: Examples | None) 
         return config.train.global_batch_size
     each, micro = EXAMPLES, config.train.micro_batch_size
     if config.data.pack:
-        tokens = EXAMPLES * float(train.table["size"].mean())
+        tokens = EXAMPLES * float(train.table["size"].mean()) / train.lengths_per_sequence
         longest = max(int(examples.table["size"].max()) for examples in (train, val) if examples)
         length = max(longest, MULTIPLE * math.ceil(tokens / MULTIPLE))
         config.data.max_seq_len = min(length, config.data.most_tokens)

@@ -92,7 +92,7 @@ def test_the_header_names_model_method_date_and_machine(page):
 
 
 def test_the_wrong_answers_are_shown(page):
-    assert "Wrong answers after training: 5, the first 3" in page
+    assert "Wrong completions after training: 5, the first 3" in page
     for i in range(3):
         assert f"<dd>P{i}</dd>" in page and f"<dd>R{i}</dd>" in page and f"&lt;b&gt;W{i}&lt;/b&gt;" in page
 

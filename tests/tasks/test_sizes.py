@@ -133,7 +133,7 @@ def test_each_device_has_its_examples():
         config = SimpleNamespace(
             data=DataConfig(""), train=TrainConfig(), optim=OptimConfig(), devices=devices, num_nodes=1
         )
-        examples = SimpleNamespace(table=np.array([(size,)] * 50, [("size", np.int64)]))
+        examples = SimpleNamespace(table=np.array([(size,)] * 50, [("size", np.int64)]), lengths_per_sequence=1)
         batch = choose_sizes(config, examples, None)
         return batch, config.train.micro_batch_size, config.data.max_seq_len
 
