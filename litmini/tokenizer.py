@@ -107,7 +107,10 @@ class Tokenizer:
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
-        for name, settings in (("generation_config", self.generation), ("config", self._optional("config.json"))):
+        config = self._optional("config.json")
+        text = config.get("text_config")  # of a multimodal model
+        config = {**(text if isinstance(text, dict) else {}), **config}
+        for name, settings in (("generation_config", self.generation), ("config", config)):
             found = settings.get("eos_token_id")
             found = found if isinstance(found, list) else [found]
             if any(i is not None and type(i) is not int for i in found):
@@ -376,6 +379,10 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
     "LICENSE",
 )
 

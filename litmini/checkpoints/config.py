@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,41 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards
+from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards, weight_map
 from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.models import FAMILIES, family, meta_model
+from litmini.models.hf_config import towers_of
 
 Tensors = Iterable[tuple[str, Tensor]]
 
 
-def parse_config(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
+def is_multimodal(raw: dict[str, Any]) -> bool:
+    """Whether a config.json describes a text model and parts beside it."""
+    return bool(towers_of(raw) or (raw.get("text_config") and str(raw.get("model_type")) not in FAMILIES))
+
+
+def changed_config(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return config.json with other values, of a multimodal model wherever its text part has them."""
+    if not is_multimodal(raw):
+        return {**raw, **changes}
+    from litmini.checkpoints.text_part import changed_config
+
+    return changed_config(raw, changes)
+
+
+def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None = None) -> tuple[ModuleType, Any]:
     """Return the family module and the `Config` of the content of a config.json.
+
+    Of a multimodal model, both are those of its text part (`text_part.py`).
+
+    Args:
+        names: of the tensors in the files beside it; None: there are none yet.
 
     Raises:
         UserError: the family or something that it asks for is not implemented, or a value is missing or impossible.
     """
-    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key) not in (None, {})]:
-        text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
-        works = f"; a text-only checkpoint of model_type '{text}' works" if text in FAMILIES else ""
-        raise UserError(
-            f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
-            f"The families are: {', '.join(sorted(FAMILIES))}."
-        )
     try:
-        module = family(str(raw.get("model_type", "")))
-        return module, module.config_from_hf(raw)
+        if not is_multimodal(raw):
+            module = family(str(raw.get("model_type", "")))
+            return module, module.config_from_hf(raw)
+        from litmini.checkpoints.text_part import open_text_part
+
+        part, text = open_text_part(raw, file, names)
+        return part, part.config_from_hf(text)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}.") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: {error}.") from None
 
 
-def parse_model(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
+def parse_model(raw: dict[str, Any], file: Path, names: Collection[str] | None = None) -> tuple[ModuleType, Any]:
     """Return the family module and the model of the content of a config.json, with all parameters on the meta device."""
-    module, config = parse_config(raw, file)
+    module, config = parse_config(raw, file, names)
     try:
-        return module, meta_model(module, config)
+        model = meta_model(module, config)
+        if is_multimodal(raw):
+            model.in_whole_model = module.layout.in_model  # adapters are found under other names there
+        return module, model
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes an impossible model: {error}.") from None
 
@@ -57,14 +78,16 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
         states = tuple(
             (s.st_ino, s.st_size, s.st_mtime_ns) for s in (f.stat() for f in [directory / "config.json", *files])
         )
-        raw |= {"tie_word_embeddings": False} if _is_untied(directory.resolve(), states) else {}
+        if _is_untied(directory.resolve(), states):
+            return changed_config(raw, tie_word_embeddings=False)
     return raw
 
 
 @functools.lru_cache(64)
 def _is_untied(directory: Path, states: tuple[tuple[int, ...], ...]) -> bool:
     """Whether a tied config.json stands beside an own head; said once for each state of the files."""
-    module, model = parse_model(read_json(directory / "config.json"), directory / "config.json")
+    raw = read_json(directory / "config.json")
+    module, model = parse_model(raw, directory / "config.json", tensor_names(directory, raw))
     files = shards(directory)
     return bool(untied(module, model, lambda meta: read_empty(files) if meta else read_tensors(files), directory))
 
@@ -102,12 +125,33 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 def read_config(directory: Path) -> tuple[ModuleType, Any]:
     """Return the family module and the `Config` of a checkpoint."""
-    return parse_config(read_raw_config(directory), directory / "config.json")
+    raw = read_raw_config(directory)
+    return parse_config(raw, directory / "config.json", tensor_names(directory, raw))
 
 
 def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
     """Return the family module and the model of a checkpoint, with all parameters on the meta device."""
-    return parse_model(read_raw_config(directory), directory / "config.json")
+    raw = read_raw_config(directory)
+    return parse_model(raw, directory / "config.json", tensor_names(directory, raw))
+
+
+def tensor_names(directory: Path, raw: dict[str, Any]) -> list[str] | None:
+    """Return the names of all tensors of a multimodal checkpoint, which say where its text part is; None: it has no files.
+
+    Raises:
+        UserError: a file lacks a tensor that the index names.
+    """
+    files = shards(directory)
+    if not is_multimodal(raw) or not all(file.is_file() for file in files):
+        return None
+    names = [name for name, _ in read_empty(files)]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file() and (missing := sorted(weight_map(index).keys() - set(names))):
+        raise UserError(
+            f"{index} names tensors that its files lack: {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}. "
+            f"Download them again."
+        )
+    return names
 
 
 def parameter_names(model: nn.Module) -> dict[str, list[str]]:
@@ -122,6 +166,11 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
 def model_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
     """Convert the tensors of a checkpoint's files to the names and shapes of the family's model."""
     return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
+
+
+def parts_beside(module: ModuleType, directory: Path) -> tuple[Tensors, Tensors] | None:
+    """Return what a checkpoint has beside the text part `module`, as `empty` and `tensors` of `save_model`; None: nothing."""
+    return module.beside(directory) if hasattr(module, "beside") else None
 
 
 def disk_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:

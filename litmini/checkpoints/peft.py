@@ -18,7 +18,14 @@ from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
-from litmini.methods.base_layer import PREFIX, AdapterLayer, QuantizedLayer, grouped_experts, linears
+from litmini.methods.base_layer import (
+    PREFIX,
+    AdapterLayer,
+    ModulesToSaveLayer,
+    QuantizedLayer,
+    grouped_experts,
+    linears,
+)
 from litmini.models.hf_config import read_value
 from litmini.ops.cross_entropy import OutputHead, original_head
 
@@ -134,10 +141,21 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
 
 def grow_for(model: nn.Module, adapter: Adapter) -> None:
     """Give `model` the rows of tokens that the adapter's base had in training."""
+    name_as_in(model, adapter)
     from litmini.checkpoints.peft_tokens import grow_for, has_vocabulary
 
     if has_vocabulary(model, adapter):
         grow_for(model, adapter)
+
+
+def name_as_in(model: nn.Module, adapter: Adapter) -> None:
+    """Give the tensors of `adapter` the names that modules have in `model`, where it is a part of another one."""
+    adapter.in_whole_model = vars(model).get("in_whole_model", "")
+    if adapter.in_whole_model:
+        from litmini.checkpoints.text_part import to_own_names
+
+        for tensors in (adapter.layers, adapter.full, adapter.tokens, adapter.vocabulary):
+            to_own_names(tensors, adapter.in_whole_model)
 
 
 def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
@@ -150,10 +168,11 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
     """
     from litmini.checkpoints.peft_config import named_modules
 
+    name_as_in(model, adapter)
     for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
         adapter.layers[own] = adapter.layers.pop(name)
     bases, experts, modules = linears(model), grouped_experts(model), dict(model.named_modules())
-    named = named_modules(bases, experts, modules, adapter.config)
+    named = named_modules(bases, experts, modules, adapter.config, adapter.whole_name)
     bases |= experts
     layers: dict[str, AdapterLayer] = {}
     problems = []
@@ -192,6 +211,13 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
 
 def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the `adapter_config.json` of the adapters in `model`."""
+    part: str = vars(model).get("in_whole_model", "")
+
+    def whole(name: str) -> str:
+        return in_wrapper(name, part) if part else name
+
+    if part:
+        from litmini.checkpoints.text_part import in_wrapper, peft_settings
     by_method: dict[type[AdapterLayer], dict[str, AdapterLayer]] = {}
     for name, layer in adapters(model).items():
         by_method.setdefault(type(layer), {})[name] = layer
@@ -207,8 +233,10 @@ def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, 
     for method, layers in by_method.items():
         names = method.names_in_peft(layers)
         for name, layer in layers.items():
-            tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
+            tensors |= {f"{PREFIX}{whole(names.get(name, name))}.{key}": t for key, t in layer.peft_tensors().items()}
         config |= method.peft_config(layers, model)
+    if part:
+        config = peft_settings(config, list(by_method.get(ModulesToSaveLayer, ())), part)
     return tensors, config
 
 

@@ -1,0 +1,195 @@
+"""The text part of a multimodal checkpoint: `text_config`, and the tensors of the language model.
+
+It is loaded and trained as a model of its family; all other tensors are never loaded, and are carried through as they are
+when a result is written. No wrapper is known by name: what is special is how the text part's tensors are called.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards
+from litmini.errors import UserError
+from litmini.models import FAMILIES, family
+from litmini.models.hf_config import towers_of
+
+Tensors = Iterable[tuple[str, Tensor]]
+BODY, HEAD = "model.", "lm_head."
+"""How the names of a text model's tensors begin: all but those of its head; those of its head."""
+
+
+class Layout(NamedTuple):
+    """How the names of the text part's tensors begin."""
+
+    body: str
+    head: str
+    in_model: str
+    """Those of the body in the model of transformers, and so in PEFT's files."""
+
+
+LAYOUTS = (
+    Layout("language_model.model.", "language_model.lm_head.", "model.language_model."),  # as transformers 4 built it
+    Layout("model.language_model.", HEAD, "model.language_model."),
+    Layout("model.text_model.", HEAD, "model.text_model."),  # Idefics, SmolVLM
+)
+WORDS = {"vision_config": ("vis", "image"), "audio_config": ("audio", "speech")}
+"""A tower in config.json -> what a name of its tensors contains."""
+NOT_CAUSAL = {"paligemma": "attends to its prompt in both directions"}
+"""Wrappers whose language model computes something else than its family does alone."""
+
+
+class TextPart(ModuleType):
+    """The text part of a checkpoint, in the place of the module of its family, of which it has all else."""
+
+    def __init__(self, module: ModuleType, layout: Layout) -> None:
+        super().__init__(module.__name__)
+        self.module, self.layout = module, layout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of the files belongs to the text part."""
+        return name.startswith(self.layout[:2]) or name.startswith("score.")
+
+    def from_hf(self, tensors: Tensors, config: Any) -> Tensors:
+        """Convert the text part's tensors to the names and shapes of the family's model, and leave out all others."""
+        own = ((self._renamed(name, disk=False), tensor) for name, tensor in tensors if self.owns(name))
+        return self.module.from_hf(own, config) if hasattr(self.module, "from_hf") else own
+
+    def to_hf(self, tensors: Tensors, config: Any) -> Tensors:
+        """Convert a model's tensors to the names and shapes of the files: the inverse of `from_hf`."""
+        on_disk = self.module.to_hf(tensors, config) if hasattr(self.module, "to_hf") else tensors
+        return ((self._renamed(name, disk=True), tensor) for name, tensor in on_disk)
+
+    def _renamed(self, name: str, disk: bool) -> str:
+        for pair in ((BODY, self.layout.body), (HEAD, self.layout.head)):
+            old, new = pair if disk else pair[::-1]
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+    def beside(self, directory: Path) -> tuple[Tensors, Tensors]:
+        """Return all other tensors of a checkpoint: their shapes and dtypes, and their values, one in memory at a time."""
+        files = shards(directory)
+        return read_empty(files, self._is_beside), read_tensors(files, copied=True, only=self._is_beside)
+
+    def _is_beside(self, name: str) -> bool:
+        return not self.owns(name)
+
+
+def open_text_part(
+    raw: dict[str, Any], file: Path, names: Collection[str] | None = None
+) -> tuple[TextPart, dict[str, Any]]:
+    """Return the text part that a config.json `raw` describes, and the config.json that it would have alone.
+
+    Args:
+        names: of all tensors in the files beside it; None: there are none yet.
+
+    Raises:
+        UserError: the text part is missing, not implemented, or there are two; or a tower has no tensors.
+    """
+    types = {key: _type(raw[key]) for key in ("text_config", *towers_of(raw)) if raw.get(key)}
+    parts = ", ".join(f"{key} of model_type '{name}'" if name else key for key, name in types.items())
+    kind = f"{file} describes a multimodal model ({parts})"
+    text = raw.get("text_config")
+    if not isinstance(text, dict) or not text:
+        raise UserError(
+            f"{kind} whose text part is not there: expected text_config, the settings of its language model."
+        )
+    if (model_type := str(raw.get("model_type"))) in NOT_CAUSAL:
+        raise UserError(f"{kind} of model_type '{model_type}', which {NOT_CAUSAL[model_type]}: not implemented.")
+    if _type(text) not in FAMILIES:
+        raise UserError(
+            f"{kind}. All else would be carried through as it is, but its text part, model_type '{_type(text)}', is not "
+            f"implemented; there are: {', '.join(sorted(FAMILIES))}."
+        )
+    layout = _layout(raw, kind, names) if names is not None else LAYOUTS[1]
+    alone = dict(text)
+    if (ties := [c["tie_word_embeddings"] for c in (raw, text) if c.get("tie_word_embeddings") is not None]) or names:
+        alone["tie_word_embeddings"] = ties[0] if ties else True  # the weights decide: see `untied`
+    if names is not None and not any(name.startswith(layout.head) for name in names):
+        alone["tie_word_embeddings"] = True
+    for key in ("quantization_config", "num_labels"):
+        alone |= {key: raw[key]} if raw.get(key) is not None else {}
+    return TextPart(family(_type(text)), layout), alone
+
+
+def _type(part: Any) -> str:
+    return str(part.get("model_type", ""))[:50] if isinstance(part, dict) else ""
+
+
+def _layout(raw: dict[str, Any], kind: str, names: Collection[str]) -> Layout:
+    """Return the layout of the text part among the `names` of tensors."""
+    found = [layout for layout in LAYOUTS if any(name.startswith(layout.body) for name in names)]
+    if not found:
+        expected = ", ".join(f"{layout.body}*" for layout in LAYOUTS)
+        raise UserError(
+            f"{kind}, but the text part is not in the weights beside it: expected tensors {expected}; found "
+            f"{', '.join(sorted(names)[:3]) or 'none'}{', ...' * (len(names) > 3)}. Download it again."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{kind}, and the weights beside it hold two text parts: {' and '.join(f'{one.body}*' for one in found)}; "
+            f"expected one of them."
+        )
+    others = [name.lower() for name in names if not name.startswith(found[0].body)]
+    for key in towers_of(raw):
+        if not any(word in name for word in WORDS[key] for name in others):
+            raise UserError(
+                f"{kind}, but the weights beside it have no tensor of {key}, so that a result could not be loaded as "
+                f"{', '.join(raw.get('architectures') or ['what it was'])}. Download it again."
+            )
+    return found[0]
+
+
+def changed_config(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json `raw` with `changes` of the text part, wherever it has these keys."""
+    text = {key: value for key, value in raw["text_config"].items() if key != "torch_dtype"}  # since v5: `dtype`
+    inside = {key: value for key, value in changes.items() if key in text or key == "vocab_size"}
+    both = ("tie_word_embeddings", "dtype")
+    outside = {key: value for key, value in changes.items() if key in raw or key not in inside or key in both}
+    return {**raw, **outside, "text_config": {**text, **inside}}
+
+
+def in_wrapper(name: str, in_model: str) -> str:
+    """Return the name of a module of the text part in the whole model of transformers.
+
+    Args:
+        in_model: how the names of the body begin there (`Layout.in_model`).
+    """
+    return in_model + name.removeprefix(BODY) if name.startswith(BODY) else name
+
+
+def peft_settings(config: dict[str, Any], in_full: list[str], in_model: str) -> dict[str, Any]:
+    """Return PEFT's settings `config` of the text part, so that they name its modules only: towers have a `q_proj`, too.
+
+    Args:
+        in_full: full names of the modules that are trained in full.
+    """
+    heads = [target for target in config["target_modules"] if f"{target}." == HEAD]
+    others = "|".join(re.escape(target) for target in config["target_modules"] if target not in heads)
+    inside = [rf"{re.escape(in_model)}(?:.*\.)?(?:{others})"] if others else []
+    changes: dict[str, Any] = {"target_modules": "|".join([*inside, *heads])}
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            changes[key] = {in_wrapper(name, in_model): value for name, value in config[key].items()}
+    if in_full:
+        changes["modules_to_save"] = sorted(in_wrapper(name, in_model) for name in in_full)
+    return config | changes
+
+
+def to_own_names(tensors: dict[str, Any], in_model: str) -> None:
+    """Give what a PEFT file has by module of the whole model, of transformers 4 or 5, the names of the text part alone."""
+    body, head, _ = LAYOUTS[0]
+    for name in list(tensors):
+        own = name
+        for old, new in ((in_model, BODY), (body, BODY), (head, HEAD)):
+            if f"{name}.".startswith(old):
+                own = f"{new}{f'{name}.'.removeprefix(old)}"[:-1]
+                break
+        tensors[own] = tensors.pop(name)
