@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards, weight_map
+from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards
 from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.models import FAMILIES, family, meta_model
@@ -39,7 +39,7 @@ def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None 
     Of a multimodal model, both are those of its text part (`text_part.py`).
 
     Args:
-        names: of the tensors in the files beside it; None: there are none yet.
+        names: of the tensors that it describes; None: those in the files beside it.
 
     Raises:
         UserError: the family or something that it asks for is not implemented, or a value is missing or impossible.
@@ -86,8 +86,7 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
 @functools.lru_cache(64)
 def _is_untied(directory: Path, states: tuple[tuple[int, ...], ...]) -> bool:
     """Whether a tied config.json stands beside an own head; said once for each state of the files."""
-    raw = read_json(directory / "config.json")
-    module, model = parse_model(raw, directory / "config.json", tensor_names(directory, raw))
+    module, model = parse_model(read_json(directory / "config.json"), directory / "config.json")
     files = shards(directory)
     return bool(untied(module, model, lambda meta: read_empty(files) if meta else read_tensors(files), directory))
 
@@ -125,33 +124,12 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 def read_config(directory: Path) -> tuple[ModuleType, Any]:
     """Return the family module and the `Config` of a checkpoint."""
-    raw = read_raw_config(directory)
-    return parse_config(raw, directory / "config.json", tensor_names(directory, raw))
+    return parse_config(read_raw_config(directory), directory / "config.json")
 
 
 def empty_model(directory: Path) -> tuple[ModuleType, nn.Module]:
     """Return the family module and the model of a checkpoint, with all parameters on the meta device."""
-    raw = read_raw_config(directory)
-    return parse_model(raw, directory / "config.json", tensor_names(directory, raw))
-
-
-def tensor_names(directory: Path, raw: dict[str, Any]) -> list[str] | None:
-    """Return the names of all tensors of a multimodal checkpoint, which say where its text part is; None: it has no files.
-
-    Raises:
-        UserError: a file lacks a tensor that the index names.
-    """
-    files = shards(directory)
-    if not is_multimodal(raw) or not all(file.is_file() for file in files):
-        return None
-    names = [name for name, _ in read_empty(files)]
-    index = directory / "model.safetensors.index.json"
-    if index.is_file() and (missing := sorted(weight_map(index).keys() - set(names))):
-        raise UserError(
-            f"{index} names tensors that its files lack: {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}. "
-            f"Download them again."
-        )
-    return names
+    return parse_model(read_raw_config(directory), directory / "config.json")
 
 
 def parameter_names(model: nn.Module) -> dict[str, list[str]]:

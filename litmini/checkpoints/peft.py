@@ -18,14 +18,7 @@ from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
-from litmini.methods.base_layer import (
-    PREFIX,
-    AdapterLayer,
-    ModulesToSaveLayer,
-    QuantizedLayer,
-    grouped_experts,
-    linears,
-)
+from litmini.methods.base_layer import PREFIX, AdapterLayer, QuantizedLayer, grouped_experts, linears
 from litmini.models.hf_config import read_value
 from litmini.ops.cross_entropy import OutputHead, original_head
 
@@ -150,12 +143,10 @@ def grow_for(model: nn.Module, adapter: Adapter) -> None:
 
 def name_as_in(model: nn.Module, adapter: Adapter) -> None:
     """Give the tensors of `adapter` the names that modules have in `model`, where it is a part of another one."""
-    adapter.in_whole_model = vars(model).get("in_whole_model", "")
-    if adapter.in_whole_model:
+    if whole := vars(model).get("in_whole_model"):
         from litmini.checkpoints.text_part import to_own_names
 
-        for tensors in (adapter.layers, adapter.full, adapter.tokens, adapter.vocabulary):
-            to_own_names(tensors, adapter.in_whole_model)
+        to_own_names(adapter, whole)
 
 
 def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
@@ -211,13 +202,6 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
 
 def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the `adapter_config.json` of the adapters in `model`."""
-    part: str = vars(model).get("in_whole_model", "")
-
-    def whole(name: str) -> str:
-        return in_wrapper(name, part) if part else name
-
-    if part:
-        from litmini.checkpoints.text_part import in_wrapper, peft_settings
     by_method: dict[type[AdapterLayer], dict[str, AdapterLayer]] = {}
     for name, layer in adapters(model).items():
         by_method.setdefault(type(layer), {})[name] = layer
@@ -233,10 +217,12 @@ def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, 
     for method, layers in by_method.items():
         names = method.names_in_peft(layers)
         for name, layer in layers.items():
-            tensors |= {f"{PREFIX}{whole(names.get(name, name))}.{key}": t for key, t in layer.peft_tensors().items()}
+            tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
         config |= method.peft_config(layers, model)
-    if part:
-        config = peft_settings(config, list(by_method.get(ModulesToSaveLayer, ())), part)
+    if whole := vars(model).get("in_whole_model"):
+        from litmini.checkpoints.text_part import to_peft
+
+        return to_peft(tensors, config, by_method, whole)
     return tensors, config
 
 

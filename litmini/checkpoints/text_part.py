@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards
+from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards, weight_map
 from litmini.errors import UserError
+from litmini.methods.base_layer import PREFIX, ModulesToSaveLayer
 from litmini.models import FAMILIES, family
 from litmini.models.hf_config import towers_of
 
@@ -88,7 +89,7 @@ def open_text_part(
     """Return the text part that a config.json `raw` describes, and the config.json that it would have alone.
 
     Args:
-        names: of all tensors in the files beside it; None: there are none yet.
+        names: of all tensors that it describes; None: those in the files beside it, if they exist.
 
     Raises:
         UserError: the text part is missing, not implemented, or there are two; or a tower has no tensors.
@@ -108,6 +109,7 @@ def open_text_part(
             f"{kind}. All else would be carried through as it is, but its text part, model_type '{_type(text)}', is not "
             f"implemented; there are: {', '.join(sorted(FAMILIES))}."
         )
+    names = _tensor_names(file.parent) if names is None else names
     layout = _layout(raw, kind, names) if names is not None else LAYOUTS[1]
     alone = dict(text)
     if (ties := [c["tie_word_embeddings"] for c in (raw, text) if c.get("tie_word_embeddings") is not None]) or names:
@@ -117,6 +119,21 @@ def open_text_part(
     for key in ("quantization_config", "num_labels"):
         alone |= {key: raw[key]} if raw.get(key) is not None else {}
     return TextPart(family(_type(text)), layout), alone
+
+
+def _tensor_names(directory: Path) -> list[str] | None:
+    """Return the names of all tensors of a checkpoint; None: it has no weights yet."""
+    files = shards(directory)
+    if not all(file.is_file() for file in files):
+        return None
+    names = [name for name, _ in read_empty(files)]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file() and (missing := sorted(weight_map(index).keys() - set(names))):
+        raise UserError(
+            f"{index} names tensors that its files lack: {', '.join(missing[:5])}{', ...' * (len(missing) > 5)}. "
+            f"Download them again."
+        )
+    return names
 
 
 def _type(part: Any) -> str:
@@ -165,12 +182,17 @@ def in_wrapper(name: str, in_model: str) -> str:
     return in_model + name.removeprefix(BODY) if name.startswith(BODY) else name
 
 
-def peft_settings(config: dict[str, Any], in_full: list[str], in_model: str) -> dict[str, Any]:
-    """Return PEFT's settings `config` of the text part, so that they name its modules only: towers have a `q_proj`, too.
+def to_peft(
+    tensors: dict[str, Tensor], config: dict[str, Any], by_method: dict[Any, dict[str, Any]], in_model: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what PEFT's files say of the text part alone as they say it of the whole model.
+
+    Its settings name modules of the text part only, since towers have a `q_proj`, too.
 
     Args:
-        in_full: full names of the modules that are trained in full.
+        by_method: class of the adapter layers -> full names of their modules.
     """
+    renamed = {PREFIX + in_wrapper(key.removeprefix(PREFIX), in_model): tensor for key, tensor in tensors.items()}
     heads = [target for target in config["target_modules"] if f"{target}." == HEAD]
     others = "|".join(re.escape(target) for target in config["target_modules"] if target not in heads)
     inside = [rf"{re.escape(in_model)}(?:.*\.)?(?:{others})"] if others else []
@@ -178,18 +200,17 @@ def peft_settings(config: dict[str, Any], in_full: list[str], in_model: str) -> 
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             changes[key] = {in_wrapper(name, in_model): value for name, value in config[key].items()}
-    if in_full:
+    if in_full := by_method.get(ModulesToSaveLayer):
         changes["modules_to_save"] = sorted(in_wrapper(name, in_model) for name in in_full)
-    return config | changes
+    return renamed, config | changes
 
 
-def to_own_names(tensors: dict[str, Any], in_model: str) -> None:
-    """Give what a PEFT file has by module of the whole model, of transformers 4 or 5, the names of the text part alone."""
+def to_own_names(adapter: Any, in_model: str) -> None:
+    """Give the tensors of an adapter, of a model of transformers 4 or 5, the names that modules have in the text part."""
+    adapter.in_whole_model = in_model
     body, head, _ = LAYOUTS[0]
-    for name in list(tensors):
-        own = name
-        for old, new in ((in_model, BODY), (body, BODY), (head, HEAD)):
-            if f"{name}.".startswith(old):
-                own = f"{new}{f'{name}.'.removeprefix(old)}"[:-1]
-                break
-        tensors[own] = tensors.pop(name)
+    for tensors in (adapter.layers, adapter.full, adapter.tokens, adapter.vocabulary):
+        for name in list(tensors):
+            pairs = ((in_model, BODY), (body, BODY), (head, HEAD))
+            owns = [new + f"{name}.".removeprefix(old) for old, new in pairs if f"{name}.".startswith(old)]
+            tensors[owns[0][:-1] if owns else name] = tensors.pop(name)
