@@ -231,5 +231,10 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path, **c
     rows = (model.config.vocab_size, fresh.config.vocab_size)  # type: ignore[union-attr]
     raw = changed_config(raw, vocab_size=rows[0]) if rows[0] != rows[1] else raw
     save_model(
-        directory, {**raw, **changes}, tensors, side_files=source, empty=empty, beside=parts_beside(module, source)
+        directory,
+        changed_config(raw, **changes),
+        tensors,
+        side_files=source,
+        empty=empty,
+        beside=parts_beside(module, source),
     )

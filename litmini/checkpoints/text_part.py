@@ -14,6 +14,7 @@ from torch import Tensor
 
 from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards, weight_map
 from litmini.errors import UserError
+from litmini.files import read_json
 from litmini.methods.base_layer import PREFIX, ModulesToSaveLayer
 from litmini.models import FAMILIES, family
 from litmini.models.hf_config import towers_of
@@ -39,8 +40,12 @@ LAYOUTS = (
 )
 WORDS = {"vision_config": ("vis", "image"), "audio_config": ("audio", "speech")}
 """A tower in config.json -> what a name of its tensors contains."""
+IN_TEXT = {"vocab_size": True, "pad_token_id": True, "tie_word_embeddings": False, "dtype": False}
+"""Settings of the text part that a result changes -> whether transformers reads them in `text_config` only."""
 NOT_CAUSAL = {"paligemma": "attends to its prompt in both directions"}
 """Wrappers whose language model computes something else than its family does alone."""
+SCORED = ("gemma3", "qwen3_5")
+"""Wrappers of which transformers has a `...ForSequenceClassification`."""
 
 
 class TextPart(ModuleType):
@@ -167,9 +172,8 @@ def _layout(raw: dict[str, Any], kind: str, names: Collection[str]) -> Layout:
 def changed_config(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return config.json `raw` with `changes` of the text part, wherever it has these keys."""
     text = {key: value for key, value in raw["text_config"].items() if key != "torch_dtype"}  # since v5: `dtype`
-    inside = {key: value for key, value in changes.items() if key in text or key == "vocab_size"}
-    both = ("tie_word_embeddings", "dtype")
-    outside = {key: value for key, value in changes.items() if key in raw or key not in inside or key in both}
+    inside = {key: value for key, value in changes.items() if key in IN_TEXT and (key in text or IN_TEXT[key])}
+    outside = {key: value for key, value in changes.items() if key in raw or not IN_TEXT.get(key)}
     return {**raw, **outside, "text_config": {**text, **inside}}
 
 
@@ -214,3 +218,17 @@ def to_own_names(adapter: Any, in_model: str) -> None:
             pairs = ((in_model, BODY), (body, BODY), (head, HEAD))
             owns = [new + f"{name}.".removeprefix(old) for old, new in pairs if f"{name}.".startswith(old)]
             tensors[owns[0][:-1] if owns else name] = tensors.pop(name)
+
+
+def check_scored(directory: Path) -> None:
+    """Check that transformers could load the classifier that a multimodal checkpoint becomes.
+
+    Raises:
+        UserError: it could not.
+    """
+    kind = str(read_json(directory / "config.json").get("model_type"))
+    if kind not in SCORED:
+        raise UserError(
+            f"{directory} is a multimodal model of model_type '{kind}', of which transformers has no sequence classifier, so "
+            f"the result could not be loaded; expected a text model, or one of: {', '.join(SCORED)}."
+        )

@@ -1,6 +1,7 @@
 """Requirement 44: text parts of multimodal checkpoints, against transformers and PEFT over the whole model."""
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -22,22 +23,25 @@ from litmini.checkpoints.safetensors_io import read_tensors, shards
 from litmini.config.finetune import Ia3Config, LoraConfig
 from litmini.errors import UserError
 from litmini.evaluation.verify import check_bits
+from litmini.generation.multi_adapter import MultiLoRA
 from litmini.importers.convert import convert
-from litmini.methods.adapters import add_adapters, adapters
+from litmini.methods.adapters import adapters, add_adapters
 from litmini.methods.dora import DoRALinear
 from litmini.methods.ia3 import add_ia3
+from litmini.methods.trainable_tokens import add_tokens
+from litmini.tokenizer import Tokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 IMAGE = 500  # the token that stands for a patch
 TOKENS = torch.tensor([[5, 300, 17, 17, 260, 480, 4, 99, 31, 32, 33, 34]])
 TEXT = {
     "vocab_size": 512,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
+    "head_dim": 16,
+    "intermediate_size": 64,
     "max_position_embeddings": 128,
 }
 VISION = {
@@ -231,3 +235,218 @@ def test_an_image_prompt_gives_what_the_change_of_the_text_part_implies(bases, t
     other = {**image, "pixel_values": -image["pixel_values"]}
     assert (logits(merged, tokens, **other) - found).abs().max() > 1e-3
     assert (logits(whole(base), tokens, **image) - found).abs().max() > 1e-2
+
+
+def run(script: str, monkeypatch, **settings) -> None:
+    """Run a script's command line in this process."""
+    words = [f"--{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    monkeypatch.setattr("sys.argv", [script, *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    assert not end.value.code, end.value.code
+
+
+def finetune(script: str, base: Path, place: Path, monkeypatch, **more) -> Path:
+    messages = [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "One, and then two."}]
+    (place / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 4)
+    settings = {"data__path": place / "train.jsonl", "data__max_seq_len": 64, "train__global_batch_size": 2}
+    settings |= {"train__max_steps": 2, "optim__lr": 0.01, "eval__samples": 0, "precision": "32-true"}
+    run(script, monkeypatch, checkpoint_dir=base, out_dir=place / script, **{**settings, **more})
+    return place / script / "final"
+
+
+def test_full_finetuning_changes_the_text_part_alone_and_resumes(bases, tmp_path, monkeypatch):
+    base = bases["gemma3"]
+    final = finetune("finetune_full", base, tmp_path, monkeypatch, train__save_every=1)
+    check_all_but_text_is_carried(base, final)
+    assert_close(logits(whole(final)), logits(load_model(final, torch.float32)))
+    assert (logits(whole(final)) - logits(whole(base))).abs().max() > 0.01
+    config = json.loads((final / "config.json").read_text())
+    assert config["dtype"] == "float32" and config["model_type"] == "gemma3"
+
+    after = dict(read_tensors(shards(final)))
+    shutil.rmtree(final)
+    shutil.rmtree(final.parent / "step-000002", ignore_errors=True)
+    finetune("finetune_full", base, tmp_path, monkeypatch, train__save_every=1, resume="auto")
+    resumed = dict(read_tensors(shards(final)))
+    assert after.keys() == resumed.keys() and all(torch.equal(after[name], resumed[name]) for name in after)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "ia3"])
+def test_every_method_trains_it_and_every_reader_takes_the_result(bases, tmp_path, monkeypatch, capsys, method):
+    base = bases["mistral3"]
+    adapter = finetune(f"finetune_{method}", base, tmp_path, monkeypatch)
+    merged = tmp_path / "merged"
+    run("merge_adapter", monkeypatch, checkpoint_dir=base, adapter_dir=adapter, out_dir=merged)
+    check_all_but_text_is_carried(base, merged)
+    assert_close(logits(whole(merged)), logits(load_model(merged, torch.float32)))
+    run("generate", monkeypatch, checkpoint_dir=merged, prompt="Say one.", max_new_tokens=2)
+    if method == "lora":
+        written = tmp_path / "written"
+        monkeypatch.setattr("sys.argv", ["convert_to_hf", str(adapter.parent), "--out_dir", str(written)])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(SCRIPTS / "convert_to_hf.py"), run_name="__main__")
+        assert "pipeline_tag: image-text-to-text" in (written / "README.md").read_text()
+        assert torch.equal(logits(whole(written)), logits(whole(merged)))
+        monkeypatch.setattr("sys.argv", ["verify", str(base), "--adapter_dir", str(adapter)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPTS / "verify.py"), run_name="__main__")
+        assert not end.value.code
+        assert re.search("logits = peft, fp32 +ok", capsys.readouterr().out)
+
+
+def test_shards_dtypes_and_other_files_are_converted_around_the_towers(base, tmp_path):
+    small = export(base, tmp_path / "small", dtype=torch.bfloat16, max_shard_bytes=40_000)
+    assert len(shards(small)) > 2
+    check_all_but_text_is_carried(base, small)
+    assert json.loads((small / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_close(logits(whole(small)), logits(load_model(small, torch.float32)))
+
+    tensors = dict(read_tensors(shards(base)))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    found = dict(read_tensors(shards(convert(pickled, tmp_path / "converted"))))
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    check_all_but_text_is_carried(base, tmp_path / "converted")
+
+
+def test_a_tied_head_that_an_adapter_changes_gets_weights_of_its_own(bases, tmp_path):
+    base = bases["gemma3"]
+    ours = load_model(base, torch.float32)
+    add_adapters(ours, LoraConfig(4, 8.0, 0.0, ["q_proj", "lm_head"]))
+    for layer in adapters(ours).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    directory = saved(ours, base, tmp_path / "adapter")
+    assert_close(peft_logits(peft.PeftModel.from_pretrained(whole(base), directory).eval()), logits(ours))
+    merged = export(base, tmp_path / "merged", directory)
+    config = json.loads((merged / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert_close(logits(whole(merged)), logits(ours))
+    assert_close(logits(load_model(merged, torch.float32)), logits(ours))
+
+
+def test_a_vocabulary_grows(bases, tmp_path):
+    out = tmp_path / "more"
+    extend_vocabulary(bases["mistral3"], out, ["<|city|>"])
+    check_all_but_text_is_carried(bases["mistral3"], out)
+    model, theirs = load_model(out, torch.float32), whole(out)
+    tokens = torch.tensor([[5, 512, 7, 9]])
+    assert theirs.config.text_config.vocab_size == 513 and model.config.vocab_size == 513
+    assert_close(logits(model, tokens), logits(theirs, tokens))
+
+
+def test_new_tokens_and_several_adapters(bases, tmp_path):
+    base = bases["gemma3"]
+    model, tokenizer = load_model(base, torch.float32), Tokenizer(base, new_tokens=["<|city|>"])
+    add_adapters(model, LoraConfig(4, 8.0, 0.0, ["q_proj"]))
+    add_tokens(model, tokenizer.new_tokens.ids, tokenizer.new_tokens.known)
+    for layer in adapters(model).values():
+        for parameter in (p for p in layer.parameters() if p.requires_grad):
+            parameter.data += torch.randn_like(parameter) * 0.1
+    directory = saved(model, base, tmp_path / "tokens")
+    tokenizer.save(directory)
+    tokens = torch.tensor([[5, 512, 7, 9]])
+    theirs = whole(base)
+    theirs.resize_token_embeddings(513, mean_resizing=False)
+    expected = logits(model, tokens)
+    assert_close(peft_logits(peft.PeftModel.from_pretrained(theirs, directory).eval(), tokens), expected)
+    merged = export(base, tmp_path / "merged", directory)
+    check_all_but_text_is_carried(base, merged)
+    assert_close(logits(whole(merged), tokens), expected)
+
+    plain = adapted(base, "lora")
+    several = MultiLoRA(load_model(base, torch.float32))
+    several.add("one", saved(plain, base, tmp_path / "one"))
+    with several.use(["one"]):
+        assert_close(logits(several.model), logits(plain))
+
+
+def test_a_classifier_loads_where_transformers_has_one(bases, tmp_path, monkeypatch):
+    lines = [{"text": f"number {i}", "label": ["odd", "even"][i % 2]} for i in range(6)]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"data__path": tmp_path / "labelled.jsonl", "eval__samples": 0, "lora": "null"}
+    final = finetune("finetune_classifier", bases["gemma3"], tmp_path, monkeypatch, **data)
+    model = whole(final)
+    assert type(model).__name__ == "Gemma3ForSequenceClassification" and model.config.num_labels == 2
+    with pytest.raises(AssertionError, match="1"):
+        finetune("finetune_classifier", bases["mistral3"], tmp_path, monkeypatch, **data, out_dir=tmp_path / "other")
+
+
+def test_what_peft_trained_over_a_tower_too_is_refused(bases, tmp_path):
+    base = bases["gemma3"]
+    model = peft.get_peft_model(whole(base), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="vision_tower.*the model has no such linear"):
+        load(base, tmp_path / "theirs", dtype="fp32")
+
+
+def change(directory: Path, **changes) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("config", "drop", "rename", "expected"),
+    [
+        ({"text_config": None}, "", "", "whose text part is not there: expected text_config"),
+        (
+            {"text_config": {"model_type": "llama4_text"}},
+            "",
+            "",
+            "its text part, model_type 'llama4_text', is not impl",
+        ),
+        ({"text_config": TEXT | {"model_type": "qwen3_5_text"}}, "", "", "All else would be carried through"),
+        ({"model_type": "paligemma"}, "", "", "attends to its prompt in both directions"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "", "", "quantization_config"),
+        (
+            {},
+            "language_model",
+            "",
+            "the text part is not in the weights beside it: expected tensors language_model.mod",
+        ),
+        ({}, "vision", "", "no tensor of vision_config.* loaded as Gemma3ForConditionalGeneration"),
+        ({}, "layers.1.mlp.up_proj", "", "missing model.layers.1.mlp.up_proj.weight"),
+        ({}, "", "model.language_model.layers.0.norm", "two text parts"),
+        ({}, "", "language_model.model.layers.9.norm", "unexpected model.layers.9.norm"),
+    ],
+)
+def test_what_is_not_a_whole_text_part_is_refused(bases, tmp_path, config, drop, rename, expected):
+    broken = tmp_path / "broken"
+    shutil.copytree(bases["gemma3"], broken)
+    change(broken, **config)
+    tensors = load_file(broken / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not drop or drop not in name}
+    tensors |= {rename: torch.zeros(3)} if rename else {}
+    save_file(tensors, broken / "model.safetensors")
+    for read in (lambda: load_model(broken), lambda: export(broken, tmp_path / "out")):
+        with pytest.raises(UserError, match=expected):
+            read()
+
+
+def test_a_tensor_of_a_tower_that_a_shard_lacks_is_named(bases, tmp_path):
+    sharded = export(bases["gemma3"], tmp_path / "sharded", max_shard_bytes=40_000)
+    for file in shards(sharded):
+        tensors = load_file(file)
+        lost = sorted(name for name in tensors if "vision" in name)
+        if lost:
+            save_file({name: tensor for name, tensor in tensors.items() if name != lost[0]}, file)
+            break
+    with pytest.raises(UserError, match=f"names tensors that its files lack: {lost[0]}"):
+        export(sharded, tmp_path / "out")
+    with pytest.raises(UserError, match="names tensors that its files lack"):
+        load_model(sharded)
+
+
+def test_a_config_without_weights_is_enough_to_estimate(bases, tmp_path):
+    shutil.copy(bases["gemma3"] / "config.json", tmp_path)
+    _, model = empty_model(tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for n, p in gemma3().named_parameters() if "language_model" in n
+    )
+
+
+def test_save_trained_keeps_the_names_of_the_base(base, tmp_path):
+    save_trained(load_model(base, torch.float32), tmp_path, base)
+    before, after = (dict(read_tensors(shards(d))) for d in (base, tmp_path))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
