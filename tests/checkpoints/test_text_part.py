@@ -20,6 +20,7 @@ from litmini.checkpoints.hf import load_model, save_trained
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.checkpoints.safetensors_io import read_tensors, shards
+from litmini.checkpoints.text_part import check_scored
 from litmini.config.finetune import Ia3Config, LoraConfig
 from litmini.errors import UserError
 from litmini.evaluation.verify import check_bits
@@ -27,6 +28,7 @@ from litmini.generation.multi_adapter import MultiLoRA
 from litmini.importers.convert import convert
 from litmini.methods.adapters import adapters, add_adapters
 from litmini.methods.dora import DoRALinear
+from litmini.methods.heads import use_scores
 from litmini.methods.ia3 import add_ia3
 from litmini.methods.trainable_tokens import add_tokens
 from litmini.tokenizer import Tokenizer
@@ -365,12 +367,28 @@ def test_new_tokens_and_several_adapters(bases, tmp_path):
 def test_a_classifier_loads_where_transformers_has_one(bases, tmp_path, monkeypatch):
     lines = [{"text": f"number {i}", "label": ["odd", "even"][i % 2]} for i in range(6)]
     (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = {"data__path": tmp_path / "labelled.jsonl", "eval__samples": 0, "lora": "null"}
+    adapted = {"data__path": tmp_path / "labelled.jsonl"}
+    data = adapted | {"lora": "null"}
+    (tmp_path / "other").mkdir()
     final = finetune("finetune_classifier", bases["gemma3"], tmp_path, monkeypatch, **data)
     model = whole(final)
     assert type(model).__name__ == "Gemma3ForSequenceClassification" and model.config.num_labels == 2
-    with pytest.raises(AssertionError, match="1"):
-        finetune("finetune_classifier", bases["mistral3"], tmp_path, monkeypatch, **data, out_dir=tmp_path / "other")
+    check_scored(bases["gemma3"])
+    with pytest.raises(UserError, match="of model_type 'mistral3', of which transformers has no sequence classifier"):
+        check_scored(bases["mistral3"])
+
+    adapter = finetune("finetune_classifier", bases["gemma3"], tmp_path / "other", monkeypatch, **adapted)
+    settings = transformers.AutoConfig.from_pretrained(adapter)
+    kind = transformers.AutoModelForSequenceClassification
+    theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(bases["gemma3"], config=settings), adapter).eval()
+    assert theirs.base_model.model.score.modules_to_save["default"].weight.any()
+    ours = load_model(bases["gemma3"], torch.float32)
+    use_scores(ours, 2)
+    load_adapter(ours, adapter)
+    labels = torch.full_like(TOKENS, -100)
+    labels[0, -1] = 0
+    with torch.no_grad():
+        assert_close(ours(TOKENS, labels=labels)[0], peft_logits(theirs))
 
 
 def test_what_peft_trained_over_a_tower_too_is_refused(bases, tmp_path):
