@@ -117,10 +117,10 @@ def open_text_part(
     names = _tensor_names(file.parent) if names is None else names
     layout = _layout(raw, kind, names) if names is not None else LAYOUTS[1]
     alone = dict(text)
-    if (ties := [c["tie_word_embeddings"] for c in (raw, text) if c.get("tie_word_embeddings") is not None]) or names:
-        alone["tie_word_embeddings"] = ties[0] if ties else True  # the weights decide: see `untied`
-    if names is not None and not any(name.startswith(layout.head) for name in names):
-        alone["tie_word_embeddings"] = True
+    if names is not None or raw.get("tie_word_embeddings") is not None:
+        alone["tie_word_embeddings"] = with_tie(raw)["tie_word_embeddings"]
+    if names is not None and text.get("tie_word_embeddings") and not any(n.startswith(layout.head) for n in names):
+        alone["tie_word_embeddings"] = True  # as the text part says, where the whole says no (LLaVA)
     for key in ("quantization_config", "num_labels"):
         alone |= {key: raw[key]} if raw.get(key) is not None else {}
     return TextPart(family(_type(text)), layout), alone
@@ -169,8 +169,18 @@ def _layout(raw: dict[str, Any], kind: str, names: Collection[str]) -> Layout:
     return found[0]
 
 
+def with_tie(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with `tie_word_embeddings`, whose default differs from wrapper to wrapper.
+
+    Where it is nowhere, the weights decide: tied, unless they have another head (`config.untied`).
+    """
+    ties = (raw.get("tie_word_embeddings"), raw["text_config"].get("tie_word_embeddings"), True)
+    return {**raw, "tie_word_embeddings": next(tie for tie in ties if tie is not None)}
+
+
 def changed_config(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json `raw` with `changes` of the text part, wherever it has these keys."""
+    """Return config.json `raw` with `changes` of the text part, wherever it has these keys, and its tie."""
+    raw = with_tie(raw)
     text = {key: value for key, value in raw["text_config"].items() if key != "torch_dtype"}  # since v5: `dtype`
     inside = {key: value for key, value in changes.items() if key in IN_TEXT and (key in text or IN_TEXT[key])}
     outside = {key: value for key, value in changes.items() if key in raw or not IN_TEXT.get(key)}

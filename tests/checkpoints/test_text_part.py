@@ -328,6 +328,35 @@ def test_a_tied_head_that_an_adapter_changes_gets_weights_of_its_own(bases, tmp_
     assert_close(logits(load_model(merged, torch.float32)), logits(ours))
 
 
+@pytest.mark.parametrize("own_head", [True, False])
+def test_a_config_that_says_nothing_of_a_tie_means_what_the_weights_are(bases, tmp_path, own_head):
+    """As Mistral Small 3.1 is published: transformers ties it by default, and unties it for its weights."""
+    silent = tmp_path / "silent"
+    shutil.copytree(bases["mistral3"], silent)
+    config = json.loads((silent / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (silent / "config.json").write_text(json.dumps(config))
+    if not own_head:
+        tensors = {n: t for n, t in load_file(silent / "model.safetensors").items() if "lm_head" not in n}
+        save_file(tensors, silent / "model.safetensors", metadata={"format": "pt"})
+    model, theirs = load_model(silent, torch.float32), whole(silent)
+    assert (model.lm_head.weight is model.model["embed_tokens"].weight) is not own_head
+    assert_close(logits(model), logits(theirs))
+    written = export(silent, tmp_path / "written")
+    assert json.loads((written / "config.json").read_text())["tie_word_embeddings"] is not own_head
+    assert_close(logits(whole(written)), logits(theirs))
+
+
+def test_a_head_that_is_missing_is_named(bases, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(bases["mistral3"], broken)
+    tensors = {n: t for n, t in load_file(broken / "model.safetensors").items() if "lm_head" not in n}
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(UserError, match="missing lm_head.weight"):
+        load_model(broken)
+
+
 def test_a_vocabulary_grows(bases, tmp_path):
     out = tmp_path / "more"
     extend_vocabulary(bases["mistral3"], out, ["<|city|>"])
