@@ -165,7 +165,8 @@ class Tokenizer:
         file = self.directory / "chat_template.jinja"
         if file.is_file():
             return _read_template(file)
-        found = self.settings.get("chat_template")
+        of_processor = self._optional(PROCESSOR_TEMPLATE).get("chat_template")
+        found = of_processor or self.settings.get("chat_template")
         if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
             found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
         if found is not None and not isinstance(found, str):
@@ -382,9 +383,9 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.json",
     "LICENSE",
 )
+PROCESSOR_TEMPLATE = "chat_template.json"  # transformers prefers it to all others, so a result must not keep it
 
 
 def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
@@ -392,3 +393,6 @@ def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file() and (replace or not (target / name).exists()):
             shutil.copyfile(source / name, target / name)
+    template = target / "chat_template.jinja"
+    if (source / PROCESSOR_TEMPLATE).is_file() and not template.exists():
+        write_text(template, str(read_json(source / PROCESSOR_TEMPLATE).get("chat_template")))

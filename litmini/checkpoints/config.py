@@ -34,9 +34,7 @@ def changed_config(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None = None) -> tuple[ModuleType, Any]:
-    """Return the family module and the `Config` of the content of a config.json.
-
-    Of a multimodal model, both are those of its text part (`text_part.py`).
+    """Return the family module and the `Config` of the content of a config.json, or of its text part (`text_part.py`).
 
     Args:
         names: of the tensors that it describes; None: those in the files beside it.

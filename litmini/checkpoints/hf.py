@@ -230,11 +230,5 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path, **c
         raw = changed_config(raw, tie_word_embeddings=False)
     rows = (model.config.vocab_size, fresh.config.vocab_size)  # type: ignore[union-attr]
     raw = changed_config(raw, vocab_size=rows[0]) if rows[0] != rows[1] else raw
-    save_model(
-        directory,
-        changed_config(raw, **changes),
-        tensors,
-        side_files=source,
-        empty=empty,
-        beside=parts_beside(module, source),
-    )
+    raw, beside = changed_config(raw, **changes), parts_beside(module, source)
+    save_model(directory, raw, tensors, side_files=source, empty=empty, beside=beside)

@@ -348,6 +348,19 @@ def test_a_config_that_says_nothing_of_a_tie_means_what_the_weights_are(bases, t
     assert_close(logits(whole(written)), logits(theirs))
 
 
+def test_the_template_of_a_processor_is_read_and_never_left_beside_that_of_training(bases, tmp_path):
+    """transformers prefers chat_template.json to chat_template.jinja: the old template would win."""
+    processor = tmp_path / "processor"
+    shutil.copytree(bases["mistral3"], processor)
+    template = (processor / "chat_template.jinja").read_text()
+    (processor / "chat_template.jinja").rename(tmp_path / "other.jinja")
+    (processor / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert Tokenizer(processor).chat_template == template
+    for result in (export(processor, tmp_path / "written"), convert(processor, tmp_path / "converted")):
+        assert (result / "chat_template.jinja").read_text() == template
+        assert not (result / "chat_template.json").exists()
+
+
 def test_a_head_that_is_missing_is_named(bases, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(bases["mistral3"], broken)
