@@ -380,6 +380,18 @@ def test_a_vocabulary_grows(bases, tmp_path):
     assert_close(logits(model, tokens), logits(theirs, tokens))
 
 
+def test_an_adapter_of_transformers_4_is_read(bases, tmp_path):
+    base = bases["mistral3"]
+    ours = adapted(base, "dora")
+    directory = saved(ours, base, tmp_path / "adapter")
+    file, settings = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    tensors = load_file(file)
+    save_file({n.replace("model.language_model.", "language_model.model."): t for n, t in tensors.items()}, file)
+    names = sorted({name.split(".")[-3] for name in tensors if "lora_A" in name})
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"target_modules": names}))
+    assert torch.equal(logits(load(base, directory, dtype="fp32")[0]), logits(ours))
+
+
 def test_new_tokens_and_several_adapters(bases, tmp_path):
     base = bases["gemma3"]
     model, tokenizer = load_model(base, torch.float32), Tokenizer(base, new_tokens=["<|city|>"])
