@@ -210,7 +210,7 @@ def to_peft(
     heads = [target for target in config["target_modules"] if f"{target}." == HEAD]
     others = "|".join(re.escape(target) for target in config["target_modules"] if target not in heads)
     inside = [rf"{re.escape(in_model)}(?:.*\.)?(?:{others})"] if others else []
-    changes: dict[str, Any] = {"target_modules": "|".join([*inside, *heads])}
+    changes: dict[str, Any] = {"target_modules": "|".join([*inside, *heads]) or []}
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             changes[key] = {in_wrapper(name, in_model): value for name, value in config[key].items()}
