@@ -107,7 +107,10 @@ class Tokenizer:
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
-        for name, settings in (("generation_config", self.generation), ("config", self._optional("config.json"))):
+        config = self._optional("config.json")
+        text = config.get("text_config")  # of a multimodal model
+        config = {**(text if isinstance(text, dict) else {}), **config}
+        for name, settings in (("generation_config", self.generation), ("config", config)):
             found = settings.get("eos_token_id")
             found = found if isinstance(found, list) else [found]
             if any(i is not None and type(i) is not int for i in found):
@@ -162,7 +165,8 @@ class Tokenizer:
         file = self.directory / "chat_template.jinja"
         if file.is_file():
             return _read_template(file)
-        found = self.settings.get("chat_template")
+        of_processor = self._optional(PROCESSOR_TEMPLATE).get("chat_template")
+        found = of_processor or self.settings.get("chat_template")
         if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
             found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
         if found is not None and not isinstance(found, str):
@@ -376,8 +380,12 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE",
 )
+PROCESSOR_TEMPLATE = "chat_template.json"  # transformers prefers it to all others, so a result must not keep it
 
 
 def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
@@ -385,3 +393,6 @@ def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file() and (replace or not (target / name).exists()):
             shutil.copyfile(source / name, target / name)
+    template = target / "chat_template.jinja"
+    if (source / PROCESSOR_TEMPLATE).is_file() and not template.exists():
+        write_text(template, str(read_json(source / PROCESSOR_TEMPLATE).get("chat_template")))

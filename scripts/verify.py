@@ -11,7 +11,9 @@ With an adapter, logits are compared with those of peft, and this adapter is mer
 With 4 bits, transformers gets the dequantized weights.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from litmini.cli import command
@@ -72,7 +74,12 @@ def main(config: VerifyConfig) -> None:
         results.append(check(model, tokens))
         with torch.no_grad():
             assert torch.equal(model(tokens), ours), f"{check.__name__} left the model changed"
-    packed = {name: m.dequantize() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    whole: str = vars(model).get("in_whole_model", "model.")  # how names begin in a multimodal model
+    packed = {
+        re.sub(r"^model\.", whole, name): m.dequantize()
+        for name, m in model.named_modules()
+        if isinstance(m, NF4Linear)
+    }
     convert(model, torch.bfloat16)
     with torch.no_grad():
         rounded = model(tokens).float()
@@ -111,20 +118,24 @@ def against_transformers(
     """
     import torch
 
+    from litmini.checkpoints.config import is_multimodal
     from litmini.evaluation.verify import Check, compare_logits
+    from litmini.files import read_json
 
     library = "peft" if adapter_dir else "transformers"
     names = [f"logits = {library}, {dtype}" for dtype in ("fp32", "bf16")]
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        multimodal = is_multimodal(read_json(Path(directory) / "config.json"))
+        loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        theirs: Any = loader.from_pretrained(directory, dtype=torch.float32)
         for name, weight in packed.items():
             _put_weight(theirs, name.removesuffix(".base"), weight)
         if adapter_dir:
             from peft import PeftModel
 
-            if ours.shape[-1] != theirs.config.vocab_size:  # the adapter has new tokens
+            if ours.shape[-1] != theirs.config.get_text_config().vocab_size:  # the adapter has new tokens
                 theirs.resize_token_embeddings(ours.shape[-1], mean_resizing=False)
             theirs = PeftModel.from_pretrained(theirs, adapter_dir)
         theirs = theirs.to(tokens.device).eval()

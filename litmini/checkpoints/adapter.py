@@ -11,7 +11,7 @@ from litmini.config.finetune import QuantizeConfig
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Adapter:
     """An adapter as it was read; not yet over any base."""
 
@@ -32,10 +32,21 @@ class Adapter:
     vocabulary: dict[str, Tensor] = field(default_factory=dict)
     """Full name of an embedding or a head that has grown -> its whole frozen weight, which PEFT adds."""
 
+    in_whole_model: str = ""
+    """Of the text part of a multimodal model: how names of modules begin in the whole model; else empty."""
+
     def layer(self, name: str, base: Any) -> AdapterLayer:
         """Return the adapter layer, frozen, over `base`, the module `name` of a model. Its values are not loaded."""
         kind = ModulesToSaveLayer if name in self.full else self.method
-        return kind.from_peft(base, name, self.config, self._tensors(name)).requires_grad_(False)
+        return kind.from_peft(base, self.whole_name(name), self.config, self._tensors(name)).requires_grad_(False)
+
+    def whole_name(self, name: str) -> str:
+        """Return the name of a module in the whole model, which the settings mean."""
+        if not self.in_whole_model:
+            return name
+        from litmini.checkpoints.text_part import in_wrapper
+
+        return in_wrapper(name, self.in_whole_model)
 
     def load(self, name: str, layer: AdapterLayer) -> AdapterLayer:
         """Give `layer` its values, and return it."""

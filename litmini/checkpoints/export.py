@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from litmini.checkpoints.adapter import Adapter
-from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, parameter_names, read_raw_config
+from litmini.checkpoints.config import (
+    changed_config,
+    disk_tensors,
+    empty_model,
+    model_tensors,
+    parameter_names,
+    parts_beside,
+    read_raw_config,
+)
 from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
-from litmini.checkpoints.peft import check_adapter, grow_for, read_adapter
+from litmini.checkpoints.peft import check_adapter, grow_for, name_as_in, read_adapter
 from litmini.checkpoints.peft_tokens import has_vocabulary, with_rows
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
@@ -55,10 +63,11 @@ def export(
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
     give_memory_back()
     module, model = empty_model(source)  # refuses what is not implemented
-    empty = list(read_empty(shards(source)))
+    own = module.owns if hasattr(module, "owns") else None
+    empty = list(read_empty(shards(source), own))
     check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
     raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}  # since transformers 5: `dtype`
-    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
+    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True, only=own)
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter = read_adapter(adapter_dir)
@@ -67,14 +76,16 @@ def export(
                 f"{adapter_dir} is an adapter of a classifier or a reward model; merging it is not implemented. "
                 f"PEFT merges it: merge_and_unload()."
             )
+        name_as_in(model, adapter)
+        rows_before = model.config.vocab_size  # type: ignore[union-attr]
         grows = has_vocabulary(model, adapter)
         grow_for(model, adapter)
         check_adapter(model, adapter)  # refuses one of another base
         rows = model.config.vocab_size  # type: ignore[union-attr]
-        raw |= {"vocab_size": rows} if rows != raw.get("vocab_size", rows) else {}
+        raw = changed_config(raw, vocab_size=rows) if rows != rows_before else raw
         tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
         if any(_changed(adapter, name) for name in tied):
-            raw["tie_word_embeddings"] = False
+            raw = changed_config(raw, tie_word_embeddings=False)
         quantized = set(quantizable(model)) if adapter.quantize.bits == 4 and base == "trained" else set()
 
         def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
@@ -89,7 +100,8 @@ def export(
     if dtype is not None:
         empty = [(name, like.to(dtype)) for name, like in empty]
     with write_atomically(target, new=True) as aside:
-        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
+        beside = parts_beside(module, source)
+        save_model(aside, raw, tensors, source, max_shard_bytes, empty=empty, beside=beside)
         tokenizer.save(aside)
     return target
 

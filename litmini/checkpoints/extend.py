@@ -5,7 +5,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, read_raw_config
+from litmini.checkpoints.config import (
+    changed_config,
+    disk_tensors,
+    empty_model,
+    model_tensors,
+    parts_beside,
+    read_raw_config,
+)
 from litmini.checkpoints.hf import check_checkpoint_dir, save_model
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.errors import UserError
@@ -47,8 +54,9 @@ def extend_vocabulary(
         for read in (read_empty(shards(source)), read_tensors(shards(source), copied=True))
     )
     raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}  # since transformers 5: `dtype`
-    raw["vocab_size"] = model.config.vocab_size  # type: ignore[union-attr]
+    raw = changed_config(raw, vocab_size=model.config.vocab_size)  # type: ignore[union-attr]
+    beside = parts_beside(module, source)
     with write_atomically(target, new=True) as aside:
-        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=list(empty))
+        save_model(aside, raw, tensors, source, max_shard_bytes, empty=list(empty), beside=beside)
         tokenizer.save(aside)
     return new.ids, new.known

@@ -10,6 +10,7 @@ from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.checkpoints.peft import read_adapter
 from litmini.errors import UserError
 from litmini.files import read_json, write_atomically, write_json, write_text
+from litmini.models.hf_config import towers_of
 from litmini.tokenizer import Tokenizer
 
 KEPT = ("litmini", "command", "method", "date", "versions", "hardware", "base", "data", "seed")
@@ -101,7 +102,8 @@ def model_card(result: Result, name: str, adapter_kept: bool) -> str:
     """Return the README.md of a result: its base, training and measurements, from the run's manifest."""
     manifest: dict[str, Any] = read_json(result.run / "manifest.json") if result.run else {}
     base = base_name(Path(manifest.get("base", {}).get("checkpoint_dir") or result.checkpoint))
-    front = [f"library_name: {'peft' if adapter_kept else 'transformers'}", "pipeline_tag: text-generation"]
+    takes = "image-text-to-text" if towers_of(read_json(result.checkpoint / "config.json")) else "text-generation"
+    front = [f"library_name: {'peft' if adapter_kept else 'transformers'}", f"pipeline_tag: {takes}"]
     front += [f"base_model: {base}"] if base.count("/") == 1 and not Path(base).exists() else []
     lines = ["---", *front, "tags:", "- litmini", "---", "", f"# {name}", ""]
     kind = "An adapter (PEFT's format) for" if adapter_kept else "A checkpoint made from"

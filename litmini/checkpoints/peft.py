@@ -134,10 +134,19 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
 
 def grow_for(model: nn.Module, adapter: Adapter) -> None:
     """Give `model` the rows of tokens that the adapter's base had in training."""
+    name_as_in(model, adapter)
     from litmini.checkpoints.peft_tokens import grow_for, has_vocabulary
 
     if has_vocabulary(model, adapter):
         grow_for(model, adapter)
+
+
+def name_as_in(model: nn.Module, adapter: Adapter) -> None:
+    """Give the tensors of `adapter` the names that modules have in `model`, where it is a part of another one."""
+    if whole := vars(model).get("in_whole_model"):
+        from litmini.checkpoints.text_part import to_own_names
+
+        to_own_names(adapter, whole)
 
 
 def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
@@ -150,10 +159,11 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
     """
     from litmini.checkpoints.peft_config import named_modules
 
+    name_as_in(model, adapter)
     for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
         adapter.layers[own] = adapter.layers.pop(name)
     bases, experts, modules = linears(model), grouped_experts(model), dict(model.named_modules())
-    named = named_modules(bases, experts, modules, adapter.config)
+    named = named_modules(bases, experts, modules, adapter.config, adapter.whole_name)
     bases |= experts
     layers: dict[str, AdapterLayer] = {}
     problems = []
@@ -209,6 +219,10 @@ def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, 
         for name, layer in layers.items():
             tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
         config |= method.peft_config(layers, model)
+    if whole := vars(model).get("in_whole_model"):
+        from litmini.checkpoints.text_part import to_peft
+
+        return to_peft(tensors, config, by_method, whole)
     return tensors, config
 
 

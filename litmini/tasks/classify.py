@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.checkpoints.config import read_config
+from litmini.checkpoints.config import changed_config, is_multimodal, read_config
 from litmini.checkpoints.hf import save_trained
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
@@ -76,6 +76,10 @@ def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> Classifica
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, None)
+    if is_multimodal(read_json(Path(config.checkpoint_dir) / "config.json")):
+        from litmini.checkpoints.text_part import check_scored
+
+        check_scored(Path(config.checkpoint_dir))
     train, val = load_labelled(config.data, tokenizer, config.seed)
     plain = {f.name: f.default for f in dataclasses.fields(LabelledDataConfig)}
     unused = ("chat_template", "template_kwargs", "special_tokens_in_text", "train_on", "max_dropped")
@@ -113,14 +117,15 @@ def save_classifier(
     save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
     if directory is not None:
         base = read_json(Path(config.checkpoint_dir) / "config.json")
-        write_json(directory / "config.json", {**base, **changes})
+        write_json(directory / "config.json", changed_config(base, **changes))
 
 
 def classifier_config(checkpoint_dir: str, names: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the keys of `config.json` in which a sequence classifier differs from its base."""
     module, config = read_config(Path(checkpoint_dir))
-    raw = {**module.config_to_hf(config), **read_json(Path(checkpoint_dir) / "config.json")}
-    family = re.sub(r"(ForCausalLM|LMHeadModel)$", "", (raw.get("architectures") or [""])[0])
+    own = read_json(Path(checkpoint_dir) / "config.json")
+    raw = {**module.config_to_hf(config), **(own.get("text_config") or {}), **own}
+    family = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", (raw.get("architectures") or [""])[0])
     if raw["model_type"].endswith("_text") and not family.endswith("Text"):
         family += "Text"  # transformers has Gemma3ForCausalLM, but Gemma3TextForSequenceClassification
     pad = raw.get("pad_token_id")
