@@ -165,7 +165,8 @@ def _as_templates_expect(message: Any) -> Any:
     """Return a message without keys that are null, which templates write as "None", with its reasoning by both names."""
     if not isinstance(message, dict):
         return message
-    found = {key: value for key, value in message.items() if value is not None}
+    is_call = bool(message.get("tool_calls"))  # beside calls, some templates want a content that is null
+    found = {key: value for key, value in message.items() if value is not None or (is_call and key == "content")}
     reasoning = next((found[key] for key in REASONING if key in found), None)
     return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
 

@@ -142,7 +142,7 @@ def command(
 def _report(error: BaseException) -> int:
     """Print an error that the user can fix, and return the exit status; re-raise any other error."""
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.title or chr(10)}{error}", file=sys.stderr)
         return error.status
     if isinstance(error, KeyboardInterrupt):
         print("\ninterrupted.", file=sys.stderr)

@@ -3,12 +3,13 @@
 import errno
 import io
 import os
+import platform
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -98,6 +99,15 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def cpu_name() -> str:
+    """Return the name of this machine's CPU, such as `Intel(R) Xeon(R) Platinum 8488C`; its kind where there is no more."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def resident_bytes() -> int:
     """Return the bytes of this process in memory; where there is no /proc, the most so far."""
     try:
@@ -105,6 +115,20 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return peak_resident_bytes()
+
+
+def mapped_files(suffix: str) -> list[tuple[int, int, int]]:
+    """Return (first address, end, bytes in memory) of each mapping of a file whose name ends so; none without /proc."""
+    found: list[tuple[int, int, int]] = []
+    with suppress(OSError), open("/proc/self/smaps") as file:
+        for line in file:
+            name, *words = line.split()
+            if not name.endswith(":"):
+                first, end = (int(word, 16) for word in name.split("-"))
+                wanted = line.rstrip().endswith(suffix)
+            elif name == "Rss:" and wanted:
+                found.append((first, end, int(words[0]) * 1024))
+    return found
 
 
 def peak_resident_bytes() -> int:

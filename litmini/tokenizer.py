@@ -10,16 +10,19 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
-from litmini.files import check_no_pointer, existing_file, read_json, write_json
+from litmini.files import check_no_pointer, existing_file, read_json, write_json, write_text
 from litmini.literal_tokens import START, Encoded, LiteralTokens
-from litmini.tool_calls import convert_arguments
+from litmini.template_form import TemplateForm, TurnEnds, find_ends, find_form
+
+if TYPE_CHECKING:
+    from litmini.new_tokens import NewTokens
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -27,6 +30,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 NAMED = {"name", "template"}
 """The keys of one of several chat templates in tokenizer_config.json."""
 OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+
+
 SAVED_KWARGS = "chat_template_kwargs"
 """The key of tokenizer_config.json that holds the template's variables of training."""
 
@@ -37,10 +42,12 @@ class Tokenizer:
     Args:
         directory: holds `tokenizer.json` and, if they exist, `tokenizer_config.json`, `chat_template.jinja`,
             `generation_config.json` and `config.json`.
-        chat_template: "auto" for the checkpoint's own template, "none" for none, or the path of a template file.
+        chat_template: "auto" for the checkpoint's own template, "none" for none, one of `builtin_templates.BUILTIN`, or the
+            path of a template file.
         began: the time that templates write with `strftime_now`; None: the current time.
         template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
         special_tokens_in_text: special tokens that people write in messages and texts are tokens, not text.
+        new_tokens: texts that become tokens, if they are none: see `new_tokens.py`.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -53,6 +60,7 @@ class Tokenizer:
         began: datetime | None = None,
         template_kwargs: dict[str, Any] | None = None,
         special_tokens_in_text: bool = False,
+        new_tokens: Sequence[str] = (),
     ) -> None:
         self.directory = Path(directory)
         self.special_tokens_in_text = special_tokens_in_text
@@ -63,14 +71,18 @@ class Tokenizer:
                 f"{self.directory} has no tokenizer.json; a SentencePiece tokenizer.model alone is not read."
             )
         try:
-            exact = re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', file.read_text(encoding="utf-8"))
-            self.fast = FastTokenizer.from_str(exact)  # offsets that cover white space too; ids are the same
+            content = file.read_text(encoding="utf-8")
+            self.fast = _with_exact_offsets(content)
         except Exception as error:  # tokenizers raises plain Exception
             check_no_pointer(file)
             raise UserError(f"{file} is damaged: {error}") from None
+        self.settings = self._optional("tokenizer_config.json")
+        self.chat_template = self._find_template(chat_template)
+        self.new_tokens: NewTokens | None = None
+        if new_tokens:
+            self.fast = _with_exact_offsets(self._add(content, new_tokens))
         self.fast.no_truncation()
         self.fast.no_padding()
-        self.settings = self._optional("tokenizer_config.json")
         self._tokens = self.settings  # bos_token, eos_token, ...
         if "added_tokens_decoder" not in self.settings:  # with older files, special_tokens_map.json takes precedence
             self._tokens = {**self.settings, **self._optional("special_tokens_map.json")}
@@ -78,7 +90,11 @@ class Tokenizer:
         added = self.fast.get_added_tokens_decoder()
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
-        self.chat_template = self._find_template(chat_template)
+        if chat_template not in ("auto", "none"):
+            from litmini.builtin_templates import check_builtin
+
+            special = {token.content for token in added.values() if token.special}
+            check_builtin(chat_template, self.directory, special, self._token("eos_token"))
         saved = self.settings.get(SAVED_KWARGS, {})
         if not isinstance(saved, dict):
             raise self._wrong("tokenizer_config.json", SAVED_KWARGS, saved, "names and values")
@@ -87,20 +103,32 @@ class Tokenizer:
             raise UserError(
                 f"template_kwargs has {', '.join(own)}, which litmini gives to templates itself: leave it out."
             )
+        self._forms: dict[bool, TemplateForm] = {}
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
-        for name, settings in (("generation_config", self.generation), ("config", self._optional("config.json"))):
+        config = self._optional("config.json")
+        text = config.get("text_config")  # of a multimodal model
+        config = {**(text if isinstance(text, dict) else {}), **config}
+        for name, settings in (("generation_config", self.generation), ("config", config)):
             found = settings.get("eos_token_id")
             found = found if isinstance(found, list) else [found]
             if any(i is not None and type(i) is not int for i in found):
                 raise self._wrong(f"{name}.json", "eos_token_id", found, "a token id or a list of them")
             ids += found
         if self.chat_template:
-            ids.append(self._turn_end())
+            ids += [self.fast.token_to_id(token) for token in self.turn_ends if token]
         self.stop_ids: list[int] = list(dict.fromkeys(i for i in ids if i is not None))
         if not self.stop_ids:
             raise UserError(f"{self.directory} names no end token in tokenizer_config.json or generation_config.json.")
+
+    def _add(self, content: str, tokens: Sequence[str]) -> str:
+        """Return the content of tokenizer.json with the new tokens `tokens`."""
+        from litmini.new_tokens import new_tokens, with_settings, with_tokens
+
+        self.new_tokens = new_tokens(content, tokens, self.chat_template or "")
+        self.settings = with_settings(self.settings, self.new_tokens.entries)
+        return with_tokens(content, self.new_tokens.entries)
 
     def _optional(self, name: str) -> dict[str, Any]:
         file = self.directory / name
@@ -125,11 +153,20 @@ class Tokenizer:
         if choice == "none":
             return None
         if choice != "auto":
+            from litmini.builtin_templates import BOS, BUILTIN, NAMES
+
+            if choice in BUILTIN:
+                return BOS * bool(self._before_text) + BUILTIN[choice].text
+            if not Path(choice).suffix and not Path(choice).exists():
+                raise UserError(
+                    f"chat_template is {choice}; expected auto, none, {NAMES}, or the path of a .jinja file."
+                )
             return _read_template(existing_file(choice, "chat template"))
         file = self.directory / "chat_template.jinja"
         if file.is_file():
             return _read_template(file)
-        found = self.settings.get("chat_template")
+        of_processor = self._optional(PROCESSOR_TEMPLATE).get("chat_template")
+        found = of_processor or self.settings.get("chat_template")
         if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
             found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
         if found is not None and not isinstance(found, str):
@@ -152,9 +189,23 @@ class Tokenizer:
             return tail.partition("question")[0] if found else ""
         return ""
 
-    def _turn_end(self) -> int | None:
-        """Return the id of the special token that the template puts after an assistant's turn, or None."""
-        return next((i for i in self.encode(self.after_completion, special=False) if i in self.special_ids), None)
+    @cached_property
+    def turn_ends(self) -> TurnEnds:
+        """The special tokens with which the template ends an assistant's turns."""
+
+        def text_of(messages: list[Message]) -> str:
+            try:
+                return self.apply_template(messages)
+            except BadTemplate:
+                raise
+            except UserError:
+                return ""
+
+        def specials(text: str) -> list[str | None]:
+            ids = self.encode(text, special=False)
+            return [self.fast.id_to_token(i) if i in self.special_ids else None for i in ids]
+
+        return find_ends(self.after_completion, text_of, specials, "tool_calls" in (self.chat_template or ""))
 
     def apply_template(
         self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -167,7 +218,7 @@ class Tokenizer:
         Raises:
             UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
         """
-        (text,) = self.render([(self.with_arguments(messages), tools, [(len(messages), add_generation_prompt, None)])])
+        (text,) = self.render([(self.in_form(messages), tools, [(len(messages), add_generation_prompt, None)])])
         if isinstance(text, UserError):
             raise text
         return text
@@ -179,7 +230,12 @@ class Tokenizer:
             UserError: there is no template, it is not valid jinja, or exceeds a limit.
         """
         if self.chat_template is None:
-            raise UserError(f"{self.directory} has no chat template; give one with --data.chat_template FILE.jinja")
+            from litmini.builtin_templates import NAMES
+
+            raise BadTemplate(
+                f"{self.directory} has no chat template, as base models have none. Choose one with --data.chat_template: "
+                f"{NAMES} or FILE.jinja. It is saved with the result."
+            )
         named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
         variables = {key: token for key, token in named.items() if token} | self.template_kwargs
         name = f"the chat template of {self.directory}"
@@ -189,20 +245,16 @@ class Tokenizer:
         except BadTemplate as error:
             raise BadTemplate(f"{name} {error}") from None
 
-    @cached_property
-    def _arguments(self) -> type | None:
-        """What the template writes as JSON where a tool call has it as its arguments: dict, or str; None: both, or neither."""
-        texts: list[str | UserError] = []
-        for arguments in ({"a": 1}, '{"a": 1}'):
-            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            turns = [
-                {"role": "user", "content": "question"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ]
-            texts += self.render([(turns, None, [(2, False, None)])])
-        # neither a repr nor JSON of JSON
-        fits = [isinstance(text, str) and "'a'" not in text and '\\"' not in text for text in texts]
-        return None if fits[0] == fits[1] else dict if fits[0] else str
+    def _form(self, has_calls: bool) -> TemplateForm:
+        """Return the form in which the template wants messages, with calls of tools or without."""
+
+        def render(messages: list[Message]) -> str | None:
+            (text,) = self.render([(messages, None, [(len(messages), False, None)])])
+            return text if isinstance(text, str) else None
+
+        if has_calls not in self._forms:
+            self._forms[has_calls] = find_form(render, has_calls)
+        return self._forms[has_calls]
 
     @cached_property
     def _literal(self) -> LiteralTokens:
@@ -215,10 +267,9 @@ class Tokenizer:
         """
         return value if self.special_tokens_in_text else self._literal.mark(value)
 
-    def with_arguments(self, messages: list[Message]) -> list[Message]:
-        """Return messages with the arguments of tool calls as the template wants them."""
-        has_calls = any(message.get("tool_calls") for message in messages)
-        return convert_arguments(messages, self._arguments) if has_calls and self._arguments else messages
+    def in_form(self, messages: list[Message]) -> list[Message]:
+        """Return messages as the template wants them: arguments of calls, content beside calls, or content in parts."""
+        return self._form(any(message.get("tool_calls") for message in messages)).apply(messages)
 
     def dates(self) -> list[str]:
         """Return the current date as the template writes it, in each of its forms; [] if it writes none."""
@@ -262,7 +313,7 @@ class Tokenizer:
         left_out = {i: f"messages[{i}], of the role {m['role']}" for i, m in enumerate(messages) if _may_be_unknown(m)}
         left_out |= {TOOLS: "the tools"} if tools else {}
         parts: Parts = [(len(messages), True, i) for i in (None, *left_out)]
-        text, *others = self.render([(self.with_arguments(messages), tools, parts)])
+        text, *others = self.render([(self.in_form(messages), tools, parts)])
         if isinstance(text, UserError):
             raise text
         for what, other in zip(left_out.values(), others, strict=True):
@@ -276,6 +327,11 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write the tokenizer, the template and its variables in use and all stop ids into `directory`, beside the weights."""
         copy_side_files(self.directory, directory)
+        if self.new_tokens:
+            from litmini.new_tokens import with_tokens
+
+            content = (self.directory / "tokenizer.json").read_text(encoding="utf-8")
+            write_text(directory / "tokenizer.json", with_tokens(content, self.new_tokens.entries))
         settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", SAVED_KWARGS)}
         settings |= {SAVED_KWARGS: self.template_kwargs} if self.template_kwargs else {}
         write_json(directory / "tokenizer_config.json", settings)
@@ -285,6 +341,11 @@ class Tokenizer:
             template.write_text(self.chat_template, encoding="utf-8")
         stops = self.stop_ids if len(self.stop_ids) > 1 else self.stop_ids[0]
         write_json(directory / "generation_config.json", {**self.generation, "eos_token_id": stops})
+
+
+def _with_exact_offsets(content: str) -> FastTokenizer:
+    """Return the tokenizer of a tokenizer.json, with offsets that cover white space, too; ids are the same."""
+    return FastTokenizer.from_str(re.sub(r'"trim_offsets":\s*true', '"trim_offsets": false', content))
 
 
 def _may_be_unknown(message: Message) -> bool:
@@ -319,8 +380,12 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE",
 )
+PROCESSOR_TEMPLATE = "chat_template.json"  # transformers prefers it to all others, so a result must not keep it
 
 
 def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
@@ -328,3 +393,6 @@ def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file() and (replace or not (target / name).exists()):
             shutil.copyfile(source / name, target / name)
+    template = target / "chat_template.jinja"
+    if (source / PROCESSOR_TEMPLATE).is_file() and not template.exists():
+        write_text(template, str(read_json(source / PROCESSOR_TEMPLATE).get("chat_template")))

@@ -1,11 +1,7 @@
-"""Tools, and the calls of them in messages: checked, converted for templates, and parsed from what a model says."""
+"""Tools, and the calls of them in messages: checked, and converted for templates."""
 
 import json
-import re
 from typing import Any
-
-CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-"""A call as Qwen and Hermes models write it."""
 
 
 def read_objects(value: Any, what: str) -> list[dict[str, Any]]:
@@ -25,12 +21,15 @@ def read_objects(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
-    """Return the tool calls of a turn as objects; their arguments stay an object or its JSON.
+    """Return the tool calls of a turn as {"type": "function", "function": ...}; arguments stay an object or its JSON.
 
     Raises:
         ValueError: a call has no name, or other arguments.
     """
-    calls = read_objects(value, "tool_calls")
+    calls = [
+        call if "function" in call else {"type": "function", "function": call}
+        for call in read_objects(value, "tool_calls")
+    ]
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -62,19 +61,3 @@ def convert_arguments(messages: list[dict[str, Any]], to: type) -> list[dict[str
 
     calls = [list(map(convert_call, message.get("tool_calls") or [])) for message in messages]
     return [{**message, "tool_calls": own} if own else message for message, own in zip(messages, calls, strict=True)]
-
-
-def parse_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return what a model says before its calls, and the calls; all of it and none where a call is not as `CALL`."""
-    calls = []
-    try:
-        for found in CALL.findall(text):
-            (call,) = read_calls([found])
-            arguments = call.get("arguments", {})
-            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            calls.append({"name": call["name"], "arguments": arguments})
-    except (ValueError, KeyError):
-        return text, []
-    if not calls or "<tool_call>" in CALL.sub("", text):
-        return text, []
-    return text.partition("<tool_call>")[0].strip(), calls

@@ -2,8 +2,7 @@
 
     python scripts/chat.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 
-/reset starts a new conversation, /save FILE writes the conversation as one line of messages JSONL (which finetuning reads),
-/quit or Ctrl-D ends the program; Ctrl-C stops a completion.
+/help lists the commands; Ctrl-C stops a completion, Ctrl-D ends the program.
 """
 
 import sys
@@ -13,10 +12,16 @@ from typing import Any
 
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.settings import Text
 
-COMMANDS = "/reset, /save FILE, /quit"
+HELP = {
+    "/help": "list the commands",
+    "/reset": "start a new conversation",
+    "/save FILE": "write the conversation as one line of messages JSONL, which finetuning reads",
+    "/quit": "end the program, as Ctrl-D does",
+}
+COMMANDS = ", ".join(HELP)
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,7 @@ def main(config: ChatConfig) -> None:
     from litmini.generation.generate import open_model, stream_text
     from litmini.generation.prompts import check_text
     from litmini.generation.request import Request
+    from litmini.system import has_colors
 
     with contextlib.suppress(ImportError):  # arrow keys and earlier lines, on systems that have readline
         import readline  # noqa: F401
@@ -46,11 +52,16 @@ def main(config: ChatConfig) -> None:
     model, tokenizer = open_model(config)
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.directory} has no chat template; give one with --chat_template FILE.jinja")
-    print(f"{COMMANDS}; Ctrl-C stops a completion.", file=sys.stderr)
+    bold, plain = ("\033[1m", "\033[0m") if has_colors(sys.stderr) else ("", "")
+    over = f" with {config.adapter_dir}" if config.adapter_dir else ""
+    name = Path(config.checkpoint_dir).resolve().name
+    print(f"{bold}{name}{over}{plain}: /help lists the commands; Ctrl-C stops a completion.", file=sys.stderr)
+    # readline must not count what a terminal does not show
+    prompt = "\001\033[32m\002> \001\033[0m\002" if has_colors(sys.stdout) and "readline" in sys.modules else "> "
     messages = list(before)
     while True:
         try:
-            said = input("> ").strip()
+            said = input(prompt).strip()
         except EOFError:
             print()
             return
@@ -85,7 +96,9 @@ def start(config: ChatConfig) -> list[dict[str, Any]]:
         return system
     lines = list(read_prompts(config.history))
     if len(lines) != 1:
-        raise UserError(f"{config.history} holds {len(lines)} conversations, expected one, as /save writes it.")
+        raise UserError(
+            f"{config.history} holds {counted(len(lines), 'conversation')}, expected one, as /save writes it."
+        )
     if isinstance(lines[0].prompt, UserError):
         raise UserError(f"{config.history}: {lines[0].prompt}")
     messages = lines[0].prompt
@@ -97,6 +110,9 @@ def obey(said: str, messages: list[dict[str, Any]], before: list[dict[str, Any]]
     import json
 
     word, _, rest = said.partition(" ")
+    if word == "/help":
+        print("\n".join(f"{name:11} {what}" for name, what in HELP.items()), file=sys.stderr)
+        return messages
     if word == "/reset":
         return list(before)
     if word == "/save" and rest:
@@ -106,7 +122,7 @@ def obey(said: str, messages: list[dict[str, Any]], before: list[dict[str, Any]]
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{error.strerror}: {path}") from None
-        print(f"{len(messages)} messages in {path}", file=sys.stderr)
+        print(f"{counted(len(messages), 'message')} in {path}", file=sys.stderr)
         return messages
     raise UserError(f"{word} is not a command; the commands are: {COMMANDS}.")
 

@@ -7,10 +7,13 @@ training state. To convert the result to GGUF, use llama.cpp's converter: python
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from litmini.cli import command
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass
@@ -46,8 +49,7 @@ def main(config: ConvertConfig) -> None:
 
     from litmini.checkpoints.export import export, parse_size
     from litmini.checkpoints.hf import parse_dtype
-    from litmini.checkpoints.model_card import export_adapter, model_card, push, resolve
-    from litmini.files import write_text
+    from litmini.checkpoints.model_card import export_adapter, push, resolve, write_card
     from litmini.models import use_model_file
 
     own = use_model_file(config.model_file)
@@ -61,13 +63,46 @@ def main(config: ConvertConfig) -> None:
     else:
         dtype = parse_dtype(config.dtype) if config.dtype else None
         export(result.checkpoint, out_dir, result.adapter, dtype, parse_size(config.max_shard_size))
-    write_text(out_dir / "README.md", model_card(result, out_dir.name, kept))
-    readers = "transformers, vLLM and PEFT load it"
-    if own:
-        readers = f"transformers cannot load it: its model_type is that of {config.model_file}"
-    print(f"written: {out_dir}, with a model card. {readers}.")
+    write_card(result, out_dir, out_dir.name, kept)
+    print(
+        f"written: {out_dir}, with a model card. {readers(out_dir, config.model_file if own and not kept else None)}."
+    )
     if config.push_to_hub:
         print(f"on the hub: {push(out_dir, config.push_to_hub, config.private)}")
+
+
+def readers(out_dir: "Path", model_file: str | None) -> str:
+    """Return what loads an export; of a family in a user's own file, what transformers does not know of it."""
+    if model_file is None:
+        return "transformers, vLLM and PEFT load it"
+    import torch
+
+    from litmini.checkpoints.safetensors_io import read_empty, shards
+    from litmini.files import read_json
+
+    raw = read_json(out_dir / "config.json")
+    kind = raw.get("model_type")
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(**raw)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ImportError:
+        return (
+            f"transformers, which is not installed here, loads it only if it knows model_type '{kind}' of {model_file}"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"transformers cannot load it: it does not know model_type '{kind}' of {model_file}"
+    known = {name for name, _ in model.named_parameters()}  # without further names of tied ones
+    written = {name for name, _ in read_empty(shards(out_dir))}
+    differ = {"does not know": sorted(written - set(model.state_dict())), "misses": sorted(known - written)}
+    words = [
+        f"{what} {counted(len(names), 'tensor')}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+        for what, names in differ.items()
+        if names
+    ]
+    return f"transformers {'; it '.join(words)}" if words else "transformers, vLLM and PEFT load it"
 
 
 if __name__ == "__main__":

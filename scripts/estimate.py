@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from litmini.cli import command
-from litmini.config.finetune import LoraConfig
+from litmini.config.finetune import Ia3Config, LoraConfig
 from litmini.config.training import OptimConfig
-from litmini.errors import UserError, check
+from litmini.errors import UserError, check, counted
 
 POSITIVE = ("max_seq_len", "micro_batch_size", "micro_batches", "devices", "num_nodes", "node_gb", "network_gb", "mfu")
 
@@ -22,8 +22,10 @@ class EstimateConfig:
     """Settings of estimate.py."""
 
     model: str
-    """Checkpoint directory, or the hub id of a preset of a family."""
-    method: Literal["lora", "qlora", "full"] = "lora"
+    """Checkpoint directory; the hub id of a preset of a family; or MY_FILE.py:PRESET."""
+    model_file: str | None = None
+    """With a checkpoint directory: the model file of a family that is not in litmini/models/."""
+    method: Literal["lora", "qlora", "dora", "ia3", "full"] = "lora"
     """Finetuning method."""
     max_seq_len: int = 2048
     """Tokens of a sequence."""
@@ -37,6 +39,7 @@ class EstimateConfig:
     """auto: bf16-mixed for full, else bf16-true, as the scripts do."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    ia3: Ia3Config = field(default_factory=Ia3Config)
     devices: int = 1
     """Number of devices on each node."""
     num_nodes: int = 1
@@ -74,8 +77,10 @@ def main(config: EstimateConfig) -> None:
     parameters = {id(p): p for p in model.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{config.model}, {config.method}, {config.precision}: {trained:,} parameters are trained")
-    batch = f"{config.micro_batch_size} sequences of {config.max_seq_len:,} tokens in a micro-batch"
-    print(f"peak memory of each of {devices} GPUs, {batch} (estimated, not run on a GPU):\n{describe(memory)}")
+    batch = f"{counted(config.micro_batch_size, 'sequence')} of {config.max_seq_len:,} tokens in a micro-batch"
+    print(
+        f"peak memory of each of {counted(devices, 'GPU')}, {batch} (estimated, not run on a GPU):\n{describe(memory)}"
+    )
     print("fits on:", *gpus.fits_on(memory), sep="\n")
     print(f"tokens per day at {config.mfu:.0%} MFU of the published bf16 peak:")
     for name, tokens in gpus.tokens_per_day(model, config.max_seq_len, config.mfu, devices).items():
@@ -93,19 +98,37 @@ def build(config: EstimateConfig) -> Any:
     from litmini.checkpoints.config import empty_model
     from litmini.distributed.fabric import weight_dtype
     from litmini.methods.adapters import add_adapters
+    from litmini.methods.dora import DoRALinear
+    from litmini.methods.ia3 import add_ia3
     from litmini.methods.nf4 import quantize_linears
-    from litmini.models import preset
+    from litmini.models import preset, use_model_file
     from litmini.training.low_memory import checkpoint_activations
 
-    model = preset(config.model) or empty_model(existing(config.model))[1]
+    use_model_file(config.model_file)
+    model = preset_of_file(config.model) or preset(config.model) or empty_model(existing(config.model))[1]
     model.to(weight_dtype(config.precision))
     if config.method == "qlora":
         quantize_linears(model)
-    if config.method != "full":
-        add_adapters(model, config.lora)
+    if config.method == "ia3":
+        add_ia3(model, config.ia3)
+    elif config.method != "full":
+        add_adapters(model, config.lora, DoRALinear if config.method == "dora" else None)
     if config.checkpoint_activations:
         checkpoint_activations(model)
     return model
+
+
+def preset_of_file(name: str) -> Any:
+    """Return the model of MY_FILE.py:PRESET, on the meta device; None if `name` is not of that form."""
+    from litmini.models import meta_model, use_model_file
+
+    file, _, chosen = name.rpartition(":")
+    if not file.endswith(".py"):
+        return None
+    module: Any = use_model_file(file)
+    if chosen not in module.PRESETS:
+        raise UserError(f"{file} has no preset '{chosen}'; there are: {', '.join(module.PRESETS)}.")
+    return meta_model(module, module.PRESETS[chosen])
 
 
 def existing(directory: str) -> Any:
@@ -157,7 +180,8 @@ def compare(config: EstimateConfig) -> None:
             ]
             command += [f"--precision={config.precision}", f"--optim.name={config.optim.name}"]
             command += [f"--train.checkpoint_activations={str(config.checkpoint_activations).lower()}"]
-            command += [] if config.method == "full" else [f"--lora.rank={config.lora.rank}"]
+            command += [] if config.method in ("full", "ia3") else [f"--lora.rank={config.lora.rank}"]
+            command += ["--model_file", config.model_file] if config.model_file else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
@@ -171,13 +195,13 @@ def compare(config: EstimateConfig) -> None:
 def process_bytes() -> int:
     """Return the bytes of a process after a training step, without its model, as measured in this process."""
     import torch
-    from lightning_fabric import Fabric
 
+    from litmini.distributed.fabric import fabric_class
     from litmini.models import llama
     from litmini.system import resident_bytes
     from litmini.training.memory import full_rows
 
-    Fabric(accelerator="cpu", devices=1)
+    fabric_class()(accelerator="cpu", devices=1)
     tiny = llama.Model(llama.PRESETS["tiny"])
     tiny.init_weights(torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float32):

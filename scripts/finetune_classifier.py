@@ -54,6 +54,10 @@ def main(config: FinetuneClassifierConfig) -> None:
         ratios = learning_rate_ratios(model, config.lora)
     elif config.precision == "bf16-true" and not config.optim.stochastic_rounding:
         fabric.print("warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32.")
+    if tokens := data.tokenizer.new_tokens:
+        from litmini.methods.trainable_tokens import add_tokens
+
+        add_tokens(model, tokens.ids, tokens.known)
 
     def save_weights(directory: Path | None) -> None:
         save_classifier(model, directory, config, data, data.problem_type)

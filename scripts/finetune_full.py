@@ -41,6 +41,10 @@ def main(config: FinetuneFullConfig) -> None:
             "warning: weights in bf16 lose small updates; --precision bf16-mixed keeps them in fp32, and "
             "--optim.stochastic_rounding true rounds them stochastically."
         )
+    if tokens := data.tokenizer.new_tokens:
+        from litmini.methods.trainable_tokens import add_tokens
+
+        add_tokens(model, tokens.ids, tokens.known)
     ratios: dict[str, float] = {}
 
     def save_weights(directory: Path | None) -> None:

@@ -15,7 +15,7 @@ def main(config: FinetuneIa3Config) -> None:
     from litmini.checkpoints.load import load_quantized
     from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import load_device, make_fabric, weight_dtype
-    from litmini.methods.ia3 import add_ia3
+    from litmini.methods.ia3 import IA3Linear, add_ia3
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.measure import finish, measure_start
     from litmini.tasks.setup import make_setup
@@ -34,14 +34,19 @@ def main(config: FinetuneIa3Config) -> None:
 
     # 4. Base model, in 16 or 4 bits
     dtype = weight_dtype(config.precision)
-    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
+    model = load_quantized(config.base, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: freeze everything, factors over linears
-    add_ia3(model, config.ia3)
+    if config.continued:
+        from litmini.checkpoints.continue_adapter import continue_adapter
+
+        continue_adapter(model, config.continued, IA3Linear)
+    else:
+        add_ia3(model, config.ia3)
     ratios: dict[str, float] = {}
 
     def save_weights(directory: Path | None) -> None:
-        save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
+        save_adapter(model, directory, config.base, quantize=config.quantize)
 
     if config.dry_run or config.show_masks:
         from litmini.tasks.dry_run import preview
@@ -56,7 +61,7 @@ def main(config: FinetuneIa3Config) -> None:
     fit(setup, objective)
 
     # 8. Save and measure
-    fabric.print(finish(setup, objective, adapter_of=config.checkpoint_dir))
+    fabric.print(finish(setup, objective, adapter_of=config.base))
 
 
 if __name__ == "__main__":

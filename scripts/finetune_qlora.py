@@ -16,6 +16,7 @@ def main(config: FinetuneQloraConfig) -> None:
     from litmini.checkpoints.peft import save_adapter
     from litmini.distributed.fabric import compute_dtype, load_device, make_fabric, weight_dtype
     from litmini.methods.adapters import add_adapters, learning_rate_ratios
+    from litmini.methods.lora import LoRALinear
     from litmini.ops.rounding import dither
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.measure import finish, measure_start
@@ -35,14 +36,23 @@ def main(config: FinetuneQloraConfig) -> None:
 
     # 4. Base model, its linears quantized to 4 bits while they are read
     dtype = weight_dtype(config.precision)
-    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
+    model = load_quantized(config.base, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: freeze everything, adapters over linears
-    add_adapters(model, config.lora)
+    if config.continued:
+        from litmini.checkpoints.continue_adapter import continue_adapter
+
+        continue_adapter(model, config.continued, LoRALinear, config.lora.dropout)
+    else:
+        add_adapters(model, config.lora)
+    if tokens := data.tokenizer.new_tokens:
+        from litmini.methods.trainable_tokens import add_tokens
+
+        add_tokens(model, tokens.ids, tokens.known)
     ratios = learning_rate_ratios(model, config.lora)
 
     def save_weights(directory: Path | None) -> None:
-        save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
+        save_adapter(model, directory, config.base, quantize=config.quantize)
 
     if config.dry_run or config.show_masks:
         from litmini.tasks.dry_run import preview
@@ -58,7 +68,7 @@ def main(config: FinetuneQloraConfig) -> None:
     fit(setup, objective)
 
     # 8. Save and measure
-    fabric.print(finish(setup, objective, adapter_of=config.checkpoint_dir))
+    fabric.print(finish(setup, objective, adapter_of=config.base))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from litmini.cli import command
 from litmini.config.generate import ModelConfig, SamplingConfig
-from litmini.errors import UserError, check
+from litmini.errors import UserError, by_cause, check, counted
 from litmini.settings import Text
 
 
@@ -86,7 +86,7 @@ def main(config: GenerateConfig) -> None:
         named = describe(token, tokenizer)
         others = " ".join(f"{top['token']!r} {top['logprob']:.3f}" for top in named["top_logprobs"])
         print(f"{named['token']!r:24} {named['logprob']:8.3f}  {others}", file=sys.stderr)
-    print(f"[{len(reply.ids)} tokens, {seconds:.1f} s]", file=sys.stderr)
+    print(f"[{counted(len(reply.ids), 'token')}, {seconds:.1f} s]", file=sys.stderr)
 
 
 def make_draft(config: GenerateConfig, tokenizer):  # type: ignore[no-untyped-def]
@@ -125,12 +125,10 @@ def complete_file(config: GenerateConfig, model, tokenizer) -> None:  # type: ig
             file.flush()
             total += 1
             if "error" in completed:
-                wrong.append(f"line {completed['line']}: {completed['error']}")
-    print(f"{total - len(wrong)} of {total} prompts completed: {config.out}")
+                wrong.append(f"{config.prompts}:{completed['line']}: {completed['error']}")
+    print(f"{total - len(wrong)} of {counted(total, 'prompt')} completed: {config.out}")
     if wrong:
-        more = [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10)
-        listing = "\n  ".join(wrong[:10] + more)
-        raise UserError(f"{config.prompts} has lines that could not be completed:\n  {listing}")
+        raise UserError(f"{config.prompts} has lines that could not be completed:\n  {by_cause(wrong, total)}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class MergeConfig:
 def main(config: MergeConfig) -> None:
     from litmini.checkpoints.export import export, merge_error
     from litmini.checkpoints.hf import parse_dtype
+    from litmini.checkpoints.model_card import resolve, write_card
     from litmini.checkpoints.scores import score_count
     from litmini.files import read_json
     from litmini.models import use_model_file
@@ -42,13 +43,22 @@ def main(config: MergeConfig) -> None:
     dtype = parse_dtype(config.dtype) if config.dtype else None
     use_model_file(config.model_file)
     target = export(config.checkpoint_dir, config.out_dir, config.adapter_dir, dtype, base=config.base)
+    write_card(resolve(config.checkpoint_dir, config.adapter_dir), target, target.name, adapter_kept=False)
     print(f"merged: {target}")
     if config.check:
         written = "fp32" if read_json(target / "config.json")["dtype"] == "float32" else "bf16"
-        difference, same = merge_error(config.checkpoint_dir, config.adapter_dir, target, written)
+        found = merge_error(config.checkpoint_dir, config.adapter_dir, target, written)
         scored = score_count(read_json(target / "config.json")) > 0
         what, top = ("scores", "class") if scored else ("log-probabilities", "token")
-        print(f"merged and unmerged: {what} differ by at most {difference:.3g}, same top-1 {top} {same:.1%}")
+        print(
+            f"merged and unmerged: {what} differ by at most {found.difference:.3g}, same top-1 {top} {found.same:.1%}"
+        )
+        rounding = f"rounding the weights to {written} once more makes {found.rounding:.2g}"
+        if found.expected:
+            print(f"That is as expected: {rounding}.")
+        else:
+            other = "" if written == "fp32" else "--dtype fp32, or "
+            print(f"warning: that is more than expected: {rounding}. Try {other}the adapter over its base.")
 
 
 if __name__ == "__main__":

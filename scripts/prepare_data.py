@@ -9,7 +9,7 @@ Repeat the command to resume an interrupted preparation. Memory: about 100 MiB p
 from dataclasses import dataclass
 
 from litmini.cli import command
-from litmini.errors import check
+from litmini.errors import check, counted
 from litmini.settings import Text
 
 
@@ -74,10 +74,14 @@ def main(config: PrepareConfig) -> None:
     index = prepare(sources, spec, target, config.workers or cpu_count(), tokenizer.save, config.max_empty)
     for split, content in index["splits"].items():
         tokens = sum(shard["tokens"] for shard in content["shards"])
-        print(f"{split}: {content['documents']:,} documents, {tokens:,} tokens in {len(content['shards'])} shards")
+        print(
+            f"{split}: {counted(content['documents'], 'document')}, {counted(tokens, 'token')} in "
+            f"{counted(len(content['shards']), 'shard')}"
+        )
     s = index["statistics"]
     print(
-        f"{s['characters']:,} characters, {s['empty']:,} empty documents dropped, {time.perf_counter() - started:.1f} s"
+        f"{s['characters']:,} characters, {counted(s['empty'], 'empty document')} dropped, "
+        f"{time.perf_counter() - started:.1f} s"
     )
     print(
         f"\nNow train on it:\n  python scripts/pretrain.py --model llama/tiny --data.path {target} --out_dir out/NAME"

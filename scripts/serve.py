@@ -5,7 +5,8 @@
         --adapters '{"orders": "out/quickstart/final"}'
 
 Clients connect to http://127.0.0.1:8000/v1; the model's name is that of its directory, or of an adapter. If the environment
-variable LITMINI_API_KEY is set, clients must send it.
+variable LITMINI_API_KEY is set, clients must send it. Where a request does not say how to sample, generation_config.json of
+the checkpoint or adapter does; without do_sample there, the server is greedy, as scripts/generate.py always is by default.
 """
 
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def main(config: ServeConfig) -> None:
         from litmini.serving.server import Limits, Server, make_app
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install -e ".[serve]"') from None
+    from litmini.generation.defaults import describe_sampling, sampling_defaults
     from litmini.generation.generate import open_model
     from litmini.generation.multi_adapter import MultiLoRA
     from litmini.system import has_colors
@@ -95,6 +97,10 @@ def main(config: ServeConfig) -> None:
             raise UserError(f"cannot listen at {config.host}:{config.port}: {error}. Give another --port.") from None
         model, tokenizer = open_model(config)
         tokenizers = {Path(config.adapter_dir or config.checkpoint_dir).resolve().name: tokenizer}
+        directories = {name: [config.adapter_dir or config.checkpoint_dir] for name in tokenizers} | {
+            name: [directory] for name, directory in config.adapters.items()
+        }
+        defaults = {n: sampling_defaults(*own, config.checkpoint_dir) for n, own in directories.items()}
         multi_lora = MultiLoRA(model) if config.adapters else None
         for name, directory in config.adapters.items():
             if name in tokenizers:
@@ -116,10 +122,12 @@ def main(config: ServeConfig) -> None:
         listener.listen()  # clients that read the next line may connect at once
         port = listener.getsockname()[1]
         print(f"{', '.join(tokenizers)} at http://{config.host}:{port}/v1", file=sys.stderr, flush=True)
+        for name, sampling in defaults.items():
+            print(f"{name}: {describe_sampling(sampling)} where a request does not say", file=sys.stderr, flush=True)
         if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
             print("warning: anyone who can reach this address can use it; set LITMINI_API_KEY.", file=sys.stderr)
         settings = uvicorn.Config(
-            make_app(Server(model, tokenizers, limits, key, multi_lora, hosts)),
+            make_app(Server(model, tokenizers, limits, key, multi_lora, hosts, defaults)),
             log_level="warning",
             http=connection_type(config.max_connections, config.idle_seconds, config.write_seconds),
             ws="none",

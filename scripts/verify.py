@@ -12,7 +12,9 @@ With 4 bits, transformers gets the dequantized weights. Of classifiers and rewar
 unpacked, merged and unmerged.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from litmini.cli import command
@@ -31,6 +33,8 @@ class VerifyConfig:
     """Checkpoint directory, or the final/ of a full finetuning run."""
     adapter_dir: str | None = None
     """Adapter over it, such as the final/ of a LoRA run."""
+    model_file: str | None = None
+    """The model file of a checkpoint whose family is not in litmini/models/."""
     bits: Literal[4, 16] | None = None
     """Bits of the base's linears; none: those of the adapter's training, 16 without an adapter."""
     json: str | None = None
@@ -48,13 +52,15 @@ def main(config: VerifyConfig) -> None:
     from litmini.checkpoints.hf import check_checkpoint_dir
     from litmini.checkpoints.peft import read_adapter
     from litmini.checkpoints.scores import gives_scores
-    from litmini.errors import UserError
+    from litmini.errors import UserError, counted
     from litmini.evaluation.verify import CHECKS, SCORE_CHECKS, check_bits, sequences
     from litmini.files import check_new_file, write_json
     from litmini.generation.generate import usable_device
     from litmini.methods.nf4 import NF4Linear, convert
+    from litmini.models import use_model_file
 
     file = None if config.json is None else check_new_file(config.json, "--json")
+    use_model_file(config.model_file)
     directory = check_checkpoint_dir(config.checkpoint)
     device = usable_device(config.device)
     trained = read_adapter(config.adapter_dir).quantize.bits if config.adapter_dir else 16
@@ -68,7 +74,12 @@ def main(config: VerifyConfig) -> None:
         results.append(check(model, tokens))
         with torch.no_grad():
             assert torch.equal(outputs(model, tokens, scored), ours), f"{check.__name__} left the model changed"
-    packed = {name: m.dequantize() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    whole: str = vars(model).get("in_whole_model", "model.")  # how names begin in a multimodal model
+    packed = {
+        re.sub(r"^model\.", whole, name): m.dequantize()
+        for name, m in model.named_modules()
+        if isinstance(m, NF4Linear)
+    }
     convert(model, torch.bfloat16)
     rounded = outputs(model, tokens, scored).float()
     del model
@@ -88,7 +99,7 @@ def main(config: VerifyConfig) -> None:
         facts |= {"rows": list(tokens.shape), "versions": versions}
         write_json(check_new_file(str(file), "--json"), {**facts, "checks": [vars(result) for result in results]})
     if failed := [result.name for result in results if result.passed is False]:
-        raise UserError(f"{directory}: {len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
+        raise UserError(f"{directory}: {len(failed)} of {counted(len(results), 'check')} failed: {', '.join(failed)}.")
 
 
 def outputs(model: "nn.Module", tokens: "Tensor", scored: bool) -> "Tensor":
@@ -118,14 +129,23 @@ def against_transformers(
     """
     import torch
 
+    from litmini.checkpoints.config import is_multimodal
     from litmini.evaluation.verify import Check, compare_logits
+    from litmini.files import read_json
 
     library = "peft" if adapter_dir else "transformers"
     names = [f"{'scores' if scored else 'logits'} = {library}, {dtype}" for dtype in ("fp32", "bf16")]
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoModelForSequenceClassification,
+        )
 
-        kind: Any = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+        multimodal = is_multimodal(read_json(Path(directory) / "config.json"))
+        text: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        kind: Any = AutoModelForSequenceClassification if scored else text
         settings = {"config": AutoConfig.from_pretrained(adapter_dir)} if scored and adapter_dir else {}
         theirs: Any = kind.from_pretrained(directory, dtype=torch.float32, **settings)
         for name, weight in packed.items():
@@ -133,6 +153,8 @@ def against_transformers(
         if adapter_dir:
             from peft import PeftModel
 
+            if ours.shape[-1] != theirs.config.get_text_config().vocab_size:  # the adapter has new tokens
+                theirs.resize_token_embeddings(ours.shape[-1], mean_resizing=False)
             theirs = PeftModel.from_pretrained(theirs, adapter_dir)
         theirs = theirs.to(tokens.device).eval()
     except ImportError as error:

@@ -26,6 +26,7 @@ from litmini.config.finetune import (
     LoraConfig,
 )
 from litmini.config.preference import FinetunePreferenceConfig, FinetuneRewardConfig
+from litmini.distributed.processes import Interrupted
 from litmini.errors import UserError
 from litmini.files import existing_file
 from litmini.runs.directory import plain
@@ -145,7 +146,7 @@ def test_all_unknown_keys_are_named_at_once(capsys):
         ("optim.lr", "fast", "a number"),
         ("data.pack", "maybe", "true or false"),
         ("precision", "fp16", "32-true or bf16-true or bf16-mixed"),
-        ("data.train_on", "user", "assistant or all"),
+        ("data.train_on", "user", "assistant or last or all"),
         ("lora.targets", "q_proj", "a list such as '[a, b]'"),
         ("optim.betas", "3", "two numbers"),
     ],
@@ -344,6 +345,8 @@ def run(main, monkeypatch) -> int:
         (PermissionError(13, "Permission denied", "/a/b"), 1, "error: Permission denied: /a/b\n"),
         (NotADirectoryError(20, "Not a directory", "/a/b"), 1, "error: Not a directory: /a/b\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted.\n"),
+        (Interrupted(["SIGINT"], "saved it"), 130, "\ninterrupted: saved it\n"),
+        (Interrupted(["SIGTERM"], "saved it"), 143, "\nSIGTERM: saved it\n"),
     ],
 )
 def test_errors_end_in_a_line_and_a_status(monkeypatch, capsys, error, status, expected):

@@ -191,7 +191,10 @@ def test_without_a_template(directory: Path) -> None:
     tokenizer = Tokenizer(directory, "none")
     with pytest.raises(UserError, match="has no chat template: give the prompt as text"):
         tokenizer.encode_prompt(CHAT)
-    with pytest.raises(UserError, match=r"has no chat template; give one with --data.chat_template"):
+    with pytest.raises(
+        UserError,
+        match=r"has no chat template, as base models have none. Choose one with --data.chat_template: chatml, llama3",
+    ):
         tokenizer.apply_template(CHAT)
 
 

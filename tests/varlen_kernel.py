@@ -26,13 +26,30 @@ def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float | None, window: 
 def _check(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> None:
     assert q.dtype == k.dtype == v.dtype
     assert q.ndim == k.ndim == v.ndim == 3 and q.shape[-1] <= 256 and q.shape[1] % k.shape[1] == 0
-    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == len(q)
+    _check_bounds(bounds, len(q), longest)
+
+
+def _cached(q, k, v, query_bounds, key_bounds, longest_query, longest_key, used) -> tuple[list[slice], list[slice]]:
+    """Return queries and keys of each document that has queries; of its keys, the first `used` are read."""
+    _check(q, k, v, query_bounds, longest_query)
+    _check_bounds(key_bounds, len(k), longest_key)
+    assert used.dtype == torch.int32 and len(used) == len(key_bounds) - 1 and k.is_contiguous() and v.is_contiguous()
+    found = []
+    for i, (first, last) in enumerate(itertools.pairwise(query_bounds.tolist())):
+        start, stop, n = int(key_bounds[i]), int(key_bounds[i + 1]), int(used[i])
+        assert 0 <= n <= stop - start
+        if first < last:
+            found.append((slice(first, last), slice(start, start + n)))
+    return [queries for queries, _ in found], [keys for _, keys in found]
+
+
+def _check_bounds(bounds: Tensor, tokens: int, longest: int) -> None:
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == tokens
     assert (bounds.diff() >= 0).all() and bounds.diff().max() <= longest
 
 
 def _documents(bounds: Tensor) -> list[slice]:
-    ends = bounds.tolist()
-    return [slice(a, b) for a, b in itertools.pairwise(ends) if a < b]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds.tolist()) if a < b]
 
 
 @varlen._varlen_attn.register_kernel("cpu")
@@ -40,14 +57,20 @@ def _forward(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None, window_size=None, enable_gqa=False,
     seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
-    _check(query, key, value, cu_seq_q, max_q)
-    assert cu_seq_k is not None and torch.equal(cu_seq_q, cu_seq_k) and max_k == max_q
     assert enable_gqa or query.shape[1] == key.shape[1]
-    calls.append({"window": tuple(window_size), "documents": len(_documents(cu_seq_q)), "dtype": query.dtype})
+    if seqused_k is None:
+        assert cu_seq_k is cu_seq_q and max_k == max_q
+        _check(query, key, value, cu_seq_q, max_q)
+        queries = keys = _documents(cu_seq_q)
+    else:
+        queries, keys = _cached(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
+    calls.append({"window": tuple(window_size), "documents": len(queries), "dtype": query.dtype})
     q, k, v = _spread(query, key, value)
-    how = (is_causal, scale, window_size or [-1, -1])
-    parts = [torch.einsum("hqk,khd->qhd", _scores(q[d], k[d], *how).softmax(-1), v[d]) for d in _documents(cu_seq_q)]
-    out = torch.cat(parts).to(query.dtype)
+    how, out = (is_causal, scale, window_size or [-1, -1]), torch.zeros_like(query)
+    for d, seen in zip(queries, keys, strict=True):
+        if seen.start < seen.stop:  # without keys, the kernel gives zeros
+            weights = _scores(q[d], k[seen], *how).softmax(-1)
+            out[d] = torch.einsum("hqk,khd->qhd", weights, v[seen]).to(query.dtype)
     lse = torch.zeros(query.shape[1], len(query))
     return out, lse, torch.zeros(2, dtype=torch.uint64)
 

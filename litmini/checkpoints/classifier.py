@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from litmini.checkpoints.adapter import Adapter
 from litmini.checkpoints.config import read_config
-from litmini.checkpoints.peft import Adapter
 from litmini.checkpoints.scores import give_scores_of_adapter
 from litmini.errors import UserError
 from litmini.files import read_json
@@ -55,8 +55,9 @@ def classifier_config(
 ) -> dict[str, Any]:
     """Return the keys of `config.json` in which a sequence classifier differs from its base."""
     module, config = read_config(Path(checkpoint_dir))
-    raw = {**module.config_to_hf(config), **read_json(Path(checkpoint_dir) / "config.json")}
-    family = re.sub(r"(ForCausalLM|LMHeadModel)$", "", (raw.get("architectures") or [""])[0])
+    own = read_json(Path(checkpoint_dir) / "config.json")
+    raw = {**module.config_to_hf(config), **(own.get("text_config") or {}), **own}
+    family = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", (raw.get("architectures") or [""])[0])
     if raw["model_type"].endswith("_text") and not family.endswith("Text"):
         family += "Text"  # transformers has Gemma3ForCausalLM, but Gemma3TextForSequenceClassification
     pad = raw.get("pad_token_id")

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,40 +14,58 @@ from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards
 from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.models import FAMILIES, family, meta_model
+from litmini.models.hf_config import towers_of
 
 Tensors = Iterable[tuple[str, Tensor]]
 
 
-def parse_config(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
-    """Return the family module and the `Config` of the content of a config.json.
+def is_multimodal(raw: dict[str, Any]) -> bool:
+    """Whether a config.json describes a text model and parts beside it."""
+    return bool(towers_of(raw) or (raw.get("text_config") and str(raw.get("model_type")) not in FAMILIES))
+
+
+def changed_config(raw: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return config.json with other values, of a multimodal model wherever its text part has them."""
+    if not is_multimodal(raw):
+        return {**raw, **changes}
+    from litmini.checkpoints.text_part import changed_config
+
+    return changed_config(raw, changes)
+
+
+def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None = None) -> tuple[ModuleType, Any]:
+    """Return the family module and the `Config` of the content of a config.json, or of its text part (`text_part.py`).
+
+    Args:
+        names: of the tensors that it describes; None: those in the files beside it.
 
     Raises:
         UserError: the family or something that it asks for is not implemented, or a value is missing or impossible.
     """
-    if towers := [key for key in ("vision_config", "audio_config") if raw.get(key) not in (None, {})]:
-        text = raw["text_config"].get("model_type") if isinstance(raw.get("text_config"), dict) else None
-        works = f"; a text-only checkpoint of model_type '{text}' works" if text in FAMILIES else ""
-        raise UserError(
-            f"{file} describes a multimodal model ({', '.join(towers)}); only text models are implemented{works}. "
-            f"The families are: {', '.join(sorted(FAMILIES))}."
-        )
     try:
-        module = family(str(raw.get("model_type", "")))
-        return module, module.config_from_hf(raw)
+        if not is_multimodal(raw):
+            module = family(str(raw.get("model_type", "")))
+            return module, module.config_from_hf(raw)
+        from litmini.checkpoints.text_part import open_text_part
+
+        part, text = open_text_part(raw, file, names)
+        return part, part.config_from_hf(text)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}.") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: {error}.") from None
 
 
-def parse_model(raw: dict[str, Any], file: Path) -> tuple[ModuleType, Any]:
+def parse_model(raw: dict[str, Any], file: Path, names: Collection[str] | None = None) -> tuple[ModuleType, Any]:
     """Return the family module and the model of the content of a config.json, with all parameters on the meta device."""
-    module, config = parse_config(raw, file)
+    module, config = parse_config(raw, file, names)
     try:
         model = meta_model(module, config)
+        if is_multimodal(raw):
+            model.in_whole_model = module.layout.in_model  # adapters are found under other names there
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes an impossible model: {error}.") from None
-    if str((raw.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+    if "ForSequenceClassification" in str(raw.get("architectures")):
         from litmini.checkpoints.scores import give_scores  # which a language model does not need
 
         give_scores(model, raw)
@@ -62,7 +80,8 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
         states = tuple(
             (s.st_ino, s.st_size, s.st_mtime_ns) for s in (f.stat() for f in [directory / "config.json", *files])
         )
-        raw |= {"tie_word_embeddings": False} if _is_untied(directory.resolve(), states) else {}
+        if _is_untied(directory.resolve(), states):
+            return changed_config(raw, tie_word_embeddings=False)
     return raw
 
 
@@ -127,6 +146,11 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
 def model_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
     """Convert the tensors of a checkpoint's files to the names and shapes of the family's model."""
     return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
+
+
+def parts_beside(module: ModuleType, directory: Path) -> tuple[Tensors, Tensors] | None:
+    """Return what a checkpoint has beside the text part `module`, as `empty` and `tensors` of `save_model`; None: nothing."""
+    return module.beside(directory) if hasattr(module, "beside") else None
 
 
 def disk_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:

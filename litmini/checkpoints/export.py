@@ -4,26 +4,38 @@ import gc
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from litmini.checkpoints.adapter import Adapter
 from litmini.checkpoints.classifier import put_scores_of_adapter, with_scores
-from litmini.checkpoints.config import disk_tensors, empty_model, model_tensors, parameter_names, read_raw_config
+from litmini.checkpoints.config import (
+    changed_config,
+    disk_tensors,
+    empty_model,
+    model_tensors,
+    parameter_names,
+    parts_beside,
+    read_raw_config,
+)
 from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
 from litmini.checkpoints.load import load
-from litmini.checkpoints.peft import Adapter, check_adapter, read_adapter
+from litmini.checkpoints.peft import check_adapter, grow_for, name_as_in, read_adapter
+from litmini.checkpoints.peft_tokens import has_vocabulary, with_rows
 from litmini.checkpoints.safetensors_io import give_memory_back, read_empty, read_tensors, shards
 from litmini.checkpoints.scores import gives_scores
 from litmini.errors import UserError
 from litmini.files import write_atomically
-from litmini.methods.base_layer import dense
+from litmini.methods.base_layer import dense, linears
 from litmini.methods.nf4 import NF4Linear, quantizable
 from litmini.ops.rounding import stochastic_round
 from litmini.tokenizer import Tokenizer
 
+SUMS = 1e-4  # what sums in another order change in log-probabilities, in any dtype
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a small village by the sea,")
 
 
@@ -53,25 +65,34 @@ def export(
         raise UserError(f"{target} exists already; choose another --out_dir or remove it.")
     give_memory_back()
     module, model = empty_model(source)  # refuses what is not implemented
-    empty = list(read_empty(shards(source)))
+    own = module.owns if hasattr(module, "owns") else None
+    empty = list(read_empty(shards(source), own))
     check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
     raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}  # since transformers 5: `dtype`
-    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True)
+    tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True, only=own)
     tokenizer = Tokenizer(source)
     if adapter_dir is not None:
         adapter, old = read_adapter(adapter_dir), None
         if adapter.config.get("task_type") == "SEQ_CLS":
             old, changes = put_scores_of_adapter(model, adapter, source, tokenizer)
-            raw |= changes
+            raw = changed_config(raw, **changes)
+        name_as_in(model, adapter)
+        rows_before = model.config.vocab_size  # type: ignore[union-attr]
+        grows = has_vocabulary(model, adapter)
+        grow_for(model, adapter)
         check_adapter(model, adapter)  # refuses one of another base
+        rows = model.config.vocab_size  # type: ignore[union-attr]
+        raw = changed_config(raw, vocab_size=rows) if rows != rows_before else raw
         tied = [name for same in parameter_names(model).values() if len(same) > 1 for name in same]
         if any(_changed(adapter, name) for name in tied):
-            raw["tie_word_embeddings"] = False
+            raw = changed_config(raw, tie_word_embeddings=False)
         quantized = set(quantizable(model)) if adapter.quantize.bits == 4 and base == "trained" else set()
 
         def with_adapter(stream: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
             inside = model_tensors(module, model.config, stream)
             inside = inside if old is None else with_scores(inside, adapter, old)
+            if grows:
+                inside = with_rows(model, adapter, inside)
             return disk_tensors(module, model.config, _merged(model, inside, adapter, quantized, dtype))
 
         empty, tensors = list(with_adapter(empty)), with_adapter(tensors)
@@ -80,7 +101,8 @@ def export(
     if dtype is not None:
         empty = [(name, like.to(dtype)) for name, like in empty]
     with write_atomically(target, new=True) as aside:
-        save_model(aside, raw, tensors, side_files=source, max_shard_bytes=max_shard_bytes, empty=empty)
+        beside = parts_beside(module, source)
+        save_model(aside, raw, tensors, source, max_shard_bytes, empty=empty, beside=beside)
         tokenizer.save(aside)
     return target
 
@@ -137,33 +159,59 @@ def _merge(base: nn.Module, weight: Tensor, adapter: Adapter, name: str, quantiz
     return merged.detach()
 
 
+@dataclass(frozen=True)
+class MergeError:
+    """How a merged checkpoint differs from the adapter over its base, on a few prompts."""
+
+    difference: float
+    """Largest difference of log-probabilities."""
+    same: float
+    """Fraction of positions with the same most probable token."""
+    rounding: float
+    """Largest difference that rounding the merged weights once more makes, in the same dtype."""
+
+    @property
+    def expected(self) -> bool:
+        """Whether the difference is of the size of rounding."""
+        return self.difference <= 3 * self.rounding + SUMS
+
+
 @torch.no_grad()
-def merge_error(
-    checkpoint_dir: str | Path,
-    adapter_dir: str | Path,
-    merged_dir: str | Path,
-    dtype: str,
-) -> tuple[float, float]:
+def merge_error(checkpoint_dir: str | Path, adapter_dir: str | Path, merged_dir: str | Path, dtype: str) -> MergeError:
     """Compare the merged checkpoint with the adapter over its base, in 4 bits if it was trained so, on a few prompts.
 
     Both run in `dtype`, and one model is in memory at a time.
-
-    Returns:
-        The largest difference of log-probabilities (of a classifier, of scores), and the fraction of positions with the same
-        most probable token (class).
     """
     bits = read_adapter(adapter_dir).quantize.bits
     outputs = []
     for directory, adapter in ((checkpoint_dir, adapter_dir), (merged_dir, None)):
         model, tokenizer = load(directory, adapter, dtype=dtype, bits=bits if adapter else 16)
-        rows = [model(torch.tensor([tokenizer.encode(prompt)]))[0].float() for prompt in PROMPTS]
-        both = torch.cat(rows)  # (tokens of all prompts, vocab)
-        outputs.append(both if gives_scores(model) else both.log_softmax(-1))
+        prompts = [torch.tensor([tokenizer.encode(prompt)]) for prompt in PROMPTS]
+        outputs.append(_outputs(model, prompts))
+        if adapter is None:
+            _round_again(model)
+            outputs.append(_outputs(model, prompts))
         del model
         gc.collect()
-    unmerged, merged = outputs
+    unmerged, merged, again = outputs
     same = (unmerged.argmax(-1) == merged.argmax(-1)).float().mean()
-    return float((unmerged - merged).abs().max()), float(same)
+    return MergeError(float((unmerged - merged).abs().max()), float(same), float((merged - again).abs().max()))
+
+
+def _outputs(model: nn.Module, prompts: list[Tensor]) -> Tensor:
+    """Return log-probabilities (tokens of all prompts, vocab) in fp32; of a classifier, scores."""
+    outputs = torch.cat([model(prompt)[0].float() for prompt in prompts])
+    return outputs if gives_scores(model) else outputs.log_softmax(-1)
+
+
+def _round_again(model: nn.Module) -> None:
+    """Move the weight of each linear by up to a ULP of its dtype, at random, as a merge moves it."""
+    generator = torch.Generator().manual_seed(0)
+    for linear in linears(model).values():
+        weight = linear.weight.data
+        noise = 2 * torch.rand(weight.shape, generator=generator) - 1
+        moved = weight.float() * (1 + torch.finfo(weight.dtype).eps / 2 * noise)
+        linear.weight = nn.Parameter(stochastic_round(moved, weight.dtype, generator), requires_grad=False)
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,7 @@ A checkpoint is `config.json`, `*.safetensors` (with an index if sharded), token
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 from litmini.checkpoints.config import (
     Tensors,
+    changed_config,
     disk_tensors,
     empty_model,
     model_tensors,
     parameter_names,
+    parts_beside,
     read_raw_config,
 )
 from litmini.checkpoints.safetensors_io import check_one_format, read_tensors, shards, write_stream
@@ -111,7 +114,8 @@ def load_model(
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
     # with `swap`, tensors are copies that are freed at once: a mapped file counts as memory until it is closed
-    stream = model_tensors(module, model.config, read_tensors(shards(path), copied=swap is not None))
+    own = module.owns if hasattr(module, "owns") else None  # of a multimodal checkpoint, the text part alone is read
+    stream = model_tensors(module, model.config, read_tensors(shards(path), copied=swap is not None, only=own))
     for name, tensor in tqdm(stream, desc="loading", total=len(names), unit="tensor", disable=None, leave=False):
         if name in found:
             problems.append(f"{name} occurs twice")
@@ -141,6 +145,7 @@ def save_model(
     side_files: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     empty: Tensors | None = None,
+    beside: tuple[Tensors, Tensors] | None = None,
 ) -> None:
     """Write a Hugging Face directory into `directory`, which exists: weights in shards, one tensor in memory at a time.
 
@@ -151,6 +156,7 @@ def save_model(
         max_shard_bytes: maximum size of a shard; a larger tensor gets a shard of its own.
         empty: the same names and shapes in the same order, in the dtypes to save, such as tensors on the meta device;
             None: all `tensors` are in memory.
+        beside: `empty` and `tensors` of the parts of a multimodal checkpoint that stay as they are.
 
     Raises:
         UserError: the disk has too little space, or a name occurs twice.
@@ -159,18 +165,21 @@ def save_model(
         empty = tensors = list(tensors)
     parts: list[list[tuple[str, Tensor]]] = [[]]
     sizes, dtypes = [0], Counter[str]()
-    for name, like in empty:
+    empty_beside, tensors_beside = beside or ((), ())
+    for name, like, counts in chain(((*pair, True) for pair in empty), ((*pair, False) for pair in empty_beside)):
         size = like.numel() * like.element_size()
         if parts[-1] and sizes[-1] + size > max_shard_bytes:
             parts, sizes = [*parts, []], [*sizes, 0]
         parts[-1].append((name, like))
         sizes[-1] += size
-        dtypes[str(like.dtype).removeprefix("torch.")] += size
+        dtypes[str(like.dtype).removeprefix("torch.")] += size * counts
     if twice := [name for name, count in Counter(name for part in parts for name, _ in part).items() if count > 1]:
         raise UserError(f"{twice[0]} occurs twice: the files do not belong to one checkpoint.")
     check_disk_space(directory, sum(sizes))
     total = sum(map(len, parts))
-    stream = iter(tqdm(tensors, desc="saving", total=total, unit="tensor", disable=None, leave=False))
+    stream = iter(
+        tqdm(chain(tensors, tensors_beside), desc="saving", total=total, unit="tensor", disable=None, leave=False)
+    )
     files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
     for file, part in zip(files if len(parts) > 1 else ["model.safetensors"], parts, strict=True):
         write_stream(directory / file, part, stream)
@@ -179,7 +188,7 @@ def save_model(
         locations = {name: file for file, part in zip(files, parts, strict=True) for name, _ in part}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(locations.items()))}
         write_json(directory / "model.safetensors.index.json", index)
-    write_json(directory / "config.json", {**config, "dtype": dtypes.most_common(1)[0][0]})
+    write_json(directory / "config.json", changed_config(config, dtype=dtypes.most_common(1)[0][0]))
     if side_files is not None:
         copy_side_files(side_files, directory)
 
@@ -218,5 +227,8 @@ def save_trained(model: nn.Module, directory: Path | None, base: str | Path, **c
     raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}
     added = {name for name, _ in parameters} - parameter_names(fresh).keys()
     if any(hasattr(fresh, name.partition(".")[0]) for name in added):  # a merge untied the head
-        raw["tie_word_embeddings"] = False
-    save_model(directory, {**raw, **changes}, tensors, side_files=source, empty=empty)
+        raw = changed_config(raw, tie_word_embeddings=False)
+    rows = (model.config.vocab_size, fresh.config.vocab_size)  # type: ignore[union-attr]
+    raw = changed_config(raw, vocab_size=rows[0]) if rows[0] != rows[1] else raw
+    raw, beside = changed_config(raw, **changes), parts_beside(module, source)
+    save_model(directory, raw, tensors, side_files=source, empty=empty, beside=beside)

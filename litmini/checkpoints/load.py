@@ -14,7 +14,7 @@ from litmini.checkpoints.hf import check_checkpoint_dir, load_model, parse_dtype
 from litmini.checkpoints.peft import load_adapter, read_adapter
 from litmini.checkpoints.scores import give_scores_of_adapter
 from litmini.config.finetune import QuantizeConfig
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.methods.nf4 import NF4Linear, convert, quantizable
 from litmini.tokenizer import Tokenizer
 
@@ -73,8 +73,9 @@ def load(
         load_adapter(model, adapter_dir)
     if check_finite and (wrong := [n for n, t in model.state_dict().items() if not t.isfinite().all()]):
         raise UserError(
-            f"{len(wrong)} tensors of {checkpoint_dir}{f' with {adapter_dir}' * (adapter_dir is not None)} have values that "
-            f"are NaN or infinite: {', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}; fetch or train it again."
+            f"NaN or infinite values in {counted(len(wrong), 'tensor')} of {checkpoint_dir}"
+            f"{f' with {adapter_dir}' * (adapter_dir is not None)}: "
+            f"{', '.join(wrong[:5])}{', ...' * (len(wrong) > 5)}; fetch or train it again."
         )
     if adapter_dir is not None and (Path(adapter_dir) / "tokenizer.json").is_file():  # the template of its training
         return model, Tokenizer(adapter_dir)

@@ -1,6 +1,7 @@
 """Publishes results: finds the checkpoint of a run, writes its model card, and uploads it to the hub on request."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,12 @@ from typing import Any, NamedTuple
 from litmini.checkpoints.hf import check_checkpoint_dir
 from litmini.checkpoints.peft import read_adapter
 from litmini.errors import UserError
-from litmini.files import read_json, write_atomically, write_json
+from litmini.files import read_json, write_atomically, write_json, write_text
+from litmini.models.hf_config import towers_of
 from litmini.tokenizer import Tokenizer
 
+KEPT = ("litmini", "command", "method", "date", "versions", "hardware", "base", "data", "seed")
+"""Keys of a run's manifest that a model card is made of."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -20,6 +24,7 @@ class Result(NamedTuple):
     checkpoint: Path
     adapter: Path | None
     run: Path | None
+    """Directory with the manifest of its training."""
 
 
 def resolve(path: str | Path, adapter: str | Path | None = None) -> Result:
@@ -35,7 +40,13 @@ def resolve(path: str | Path, adapter: str | Path | None = None) -> Result:
         if not saved:
             raise UserError(f"the run in {found} has neither final/ nor step-*: nothing was saved yet.")
         found = saved[0]
-    run = next((d.parent for d in (Path(adapter or found), found) if (d.parent / "manifest.json").is_file()), None)
+    near = [
+        Path(adapter or found).parent,
+        found.parent,
+        Path(adapter or found),
+        found,
+    ]  # an export has a manifest of its own
+    run = next((d for d in near if (d / "manifest.json").is_file()), None)
     if adapter is None and (found / "adapter_config.json").is_file():
         base = Path(str(read_json(found / "adapter_config.json").get("base_model_name_or_path")))
         if not base.is_dir():
@@ -73,33 +84,51 @@ def base_name(checkpoint_dir: Path) -> str:
     return source if on_hub else str(checkpoint_dir)
 
 
+def write_card(result: Result, out_dir: Path, name: str, adapter_kept: bool) -> None:
+    """Write README.md into an export, and the part of the manifest that it is made of: an export of that one has it, too.
+
+    The manifest's prompts and completions stay behind, since they are data.
+    """
+    manifest = read_json(result.run / "manifest.json") if result.run else {}
+    write_text(out_dir / "README.md", model_card(result, name, adapter_kept))
+    if manifest:
+        kept = {key: manifest[key] for key in KEPT if key in manifest}
+        kept["results"] = _figures(manifest.get("results", {}))
+        kept["merged"] = manifest.get("merged", False) or (result.adapter is not None and not adapter_kept)
+        write_json(out_dir / "manifest.json", kept)
+
+
 def model_card(result: Result, name: str, adapter_kept: bool) -> str:
     """Return the README.md of a result: its base, training and measurements, from the run's manifest."""
     manifest: dict[str, Any] = read_json(result.run / "manifest.json") if result.run else {}
     base = base_name(Path(manifest.get("base", {}).get("checkpoint_dir") or result.checkpoint))
-    front = [f"library_name: {'peft' if adapter_kept else 'transformers'}", "pipeline_tag: text-generation"]
+    takes = "image-text-to-text" if towers_of(read_json(result.checkpoint / "config.json")) else "text-generation"
+    front = [f"library_name: {'peft' if adapter_kept else 'transformers'}", f"pipeline_tag: {takes}"]
     front += [f"base_model: {base}"] if base.count("/") == 1 and not Path(base).exists() else []
     lines = ["---", *front, "tags:", "- litmini", "---", "", f"# {name}", ""]
     kind = "An adapter (PEFT's format) for" if adapter_kept else "A checkpoint made from"
-    lines += [
-        f"{kind} `{base}`" + (", with its adapter merged in." if result.adapter and not adapter_kept else "."),
-        "",
-    ]
+    merged = (result.adapter and not adapter_kept) or manifest.get("merged")
+    lines += [f"{kind} `{base}`" + (", with its adapter merged in." if merged else "."), ""]
     if not manifest:
         return "\n".join(lines)
-    lines += ["## Training", "", f"    {' '.join(manifest.get('command', []))}", ""]
+    lines += ["## Training", "", f"    {shlex.join(manifest.get('command', []))}", ""]
+    lines += [f"Method: {manifest['method']}.", ""] if manifest.get("method") else []
+    lines += [f"Date: {manifest['date'][:10]}.", ""] if manifest.get("date") else []
     lines += ["| data | sha256 |", "|---|---|"]
     lines += [f"| `{Path(file).name}` | `{facts['sha256']}` |" for file, facts in manifest.get("data", {}).items()]
     lines += ["", f"Seed {manifest.get('seed')}. The chat template is that of training.", ""]
-    if results := manifest.get("results", {}):
-        lines += ["## Measured", "", "| what | value |", "|---|---|"]
-        lines += [
-            f"| {key} | {_number(value)} |" for key, value in results.items() if not isinstance(value, (list, dict))
-        ]
+    if results := _figures(manifest.get("results", {})):
+        when = ", before the adapter was merged" if merged else ""
+        lines += [f"## Measured in training{when}", "", "| what | value |", "|---|---|"]
+        lines += [f"| {key} | {_number(value)} |" for key, value in results.items()]
         lines += [""]
     versions = ", ".join(f"{key} {value}" for key, value in manifest.get("versions", {}).items())
     lines += [f"litmini {manifest.get('litmini')}; {versions}; {json.dumps(manifest.get('hardware', {}))}", ""]
     return "\n".join(lines)
+
+
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in results.items() if not isinstance(value, (list, dict))}
 
 
 def _number(value: Any) -> str:

@@ -3,10 +3,12 @@
 What stands in these files of a method, its layers write and read (`methods/base_layer.py`); here is what all have in common.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,58 +18,15 @@ from litmini.config.finetune import QuantizeConfig
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.methods.adapters import adapters
-from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, QuantizedLayer, grouped_experts, linears
+from litmini.methods.base_layer import PREFIX, AdapterLayer, QuantizedLayer, grouped_experts, linears
 from litmini.models.hf_config import read_value
 from litmini.ops.cross_entropy import OutputHead, original_head
 
-PREFIX = "base_model.model."  # of every name in PEFT's files
+if TYPE_CHECKING:
+    from litmini.checkpoints.adapter import Adapter
+
 BASE_FILE = "base_quantization.json"  # ours: in what form the base was when the adapter was trained
 MOST_SHOWN = 10  # problems in one message
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter as it was read; not yet over any base."""
-
-    directory: Path
-    config: dict[str, Any]
-    """adapter_config.json."""
-    method: type[AdapterLayer]
-    layers: dict[str, dict[str, Tensor]]
-    """Full name of a linear -> the tensors of the method's layer over it, fp32, with its `peft_keys`."""
-    full: dict[str, dict[str, Tensor]]
-    """Full name of a module that was trained in full -> its parameters, fp32."""
-    quantize: QuantizeConfig
-    """Of the base that it was trained on."""
-    dtype: torch.dtype
-    """That the base was quantised from."""
-
-    def layer(self, name: str, base: Any) -> AdapterLayer:
-        """Return the adapter layer, frozen, over `base`, the module `name` of a model. Its values are not loaded."""
-        kind = ModulesToSaveLayer if name in self.full else self.method
-        return kind.from_peft(base, name, self.config, self._tensors(name)).requires_grad_(False)
-
-    def load(self, name: str, layer: AdapterLayer) -> AdapterLayer:
-        """Give `layer` its values, and return it."""
-        layer.load_peft(self._tensors(name))
-        return layer
-
-    def problems(self, name: str, layer: AdapterLayer) -> list[str]:
-        """Return how the tensors of the module `name` differ from those of `layer`: both shapes, a line each."""
-        shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors(name).items()}
-        expected = {key: tuple(tensor.shape) for key, tensor in layer.peft_tensors().items()}
-        return [
-            f"{name}.{key.removesuffix('.weight')}: adapter has {shapes.get(key)}, the model wants {expected.get(key)}"
-            for key in shapes | expected
-            if shapes.get(key) != expected.get(key)
-        ]
-
-    def merged_bias(self, name: str, bias: Tensor) -> Tensor:
-        """Return the bias (out,) of the module `name` after the merge."""
-        return self.method.merged_bias(bias, self.layers[name]) if name in self.layers else bias
-
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        return self.full[name] if name in self.full else self.layers[name]
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -76,6 +35,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     Raises:
         UserError: it is missing, damaged, does nothing, or uses something of PEFT's that is not implemented.
     """
+    from litmini.checkpoints.adapter import Adapter
     from litmini.checkpoints.peft_config import check_types  # a run that writes adapters needs neither this ...
     from litmini.methods.registry import method_of  # ... nor other methods
 
@@ -93,32 +53,39 @@ def read_adapter(directory: str | Path) -> Adapter:
         raise UserError(f"{config_file}: {error}") from None
     if problems := method.unsupported(config):
         raise UserError(f"{config_file}: {'; '.join(problems)}.")
-    layers, full, unexpected = _by_module(
+    layers, full, others, unexpected = _by_module(
         read_tensors([tensor_file]), method.peft_keys, tuple(config.get("modules_to_save") or ())
     )
+    tokens: dict[str, dict[str, Tensor]] = {}
+    vocabulary: dict[str, Tensor] = {}
+    if others:
+        from litmini.checkpoints.peft_tokens import read_tokens
+
+        tokens, vocabulary = read_tokens(others, full, config)
     unexpected += [
         f"{name} ({' or '.join(key.removesuffix('.weight') for key in method.peft_keys)} is missing)"
         for name, tensors in layers.items()
         if tensors.keys() != set(method.peft_keys)
-    ]
+    ] + list(others)
     if unexpected or not layers:
         raise UserError(f"{tensor_file} has unexpected tensors: {', '.join(unexpected[:MOST_SHOWN]) or 'none at all'}")
     in_modules = {
-        f"{name}.{key}": t for tensors in (layers, full) for name in tensors for key, t in tensors[name].items()
+        f"{name}.{key}": t for tensors in (layers, full, tokens) for name in tensors for key, t in tensors[name].items()
     }
     if nonfinite := [name for name, tensor in in_modules.items() if not tensor.isfinite().all()]:
         raise UserError(f"{tensor_file} has NaN or infinite values: {', '.join(nonfinite[:MOST_SHOWN])}")
-    if reason := method.ineffective(list(layers.values())):
+    if not tokens and (reason := method.ineffective(list(layers.values()))):
         raise UserError(f"the adapter in {path} does nothing: {reason}. Was it saved before training?")
-    return Adapter(path, config, method, layers, full, *_read_base(path / BASE_FILE))
+    return Adapter(path, config, method, layers, full, *_read_base(path / BASE_FILE), tokens, vocabulary)
 
 
 def _by_module(
     tensors: Iterable[tuple[str, Tensor]], peft_keys: tuple[str, ...], modules_to_save: tuple[str, ...]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], list[str]]:
-    """Return the tensors of a file in fp32: of adapter layers, of modules in full, and the keys that are neither."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Return the tensors of a file in fp32: of adapter layers, of modules in full, others by key; and keys of no floats."""
     layers: dict[str, dict[str, Tensor]] = {}
     full: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     unexpected = []
     kinds = {key.removesuffix(".weight"): key for key in peft_keys}
     for key, tensor in tensors:
@@ -133,8 +100,8 @@ def _by_module(
         elif key.startswith(PREFIX) and owner.endswith(modules_to_save):  # PEFT means every module whose name ends so
             full.setdefault(owner, {})[parameter] = tensor.float()
         else:
-            unexpected.append(key)
-    return layers, full, unexpected
+            others[key] = tensor.float()
+    return layers, full, others, unexpected
 
 
 def _read_base(file: Path) -> tuple[QuantizeConfig, torch.dtype]:
@@ -157,11 +124,29 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
         UserError: it was made for another base; all names and both shapes are listed.
     """
     adapter = read_adapter(directory)
+    grow_for(model, adapter)
     layers = check_adapter(model, adapter)
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, adapter.load(name, layer).train(model.training))
     return adapter
+
+
+def grow_for(model: nn.Module, adapter: Adapter) -> None:
+    """Give `model` the rows of tokens that the adapter's base had in training."""
+    name_as_in(model, adapter)
+    from litmini.checkpoints.peft_tokens import grow_for, has_vocabulary
+
+    if has_vocabulary(model, adapter):
+        grow_for(model, adapter)
+
+
+def name_as_in(model: nn.Module, adapter: Adapter) -> None:
+    """Give the tensors of `adapter` the names that modules have in `model`, where it is a part of another one."""
+    if whole := vars(model).get("in_whole_model"):
+        from litmini.checkpoints.text_part import to_own_names
+
+        to_own_names(adapter, whole)
 
 
 def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
@@ -174,10 +159,11 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
     """
     from litmini.checkpoints.peft_config import named_modules
 
+    name_as_in(model, adapter)
     for name, own in adapter.method.names_in_model(list(adapter.layers), adapter.config, model).items():
         adapter.layers[own] = adapter.layers.pop(name)
     bases, experts, modules = linears(model), grouped_experts(model), dict(model.named_modules())
-    named = named_modules(bases, experts, modules, adapter.config)
+    named = named_modules(bases, experts, modules, adapter.config, adapter.whole_name)
     bases |= experts
     layers: dict[str, AdapterLayer] = {}
     problems = []
@@ -200,6 +186,11 @@ def check_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]
         for name, setting in named.items()
         if name not in layers and not name.startswith(in_full)
     ]
+    if adapter.config.get("trainable_token_indices") or adapter.vocabulary:
+        from litmini.checkpoints.peft_tokens import check_tokens
+
+        token_layers, token_problems = check_tokens(model, adapter)
+        layers, problems = layers | token_layers, problems + token_problems
     if problems:
         more = [f"... and {len(problems) - MOST_SHOWN} more"] * (len(problems) > MOST_SHOWN)
         raise UserError(
@@ -214,7 +205,8 @@ def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, 
     by_method: dict[type[AdapterLayer], dict[str, AdapterLayer]] = {}
     for name, layer in adapters(model).items():
         by_method.setdefault(type(layer), {})[name] = layer
-    assert len(by_method.keys() - {ModulesToSaveLayer}) == 1, f"one method in a model, found {list(by_method)}"
+    methods = [method for method in by_method if not method.is_beside]
+    assert len(methods) == 1, f"one method in a model, found {methods}"
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {
         "task_type": next((m.task_type for m in model.children() if isinstance(m, OutputHead)), "CAUSAL_LM"),
@@ -227,6 +219,10 @@ def _in_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], dict[str, 
         for name, layer in layers.items():
             tensors |= {f"{PREFIX}{names.get(name, name)}.{key}": t for key, t in layer.peft_tensors().items()}
         config |= method.peft_config(layers, model)
+    if whole := vars(model).get("in_whole_model"):
+        from litmini.checkpoints.text_part import to_peft
+
+        return to_peft(tensors, config, by_method, whole)
     return tensors, config
 
 

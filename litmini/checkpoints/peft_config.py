@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,15 @@ def check_types(config: dict[str, Any]) -> None:
         value = config.get(key)
         if not all(type(one) is item for one in (value if isinstance(value, list) else [value]) if value is not None):
             raise ValueError(f"{key} = {reprlib.repr(value)}, expected {EXPECTED[item]} or a list of that")
+    tokens = config.get("trainable_token_indices")
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+    if not all(
+        isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids) for ids in lists
+    ) or not all(len(set(ids)) == len(ids) for ids in lists):
+        found = reprlib.repr(tokens)
+        raise ValueError(
+            f"trainable_token_indices = {found}, expected different token ids, or such for names of modules"
+        )
     patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
     patterns += [value for key in ONE_OR_MORE if isinstance(value := config.get(key), str)]
     patterns += value if isinstance(value := config.get("layers_pattern"), list) else []
@@ -50,16 +60,27 @@ def check_types(config: dict[str, Any]) -> None:
 
 
 def named_modules(
-    linears: dict[str, Any], experts: dict[str, Any], modules: dict[str, nn.Module], config: dict[str, Any]
+    linears: dict[str, Any],
+    experts: dict[str, Any],
+    modules: dict[str, nn.Module],
+    config: dict[str, Any],
+    whole_name: Callable[[str], str] = str,
 ) -> dict[str, str]:
     """Return module of the model -> the setting that names it, as PEFT reads `adapter_config.json`.
+
+    Args:
+        whole_name: module -> its name in the model that PEFT puts the adapter over.
 
     Raises:
         UserError: an expression takes too long.
     """
     keys = "target_modules, exclude_modules and layers_pattern"
     with time_limit(SECONDS, f"{keys} take more than {SECONDS} s on the modules of this model; expected simpler ones."):
-        return _named_modules(linears, experts, modules, config)
+        own = {whole_name(name): name for name in (*modules, *linears, *experts)}
+        by_name = [{whole_name(name): module for name, module in some.items()} for some in (linears, experts, modules)]
+        return {
+            own[name]: setting for name, setting in _named_modules(by_name[0], by_name[1], by_name[2], config).items()
+        }
 
 
 def _named_modules(

@@ -7,7 +7,7 @@ bytes without gaps. https://huggingface.co/docs/safetensors
 import ctypes
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -140,23 +140,26 @@ def _open(file: Path, backend: str = "mmap") -> Iterator[Any]:
         raise UserError(f"weight file {file} is damaged ({error}). Delete it and download it again.") from None
 
 
-def read_tensors(files: Iterable[Path], copied: bool = False) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    files: Iterable[Path], copied: bool = False, only: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) from safetensors files, one tensor in memory at a time.
 
     Args:
         copied: each tensor has its own memory; else it is a view of the mapped file, whose pages count as memory of this
             process until the file is closed.
+        only: name -> whether to read that tensor; None: all.
 
     Raises:
         UserError: a file is missing, truncated or not safetensors; names the file.
     """
     for file in files:
         with _open(file, "pread" if copied else "mmap") as opened:
-            for name in opened.offset_keys():
+            for name in filter(only, opened.offset_keys()) if only else opened.offset_keys():
                 yield name, opened.get_tensor(name)
 
 
-def read_empty(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+def read_empty(files: Iterable[Path], only: Callable[[str], bool] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield what `read_tensors` yields, but on the meta device: shapes and dtypes from the headers of the files.
 
     Raises:
@@ -164,7 +167,7 @@ def read_empty(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """
     for file in files:
         with _open(file, "pread") as opened:
-            for name in opened.offset_keys():
+            for name in filter(only, opened.offset_keys()) if only else opened.offset_keys():
                 tensor = opened.get_slice(name)
                 if (code := tensor.get_dtype()) not in DTYPES:
                     raise UserError(f"{file}: {name} is {code}; supported dtypes: {', '.join(DTYPES)}.")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from litmini.checkpoints.peft import Adapter
+from litmini.checkpoints.adapter import Adapter
 from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.methods.heads import ScoreHead, use_scores
@@ -13,8 +13,9 @@ from litmini.methods.heads import ScoreHead, use_scores
 
 def score_count(raw: dict[str, Any]) -> int:
     """Return the scores of a `...ForSequenceClassification` with this config.json; 0 of a language model."""
-    names = raw.get("architectures") or [""]
-    if not str(names[0]).endswith("ForSequenceClassification"):
+    names = raw.get("architectures")
+    first = names[0] if isinstance(names, list) and names else ""
+    if not str(first).endswith("ForSequenceClassification"):
         return 0
     labels = raw.get("id2label")
     return len(labels) if isinstance(labels, dict) else int(raw.get("num_labels") or 2)  # as transformers has it
@@ -39,14 +40,14 @@ def give_scores_of_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def refuse_scores(checkpoint_dir: str | Path, adapter_dir: str | Path | None) -> None:
-    """Raise UserError if a checkpoint or its adapter gives scores, and so generates nothing."""
+    """Raise UserError if a checkpoint or its adapter gives scores, and so neither generates nor learns text."""
     for directory, name in ((checkpoint_dir, "config.json"), (adapter_dir, "adapter_config.json")):
         file = Path(directory or "") / name
         raw = read_json(file) if directory is not None and file.is_file() else {}
         if score_count(raw) or raw.get("task_type") == "SEQ_CLS":
             raise UserError(
-                f"{directory} is a classifier or a reward model: it gives scores and generates nothing. scripts/evaluate.py "
-                f"--classify FILE measures a classifier, --reward FILE ranks pairs with a reward model."
+                f"{directory} is a classifier or a reward model: it gives scores, so it neither generates nor learns text. "
+                f"scripts/evaluate.py --classify FILE measures a classifier, --reward FILE ranks pairs with a reward model."
             )
 
 

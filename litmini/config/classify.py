@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig
+from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig, describe_adapters
 from litmini.config.preference import check_adapters
 from litmini.errors import UserError, check
 
@@ -52,6 +52,10 @@ class FinetuneClassifierConfig(FinetuneConfig):
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """Adapters beside the score; null: all weights are trained."""
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+    @property
+    def method(self) -> str:
+        return f"classifier, {describe_adapters(self.lora, self.quantize)}"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,7 @@
 """The settings of the finetuning scripts: method, quantisation, and what they have in common."""
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,17 +24,24 @@ class DataConfig:
     """Validation file, in any of the same forms."""
     val_fraction: float = 0.0
     """Without val_path: the fraction of the training examples to validate on instead."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns with other names, such as '{prompt: question, completion: answer}': the key that is read, and the column."""
     chat_template: str = "auto"
-    """auto: the checkpoint's own; none: plain text; or the path of a .jinja file, which is then saved with the result."""
+    """auto: the checkpoint's own; none: plain text; chatml, llama3, gemma, alpaca or zephyr; or the path of a .jinja file. It
+    is saved with the result."""
     template_kwargs: dict[str, Any] | None = None
     """Variables of the template, such as '{enable_thinking: false}', which are then saved with the result. None: those saved
     with the checkpoint."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens carry loss: those of assistant turns (or completions), or all of them."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens carry loss: those of assistant turns (or completions), of the last one only, or all of them."""
     special_tokens_in_text: bool = False
     """Special tokens such as <|im_end|> in the texts of the data are tokens. By default they are encoded as text."""
-    max_seq_len: int = 2048
-    """Longest sequence in tokens. Longer examples are truncated, and their share is printed."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Texts that become tokens, such as '["<|city|>"]', with rows of their own in embedding and head, which start as the mean
+    of the others; beside adapters, only these rows are trained. Those that the chat template writes are special tokens."""
+    max_seq_len: int | None = None
+    """Longest sequence in tokens. Longer examples are truncated, and their share is printed. Default (null): 2048, or the
+    model's context if that is shorter."""
     pack: bool = True
     """Several examples in each sequence, which do not attend to each other."""
     max_dropped: float = 0.01
@@ -44,7 +52,7 @@ class DataConfig:
             "data.",
             self,
             val_fraction=0 <= self.val_fraction < 1,
-            max_seq_len=self.max_seq_len > 0,
+            max_seq_len=self.max_seq_len is None or self.max_seq_len > 0,
             max_dropped=0 <= self.max_dropped <= 1,
             path=self.path != [],
             weights=self.weights is None
@@ -56,6 +64,11 @@ class DataConfig:
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        return 2048 if self.max_seq_len is None else self.max_seq_len
 
 
 def _are_patterns(names: Iterable[str]) -> bool:
@@ -147,12 +160,84 @@ class FinetuneConfig(RunConfig):
     def base(self) -> str:
         return self.checkpoint_dir
 
+    @property
+    def own_file(self) -> str | None:
+        return self.model_file
+
+    @property
+    def tokenizer_dir(self) -> str:
+        """Directory of the tokenizer and its template."""
+        return self.base
+
+    @property
+    def ineffective(self) -> dict[str, bool]:
+        """Setting -> whether another one makes it ineffective."""
+        return {}
+
 
 @dataclass(kw_only=True)
-class FinetuneLoraConfig(FinetuneConfig):
+class FinetuneAdapterConfig(FinetuneConfig):
+    """Settings of the scripts that train adapters."""
+
+    adapter_dir: str | None = None
+    """Adapter over checkpoint_dir to start from, such as the final/ of an earlier run. None: a new one."""
+    adapter_start: Literal["continue", "merge"] = "continue"
+    """continue: train adapter_dir further, with its rank and modules. merge: train a new adapter over checkpoint_dir with
+    adapter_dir merged in, which is written to OUT_DIR/base."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_start == "merge" and self.adapter_dir is None:
+            raise UserError("--adapter_start merge needs the adapter to merge: --adapter_dir out/NAME/final.")
+        if self.continued is not None and self.data.new_tokens:
+            raise UserError(
+                "data.new_tokens needs a new adapter, and adapter_dir is trained further: take --adapter_start merge."
+            )
+
+    @property
+    def continued(self) -> str | None:
+        """The adapter that is trained further; None: a new one is."""
+        return self.adapter_dir if self.adapter_start == "continue" else None
+
+    @property
+    def base(self) -> str:
+        merged = self.adapter_start == "merge" and not (self.dry_run or self.show_masks)
+        return os.path.join(self.out_dir, "base") if merged else self.checkpoint_dir
+
+    @property
+    def tokenizer_dir(self) -> str:
+        own = self.continued is not None and os.path.isfile(os.path.join(self.continued, "tokenizer.json"))
+        return self.continued if own and self.continued is not None else self.base
+
+
+def describe_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> str:
+    """Return what is trained by a script that trains adapters or, without, all weights."""
+    adapters = "all weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}"
+    return adapters + ", 4-bit base" * (quantize.bits == 4)
+
+
+def _described(method: str, lora: LoraConfig, continued: str | None) -> str:
+    """Return a method with the settings that matter most; those of an adapter that is continued are its own."""
+    if continued is not None:
+        return f"{method}, continued from {continued}"
+    return f"{method}, rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
+
+
+@dataclass(kw_only=True)
+class FinetuneLoraConfig(FinetuneAdapterConfig):
     """Settings of finetune_lora.py."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def method(self) -> str:
+        return _described("LoRA", self.lora, self.continued)
+
+    @property
+    def ineffective(self) -> dict[str, bool]:
+        given = {name: value for name, value in vars(self.lora).items() if name not in ("dropout", "plus_ratio")}
+        plain = vars(LoraConfig())
+        return {f"lora.{name}": self.continued is not None and given[name] != plain[name] for name in given}
 
 
 @dataclass(kw_only=True)
@@ -161,6 +246,10 @@ class FinetuneQloraConfig(FinetuneLoraConfig):
 
     quantize: QuantizeConfig = field(default_factory=lambda: QuantizeConfig(bits=4))
 
+    @property
+    def method(self) -> str:
+        return _described("LoRA" if self.quantize.bits == 16 else "QLoRA", self.lora, self.continued)
+
 
 @dataclass(kw_only=True)
 class FinetuneDoraConfig(FinetuneLoraConfig):
@@ -168,13 +257,31 @@ class FinetuneDoraConfig(FinetuneLoraConfig):
 
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
+    @property
+    def method(self) -> str:
+        return _described("DoRA", self.lora, self.continued) + ", 4-bit base" * (self.quantize.bits == 4)
+
 
 @dataclass(kw_only=True)
-class FinetuneIa3Config(FinetuneConfig):
+class FinetuneIa3Config(FinetuneAdapterConfig):
     """Settings of finetune_ia3.py."""
 
     ia3: Ia3Config = field(default_factory=Ia3Config)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.new_tokens:
+            raise UserError(
+                "data.new_tokens does not go with IA3, since PEFT's IA3 has no trained tokens: use finetune_lora.py, or train "
+                "their rows first: scripts/finetune_full.py --data.new_tokens."
+            )
+
+    @property
+    def method(self) -> str:
+        which = ", ".join([*self.ia3.targets, *self.ia3.feedforward])
+        which = which if self.continued is None else f"continued from {self.continued}"
+        return f"IA3, {which}" + ", 4-bit base" * (self.quantize.bits == 4)
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,8 @@ class ModelConfig:
     model_file: str | None = None
     """The model file of a checkpoint whose family is not in litmini/models/."""
     chat_template: str = "auto"
-    """auto: the checkpoint's own template, if it has one; none: prompts are raw text; or the path of a .jinja file."""
+    """auto: the checkpoint's own template, if it has one; none: prompts are raw text; chatml, llama3,
+    gemma, alpaca or zephyr; or the path of a .jinja file."""
     template_kwargs: dict[str, Any] | None = None
     """Variables of the template, such as '{enable_thinking: false}'. None: those of training."""
     special_tokens_in_text: bool = False

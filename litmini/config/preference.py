@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig
+from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig, describe_adapters
 from litmini.config.training import EvalConfig, OptimConfig
 from litmini.errors import UserError, check
 
@@ -18,6 +18,14 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "undesirable_weight": ("kto",),
 }
 """Setting -> the losses that use it; all use the others."""
+
+
+def refuse_new_tokens(data: DataConfig) -> None:
+    """Raise UserError if tokens would be added."""
+    if data.new_tokens:
+        raise UserError(
+            "data.new_tokens is for supervised finetuning; extend the checkpoint first: scripts/extend_vocabulary.py."
+        )
 
 
 def check_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> None:
@@ -34,9 +42,9 @@ class PreferenceDataConfig(DataConfig):
     """Training file: .jsonl, .json, .csv or .parquet with prompt, chosen and rejected (texts or lists of messages), or
     chosen and rejected conversations that begin alike, or prompt, completion and label; or hub:ORG/NAME[/FOLDER]
     [@REVISION][:SPLIT], a data set of the hub; or a list of these."""
-    max_seq_len: int = 2048
+    max_seq_len: int | None = None
     """Most tokens of a prompt with its completion; of longer ones the first are kept, and their number is printed. A sequence
-    has room for both completions of a pair: twice as many."""
+    has room for both completions of a pair: twice as many. Default (null): 2048, or the model's context if that is shorter."""
     max_dropped: float = 0.01
     """Largest fraction of records from which nothing can be learned that is no error: the two completions are equal, one is
     empty, or the prompt leaves no room for them."""
@@ -119,8 +127,13 @@ class FinetunePreferenceConfig(FinetuneConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     eval: PreferenceEvalConfig = field(default_factory=PreferenceEvalConfig)
 
+    @property
+    def method(self) -> str:
+        return f"preferences ({self.preference.loss}), {describe_adapters(self.lora, self.quantize)}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_new_tokens(self.data)
         check_adapters(self.lora, self.quantize)
 
 
@@ -131,9 +144,9 @@ class RewardDataConfig(DataConfig):
     path: list[str] | str
     """Training file of pairs, as of finetune_preference.py; a column margin says by how much the chosen completion should
     be better."""
-    max_seq_len: int = 2048
+    max_seq_len: int | None = None
     """Most tokens of a prompt with its completion; pairs with a longer one are dropped. A sequence has room for both
-    completions of a pair: twice as many."""
+    completions of a pair: twice as many. Default (null): 2048, or the model's context if that is shorter."""
     max_dropped: float = 0.01
     """Largest fraction of pairs from which nothing can be learned that is no error: the two completions are equal, one is
     empty, or one is too long."""
@@ -161,6 +174,11 @@ class FinetuneRewardConfig(FinetuneConfig):
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
 
+    @property
+    def method(self) -> str:
+        return f"reward model, {describe_adapters(self.lora, self.quantize)}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_new_tokens(self.data)
         check_adapters(self.lora, self.quantize)

@@ -62,3 +62,12 @@ class PretrainConfig(RunConfig):
     @property
     def base(self) -> str:
         return self.model
+
+    @property
+    def own_file(self) -> str | None:
+        file = self.model.rpartition(":")[0]
+        return file if file.endswith(".py") else self.model_file
+
+    @property
+    def method(self) -> str:
+        return f"pretraining, {self.model}"

@@ -16,8 +16,9 @@ class TrainConfig:
     """Passes over the training sequences; ignored if max_steps is given."""
     max_steps: int | None = None
     """Optimizer steps."""
-    global_batch_size: int = 16
-    """Sequences in one optimizer step, over all devices."""
+    global_batch_size: int | None = None
+    """Sequences in one optimizer step, over all devices. Default (null): as many as hold about 8 examples for each device,
+    each sequence as short as that allows; in pretraining 16."""
     micro_batch_size: int = 4
     """Sequences in one forward pass on one device."""
     checkpoint_activations: bool = False
@@ -129,8 +130,9 @@ class RunConfig(ABC):
     """torch.compile for each block: it takes a minute or more at first. auto: if the run is long enough to save time.
     Default (null): auto on a GPU, false on a CPU, where it needs a C++ compiler."""
     attention: Literal["auto", "varlen", "flex", "sdpa"] = "auto"
-    """Attention kernel on a GPU. auto: varlen (FlashAttention) where it can compute the attention, flex (FlexAttention)
-    for softcap and ALiBi, else sdpa. On a CPU: document by document."""
+    """Attention kernel on a GPU. auto: varlen where it can compute the attention (FlashAttention, of version 3 on
+    Hopper and 4 on Blackwell if that is installed; asked for, 2), flex (FlexAttention) for softcap and ALiBi, else sdpa. On a
+    CPU: document by document."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of matmuls of fp32 tensors. high: TF32 on a GPU; medium: bf16."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
@@ -139,6 +141,9 @@ class RunConfig(ABC):
     """Seed of the data order, initial weights and dropout."""
     resume: bool | str = False
     """auto: resume from the last checkpoint in out_dir, if it has one; or the directory of a checkpoint."""
+    resume_changed: bool = False
+    """Resume with another number of epochs or steps, another learning rate, other settings of the optimizer, or adapter
+    dropout; also a run that is finished. The result is not that of a run which had them from the start."""
     dry_run: bool = False
     """Check everything and print the statistics of the data; train nothing and write nothing but the token cache."""
     show_masks: int = 0
@@ -155,7 +160,7 @@ class RunConfig(ABC):
             show_masks=self.show_masks >= 0,
         )
         clash = {
-            "train.global_batch_size above micro_batch_size": self.train.global_batch_size
+            "train.global_batch_size above micro_batch_size": (self.train.global_batch_size or 1)
             > self.train.micro_batch_size,
             "optim.max_grad_norm (null is none)": self.optim.max_grad_norm is not None,
             "several devices": self.devices * self.num_nodes > 1,
@@ -165,6 +170,16 @@ class RunConfig(ABC):
             raise UserError(
                 f"optim.in_backward does not go with {', '.join(k for k, is_set in clash.items() if is_set)}."
             )
+
+    @property
+    def own_file(self) -> str | None:
+        """The user's model file, which whoever uses the result needs, too; None: the family is in litmini/models/."""
+        return None
+
+    @property
+    def method(self) -> str:
+        """What is trained, in a few words."""
+        return "all weights"
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ from litmini.config.finetune import DataConfig
 from litmini.data.encode import NOTES
 from litmini.data.formats import Example, find_locations, pick_examples
 from litmini.data.token_cache import TokenFile, tokenize_file
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.files import content_hash, existing_file
 from litmini.ops.cross_entropy import IGNORE
 from litmini.system import has_colors
@@ -35,6 +35,8 @@ class Examples:
     """How many of these were truncated."""
     notes: Counter[str] = field(default_factory=Counter)
     """Numbers for `encode.NOTES`."""
+    lengths_per_sequence = 1
+    """Packed sequences are as many times as long as data.max_seq_len."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by name."""
     paths: list[str] = field(default_factory=list)
@@ -102,7 +104,8 @@ class Examples:
         truncated = s["truncated_examples"] / max(1, s["examples"] + s["dropped_examples"])
         notes = "".join(f"; {text.format(self.notes[key])}" for key, text in NOTES.items() if self.notes[key])
         return (
-            f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, {s['trained_tokens'] / s['tokens']:.0%} supervised, "
+            f"{name}: {counted(s['examples'], 'example')}, {counted(s['tokens'], 'token')}, "
+            f"{s['trained_tokens'] / s['tokens']:.0%} supervised, "
             f"longest {s['longest']:,}, truncated {s['truncated_examples']} ({truncated:.1%}), "
             f"dropped {s['dropped_examples']}{notes}"
         )
@@ -114,7 +117,7 @@ class Examples:
         for i in range(min(count, len(self))):
             inputs, labels = self[i]
             mask = labels != IGNORE
-            text = f"--- example {len(shown) + 1}: {mask.sum()} of {len(labels)} tokens supervised\n"
+            text = f"--- example {len(shown) + 1}: {mask.sum()} of {counted(len(labels), 'token')} supervised\n"
             # The first token is never predicted; the last one is known only where it is a label
             tokens = [*zip(inputs, [False, *mask[:-1]], strict=True), *zip(labels[-1:], [True], strict=True)]
             for token, is_supervised in tokens if mask[-1] else tokens[:-1]:
@@ -131,7 +134,7 @@ def _check_dropped(dropped: int, total: int, first: str, config: DataConfig, wha
     if dropped > config.max_dropped * total or dropped == total:
         raise UserError(
             f"{dropped} of {total} {what} examples have no supervised token within max_seq_len "
-            f"{config.max_seq_len} (the first: {first}). Their completions are missing or truncated: raise "
+            f"{config.most_tokens} (the first: {first}). Their completions are missing or truncated: raise "
             f"--data.max_seq_len, or allow it with --data.max_dropped."
         )
 
@@ -170,7 +173,7 @@ def load_data(
         for number, path in enumerate(file for files in val_files for file in files.values()):
             wanted = np.unique(entries["number"][entries["file"] == number]).tolist()
             if wanted:
-                val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted)
+                val_examples += pick_examples(path, tokenizer.chat_template is not None, wanted, config.columns)
     return train, val, val_examples
 
 
@@ -183,7 +186,7 @@ def split(examples: E, fraction: float, seed: int) -> tuple[E, E]:
     order = np.random.default_rng(seed).permutation(total)
     count = max(1, round(fraction * total))
     if count >= total:
-        raise UserError(f"--data.val_fraction {fraction} leaves none of {total} examples to train on")
+        raise UserError(f"--data.val_fraction {fraction} leaves none of {counted(total, 'example')} to train on")
     chosen = np.isin(records, order[:count])
     val = dataclasses.replace(examples, table=table[chosen], dropped=0, truncated_dropped=0, notes=Counter())
     return dataclasses.replace(examples, table=table[~chosen]), val

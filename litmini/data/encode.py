@@ -1,27 +1,24 @@
 """Examples -> tokens and labels: which tokens are supervised, and where an example is truncated."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
 
 from litmini.config.finetune import DataConfig
-from litmini.data.formats import Example
+from litmini.data.formats import Example, last_only
 from litmini.data.turns import Rendered, Spans, render_examples
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
-CHANGES = (
-    "the prompt's last tokens change with what follows, so the model would see another prompt than in training. Strip white "
-    "space where prompt and completion meet (one space belongs to the completion), or change the template"
-)
 NOTES = {
-    "split_conversations": "{:,} conversations render differently when more follows: each assistant turn is an example",
-    "repeated_tokens": "their repeated context is {:,} tokens",
-    "rewritten_turns": "{:,} turns are written as the template asks for them, not as it shows them: about reasoning",
-    "special_tokens_as_text": "{:,} special tokens in texts are encoded as text (--data.special_tokens_in_text)",
+    "split_conversations": "conversations that render differently when more follows: {:,}; each assistant turn is an example",
+    "repeated_tokens": "tokens of their repeated context: {:,}",
+    "rewritten_turns": "turns written as the template asks for them, not as it shows them: {:,}, about reasoning",
+    "special_tokens_as_text": "special tokens in texts, encoded as text: {:,} (--data.special_tokens_in_text)",
+    "apart": "turns that share a token with their prompt: {:,}; both are tokenised alone: strip white space where they meet",
 }
 """What is said of examples, by its key in the statistics."""
 ENTRY = np.dtype(
@@ -69,9 +66,12 @@ def encode_examples(examples: list[Example], tokenizer: Tokenizer, config: DataC
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     entries: list[tuple[int, int, int, int, int, int, bool]] = []
     sizes: dict[int, list[int]] = defaultdict(list)  # by record
-    max_ids = config.max_seq_len + 1  # the last one is only predicted
+    max_ids = config.most_tokens + 1  # the last one is only predicted
     start = 0
-    for number, ids, mask in encode_texts(examples, tokenizer, config.train_on, part):
+    if config.train_on == "last":
+        examples = [last_only(example) for example in examples]
+    train_on = "all" if config.train_on == "all" else "assistant"
+    for number, ids, mask in encode_texts(examples, tokenizer, train_on, part):
         targets = int(np.count_nonzero(mask[1:max_ids]))
         size = min(len(ids), max_ids) - 1
         sizes[number].append(size)
@@ -102,21 +102,20 @@ def encode_texts(
 
     A conversation that renders differently when more follows comes once for each supervised turn.
     """
-    rendered = render_examples(examples, tokenizer, train_on, part.problems, part.notes)
+    rendered = deque(render_examples(examples, tokenizer, train_on, part.problems, part.notes))
     bos, prompts = tokenizer.encode(""), _prompts(tokenizer)
-    encoded = iter(tokenizer.encode_batch([piece for one in rendered for piece in _pieces(one)]))
-    for one in rendered:
+    encoded = deque(_encode_pieces(rendered, tokenizer))
+    while rendered:
+        one, (ids, bounds) = rendered.popleft(), encoded.popleft()
         is_text = examples[one.number].messages is None
-        pieces = [(next(encoded), first) for first in ([0, one.prompt] if one.prompt else [0])]
-        ids = np.array([i for encoding, _ in pieces for i in encoding.ids], dtype=np.int32)
+        if not one.prompt and not all(prompts.stay(one.text, ids, bounds, start) for start, _ in one.spans):
+            apart = [Rendered(one.number, one.text[:end], [(start, end)], start) for start, end in one.spans]
+            rendered.extendleft(reversed(apart))
+            encoded.extendleft(reversed(_encode_pieces(apart, tokenizer)))
+            part.notes["apart"] += len(apart)
+            continue
         try:
-            mask = np.zeros(len(ids), dtype=bool)
-            if one.spans:
-                bounds = np.concatenate(
-                    [np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + first for encoding, first in pieces]
-                )
-                mask = _supervised_mask(ids, bounds, one.spans, None if is_text else tokenizer.stop_ids)
-                prompts.check(one.text, ids, bounds[:, 0], one.spans[-1][0])
+            mask = _supervised_mask(ids, bounds, one.spans, None if is_text else tokenizer.stop_ids)
         except ValueError as error:
             part.problems.append(f"{examples[one.number].where}: {error}")
             continue
@@ -126,13 +125,33 @@ def encode_texts(
         yield one.number, ids, mask | (train_on == "all")
 
 
-def _pieces(one: Rendered) -> list[str]:
-    """Return the pieces of a text that are tokenised alone."""
-    return [one.text[: one.prompt], one.text[one.prompt :]] if one.prompt else [one.text]
+def _encode_pieces(rendered: Iterable[Rendered], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return ids (tokens,) int32 and bounds (tokens, 2) of texts; a prompt is tokenised alone, as when the model is asked.
+
+    Some tokenizers put a space in front of a text, which what follows a prompt must not have.
+    """
+    line = tokenizer.encode("\n", special=False)
+    anchor = "\n" if tokenizer.encode("\na", special=False)[len(line) :] != tokenizer.encode("a", special=False) else ""
+    texts = [
+        piece
+        for one in rendered
+        for piece in ([one.text[: one.prompt], anchor + one.text[one.prompt :]] if one.prompt else [one.text])
+    ]
+    encodings = iter(tokenizer.encode_batch(texts))
+    found = []
+    for one in rendered:
+        first = next(encodings)
+        ids, bounds = list(first.ids), list(first.offsets)
+        if one.prompt:
+            rest, skipped = next(encodings), len(line) if anchor else 0
+            ids += rest.ids[skipped:]
+            bounds += [(a + one.prompt - len(anchor), b + one.prompt - len(anchor)) for a, b in rest.offsets[skipped:]]
+        found.append((np.array(ids, dtype=np.int32), np.array(bounds, dtype=np.int64).reshape(-1, 2)))
+    return found
 
 
 class _Prompts:
-    """Checks that a prompt has the same tokens in training as alone, when the model completes it."""
+    """Tells whether a prompt has the same tokens in training as alone, when the model completes it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.is_special = np.zeros(max(tokenizer.fast.get_vocab().values()) + 1, dtype=bool)
@@ -140,22 +159,24 @@ class _Prompts:
         # What follows the last special token is nearly always the same: `<|im_start|>assistant\n`
         self.encode = lru_cache(10_000)(partial(tokenizer.encode, special=False))
 
-    def check(self, text: str, ids: np.ndarray, starts: np.ndarray, end: int) -> None:
-        """Raise ValueError where `text[:end]` alone has other tokens than at the beginning of `text`.
+    def stay(self, text: str, ids: np.ndarray, bounds: np.ndarray, end: int) -> bool:
+        """Return whether `text[:end]` alone has the same tokens as at the beginning of `text`.
 
         Tokens do not cross a special token, so only what follows the last one is encoded.
 
         Args:
-            ids, starts: of the tokens of `text`; `starts` are in characters.
+            ids, bounds: of the tokens of `text`; `bounds` (tokens, 2) are in characters.
         """
+        starts, ends = bounds.T
+        if ((starts < end) & (ends > end)).any():
+            return False
         specials = np.flatnonzero(self.is_special[ids] & (starts < end))
         first = int(specials[-1]) if len(specials) else 0
         alone = self.encode(text[int(starts[first]) if len(specials) else 0 : end])
         if ids[first : first + len(alone)].tolist() == alone:
-            return
+            return True
         alone = self.encode(text[:end])  # some tokenizers begin a text in another way than what follows a special token
-        if ids[: len(alone)].tolist() != alone:
-            raise ValueError(CHANGES)
+        return ids[: len(alone)].tolist() == alone
 
 
 _prompts = lru_cache(4)(_Prompts)
@@ -168,13 +189,11 @@ def _supervised_mask(ids: np.ndarray, bounds: np.ndarray, spans: Spans, stop_ids
         bounds: (tokens, 2), first character of each token and the one after the last.
 
     Raises:
-        ValueError: a span has no stop token, or begins within a token.
+        ValueError: a span has no stop token.
     """
     starts, ends = bounds.T
     mask = np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
-        if ((starts < start) & (ends > start)).any():
-            raise ValueError(CHANGES)
         inside = np.flatnonzero((starts >= start) & (ends <= stop) & (ends > starts))
         if stop_ids is not None:
             stops = [i for i in (np.flatnonzero(ids[inside] == stop_id) for stop_id in stop_ids) if len(i)]

@@ -7,13 +7,15 @@ JSONL, JSON, CSV or Parquet.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from litmini.chat_template import REASONING
+from litmini.data.messages import UNUSED, read_messages
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
-from litmini.errors import UserError
-from litmini.tokenizer import ROLES, Message
-from litmini.tool_calls import read_calls, read_objects
+from litmini.errors import UserError, by_cause
+from litmini.tokenizer import Message
+from litmini.tool_calls import read_objects
 
 FORMS = {
     "messages": ("messages",),
@@ -22,18 +24,7 @@ FORMS = {
     "prompt/completion": ("prompt", "completion"),
     "text": ("text",),
 }
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "tool": "tool"}
 SYSTEM = ("system", "system_prompt")
-TRAIN = ("weight", "train", "training", "loss")
-"""Keys with which data say whether a turn is trained."""
-TURN_KEYS = {"role", "from", "content", "value", *TRAIN}
-UNUSED = {
-    "functions": "give them as tools",
-    "documents": "put their texts into a turn",
-    "chat_template_kwargs": "give them as --data.template_kwargs",
-    **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "only text is trained"),
-}
-"""Keys of a conversation that change what it means -> what to do instead."""
 PREFERENCES = "Preferences are for scripts/finetune_preference.py"
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -56,11 +47,18 @@ class Example:
     text: str = ""
 
 
-def read_examples(path: str, has_template: bool) -> list[Example]:
+def last_only(example: Example) -> Example:
+    """Return an example of whose assistant turns only the last one is supervised, if it is at all."""
+    turns = [i for i, message in enumerate(example.messages or ()) if message["role"] == "assistant"]
+    return replace(example, untrained=example.untrained | frozenset(turns[:-1]))
+
+
+def read_examples(path: str, has_template: bool, columns: dict[str, str] | None = None) -> list[Example]:
     """Return all records of a file.
 
     Args:
         has_template: Alpaca and prompt/completion become messages; without a chat template, plain text.
+        columns: key that litmini reads -> the column of the file that has it.
 
     Raises:
         UserError: the file is missing, empty, of unknown form, mixes forms, or has broken records; all named by file:line.
@@ -68,14 +66,16 @@ def read_examples(path: str, has_template: bool) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     form = None
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, columns):
         form = parse_chunk(chunk, form, has_template, examples, problems)
     if problems:
-        raise bad_records(problems)
+        raise bad_records(problems, len(examples) + len(problems))
     return examples
 
 
-def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> list[Example]:
+def pick_examples(
+    path: str, has_template: bool, wanted: Collection[int], columns: dict[str, str] | None = None
+) -> list[Example]:
     """Return the records with the numbers `wanted` (from 0), in the order of the file.
 
     Raises:
@@ -84,7 +84,7 @@ def pick_examples(path: str, has_template: bool, wanted: Collection[int]) -> lis
     picked: list[Example] = []
     problems: list[str] = []
     first, form = 0, None
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, columns):
         inside = [n - first for n in wanted if first <= n < first + len(chunk.locations)]
         first += len(chunk.locations)
         if form is None or inside:
@@ -112,7 +112,7 @@ def parse_chunk(
     """
     for where, record in chunk.records():
         try:
-            forms = _find_forms(record)
+            forms = _find_forms(record, chunk.columns)
             form = form or forms[0]
             if form not in forms:
                 raise ValueError(f"is {forms[0]}, but the records before it are {form}; one form in a file")
@@ -122,14 +122,13 @@ def parse_chunk(
     return form
 
 
-def bad_records(problems: list[str]) -> UserError:
-    """Return one error for all problems, which lists the first ten."""
-    more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
-    return UserError("bad records:\n  " + "\n  ".join(problems[:10] + more))
+def bad_records(problems: list[str], total: int | None = None) -> UserError:
+    """Return one error for all problems, with a line for each cause; `total` is the number of all records."""
+    return UserError(f"bad records:\n  {by_cause(problems, total)}")
 
 
-def _find_forms(record: Any) -> list[str]:
-    """Return the forms that a record can be read as, the preferred one first."""
+def _find_forms(record: Any, columns: Collection[str]) -> list[str]:
+    """Return the forms that a record can be read as, the preferred one first: those with keys that were renamed."""
     if isinstance(record, ValueError):
         raise record
     forms = [name for name, keys in FORMS.items() if isinstance(record, dict) and all(key in record for key in keys)]
@@ -137,7 +136,7 @@ def _find_forms(record: Any) -> list[str]:
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         pairs = f". {PREFERENCES}" if isinstance(record, dict) and record.keys() >= {"chosen", "rejected"} else ""
         raise ValueError(f"found {keys}; expected one of: {'; '.join(' + '.join(k) for k in FORMS.values())}{pairs}")
-    return forms
+    return sorted(forms, key=lambda name: set(columns).isdisjoint(FORMS[name]))
 
 
 def _example(where: str, record: dict[str, Any], form: str, has_template: bool) -> Example:
@@ -148,14 +147,30 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         raise ValueError(f"has a label, and an undesirable completion would be imitated. {PREFERENCES}")
     if unused := [key for key in UNUSED if record.get(key)]:
         raise ValueError(f"has {unused[0]}, which is not read: {UNUSED[unused[0]]}")
+    if weighed := [key for key in ("weight", "train") if record.get(key) not in (None, 1, "", "1")]:
+        raise ValueError(
+            f"has {weighed[0]}, which is read in turns only: give it to a turn, or a file a --data.weights"
+        )
     tools, before = read_objects(record.get("tools"), "tools"), turns_before(record, form)
-    if form in ("messages", "ShareGPT"):
-        messages, untrained = read_messages(record[FORMS[form][0]])
+    if form == "ShareGPT":  # which has functions as they are
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    are_turns = form == "prompt/completion" and any(isinstance(record[key], list) for key in FORMS[form])
+    if form in ("messages", "ShareGPT") or are_turns:
+        messages, untrained = read_messages(
+            _as_turns(record[FORMS[form][0]], "user") if are_turns else record[FORMS[form][0]]
+        )
+        if are_turns:  # those of the prompt are context
+            untrained = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+            completed, skipped = read_messages(_as_turns(record["completion"], "assistant"))
+            untrained += [i + len(messages) for i in skipped]
+            messages += completed
         if before and messages[0]["role"] == "system":
             raise ValueError("has a system key and a system turn; expected one of them")
         return Example(where, before + messages, tools, frozenset(i + len(before) for i in untrained))
     fields = [check_text(record[key], key) for key in FORMS[form]]
     prompt, completion = fields
+    thoughts = [check_text(record[key], key) for key in REASONING if record.get(key)]
+    thought = {"reasoning_content": thoughts[0]} if thoughts else {}
     chat = plain = prompt
     if form == "Alpaca":
         extra = check_text(record.get("input") or "", "input")
@@ -163,11 +178,20 @@ def _example(where: str, record: dict[str, Any], form: str, has_template: bool) 
         context = ", paired with an input that provides further context" if extra else ""
         plain = ALPACA.format(context, prompt, f"### Input:\n{extra}\n\n" if extra else "")
     if has_template:
-        turns: list[Message] = [{"role": "user", "content": chat}, {"role": "assistant", "content": completion}]
+        turns: list[Message] = [
+            {"role": "user", "content": chat},
+            {"role": "assistant", "content": completion, **thought},
+        ]
         return Example(where, before + turns, tools)
-    if before or tools:
-        raise ValueError("has tools, system or history, for which plain text has no place; expected a chat template")
+    if before or tools or thought:
+        what = "tools, system, history or reasoning"
+        raise ValueError(f"has {what}, for which plain text has no place; expected a chat template")
     return Example(where, prompt=plain, text=plain + completion)
+
+
+def _as_turns(value: Any, role: str) -> Any:
+    """Return a text as a list of one turn; a list stays."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def turns_before(record: dict[str, Any], form: str) -> list[Message]:
@@ -186,48 +210,3 @@ def turns_before(record: dict[str, Any], form: str) -> list[Message]:
         roles = zip(("user", "assistant"), pair, strict=True)
         turns += [{"role": role, "content": check_text(text, "a text in history")} for role, text in roles]
     return turns
-
-
-def read_messages(turns: Any) -> tuple[list[Message], list[int]]:
-    """Return messages, and the numbers of assistant turns that are not to be trained."""
-    if isinstance(turns, str):  # a CSV cell
-        turns = parse_json(turns)
-        if isinstance(turns, ValueError):
-            raise turns
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("expected a list of turns, with at least one")
-    messages: list[Message] = []
-    untrained = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise ValueError(f"a turn is {type(turn).__name__}, expected role and content")
-        role = turn.get("role", turn.get("from"))
-        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES:
-            raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-        if turn.get("function_call"):
-            raise ValueError("a turn has function_call, which is not read; expected tool_calls")
-        if not _is_trained(turn, role):
-            untrained.append(len(messages))
-        rest = {k: v for k, v in turn.items() if k not in TURN_KEYS and v is not None}
-        calls = rest["tool_calls"] = read_calls(rest.get("tool_calls"))
-        if not calls:
-            del rest["tool_calls"]
-        elif role != "assistant":
-            raise ValueError(f"a {role} turn has tool_calls; expected them in assistant turns")
-        content = turn.get("content", turn.get("value"))
-        if content is not None or not calls:
-            rest = {"content": check_text(content, f"content of a {role} turn"), **rest}
-        messages.append({"role": role, **rest})
-    return messages, untrained
-
-
-def _is_trained(turn: dict[str, Any], role: str) -> bool:
-    """Return whether a turn is trained, which the keys of `TRAIN` say of it."""
-    given = {key: turn[key] for key in TRAIN if turn.get(key) is not None}
-    wrong = [key for key, value in given.items() if value not in (0, 1)]
-    if wrong or len(set(given.values())) > 1:
-        raise ValueError(f"a {role} turn has {given}; expected 0 or 1, or false or true, and the same in all of them")
-    if role != "assistant" and any(given.values()):
-        raise ValueError(f"a {role} turn has {given}; only assistant turns are trained: leave it out, or set it to 0")
-    return all(given.values())

@@ -29,7 +29,7 @@ from litmini.data.labels import (
 )
 from litmini.data.packing import Batch, PackedDataset
 from litmini.data.readers import CHUNK
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Tokenizer
 
@@ -95,7 +95,7 @@ class LabelledExamples(Examples):
             classes = ", ".join(f"{label} {n:,}" for label, n in most) + ", ..." * (len(s["classes"]) > len(most))
             about = f"{len(s['classes'])} {'labels' if self.problem_type == MULTI else 'classes'}: {classes}"
         return (
-            f"{name}: {s['examples']:,} examples, {s['tokens']:,} tokens, longest {s['longest']:,}, "
+            f"{name}: {counted(s['examples'], 'example')}, {counted(s['tokens'], 'token')}, longest {s['longest']:,}, "
             f"truncated {s['truncated_examples']} ({s['truncated_examples'] / s['examples']:.1%}); {about}"
         )
 
@@ -105,7 +105,9 @@ class LabelledExamples(Examples):
         for i, text in enumerate(self.records()[:count]):
             ids = self[i][0].tolist()
             rest, last = (tokenizer.decode(part, skip_special=False) for part in (ids[:-1], ids[-1:]))
-            shown.append(f"--- example {i + 1}: {len(ids)} tokens, {what} {', '.join(text.names)}\n{rest}[{last}]")
+            shown.append(
+                f"--- example {i + 1}: {counted(len(ids), 'token')}, {what} {', '.join(text.names)}\n{rest}[{last}]"
+            )
         return "\n".join(shown)
 
 
@@ -145,18 +147,18 @@ def load_labelled(
         UserError: a file cannot be read, labels are of several types, there are fewer than two classes, or validation has one
             that training has not.
     """
-    files = read_files(config.paths)
+    files = read_files(config.paths, config.columns)
     texts = [text for file in files for text in file.texts]
     problem_type = find_problem_type(texts, asked)
     if len({text.label for text in texts}) < 2:
         label = list(texts[0].label) if isinstance(texts[0].label, tuple) else texts[0].label
         raise UserError(f"every label in {', '.join(config.paths)} is {label!r}; expected two different ones or more.")
     names = ["value"] if problem_type == REGRESSION else class_names({name for text in texts for name in text.names})
-    train, val = tokenize(files, names, problem_type, tokenizer, config.max_seq_len), None
+    train, val = tokenize(files, names, problem_type, tokenizer, config.most_tokens), None
     if config.val_path:
-        val_files = read_files([config.val_path])
+        val_files = read_files([config.val_path], config.columns)
         check_labels(val_files, names, problem_type)
-        val = tokenize(val_files, names, problem_type, tokenizer, config.max_seq_len)
+        val = tokenize(val_files, names, problem_type, tokenizer, config.most_tokens)
     elif config.val_fraction:
         train, val = split(train, config.val_fraction, seed)
         missing = (
@@ -179,7 +181,8 @@ def check_labels(files: list[TextFile], names: list[str], problem_type: str) -> 
     if unknown:
         listing = "\n  ".join(f"{text.where}: {', '.join(map(repr, text.names))}" for text in unknown[:10])
         raise UserError(
-            f"{len(unknown)} examples have labels that no training example has; there are {listed(names)}:\n  {listing}"
+            f"{counted(len(unknown), 'example')} with a label that no training example has; there are {listed(names)}:\n  "
+            f"{listing}"
         )
 
 
@@ -239,7 +242,7 @@ def tokenize(
 
 def _encode(texts: list[LabelledText], tokenizer: Tokenizer) -> list[Any]:
     """Return the encodings of texts, and of conversations as the chat template renders them."""
-    turns = [tokenizer.with_arguments(tokenizer.mark(text.messages)) for text in texts if text.messages is not None]
+    turns = [tokenizer.in_form(tokenizer.mark(text.messages)) for text in texts if text.messages is not None]
     rendered = iter(tokenizer.render([(each, None, [(len(each), False, None)]) for each in turns]) if turns else ())
     pieces = [text.text if text.messages is None else next(rendered) for text in texts]
     if refused := [

@@ -49,14 +49,14 @@ class TextFile:
     texts: list[LabelledText]
 
 
-def read_files(data_sets: list[str]) -> list[TextFile]:
+def read_files(data_sets: list[str], columns: dict[str, str] | None = None) -> list[TextFile]:
     """Return the files of several data sets with their records."""
     paths = [(number, name, path) for number, each in enumerate(data_sets) for name, path in find_files(each).items()]
     hashes = [content_hash(existing_file(path, "data file")) for _, _, path in paths]  # of what is read, or older
-    return [TextFile(*at, sha256, read_texts(at[-1])) for at, sha256 in zip(paths, hashes, strict=True)]
+    return [TextFile(*at, sha256, read_texts(at[-1], columns)) for at, sha256 in zip(paths, hashes, strict=True)]
 
 
-def read_texts(path: str) -> list[LabelledText]:
+def read_texts(path: str, columns: dict[str, str] | None = None) -> list[LabelledText]:
     """Return the records of a file.
 
     Raises:
@@ -64,14 +64,16 @@ def read_texts(path: str) -> list[LabelledText]:
     """
     texts: list[LabelledText] = []
     problems: list[str] = []
-    for chunk in read_chunks(path):
+    total = 0
+    for chunk in read_chunks(path, columns):
+        total += len(chunk.locations)
         for where, record in chunk.records():
             try:
                 texts.append(_labelled(where, record, path.lower().endswith(".csv")))
             except ValueError as error:
                 problems.append(f"{where}: {error}")
     if problems:
-        raise bad_records(problems)
+        raise bad_records(problems, total)
     return texts
 
 

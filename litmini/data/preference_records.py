@@ -55,20 +55,23 @@ def _said(completion: Turns) -> bool:
     return any(turn.get("tool_calls") or turn.get("content", "").strip() for turn in completion)
 
 
-def read_preferences(path: str, has_template: bool, pairs: bool | None = None) -> list[Preference]:
+def read_preferences(
+    path: str, has_template: bool, pairs: bool | None = None, columns: dict[str, str] | None = None
+) -> list[Preference]:
     """Return the records of a file.
 
     Args:
         has_template: prompts and completions that are text become turns of a conversation; without a chat template, they
             stay text.
         pairs: whether they must be pairs; False: single completions, which pairs are made into; None: either.
+        columns: name of a key here -> its name in the file.
 
     Raises:
         UserError: the file is missing or empty, or has broken records; all named by file:line.
     """
     found: list[Preference] = []
     problems: list[str] = []
-    records = (record for chunk in read_chunks(path) for record in chunk.records())
+    records = (record for chunk in read_chunks(path, columns) for record in chunk.records())
     for number, (where, record) in enumerate(records):
         try:
             if isinstance(record, ValueError):

@@ -156,7 +156,7 @@ def _documents(
             ids, mask = ids[:size], mask[:size]
             labels = np.where(mask[1:], ids[1:], np.int32(IGNORE))
             found[number] = Document(ids[:-1], labels, is_truncated)
-    problems += part.problems
+    problems += dict.fromkeys(part.problems)
     return found
 
 

@@ -37,6 +37,10 @@ class PreferenceExamples(Examples):
         """Whether they are single completions."""
         return self.kind == "single"
 
+    @property
+    def lengths_per_sequence(self) -> int:  # type: ignore[override]
+        return 1 if self.single else 2
+
     def documents(self, i: int) -> list[int]:
         """Return the tokens of the documents of an example: of a pair the chosen one and the rejected one."""
         size, first = (int(self.table[name][i]) for name in ("size", "first"))
@@ -153,8 +157,9 @@ def _load(
     for number, data_set in enumerate(data_sets):
         for name, path in find_files(data_set).items():
             hashes[name] = content_hash(existing_file(path, "data file"))  # of what is read, or older
-            records = read_preferences(path, tokenizer.chat_template is not None, kind != "single")
-            encoded, table, dropped = encode_preferences(records, tokenizer, config.max_seq_len, kind)
+            has_template = tokenizer.chat_template is not None
+            records = read_preferences(path, has_template, kind != "single", config.columns)
+            encoded, table, dropped = encode_preferences(records, tokenizer, config.most_tokens, kind)
             table["set"], table["file"] = number, len(arrays)
             arrays.append(encoded)
             tables.append(table)
@@ -189,7 +194,7 @@ class PreferenceSequences(PackedDataset):
     reference: list[np.ndarray] | None = None
 
     def __init__(self, examples: PreferenceExamples, length: int, *settings: Any, **options: Any) -> None:
-        super().__init__(examples, length if examples.single else 2 * length, *settings, **options)
+        super().__init__(examples, examples.lengths_per_sequence * length, *settings, **options)
         self.mismatched = None
         if examples.single and type(self) is not MismatchedSequences:
             self.mismatched = MismatchedSequences(examples.mismatched(), length, *settings, **options)

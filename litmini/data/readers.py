@@ -8,7 +8,7 @@ import json
 import sys
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from litmini.errors import UserError
@@ -25,16 +25,22 @@ class Chunk:
     """Where each record is, for errors: file:line."""
     content: Any
     """Lines as bytes, or records as dictionaries, or a record batch of Parquet."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Key that a record gets -> the one that it has."""
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield the location and the value of each record; a ValueError in place of one that cannot be read."""
         values = self.content if isinstance(self.content, list) else map(_without_nulls, self.content.to_pylist())
         for where, value in zip(self.locations, values, strict=True):
-            yield where, parse_json(_decode(value, where)) if isinstance(value, bytes) else value
+            value = parse_json(_decode(value, where)) if isinstance(value, bytes) else value
+            yield where, _renamed(value, self.columns) if self.columns and isinstance(value, dict) else value
 
 
-def read_chunks(path: str) -> Iterator[Chunk]:
+def read_chunks(path: str, columns: dict[str, str] | None = None) -> Iterator[Chunk]:
     """Yield the records of a file, `CHUNK` at a time.
+
+    Args:
+        columns: key that a record gets -> the one that it has.
 
     Raises:
         UserError: the file is missing, empty or of a kind that is not read, or is not what its name says.
@@ -47,7 +53,7 @@ def read_chunks(path: str) -> Iterator[Chunk]:
     with file.open("rb") as raw:
         for chunk in readers[file.suffix.lower()](str(file), raw):
             empty = False
-            yield chunk
+            yield replace(chunk, columns=columns) if columns else chunk
     if empty:
         raise UserError(f"{file} holds no examples.")
 
@@ -143,6 +149,18 @@ def _read_csv(name: str, raw: Any) -> Iterator[Chunk]:
     except UnicodeDecodeError:
         _find_bad_line(name)
         raise
+
+
+def _renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any] | ValueError:
+    """Return a record with the keys of `columns`, or the ValueError that says which one it lacks."""
+    if lost := [theirs for theirs in columns.values() if theirs not in record]:
+        said = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        return ValueError(
+            f"has no {', '.join(lost)}, found {', '.join(record)}; data.columns is {{{said}}}: each a key that litmini "
+            f"reads, and the column that has it"
+        )
+    rest = {key: value for key, value in record.items() if key not in columns.values()}
+    return rest | {ours: record[theirs] for ours, theirs in columns.items()}
 
 
 def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from litmini.files import content_hash, existing_file, read_json, write_json
 from litmini.system import cpu_count, locked
 from litmini.tokenizer import Tokenizer
 
-FORMAT = 3  # raise it with each change of the tokens of a record, or of how they are stored
+FORMAT = 4  # raise it with each change of the tokens of a record, or of how they are stored
 LARGE = 4 << 20  # bytes of a data file from which several processes are faster than one
 ABANDONED = 86_400  # seconds after which what a killed process left is removed
 
@@ -106,9 +106,10 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
         "data": sha256 + suffix,
         "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),
         "settings": [tokenizer.settings, tokenizer.stop_ids],
+        "new_tokens": tokenizer.new_tokens.entries if tokenizer.new_tokens else [],
         "template": [tokenizer.chat_template, tokenizer.template_kwargs, *tokenizer.dates()],
         "special_tokens_in_text": tokenizer.special_tokens_in_text,
-        "config": [config.train_on, config.max_seq_len],
+        "config": [config.train_on, config.most_tokens, config.columns],
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -162,7 +163,7 @@ def _write(
             total, tokens = total + part.records, tokens + len(part.inputs)
             bar.update(part.records)
         if problems:
-            raise bad_records(problems)
+            raise bad_records(problems, total)
         np.save(table, whole := np.concatenate(tables))
         for file in (inputs, labels, table):
             file.flush()
@@ -174,7 +175,7 @@ def _write(
 
 def _parts(path: str, tokenizer: Tokenizer, config: DataConfig, workers: int) -> Iterator[Part]:
     """Yield the file's records as tokens, in order."""
-    chunks = read_chunks(path)
+    chunks = read_chunks(path, config.columns)
     first = next(chunks)
     form = parse_chunk(first, None, tokenizer.chat_template is not None, [], [])
     tokenize_chunk = partial(_tokenize_chunk, form=form, tokenizer=tokenizer, config=config)

@@ -8,28 +8,17 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 
-from litmini.chat_template import REASONING, TOOLS, BadTemplate, Parts
+from litmini.chat_template import TOOLS, BadTemplate, Parts
 from litmini.data.formats import Example
+from litmini.data.turn import FIRST, OTHER, Turn, common_prefix
 from litmini.errors import UserError
 from litmini.literal_tokens import START
-from litmini.tokenizer import Message, Tokenizer
+from litmini.tokenizer import Tokenizer, TurnEnds
 
 Spans = list[tuple[int, int]]
-THINK, END_THINK = re.compile("</?think>"), "</think>"
-ASKS = re.compile(rf"<think>\s*({END_THINK}\s*)?\Z")
-"""The end of a prompt after which the model writes its reasoning or, if that is closed, its completion."""
-FIRST = (
-    "the conversation begins with the assistant, and the chat template has no prompt before its first turn. Begin with a "
-    "user's turn, or train on all tokens (--data.train_on all)"
-)
-CHANGED = (
-    "the chat template renders turn {} differently when more follows, and not as it asks for it, so its span cannot be found. "
-    "Use another template (--data.chat_template FILE) or train on all tokens (--data.train_on all)"
-)
-OTHER = "Use another template (--data.chat_template FILE)"
+THINK = re.compile("</?think>")
 
 
 @dataclass(frozen=True)
@@ -45,62 +34,6 @@ class Rendered:
     """So many first characters are tokenised alone, as when the model is asked; 0: all of them are tokenised at once."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """An assistant's turn that is supervised."""
-
-    index: int
-    message: Message
-    before: str
-    """The text when the model is asked for it."""
-    after: str
-    """The text that ends with it."""
-
-    @cached_property
-    def asks(self) -> re.Match[str] | None:
-        """The reasoning, begun or empty, with which the prompt ends; its last newlines would join with what follows."""
-        return ASKS.search(self.before)
-
-    @property
-    def reasoning(self) -> str:
-        """What stands between <think> and </think>, or in a key of its own; "" if there is none."""
-        found = next((self.message[key] for key in REASONING if self.message.get(key)), None)
-        before, end, _ = self.message.get("content", "").partition(END_THINK)
-        return str(found if found is not None else before.rpartition("<think>")[2] if end else "").strip()
-
-    def check_calls(self) -> None:
-        """Raise a ValueError if the template leaves out a call of a tool."""
-        for call in self.message.get("tool_calls", []):
-            if call.get("function", call)["name"] not in self.after[_common_prefix(self.after, self.before) :]:
-                raise ValueError(f"the chat template leaves out the tool_calls of turn {self.index + 1}. {OTHER}")
-
-    def said(self, thinks: bool) -> tuple[str, bool]:
-        """Return what the model says when it is asked, and whether that differs from what the template writes.
-
-        Many templates write no reasoning, or ask with <think> or an empty one in front of the completion.
-
-        Args:
-            thinks: whether the template knows <think>.
-
-        Raises:
-            ValueError: it cannot be found.
-        """
-        said = self.after[len(self.before) :]
-        is_changed = not self.after.startswith(self.before)
-        if is_changed:
-            if not self.asks or not self.after.startswith(self.before[: self.asks.start()]):
-                where = FIRST if self.index == 0 else CHANGED.format(self.index + 1)
-                raise ValueError(where)
-            said = self.after[self.asks.start() :]
-            said = said.partition(END_THINK)[2].lstrip("\n") if said.startswith("<think>") else said
-        if (self.asks and self.asks[1]) or (self.reasoning in said and not is_changed):
-            return said, is_changed
-        if not thinks:
-            raise ValueError(f"the chat template leaves out the reasoning of turn {self.index + 1}. {OTHER}")
-        opening = "" if self.asks else "<think>\n"
-        return opening + self.reasoning + f"\n{END_THINK}\n\n" + said.lstrip("\n"), True
-
-
 def render_examples(
     examples: list[Example], tokenizer: Tokenizer, train_on: str, problems: list[str], notes: Counter[str]
 ) -> list[Rendered]:
@@ -113,8 +46,13 @@ def render_examples(
         replace(e, messages=tokenizer.mark(e.messages), tools=tokenizer.mark(e.tools)) if e.messages else e
         for e in examples
     ]
-    chats = [(tokenizer.with_arguments(e.messages), e.tools or None, _parts(e, train_on)) for e in marked if e.messages]
-    end = len(tokenizer.after_completion) if chats else 0
+    talks = [e for e in marked if e.messages]
+    try:
+        chats = [(tokenizer.in_form(e.messages or []), e.tools or None, _parts(e, train_on)) for e in talks]
+        end = tokenizer.after_completion if chats else ""
+        ends = tokenizer.turn_ends if chats else TurnEnds("", "", "", "")
+    except BadTemplate as error:
+        raise BadTemplate(f"{talks[0].where}: {error}") from None
     texts = tokenizer.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
     for number, example in enumerate(marked):
@@ -126,7 +64,8 @@ def render_examples(
         own = islice(texts, len(_parts(example, train_on)))
         try:
             text, turns = _read_turns(example, own, train_on)
-            rendered += _find_spans(number, text, turns, end, bool(THINK.search(tokenizer.chat_template or "")), notes)
+            thinks = bool(THINK.search(tokenizer.chat_template or ""))
+            rendered += _find_spans(number, text, turns, (end, ends), thinks, notes)
         except BadTemplate as error:
             raise BadTemplate(f"{example.where}: {error}") from None
         except (UserError, ValueError) as error:
@@ -186,7 +125,8 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
             )
         elif message["role"] == "assistant" and train_on != "all" and i not in example.untrained:
             try:
-                turns.append(Turn(i, message, take(), take() if i + 1 < len(messages) else text))
+                asked = str(messages[i - 1].get("content") or "").strip() if i else ""
+                turns.append(Turn(i, message, take(), take() if i + 1 < len(messages) else text, asked))
             except UserError as error:
                 if i or isinstance(error, BadTemplate):
                     raise
@@ -195,42 +135,52 @@ def _read_turns(example: Example, texts: Iterator[str | UserError], train_on: st
 
 
 def _find_spans(
-    number: int, text: str, turns: list[Turn], end: int, thinks: bool, notes: Counter[str]
+    number: int, text: str, turns: list[Turn], end: tuple[str, TurnEnds], thinks: bool, notes: Counter[str]
 ) -> list[Rendered]:
     """Return a conversation as one text with its spans or, where it renders differently when more follows, as one text for
     each supervised turn.
 
     Args:
-        end: characters that the template puts after the completion that ends a conversation.
+        end: what the template puts after the completion that ends a conversation, and the tokens that end turns.
         thinks: whether the template knows reasoning.
     """
     for turn in turns:
-        turn.check_calls()
+        turn.check()
     spans = [span for turn in turns if (span := _find_span(turn, text, end))]
     if len(spans) == len(turns):
-        return [Rendered(number, text, spans)]
+        return [_with_ends(Rendered(number, text, spans), turns, end[1])]
     alone = []
     for turn in turns:
         said, is_changed = turn.said(thinks)
         whole, start = turn.before + said, len(turn.before)
-        alone.append(Rendered(number, whole, [(start, len(whole))], start if turn.asks else 0))
+        one = Rendered(number, whole, [(start, len(whole))], start if turn.asks else 0)
+        alone.append(_with_ends(one, [turn], end[1]))
         notes["rewritten_turns"] += is_changed
     return alone
 
 
-def _find_span(turn: Turn, text: str, end: int) -> tuple[int, int] | None:
+def _with_ends(one: Rendered, turns: list[Turn], ends: TurnEnds) -> Rendered:
+    """Return a text whose spans have what begins the next turn at their ends, where that ends turns."""
+    if not ends.next_turn:
+        return one
+    text, spans = one.text, []
+    for (start, stop), turn in zip(one.spans, turns, strict=True):
+        token = ends.next_call if turn.message.get("tool_calls") else ends.next_turn
+        if stop == len(text):
+            text += token
+        spans.append((start, stop + len(token) if text.startswith(token, stop) else stop))
+    return replace(one, text=text, spans=spans)
+
+
+def _find_span(turn: Turn, text: str, end: tuple[str, TurnEnds]) -> tuple[int, int] | None:
     """Return the span of a turn in the text of its conversation; None: it is not there as the model will be asked."""
-    stop = _common_prefix(text, turn.after)
+    stop = common_prefix(text, turn.after)
     last_only = len(turn.after) - stop  # some templates end the last turn in another way, after the completion
-    if not text.startswith(turn.before) or stop <= len(turn.before) or last_only >= max(1, end):
+    if not text.startswith(turn.before) or stop <= len(turn.before) or last_only >= max(1, len(end[0])):
+        return None
+    own = end[1].turn
+    if own and last_only and turn.after.rfind(own) + len(own) > stop:  # with another stop token
         return None
     if turn.asks or turn.reasoning not in text[len(turn.before) : stop]:
         return None
     return len(turn.before), stop
-
-
-def _common_prefix(a: str, b: str) -> int:
-    """Return the number of characters that two texts have in common at their beginning."""
-    if a.startswith(b):
-        return len(b)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+def fabric_class() -> Any:
+    """Return the class `Fabric`.
+
+    Its import asks torchmetrics for its version, which imports transformers and scipy where they are installed, in 1.5 s, for
+    a feature that is not used here.
+    """
+    imported = "torchmetrics" in sys.modules
+    if not imported:
+        sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        from lightning_fabric import Fabric
+    finally:
+        if not imported:
+            del sys.modules["torchmetrics"]
+    return Fabric
+
+
 def make_fabric(config: RunConfig) -> Fabric:
     """Return a launched and seeded Fabric. Scripts load weights in their final dtype; Fabric only enables autocast.
 
@@ -29,7 +46,7 @@ def make_fabric(config: RunConfig) -> Fabric:
     Raises:
         UserError: devices, precision and strategy do not go together.
     """
-    from lightning_fabric import Fabric
+    Fabric = fabric_class()
     from lightning_fabric.strategies import ModelParallelStrategy
 
     count = config.devices * config.num_nodes

@@ -119,9 +119,11 @@ def leave(status: int) -> NoReturn:
 class Interrupted(UserError):
     """Training ended by SIGTERM or Ctrl-C, after the current step was finished and saved."""
 
+    title = ""  # it is what the user asked for
+
     def __init__(self, received: list[str], message: str) -> None:
         name = (received or ["SIGTERM"])[0]  # none: another rank received it
-        super().__init__(f"{name}: {message}")
+        super().__init__(f"{'interrupted' if name == 'SIGINT' else name}: {message}")
         self.status = 128 + signal.Signals[name]
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from litmini.config.generate import SamplingConfig
 from litmini.data.dataset import Example
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.generation.batch import check_ids
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
@@ -60,7 +60,7 @@ def predict(
     training = model.training
     model.eval()
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
-    with tqdm(total=len(pairs), desc="generating", unit="ex", disable=None) as bar:
+    with tqdm(total=len(pairs), desc="generating", unit="ex", disable=None, leave=False) as bar:
         for start in range(0, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
             requests = [Request(ids, sampling, tokenizer.stop_ids) for ids, _, _ in part]
@@ -115,7 +115,7 @@ def perplexity(model: nn.Module, tokenizer: Tokenizer, text: str, window: int, s
         )
     ids = tokenizer.encode(text)
     if len(ids) < 2:
-        raise UserError(f"the text has {len(ids)} tokens; at least 2 are needed.")
+        raise UserError(f"the text has {counted(len(ids), 'token')}; at least 2 are needed.")
     check_ids(ids, config.vocab_size)
     device = next(model.parameters()).device
     loss_sum, n_targets = 0.0, 0

@@ -1,4 +1,7 @@
-"""Requests that are decoded together, one token each a step; they join and leave between steps."""
+"""Requests that are decoded together; they join and leave between steps.
+
+A step adds a token to each request; on a GPU several, as the host need not wait for each.
+"""
 
 import contextlib
 from itertools import takewhile
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from litmini.distributed.fsdp import is_sharded
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
+from litmini.generation.decoding import AHEAD, Decoding, finite_tokens, is_gpu
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
 from litmini.generation.speculative import Draft
@@ -36,10 +40,14 @@ class Batch:
     ) -> None:
         config: Any = model.config
         self.model, self.config, self.draft, self.chunk, self.multi_lora = model, config, draft, chunk, multi_lora
+        if isinstance(getattr(model, "score", None), nn.Module):
+            raise UserError("this model is a classifier or a reward model: it gives scores, so it generates nothing.")
         self.requests: list[Request] = []
         self.cache: KVCache | None = None
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.on_gpu = is_gpu(self.device)
+        self._decoding: Decoding | None = None
         # inference_mode saves a tenth of each operation; weights that FSDP gathers in it could not be trained afterwards
         self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode
 
@@ -59,7 +67,7 @@ class Batch:
             seed = request.sampling.seed
             request.generator.seed() if seed is None else request.generator.manual_seed(seed)
         capacities = [len(r.prompt) + r.max_new_tokens for r in requests]
-        cache = KVCache(self.config, len(requests), capacities, self.dtype, self.device, self.chunk)
+        cache = KVCache(self.config, len(requests), capacities, self.dtype, self.device, self.chunk, self.on_gpu)
         longest = max(len(r.prompt) for r in requests)
         tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests], device=self.device)
         lengths = torch.tensor([[len(r.prompt)] for r in requests], device=self.device)  # (B, 1)
@@ -73,34 +81,31 @@ class Batch:
             self.draft.begin(cache.capacity)
 
     def step(self) -> None:
-        """Add the next token to every request (with a draft: one or more); those that end leave the batch."""
+        """Add the next token to every request, on a GPU or with a draft one or more; those that end leave the batch."""
         with self._without_gradients():
             if self.draft is not None:
                 self._step_drafted(self.draft, self.requests[0])
             else:
-                tokens = torch.tensor([r.tokens[-1:] for r in self.requests], device=self.device)  # (B, 1)
-                positions = torch.tensor([[len(r.tokens) - 1] for r in self.requests], device=self.device)
-                with self._adapters(self.requests):
-                    logits = self.model(tokens, positions, cache=self.cache)[:, -1].float()  # (B, vocab)
-                self._choose(self.requests, logits)
+                self._step_together()
         self.drop()
 
-    def _choose(self, requests: list[Request], logits: Tensor) -> int | None:
-        """Let each request choose its next token from fp32 logits (B, vocab); an error ends the request that it happens to.
-
-        Returns the token of the last one, None at its end.
-        """
-        token = None
-        finite = logits.amax(-1).isfinite().tolist()  # CPU-GPU sync point; the maximum of NaN and others is NaN
-        for request, row, is_finite in zip(requests, logits, finite, strict=True):
-            try:
-                if not is_finite:
-                    raise UserError(NOT_FINITE)
-                token = request.choose(row)
-            except Exception as error:
-                request.fail(error)
-                token = None
-        return token
+    def _step_together(self) -> None:
+        """Decode until the first request may be complete, at most `AHEAD` tokens on a GPU; then give them to the requests."""
+        # log-probabilities are of one token's logits
+        one = not self.on_gpu or any(r.sampling.logprobs is not None for r in self.requests)
+        remaining = min(r.remaining_tokens for r in self.requests)
+        count = 1 if one else min(AHEAD, remaining)
+        with self._adapters(self.requests):
+            if self._decoding is None:
+                assert self.cache is not None
+                # adapters come and go, and shards are gathered in each forward; a graph costs as much as some tokens
+                graph = self.on_gpu and self.multi_lora is None and not is_sharded(self.model) and remaining >= AHEAD
+                self._decoding = Decoding(self.model, self.cache, self.requests, graph)
+            tokens, logits = self._decoding.run(count)
+        for request, row, chosen in zip(self.requests, logits, tokens, strict=True):
+            for token in chosen:
+                if request.finish is None:
+                    _push(request, token, row)
 
     def _step_drafted(self, draft: Draft, request: Request) -> None:
         """Verify the drafted tokens in one forward; accept those that greedy decoding would choose."""
@@ -113,8 +118,10 @@ class Batch:
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
         with self._adapters([request]):
             logits = self.model(tokens, positions, cache=self.cache)[0].float()  # (T, vocab)
-        for row, proposed in zip(logits, [*drafted, None], strict=True):
-            if self._choose([request], row[None]) != proposed or request.finish:
+        chosen = finite_tokens(logits.argmax(-1), logits).tolist()  # CPU-GPU sync point
+        for row, token, proposed in zip(logits, chosen, [*drafted, None], strict=True):
+            _push(request, token, row)
+            if token != proposed or request.finish:
                 break  # rejected positions are overwritten in the cache
 
     def step_apart(self) -> None:
@@ -154,7 +161,17 @@ class Batch:
             self.cache = rows[0][0]  # nothing to rearrange
         else:
             self.cache = KVCache.gather(self.config, rows) if rows else None
-        self.requests = requests
+        self.requests, self._decoding = requests, None
+
+
+def _push(request: Request, token: int, logits: Tensor) -> None:
+    """Give a request its next token, with the logits (vocab,) behind it; an error ends this request, not its neighbours."""
+    try:
+        if token < 0:
+            raise UserError(NOT_FINITE)
+        request.push(token, logits)
+    except Exception as error:
+        request.fail(error)
 
 
 def check_prompt(prompt: list[int], context: int, vocab_size: int) -> None:
@@ -163,7 +180,8 @@ def check_prompt(prompt: list[int], context: int, vocab_size: int) -> None:
         raise UserError("the prompt is empty.")
     if len(prompt) >= context:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model's context {context}: no token remains for a completion."
+            f"the prompt has {counted(len(prompt), 'token')}, the model's context {context}: "
+            f"no token remains for a completion."
         )
     check_ids(prompt, vocab_size)
 

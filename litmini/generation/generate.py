@@ -1,7 +1,9 @@
 """Generation for one prompt or several, as text, token ids or a stream."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,18 +99,6 @@ def _native_gemv(batch: Batch) -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-def stream(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str | list[Message],
-    sampling: SamplingConfig | None = None,
-    draft: Draft | None = None,
-) -> Iterator[str]:
-    """Yield pieces of the completion's text as they come."""
-    request = Request(tokenizer.encode_prompt(prompt), sampling or SamplingConfig(), tokenizer.stop_ids, tokenizer)
-    yield from stream_text(model, request, draft)
-
-
 def stream_text(model: nn.Module, request: Request, draft: Draft | None = None) -> Iterator[str]:
     """Yield pieces of the text of one request as they come."""
     batch = Batch(model, draft)
@@ -121,10 +111,45 @@ def stream_text(model: nn.Module, request: Request, draft: Draft | None = None) 
     raise_first([request])
 
 
+Prompt = str | list[Message]
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt_or_messages: Prompt,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    ignore_eos: bool = False,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    tools: list[dict[str, Any]] | None = None,
+) -> Iterator[str]:
+    """Yield the completion of a prompt in pieces of text, as they come. Arguments and errors are those of `generate`."""
+    sampling = SamplingConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=_texts(stop),
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+    yield from stream_text(
+        model, Request(tokenizer.encode_prompt(prompt_or_messages, tools), sampling, tokenizer.stop_ids, tokenizer)
+    )
+
+
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt_or_messages: str | list[Message],
+    prompt_or_messages: Prompt | list[Prompt],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -132,25 +157,60 @@ def generate(
     seed: int | None = None,
     ignore_eos: bool = False,
     return_tokens: bool = False,
-) -> str | list[int]:
-    """Return the completion of a prompt: its text, or its token ids.
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    tools: list[dict[str, Any]] | None = None,
+) -> str | list[int] | list[str] | list[list[int]]:
+    """Return the completion of a prompt, or of each of a list of prompts, which run in batches; `stream` yields pieces.
 
     Args:
-        prompt_or_messages: messages, or text, which is a user's turn where the checkpoint has a chat template.
-        temperature: 0 is greedy.
+        model, tokenizer: as `litmini.load` returns them.
+        prompt_or_messages: a text, which is a user's turn where the checkpoint has a chat template; or messages, each a
+            dictionary with role and content; or a list of such prompts.
+        max_new_tokens: longest completion in tokens.
+        temperature: 0 is greedy; 1 samples from the model's own distribution.
+        top_k: sample from so many most probable tokens.
+        top_p: sample from the most probable tokens whose probabilities add up to this value.
+        min_p: sample from tokens at least so many times as probable as the most probable one.
+        repetition_penalty: above 1, tokens that have occurred become less probable (arXiv 1909.05858).
+        stop: texts that end the completion and are no part of it.
+        seed: for repeatable completions; each prompt of a list has the next one.
         ignore_eos: do not stop before `max_new_tokens`.
+        return_tokens: return token ids, end token included, instead of text.
+        batch_size: prompts of a list in one batch.
+        tools: JSON schemas of functions, for templates that take them.
+
+    Returns:
+        The text or, for a list of prompts, the list of texts in their order; with `return_tokens`, lists of ids.
 
     Raises:
-        UserError: a setting is out of range, or the prompt is empty or fills the model's context.
+        UserError: a setting is out of range, or a prompt is empty or fills the model's context.
     """
+    given: Any = prompt_or_messages
+    several = isinstance(given, list) and not (given and isinstance(given[0], dict))
+    prompts = list(given) if several else [given]
     sampling = SamplingConfig(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=_texts(stop),
         seed=seed,
         ignore_eos=ignore_eos,
     )
-    request = Request(tokenizer.encode_prompt(prompt_or_messages), sampling, tokenizer.stop_ids)
-    finish_all(model, [request])
-    return request.ids if return_tokens else tokenizer.decode(request.ids)
+    requests = []
+    for number, each in enumerate(prompts):
+        own = sampling if seed is None else replace(sampling, seed=(seed + number) % 2**63)
+        requests.append(Request(tokenizer.encode_prompt(each, tools), own, tokenizer.stop_ids, tokenizer))
+    for start in range(0, len(requests), max(1, batch_size)):
+        finish_all(model, requests[start : start + max(1, batch_size)])
+    found: list[Any] = [request.ids if return_tokens else request.text for request in requests]
+    return found if several else found[0]
+
+
+def _texts(stop: Sequence[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop)

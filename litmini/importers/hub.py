@@ -20,10 +20,10 @@ from litmini.files import write_atomically, write_json
 from litmini.hub_errors import hub_reason, is_unreachable
 from litmini.staging import is_own_directory
 from litmini.system import check_disk_space, is_disk_full
-from litmini.tokenizer import SIDE_FILES
+from litmini.tokenizer import PROCESSOR_TEMPLATE, SIDE_FILES
 
 INDEX = "model.safetensors.index.json"
-FILES = ["*.safetensors", INDEX, "config.json", *SIDE_FILES]
+FILES = ["*.safetensors", INDEX, "config.json", PROCESSOR_TEMPLATE, *SIDE_FILES]
 DUPLICATES = ["*/*", "consolidated*"]  # the same weights once more, in the layout of other programs
 SPARE = 100 * 2**20  # bytes of disk to leave alone
 

@@ -4,8 +4,9 @@ The `tokenizers` package converts neither of the last two, and `tiktoken` only r
 """
 
 import base64
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ def byte_words(digits: str) -> Any:
 
 
 def sentencepiece_like(
-    tokens: list[str], types: list[int], unknown: int, space_prefix: bool, scheme: str | None = None
+    tokens: list[str],
+    types: list[int],
+    unknown: int,
+    space_prefix: bool,
+    scheme: str | None = None,
+    before: Sequence[Any] = (),
+    after: Sequence[Any] = (),
 ) -> tuple[Tokenizer, list[str]]:
     """Return a BPE over characters with byte fallback, as in Llama 1 and 2 and in Gemma.
 
@@ -41,6 +48,7 @@ def sentencepiece_like(
         space_prefix: whether a space is put before a text (Llama), or not (Gemma).
         scheme: of transformers 5: "first", or after each special token, too ("always"), but before no space; None: that of
             SentencePiece, which knows no special tokens in a text.
+        before, after: normalizers of a text before its spaces are replaced, and of what has them replaced.
 
     Returns:
         the tokenizer, and the tokens with spaces as it writes them.
@@ -55,13 +63,16 @@ def sentencepiece_like(
     replace = normalizers.Replace(" ", SPACE)
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if space_prefix and scheme is not None:
+        tokenizer.normalizer = normalizers.Sequence([*before, *after]) if before or after else None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
         back.append(decoders.Strip(" ", 1, 0))
     elif space_prefix:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
+        prefix = normalizers.Prepend(SPACE)  # before characters are dropped, but after spaces are
+        first = [*before, prefix] if after else [prefix, *before]
+        tokenizer.normalizer = normalizers.Sequence([*first, replace, *after])
         back.append(decoders.Strip(" ", 1, 0))
     else:
-        tokenizer.normalizer = replace
+        tokenizer.normalizer = normalizers.Sequence([*before, replace, *after]) if before or after else replace
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence(back)
     tokenizer.add_tokens(
@@ -104,6 +115,7 @@ def read_sentencepiece(file: Path, settings: dict[str, Any]) -> Tokenizer:
     """
     try:
         from google.protobuf.message import DecodeError
+        from sentencepiece import SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     except ImportError:
         raise UserError(f'reading {file} needs sentencepiece and protobuf: pip install -e ".[convert]"') from None
@@ -113,11 +125,71 @@ def read_sentencepiece(file: Path, settings: dict[str, Any]) -> Tokenizer:
         tokens, types = [piece.piece for piece in model.pieces], [piece.type for piece in model.pieces]
         if model.trainer_spec.model_type != model.trainer_spec.BPE or UNKNOWN not in types:
             raise UserError(f"{file} is a SentencePiece model, but no BPE, the only supported kind.")
-        prefix = model.normalizer_spec.add_dummy_prefix and settings.get("add_prefix_space") is not False
-        scheme = ("always" if settings.get("legacy") else "first") if settings else None
-        return sentencepiece_like(tokens, types, types.index(UNKNOWN), prefix, scheme)[0]
-    except (DecodeError, ValueError) as error:
+        rule = model.normalizer_spec
+        before, after = _normalizers(rule)
+        shape = (tokens, types, types.index(UNKNOWN))
+        plain = sentencepiece_like(*shape, rule.add_dummy_prefix, None, before, after)[0]
+        theirs = SentencePieceProcessor(model_proto=model.SerializeToString())
+        if wrong := [text for text in HARD if plain.encode(text, add_special_tokens=False).ids != theirs.encode(text)]:
+            raise UserError(
+                f"{file} cannot be converted exactly: {wrong[0]!r} gets other tokens than from SentencePiece. Its rule for "
+                f"normalization is {rule.name}."
+            )
+        if not settings:
+            return plain
+        prefix = rule.add_dummy_prefix and settings.get("add_prefix_space") is not False
+        scheme = "always" if settings.get("legacy") else "first"
+        return sentencepiece_like(*shape, prefix, scheme, before, after)[0]
+    except (DecodeError, ValueError, RuntimeError) as error:
         raise UserError(f"{file} is no SentencePiece model, or damaged ({error}).") from None
+
+
+def _normalizers(rule: Any) -> tuple[list[Any], list[Any]]:
+    """Return what a SentencePiece model does to a text before its spaces are replaced, and after: characters and white space.
+
+    Its table of characters (`precompiled_charsmap`) is known by name: `tokenizers` takes the shortest sequence in such a table
+    where SentencePiece takes the longest.
+    """
+    before: list[Any] = []
+    if rule.name == "nmt_nfkc":
+        before = [normalizers.Replace(Regex(f"[{NMT_SPACE}]"), " "), normalizers.Replace(Regex(f"[{NMT_NOTHING}]"), "")]
+        before += [normalizers.Replace("\uff5e", "\ufdd0"), normalizers.NFKC(), normalizers.Replace("\ufdd0", "\uff5e")]
+    elif rule.name == "nfkc":
+        before = [normalizers.NFKC()]
+    if not rule.remove_extra_whitespaces:
+        return before, []
+    before += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    return before, [normalizers.Replace(Regex(rf"[ {SPACE}]+\z"), "")]
+
+
+NMT_SPACE = "\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\ufeff\ufffd\u2581"
+NMT_NOTHING = "\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f"
+"""What the rule nmt_nfkc makes a space, or nothing, before NFKC; it keeps U+FF5E."""
+HARD = (
+    *(
+        "",
+        " ",
+        "hello world",
+        " hello",
+        "hello  ",
+        "  a   b ",
+        "a\tb\nc\r\nd \n",
+        "\u3000x\u00a0y",
+        f"{SPACE}under {SPACE}",
+    ),
+    *(
+        "\ufb01ne \uff11\uff12 \uff21 \uff5e",
+        "\u00c5 A\u030a e\u0301 \u1e69 s\u0323\u0307",
+        "\u00bd \u00b2 \u2122 \u2460",
+    ),
+    *("a\u200bb\u00adc\ufeff", "a\x01b\x7f", "stra\u00dfe \u0130 \u01c5", "\U0001f642 \U0001f469\u200d\U0001f467"),
+    *(
+        "\u65e5\u672c\u8a9e \uff76\uff9e",
+        "\ud55c\uad6d \u1112\u1161\u11ab",
+        "\u0915\u094d\u0937\u093f \u0e19\u0e49\u0e33",
+    ),
+)
+"""Texts on which a converted tokenizer is compared with SentencePiece."""
 
 
 def read_tiktoken(file: Path) -> Tokenizer:
@@ -176,7 +248,7 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
         ends = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
     if tokenizer.token_to_id(bos) is None:  # Gemma
         bos, ends = "<bos>", ["<eos>", "<end_of_turn>"]
-    _add_tokens(tokenizer, source, settings)
+    tokenizer = _add_tokens(tokenizer, source, settings)
     add_ends(tokenizer, bos if settings.get("add_bos_token", True) else None)
     tokenizer.save(str(target / "tokenizer.json"))
     if not settings:
@@ -188,11 +260,13 @@ def ensure_tokenizer(source: Path, target: Path) -> None:
         write_json(target / "generation_config.json", ids)
 
 
-def _add_tokens(tokenizer: Tokenizer, source: Path, settings: dict[str, Any]) -> None:
-    """Add the tokens of added_tokens.json and of tokenizer_config.json's added_tokens_decoder, under their ids.
+def _add_tokens(tokenizer: Tokenizer, source: Path, settings: dict[str, Any]) -> Tokenizer:
+    """Return a tokenizer with the tokens of added_tokens.json and of tokenizer_config.json's added_tokens_decoder.
+
+    They have the ids of these files, between which there may be gaps.
 
     Raises:
-        UserError: an entry is damaged, or gets another id than the file says.
+        UserError: an entry is damaged, or has the id of another token.
     """
     file = source / "added_tokens.json"
     found: dict[int, AddedToken] = {}
@@ -205,9 +279,13 @@ def _add_tokens(tokenizer: Tokenizer, source: Path, settings: dict[str, Any]) ->
             found[int(i)] = AddedToken(entry["content"], normalized=False, **how)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{file}: its added tokens are damaged ({type(error).__name__}: {error}).") from None
-    for i, token in sorted(found.items()):
-        tokenizer.add_tokens([token])
-        if (own := tokenizer.token_to_id(token.content)) != i:
-            raise UserError(
-                f"{source}: the added token {token.content!r} has id {i}, but {own} follows in its vocabulary."
-            )
+    content = json.loads(tokenizer.to_str())
+    vocab: dict[str, int] = content["model"]["vocab"]
+    tokens = {i: token for token, i in vocab.items()}
+    for i, token in found.items():
+        if tokens.get(i, token.content) != token.content or vocab.get(token.content, i) != i or i < 0:
+            raise UserError(f"{source}: the added token {token.content!r} has id {i}, which is another token's.")
+        vocab[token.content] = i
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_tokens([token for _, token in sorted(found.items())])
+    return tokenizer

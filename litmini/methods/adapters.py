@@ -56,6 +56,24 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
     return names
 
 
+def keep_casts(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let adapters cast their factors to the compute dtype once for each step of `optimizer`, not in each forward.
+
+    Their values must change in its steps only; and not for sharded models, whose parameters come and go.
+    """
+    if getattr(optimizer, "in_backward", False):  # its steps are those of single parameters
+        return
+    layers = [layer for layer in adapters(model).values() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer.casts = {}
+
+    def forget(*_: Any) -> None:
+        for layer in layers:
+            layer.casts = {}
+
+    optimizer.register_step_post_hook(forget)
+
+
 def _lora(init: str) -> type[LoRALinear]:
     """Return LoRA's layer that starts as `lora.init` says."""
     if init == "pissa":

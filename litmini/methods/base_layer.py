@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from litmini.distributed.fsdp import full_tensor
 from litmini.ops.rounding import stochastic_round
 
+PREFIX = "base_model.model."
+"""Of every name in PEFT's files."""
+
 
 class QuantizedLayer(nn.Module):
     """A frozen linear, or grouped experts, that keeps its weight in fewer bits and dequantises it for each matmul."""
@@ -33,6 +36,8 @@ class AdapterLayer(nn.Module):
     base: Any
     additive = False
     """Whether it sums base(x) and `output_delta(x)`, and so reads the base's weight itself."""
+    is_beside = False
+    """Whether it stands beside the layers of a method, of which a model has one."""
     peft_keys: tuple[str, ...] = ()
     """Its tensors in `adapter_model.safetensors`, without the name of the module: "lora_A.weight", ..."""
 
@@ -107,6 +112,8 @@ class AdapterLayer(nn.Module):
 
 class ModulesToSaveLayer(AdapterLayer):
     """A module trained in full beside adapters (PEFT's `modules_to_save`): fp32 weights, compute in the base's dtype."""
+
+    is_beside = True
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -97,7 +97,8 @@ def head_name(model: nn.Module) -> str:
     """
     children = dict(model.named_children())
     names = [name for name, module in children.items() if isinstance(module, OutputHead)]
-    names = names or [name for name, module in children.items() if isinstance(module, nn.Linear | AdapterLayer)]
+    bases = {name: module.base if isinstance(module, AdapterLayer) else module for name, module in children.items()}
+    names = names or [name for name, module in bases.items() if isinstance(module, nn.Linear)]
     if len(names) != 1:
         raise UserError(
             f"expected one output head on the model itself, found {len(names)}: {', '.join(names) or 'none'}."
@@ -124,6 +125,8 @@ def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | No
     `lora.modules_to_save`: it is trained if it is added after them, too, but not saved with them.
     """
     config: Any = model.config
+    if isinstance(model.get_submodule(head_name(model)), ScoreHead) and len(model.score.weight) == n_outputs:  # type: ignore
+        return model.score  # type: ignore[return-value]  # of a checkpoint that gives as many already
     device = next(model.parameters()).device
     score = nn.Linear(config.dim, n_outputs, bias=False, device=device, dtype=torch.float32)
     if device.type != "meta":

@@ -37,10 +37,11 @@ class LoRAMatmul(torch.autograd.Function):
         bias: (out,), or None.
         a, b: A (rank, in), and B (out, rank) with LoRA's scale in it, in x's dtype.
         magnitude_scale: (out,) fp32 of DoRA, or None.
+        factors: x's `gate_factors`: it is computed again in the backward pass, not kept; or None.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, base, weight, bias, a, b, magnitude_scale):  # type: ignore[override,no-untyped-def]
+    def forward(ctx, x, dropped, base, weight, bias, a, b, magnitude_scale, factors):  # type: ignore[override,no-untyped-def]
         xa = (x if dropped is None else dropped) @ a.T  # (n, rank)
         w = weight_in(x.dtype, base, weight).T  # (in, out)
         y = None
@@ -54,15 +55,18 @@ class LoRAMatmul(torch.autograd.Function):
                 out = add_product_(scaled_delta(y, xa, b, magnitude_scale), x, w)
         if bias is not None:
             out += bias.to(x.dtype)
-        keep_x = dropped is None or weight.requires_grad
-        ctx.base = base
-        ctx.save_for_backward(x if keep_x else None, dropped, weight, xa, a, b, magnitude_scale, y)
+        needs_x = dropped is None or weight.requires_grad
+        ctx.base, (ctx.gate_function, gate, up) = base, (factors if needs_x and factors else (None, None, None))
+        kept = x if needs_x and factors is None else None
+        ctx.save_for_backward(kept, dropped, weight, xa, a, b, magnitude_scale, y, gate, up)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        x, dropped, weight, xa, a, b, magnitude_scale, y = ctx.saved_tensors
-        wants_x, _, _, wants_weight, wants_bias, _, _, wants_scale = ctx.needs_input_grad
+        x, dropped, weight, xa, a, b, magnitude_scale, y, gate, up = ctx.saved_tensors
+        wants_x, _, _, wants_weight, wants_bias, _, _, wants_scale, _ = ctx.needs_input_grad
+        if ctx.gate_function is not None:
+            x = (ctx.gate_function(gate) * up).flatten(0, -2)
         d_bias = grad.sum(0) if wants_bias else None
         d_b = (xa.T @ grad).T  # twice as fast as grad.T @ xa on a CPU
         d_scale = None
@@ -82,7 +86,8 @@ class LoRAMatmul(torch.autograd.Function):
         d_weight = None
         if wants_weight:
             d_weight = grad.T @ x if magnitude_scale is None else scale_rows(grad.T @ x, magnitude_scale)
-        return d_x, d_dropped, None, d_weight, d_bias, d_xa.T @ (x if dropped is None else dropped), d_b, d_scale
+        d_a = d_xa.T @ (x if dropped is None else dropped)
+        return d_x, d_dropped, None, d_weight, d_bias, d_a, d_b, d_scale, None
 
 
 def scaled_delta(y: Tensor, xa: Tensor, b: Tensor, magnitude_scale: Tensor) -> Tensor:

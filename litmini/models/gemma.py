@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from litmini.models.hf_config import Table, read_fields, read_rope, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.initialize import initialize
 from litmini.ops.norms import geglu, rms_norm
 
 
@@ -182,11 +183,7 @@ class Model(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings and linears: normal, std 0.02; norms: 0, since they multiply by 1 + weight."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        initialize(self, {"norm": 0.0}, generator)
 
     def forward(
         self,

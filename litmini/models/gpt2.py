@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from litmini.models.hf_config import Table, read_fields, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.initialize import initialize
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,8 @@ class Model(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings and linears: normal, std 0.02, divided by sqrt(2 n_layers) in c_proj; biases: 0; norms: 1."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "ln_" in name:
-                nn.init.ones_(parameter)
-            else:  # 2 n_layers of c_proj add up in the residual stream
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if "c_proj" in name else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+        residual = 0.02 / math.sqrt(2 * self.config.n_layers)  # 2 n_layers of c_proj add up in the residual stream
+        initialize(self, {"bias": 0.0, "ln_": 1.0}, generator, stds={"c_proj": residual})
 
     def forward(
         self,

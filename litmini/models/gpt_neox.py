@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from litmini.models.hf_config import Table, read_fields, read_rope, read_value, refuse, write_fields
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.initialize import initialize
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,7 @@ class Model(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings and linears: normal, std 0.02; biases: 0; norms: 1."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        initialize(self, {"bias": 0.0, "norm": 1.0}, generator)
 
     def forward(
         self,

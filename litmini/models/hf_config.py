@@ -15,6 +15,7 @@ Table = dict[str, str | tuple[Any, ...]]
 Values have the type of the value if it is missing; a whole number where there is none, but for `model_type`.
 """
 
+TOWERS = ("vision_config", "audio_config")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 EXPECTED = {
     bool: "true or false",
@@ -137,6 +138,11 @@ def _is_implemented(value: object, values: object) -> bool:
         return isinstance(value, int | float) and 0 < abs(value) < math.inf
     all_values = values if isinstance(values, tuple) else (values,)
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in all_values)
+
+
+def towers_of(raw: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a config.json that describe a vision or audio tower."""
+    return [key for key in TOWERS if raw.get(key) not in (None, {})]
 
 
 def has_layer_types(hf: Mapping[str, Any], kind: str) -> bool:

@@ -33,6 +33,7 @@ from litmini.models.hf_config import (
 )
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.initialize import initialize
 from litmini.ops.norms import rms_norm, swiglu
 
 FULL_EVERY = 4  # Olmo 3: three layers with a window, then one that sees everything
@@ -243,11 +244,7 @@ class Model(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings and linears: normal, std 0.02; norms: 1."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        initialize(self, {"norm": 1.0}, generator)
 
     def forward(
         self,

@@ -25,6 +25,7 @@ from litmini.models.hf_config import Table, read_fields, read_rope, refuse, writ
 from litmini.ops.attention import Mask, advance, attend, document_ids, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.experts import Groups, balance_loss, group_experts, split_experts
+from litmini.ops.initialize import initialize
 from litmini.ops.norms import rms_norm_llama, swiglu
 
 
@@ -261,11 +262,7 @@ class Model(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings, linears, router and experts: normal, std 0.02; norms: 1."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        initialize(self, {"norm": 1.0}, generator)
 
     def forward(
         self,

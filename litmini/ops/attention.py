@@ -5,7 +5,7 @@ are not after it and less than a window before it. `choose_kernel` has the rules
 
 | kernel | what it computes |
 |---|---|
-| `varlen` | packed sequences by FlashAttention, in 16 bits; neither mask nor scores are in memory |
+| `varlen` | packed sequences and KV caches by FlashAttention, in 16 bits (`varlen.py`); no mask, no scores in memory |
 | `flex` | packed sequences whose scores are changed (softcap, ALiBi) or whose heads are large, by FlexAttention |
 | `documents` | packed sequences on a CPU, document by document (`cpu_attention.py`) |
 | `sdpa` | everything else, by `scaled_dot_product_attention`, with a dense mask where one is needed |
@@ -14,8 +14,6 @@ are not after it and less than a window before it. `choose_kernel` has the rules
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +31,6 @@ from litmini.ops.cpu_attention import (
     attend_dense,
     attend_fused,
     document_by_document,
-    expand_heads,
     pad_documents,
 )
 
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
 ESTIMATE = (
     "estimate"  # a kernel for estimates of memory: FlexAttention's counts as `varlen`, which keeps the same tensors
 )
-VARLEN_HEAD_DIM, VARLEN_DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
 _chosen: set[str] | None = None  # while `record_kernels` runs
 
 
@@ -98,22 +94,29 @@ class Mask:
     packed: Documents | None = None
     """Documents packed into sequences, for the other kernels."""
     flash: bool = False
-    """FlashAttention runs on the device of `packed`: asked for here, as compiled code could not ask."""
+    """FlashAttention computes such a mask on this device: asked for here, as compiled code could not ask."""
     flash_gqa: bool = True
     """This torch's `varlen_attn` takes fewer key heads than query heads."""
     blocks: Any = None
     """FlexAttention's block mask of these documents."""
     slots: Slots | None = None
     """With a cache: the slots of the new keys."""
+    static: bool = False
+    """With a cache: `keys` are all of its slots, in use or not."""
+    is_prompt: bool = False
+    """On a CPU with a cache: more than one query, and nothing but causal."""
     _dense: list[Tensor] = field(default_factory=list, repr=False)
 
     def dense(self) -> Tensor | None:
-        """Return the mask (B, 1, T, S) bool; None: causal. Of packed documents it is made once, as it is large."""
-        if self.packed is None or self._dense:
+        """Return the mask (B, 1, T, S) bool; None: causal. It is made when it is asked for, once, as it is large."""
+        if not (self.packed or self.static) or self._dense:
             return self._dense[0] if self._dense else self.allowed
-        ids = self.packed.ids
-        same = ids[:, None, :, None] == ids[:, None, None, :]  # (B, 1, T, T)
-        mask = allowed_keys(self.queries, self.keys, self.window) & same
+        mask = allowed_keys(self.queries, self.keys, self.window)
+        if self.packed:
+            ids = self.packed.ids
+            mask = mask & (ids[:, None, :, None] == ids[:, None, None, :])  # (B, 1, T, T)
+        else:  # padding sees all keys, as its output must be finite
+            mask = mask | (self.queries < 0)[:, None, :, None]
         if not torch.compiler.is_compiling():  # compiled code makes it as it is used
             self._dense.append(mask)
         return mask
@@ -124,11 +127,12 @@ def advance(tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> 
 
     Without positions, each sequence continues after the last position in the cache, or starts at 0.
     """
+    start = 0 if cache is None else cache.length
+    given = positions is not None
     if positions is None:
-        start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
     if cache is not None:
-        cache.advance(positions)
+        cache.advance(positions, None if given else start)
     return positions
 
 
@@ -160,9 +164,15 @@ def make_mask(
             raise ValueError("documents and a cache cannot be combined: generation has one document per sequence")
         slots = cache.slots(window)
         keys = slots.positions[:, : slots.used]  # (B, S)
-        simple = not cache.ragged and (window is None or cache.length <= window) and T in (1, cache.length)
-        if simple:
-            return Mask(positions, keys, window, slots=slots)
+        if cache.static:
+            from litmini.ops import varlen
+
+            in_order = slots.n_slots == cache.capacity  # not a ring, whose slots are in any order
+            flash = in_order and not torch.is_grad_enabled() and varlen.has_flash(positions.device, cache=True)
+            return Mask(positions, keys, window, slots=slots, flash=flash, static=True)
+        if not cache.ragged and (window is None or cache.length <= window):
+            is_prompt = T > 1 and positions.device.type == "cpu" and not torch.is_grad_enabled()
+            return Mask(positions, keys, window, slots=slots, is_prompt=is_prompt)
         allowed = allowed_keys(positions, keys, window)
         if cache.ragged:  # padding has no keys in the cache: it sees all keys, as its output must be finite
             allowed = allowed | (positions < 0)[:, None, :, None]
@@ -183,7 +193,9 @@ def make_mask(
         from litmini.ops.flex_attention import block_mask  # imports torch.compile's parts
 
         blocks = block_mask(documents.ids, positions, window)
-    flash, gqa = _has_flash(documents.ids.device), "enable_gqa" in _varlen_parameters()
+    from litmini.ops import varlen
+
+    flash, gqa = varlen.has_flash(documents.ids.device), "enable_gqa" in varlen.parameters()
     return Mask(positions, positions, window, packed=documents, flash=flash, flash_gqa=gqa, blocks=blocks)
 
 
@@ -195,19 +207,21 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
     """
     if mask.padded is not None:
         return "documents"
-    if mask.packed is None:
+    if mask.packed is None and not mask.flash:
         return "sdpa"
+    from litmini.ops import varlen
+
     changed = softcap is not None or slopes is not None
     can_compute = {
         "varlen": not (changed or dropout)
-        and q.dtype in VARLEN_DTYPES
-        and q.shape[-1] <= VARLEN_HEAD_DIM
+        and q.dtype in varlen.DTYPES
+        and q.shape[-1] <= varlen.HEAD_DIM
         and mask.flash,
         "flex": not dropout and mask.blocks is not None,
         "sdpa": not changed,
         "explicit": True,
     }
-    wanted = mask.packed.kernel
+    wanted = mask.packed.kernel if mask.packed else None
     if wanted == ESTIMATE and changed:
         return "varlen"
     if wanted in (None, ESTIMATE):
@@ -219,24 +233,6 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
             f"use --attention auto."
         )
     return wanted
-
-
-@functools.lru_cache
-def _has_flash(device: torch.device) -> bool:
-    """Return whether FlashAttention runs on a device, GPUs since A100 and RTX 30, and torch's `varlen_attn` has windows."""
-    if not {"scale", "window_size"} <= _varlen_parameters():
-        return False
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type in ("cpu", "meta")  # for tests, which register the operator, and for estimates
-
-
-@functools.lru_cache(1)
-def _varlen_parameters() -> set[str]:
-    """Return the names of the parameters of `varlen_attn`, of which torch 2.10 has fewer than torch 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return set(inspect.signature(varlen_attn).parameters)
 
 
 def attend(
@@ -269,13 +265,22 @@ def attend(
     if _chosen is not None:
         _chosen.add(kernel)
     if kernel == "varlen":
-        return _varlen(q, k, v, mask, scale)
+        from litmini.ops import varlen
+
+        if mask.packed is None:
+            return varlen.attend_cached(q, k, v, mask.queries, mask.window, scale)
+        bounds, longest = mask.packed.bounds, mask.packed.longest
+        return varlen.attend_packed(q, k, v, bounds, longest, mask.window, scale, mask.flash_gqa)
     if kernel == "flex":
         from litmini.ops.flex_attention import attend_flex
 
         return attend_flex(q, k, v, mask.blocks, scale, softcap, slopes, mask.queries)
     if kernel == "sdpa" and mask.packed is not None:
         return attend_fused(q, k, v, mask.dense(), scale, dropout, expand=True)
+    if mask.is_prompt and q.dtype in (torch.bfloat16, torch.float16) and softcap is None and slopes is None:
+        from litmini.ops.prompt_attention import attend_prompt
+
+        return attend_prompt(q, k, v, scale)
     if mask.padded is None:
         bias = alibi(mask.queries, mask.keys, slopes)
         return attend_dense(q, k, v, mask.dense(), scale, softcap, bias, dropout)
@@ -285,21 +290,6 @@ def attend(
 
         return call_uncompiled(document_by_document, q, k, v, *args)
     return document_by_document(q, k, v, *args)
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    assert mask.packed is not None
-    B, n_heads, T, head_dim = q.shape
-    how: dict[str, Any] = {"enable_gqa": True} if n_heads != k.shape[1] else {}
-    if how and not mask.flash_gqa:
-        k, v, how = expand_heads(k, n_heads // k.shape[1]), expand_heads(v, n_heads // v.shape[1]), {}
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, head_dim)
-    bounds, longest = mask.packed.bounds, mask.packed.longest
-    window = (-1 if mask.window is None else mask.window - 1, 0)  # keys before the query's own, and after it
-    y: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, **how)
-    return y.view(B, T, n_heads, head_dim).transpose(1, 2)
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def attend_dense(
 
     Args:
         q, k, v: as `attention.attend` has them, all of one dtype.
-        allowed: (B, 1, T, S) bool; None: causal, where T is S or 1.
+        allowed: (B, 1, T, S) bool; None: causal, and the last query sees every key.
         bias: (B, n_heads, T, S) fp32, added to the scores.
     """
     T, S = q.shape[2], k.shape[2]
@@ -201,11 +201,18 @@ def attend_fused(
         k, v = expand_heads(k, repeats), expand_heads(v, repeats)
     causal = False
     if allowed is None and q.shape[2] > 1:  # a branch: under torch.compile `T > 1` would be symbolic, not a bool
-        causal = True
+        if q.shape[2] == k.shape[2]:
+            causal = True
+        else:  # for the kernel, the first query sees one key
+            allowed = _causal(q.shape[2], k.shape[2], q.device)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=gqa, dropout_p=dropout
     )
+
+
+def _causal(T: int, S: int, device: torch.device) -> Tensor:
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def expand_heads(x: Tensor, repeats: int) -> Tensor:
@@ -226,7 +233,7 @@ def _explicit(
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
     if allowed is None:
-        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        allowed = _causal(T, S, q.device)
     hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
     repeats = n_heads // n_kv_heads
     q = q.reshape(B * n_kv_heads, repeats * T, head_dim)  # query heads with the same key head are stacked

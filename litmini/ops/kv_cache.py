@@ -3,6 +3,9 @@
 Position p of a sequence is in slot p modulo the number of slots. Layers with a sliding window have only as many slots as
 their window needs. The sequences of a batch may have different lengths: each continues from its own position. To drop its
 last tokens, a sequence continues from an earlier position.
+
+On a GPU a cache is static: every forward reads all slots, used or not, and the host never waits for positions. So the kernels
+of one step can be captured in a CUDA graph, and replayed for the next.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +24,9 @@ class Slots:
 
     positions: Tensor
     """(B, n_slots + 1) int64, -1 where a slot is empty; the last slot takes padding, and no query sees it."""
+    static: bool = False
     used: int = 0
-    """Slots in use, counted from the left, in the longest sequence."""
+    """Slots that are read, counted from the left: those in use in the longest sequence; all, if static."""
     at: tuple[slice | Tensor, ...] = field(default=(), repr=False)
     """Index of the new tokens' slots into (B, n_slots + 1, ...)."""
 
@@ -43,10 +47,8 @@ class LayerCache:
         """Add k and v (B, n_kv_heads, T, head_dim), and return all that are in use, (B, n_kv_heads, S, head_dim)."""
         slots: Slots = mask.slots
         if not self.keys.numel():
-            shape = (*k.shape[:2], slots.n_slots + 1, k.shape[3])
             self.window = mask.window
-            self.keys = torch.zeros(shape, dtype=self.dtype, device=k.device)  # zeros: masked values must be finite
-            self.values = torch.zeros(shape, dtype=self.dtype, device=k.device)
+            self.allocate(slots, k)
         rows, indices = slots.at
         if isinstance(indices, slice):
             self.keys[:, :, indices] = k
@@ -55,6 +57,15 @@ class LayerCache:
             self.keys[rows, :, indices] = k.transpose(1, 2).to(self.dtype)
             self.values[rows, :, indices] = v.transpose(1, 2).to(self.dtype)
         return self.keys[:, :, : slots.used], self.values[:, :, : slots.used]
+
+    def allocate(self, slots: Slots, like: Tensor) -> None:
+        """Make room for `slots` of keys and values, of as many heads as `like` (B, n_kv_heads, T, head_dim) has."""
+        (B, n_slots), (_, n_heads, _, head_dim) = slots.positions.shape, like.shape
+        shape = (B, n_slots, n_heads, head_dim) if slots.static else (B, n_heads, n_slots, head_dim)
+        # zeros: masked values must be finite
+        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=like.device) for _ in range(2))
+        if slots.static:  # FlashAttention reads the heads of a slot side by side
+            self.keys, self.values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
 
 class KVCache:
@@ -66,6 +77,7 @@ class KVCache:
         capacity: positions per sequence, one number for all or one each. A forward beyond the largest is an error; memory is
             allocated for it, or for a window.
         chunk: maximum tokens of a sequence in one forward, if a window is shorter than `capacity`.
+        static: every forward reads all slots, and nothing waits for the device; None: on a GPU.
     """
 
     def __init__(
@@ -76,13 +88,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
+        static: bool | None = None,
     ) -> None:
         self.layers = [LayerCache(dtype) for _ in range(config.n_layers)]
         self.batch, self.device, self.chunk = batch, torch.device(device), chunk
         capacities = [capacity] * batch if isinstance(capacity, int) else capacity
         self.capacity = max(capacities)
         self.capacities = torch.tensor(capacities, device=device)[:, None]  # (B, 1)
-        self.length = 0  # of the longest sequence
+        self.static = self.device.type == "cuda" if static is None else static
+        self.length = 0  # of the longest sequence; if static and the caller gives positions, at most
         self.ragged = False  # whether sequences differ in length or have gaps: then every forward needs a mask
         self._slots: dict[int | None, Slots] = {}
         self._new = torch.empty(0)
@@ -91,9 +105,23 @@ class KVCache:
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
 
-    def advance(self, positions: Tensor) -> None:
-        """Announce new tokens at `positions` (B, T), increasing, below 0 for padding; once a forward, before its masks."""
+    def advance(self, positions: Tensor, start: int | None = None) -> None:
+        """Announce new tokens at `positions` (B, T), increasing, below 0 for padding; once a forward, before its masks.
+
+        Args:
+            start: the first position, if all sequences begin there and the host knows it. Without it, a static cache cannot
+                check that positions are below its capacity: the caller does.
+        """
         T = positions.shape[1]
+        if self.static:
+            stop = T + (self.length if start is None else start)
+            if start is not None and stop > self.capacity:
+                raise ValueError(f"the cache holds {self.capacity} tokens, {stop} are needed")
+            self.length = min(stop, self.capacity)
+            self._new, self._start = positions, None
+            for slots in self._slots.values():
+                slots.at = ()
+            return
         firsts, lasts = positions[:, [0, -1]].T.tolist()  # CPU-GPU sync point, only in generation
         stop = max(lasts) + 1
         if stop > self.capacity:
@@ -110,14 +138,14 @@ class KVCache:
         if window not in self._slots:
             n_slots = self.capacity if window is None else min(self.capacity, window + self.chunk - 1)
             empty = torch.full((self.batch, n_slots + 1), -1, device=self.device)
-            self._slots[window] = Slots(empty)
+            self._slots[window] = Slots(empty, self.static)
         slots = self._slots[window]
         if slots.at:
             return slots
         n, T = slots.n_slots, self._new.shape[1]
         if n < self.capacity and self.chunk < T:
             raise ValueError(f"{T} tokens at once; this cache takes {self.chunk}")
-        slots.used = max(1, min(self.length, n))
+        slots.used = n + 1 if self.static else max(1, min(self.length, n))
         if self._start is not None and self._start % n + T <= n:
             slots.at = slice(None), slice(self._start % n, self._start % n + T)
         else:
@@ -131,7 +159,7 @@ class KVCache:
         """Return a new cache of the given sequences, each as (cache, row of that cache, number of tokens to keep)."""
         capacities = [int(cache.capacities[row]) for cache, row, _ in rows]
         first = max((cache for cache, _, _ in rows), key=lambda cache: len(cache._slots))  # one in use, if there is one
-        new = KVCache(config, len(rows), capacities, first.layers[0].dtype, first.device, first.chunk)
+        new = KVCache(config, len(rows), capacities, first.layers[0].dtype, first.device, first.chunk, first.static)
         lengths = [length for _, _, length in rows]
         new.length = max(lengths)
         new.ragged = len(set(lengths)) > 1
@@ -150,9 +178,8 @@ class KVCache:
                 source = first.layers[n]
                 if source.window != window or not source.keys.numel():
                     continue
-                shape = (len(rows), source.keys.shape[1], slots.n_slots + 1, source.keys.shape[3])
                 layer.window = window
-                layer.keys, layer.values = source.keys.new_zeros(shape), source.values.new_zeros(shape)
+                layer.allocate(slots, source.keys)
                 for i, cache, row, old, indices in moves:
                     layer.keys[i, :, indices] = cache.layers[n].keys[row, :, old]
                     layer.values[i, :, indices] = cache.layers[n].values[row, :, old]

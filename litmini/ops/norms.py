@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FACTORS = "gate_factors"
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, rounded to x's dtype (arXiv 1910.07467).
@@ -86,9 +88,20 @@ def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor, function: Any, derivative: Any) -> Tensor:
-    if torch.is_grad_enabled():
-        return _Gated.apply(gate, up, function, derivative)  # type: ignore[no-any-return]
-    return function(gate) * up  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled():
+        return function(gate) * up  # type: ignore[no-any-return]
+    y: Tensor = _Gated.apply(gate, up, function, derivative)
+    if not torch.compiler.is_compiling():
+        setattr(y, _FACTORS, (function, gate.detach(), up.detach()))
+    return y
+
+
+def gate_factors(y: Tensor) -> tuple[Any, Tensor, Tensor] | None:
+    """Return (function, gate, up) of a gated activation y = function(gate) * up, which the backward pass keeps anyway.
+
+    So a linear that needs y in its backward pass may compute it again instead of keeping it. None of other tensors.
+    """
+    return getattr(y, _FACTORS, None)
 
 
 class _Gated(torch.autograd.Function):

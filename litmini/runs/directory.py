@@ -23,9 +23,15 @@ WRITTEN = re.compile(  # by a run, in its directory
     r"config\.yaml|manifest\.json|metrics\.csv|samples\.jsonl|loss\.png|report\.html|final|(bad-)?step-.*|tensorboard|wandb.*"
 )
 MAY_CHANGE = re.compile(  # on resuming; any other setting changes the result of the run
-    r"(resume|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
+    r"(resume|resume_changed|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"
     r"train\.(log_every|eval_every|save_every|keep_last|keep_best|on_nonfinite|micro_batch_size|sample_every|patience))"
 )
+
+IF_ASKED = re.compile(  # with --resume_changed: what changes the result, and leaves what the run has learned as it is
+    r"(train\.(epochs|max_steps)|optim\.(lr|min_lr|schedule|decay_fraction|warmup_steps|weight_decay|betas|max_grad_norm)|"
+    r"lora\.(dropout|plus_ratio)|compile|attention|float32_matmul_precision)"
+)
+CHOSEN = ("compile", "data.max_seq_len", "train.global_batch_size")  # null: the run chooses them, and saves its choice
 
 
 class RunDirectory:
@@ -35,6 +41,7 @@ class RunDirectory:
         restart_from: the checkpoint to resume from; None: the run begins with its first step.
         before: the manifest of the run to resume.
         other_processes: settings of devices and strategy that differ from those of the run to resume.
+        changed: settings that change its result, and differ from those of the run to resume (`resume_changed`).
 
     Raises:
         UserError: the directory already holds a run and `config.resume` is false; it holds what a run would overwrite and no
@@ -51,6 +58,7 @@ class RunDirectory:
         self.config = config
         self.before: dict[str, Any] = {}
         self.other_processes: list[str] = []
+        self.changed: list[str] = []
         self.restart_from = self._find_restart(self.checkpoints())
         if self.restart_from:
             self._check_same_meaning(self.restart_from.parent)
@@ -67,11 +75,9 @@ class RunDirectory:
                     f"--out_dir {self._free_name()}"
                 )
             return None
-        if (self.directory / "final").exists() and ((self.directory / REPORT).exists() or not steps):
-            raise UserError(
-                f"the run in {self.directory} is finished: {self.directory / 'final'} exists. "
-                f"Start another: --out_dir {self._free_name()}"
-            )
+        finished = (self.directory / "final").exists() and ((self.directory / REPORT).exists() or not steps)
+        if finished and not (config.resume_changed and steps):
+            raise UserError(self._how_to_go_on(steps))
         if config.resume in (True, "auto"):
             return steps[-1] if steps else None
         chosen = Path(str(config.resume))
@@ -81,6 +87,19 @@ class RunDirectory:
         if holds_run and chosen.resolve().parent != self.directory.resolve():
             raise UserError(f"{self.directory} holds another run. Start a new one: --out_dir {self._free_name()}")
         return chosen
+
+    def _how_to_go_on(self, steps: list[Path]) -> str:
+        """Return what to type for more training of a run that is finished."""
+        final = self.directory / "final"
+        is_adapter = (final / "adapter_config.json").is_file()
+        more = f"Start another from its result: --checkpoint_dir {final} --out_dir {self._free_name()}"
+        if is_adapter and hasattr(self.config, "adapter_dir"):
+            more = more.replace("--checkpoint_dir", "--adapter_dir")
+        elif is_adapter:
+            more = f"Start another over its base, with another --out_dir {self._free_name()}, or merge it (merge_adapter.py)"
+        if steps:
+            more += f". Or train on from {steps[-1]}: --resume auto --resume_changed true, with more --train.epochs"
+        return f"the run in {self.directory} is finished: {final} exists. {more}"
 
     @property
     def began(self) -> datetime | None:
@@ -137,8 +156,10 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise UserError(f"{run / 'config.yaml'} is damaged, and {self.restart_from} needs it: {error}") from None
         before = {**{name: value for name, value in flat(defaults(self.config)).items() if name in now}, **before}
-        if self.config.compile is None:  # by default as before, also where an older version had another default
-            self.config.compile = now["compile"] = before["compile"]
+        for name in CHOSEN:  # as before, also where an older version had another default
+            if now.get(name, 0) is None:
+                now[name] = before[name]
+                put(self.config, name, before[name])
         self.before = read_json(run / "manifest.json")
         # the others are data sets of the hub
         files = [name for name in self.before.get("data", {}) if Path(name).is_file()]
@@ -146,8 +167,14 @@ class RunDirectory:
         check_same(self.before, {"data": hashes}, self.restart_from)
         self.other_processes = [f"{k}: {before.get(k)} -> {now[k]}" for k in PROCESSES if before.get(k) != now[k]]
         changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
-        if refused := [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]:
-            raise UserError(f"cannot resume {self.restart_from} with other settings:\n  " + "\n  ".join(refused))
+        self.changed = [line for line in changed if not MAY_CHANGE.fullmatch(line.split(":")[0])]
+        never = [line for line in self.changed if not IF_ASKED.fullmatch(line.split(":")[0])]
+        if never or (self.changed and not self.config.resume_changed):
+            advice = "To train on with them, which is another run from here on: --resume_changed true"
+            if never:
+                advice = f"Start another run with them: --out_dir {self._free_name()}"
+            listed = "\n  ".join(never if self.config.resume_changed else self.changed)
+            raise UserError(f"cannot resume {self.restart_from} with other settings:\n  {listed}\n{advice}")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -156,6 +183,14 @@ def plain(config: Any) -> dict[str, Any]:
         k: list(v) if isinstance(v, tuple) else plain(v) if dataclasses.is_dataclass(v) else v
         for k, v in vars(config).items()
     }
+
+
+def put(config: Any, name: str, value: Any) -> None:
+    """Set the setting with a dotted name."""
+    *groups, last = name.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    setattr(config, last, value)
 
 
 def defaults(config: Any) -> dict[str, Any]:

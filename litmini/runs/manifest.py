@@ -6,6 +6,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
 from litmini.files import read_json
+from litmini.system import cpu_count, cpu_name
 from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,12 +32,16 @@ def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dic
     source = Path(config.base) / "source.json"
     return {
         "litmini": version("litmini"),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "method": config.method,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git": git_state(Path.cwd()),
         "hardware": {
             "device": str(fabric.device),
             "processes": fabric.world_size,
+            "name": device_name(fabric.device),
+            "cores": cpu_count(),
             "machine": platform.machine(),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -49,6 +55,11 @@ def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dic
         "began": tokenizer.began.isoformat() if tokenizer.began else None,
         "seed": config.seed,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU, that trains."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], checkpoint: Path | None) -> None:

@@ -113,6 +113,14 @@ class Run(Recorder):
         check_checksums(checkpoint)
         progress = load_state(checkpoint, self.model, self.optimizer)
         self.fabric.print(f"resuming from {checkpoint}, after step {progress.step}")
+        earlier = self.run_directory.before.get("changed", [])
+        if changed := self.run_directory.changed:
+            earlier = [*earlier, {"after_step": progress.step, "settings": changed}]
+            self.fabric.print(
+                f"note: other settings from here on, so this is not what one run gives: {', '.join(changed)}"
+            )
+        if earlier:
+            self.facts |= {"changed": earlier, "bit_identical": False}
         then, now = self.run_directory.before.get("hardware", {}), self.facts.get("hardware", {})
         others = [f"{k}: {then[k]} -> {now[k]}" for k in SAME_BITS if k in then and then[k] != now[k]]
         if others := self.run_directory.other_processes + others:
@@ -127,7 +135,7 @@ class Run(Recorder):
         self.directory.mkdir(parents=True, exist_ok=True)
         lock(self.directory)
         self.run_directory.check_again()
-        settings = {**plain(self.config), "resume": False}
+        settings = {**plain(self.config), "resume": False, "resume_changed": False}
         delete_leftovers(self.directory)
         write_text(self.directory / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         self._keep_metrics(self.progress.step)

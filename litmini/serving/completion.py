@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,10 @@ class Completion:
             "model": name,
         }
 
+    def tokens(self) -> tuple[int, int]:
+        """Return the tokens of the prompts, and those of the completions so far."""
+        return sum(map(len, self.prompts)), sum(len(job.request.ids) for job in self.jobs)
+
     def leave(self) -> None:
         """Free the slots of the request."""
         for job in self.jobs:
@@ -105,7 +109,7 @@ class Completion:
         ]
         return {**self.head, "choices": choices, "usage": usage(self.prompts, requests)}
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events. When the client hangs up, this is closed and `leave` frees its slots."""
         ended = [False] * len(self.jobs)
         try:

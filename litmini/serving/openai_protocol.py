@@ -1,16 +1,17 @@
 """OpenAI's request and response bodies."""
 
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from litmini.call_forms import parse_calls
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.prompts import check_messages, check_text, describe
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.tokenizer import Message, Tokenizer
-from litmini.tool_calls import parse_calls
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -48,11 +49,14 @@ class CompletionSettings:
     """JSON schemas of the functions that the model may call."""
 
 
-def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
+def read_request(
+    body: Any, chat: bool, limit: int, defaults: Callable[[str], SamplingConfig] | None = None
+) -> CompletionSettings:
     """Check a request body and return its settings.
 
     Args:
         limit: largest max_tokens, and the default.
+        defaults: name of a model -> how it samples where the body does not say; None: greedy.
 
     Raises:
         UserError: a setting is unknown, not implemented or out of range; names it.
@@ -91,15 +95,12 @@ def read_request(body: Any, chat: bool, limit: int) -> CompletionSettings:
     options = {key: body[key] for key in ("top_k", "min_p", "repetition_penalty", "seed", "ignore_eos") if key in body}
     if "seed" in options:
         options["seed"] %= 2**63  # OpenAI's seeds may be negative
-    top_p = body.get("top_p", 1.0)
-    sampling = SamplingConfig(
-        max_new_tokens=max_tokens,
-        temperature=body.get("temperature", 1.0),
-        top_p=None if top_p == 1 else top_p,
-        stop=stop,
-        logprobs=_logprobs(body, chat),
-        **options,
-    )
+    options |= {key: body[key] for key in ("temperature", "top_p") if key in body}
+    if options.get("top_p") == 1:
+        options["top_p"] = None
+    plain = defaults(body.get("model", "")) if defaults else SamplingConfig()
+    logprobs = _logprobs(body, chat)
+    sampling = replace(plain, max_new_tokens=max_tokens, stop=stop, logprobs=logprobs, **options)
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = [check_messages(body.get("messages"))] if chat else _prompts(body.get("prompt"))
     stream, tools = body.get("stream", False), _tools(body)
@@ -191,7 +192,7 @@ def choice(
         tokens = [describe(token, tokenizer) for token in logprobs]
         offsets = [token.offset for token in logprobs]
         named = {"content": tokens, "refusal": None} if settings.chat else _old_logprobs(tokens, offsets)
-    content, calls = parse_calls(piece) if settings.tools and finish == "stop" else (piece, [])
+    content, calls = parse_calls(piece, settings.tools) if settings.tools and finish == "stop" else (piece, [])
     common = {"index": index, "logprobs": named, "finish_reason": "tool_calls" if calls else finish}
     if not settings.chat:
         return {**common, "text": piece}

@@ -8,19 +8,21 @@ import json
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from litmini.errors import UserError
+from litmini.config.generate import SamplingConfig
+from litmini.errors import UserError, counted
 from litmini.generation.batch import check_prompt
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.prompts import check_utf8
 from litmini.serving.access import AllowedHosts, has_key
 from litmini.serving.completion import Completion, Refused, error_body
 from litmini.serving.engine import Busy, Engine
+from litmini.serving.log import RequestLog
 from litmini.serving.openai_protocol import CompletionSettings, check_output, encode, read_request
 from litmini.tokenizer import Tokenizer
 
@@ -54,6 +56,7 @@ class Server:
             others are those of adapters in `multi_lora`, by the same names.
         api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
         hosts: the names of this server in `Host` headers.
+        defaults: model -> how it samples where a request does not say; greedy where it is none of these.
     """
 
     def __init__(
@@ -64,20 +67,24 @@ class Server:
         api_key: str | None,
         multi_lora: MultiLoRA | None = None,
         hosts: AllowedHosts | None = None,
+        defaults: dict[str, SamplingConfig] | None = None,
     ) -> None:
         config: Any = model.config
         self.tokenizers, self.limits, self.api_key, self.hosts = tokenizers, limits, api_key, hosts or AllowedHosts()
         self.vocab_size = config.vocab_size
         self.base = next(iter(tokenizers))
+        self.defaults = defaults or {}
         self.context = min(limits.max_context, config.max_positions)
         self.engine = Engine(model, multi_lora, limits.max_batch, limits.max_queue)
         self.preparing = ThreadPoolExecutor(2, "litmini-prepare")  # few: what a body becomes is many times its size
+        self.log = RequestLog()
         self.started = int(time.time())
 
     def close(self) -> None:
         """Stop the threads; what is unfinished stays so."""
         self.engine.close()
         self.preparing.shutdown(cancel_futures=True)
+        self.log.close()
 
     def check_access(self, request: "HTTPRequest") -> None:
         """Check the name that the client calls this server by, and its key."""
@@ -118,7 +125,7 @@ class Server:
             raise Refused(400, f"the body is not valid JSON: {error}"[:300]) from None
         try:
             check_utf8(content)
-            settings = read_request(content, chat, self.limits.max_new_tokens)
+            settings = read_request(content, chat, self.limits.max_new_tokens, self.default_sampling)
             name = settings.model or self.base
             self.describe(name)
             prompts = encode(settings, self.tokenizers[name])
@@ -130,6 +137,10 @@ class Server:
         except RecursionError:
             raise Refused(400, "the body is nested too deeply.") from None
         return settings, name, prompts
+
+    def default_sampling(self, name: str) -> SamplingConfig:
+        """Return how the model of a request samples where the request does not say."""
+        return self.defaults.get(name or self.base, SamplingConfig())
 
     async def models(self, request: "HTTPRequest") -> dict[str, Any]:
         """List the base model and its adapters."""
@@ -153,6 +164,7 @@ class Server:
 
     async def complete(self, request: "HTTPRequest", chat: bool) -> dict[str, Any] | AsyncIterator[str]:
         """Check and queue a request; return the body of the response, or the events of a stream."""
+        started = time.perf_counter()
         self.check_access(request)
         body = await self.read_body(request)
         loop = asyncio.get_running_loop()
@@ -167,7 +179,27 @@ class Server:
             raise Refused(
                 429, f"{self.limits.max_queue} requests are waiting; try again.", "rate_limit_error"
             ) from None
-        return completion.stream() if settings.stream else await completion.whole(request)
+        if settings.stream:
+            return self._logged(completion, request, started)
+        response = await completion.whole(request)
+        self._log(completion, request, started, 200 if response else 499)
+        return response
+
+    async def _logged(self, completion: Completion, request: "HTTPRequest", started: float) -> AsyncIterator[str]:
+        """Yield the events of a stream, and log the request at its end."""
+        try:
+            async with aclosing(completion.stream()) as events:  # a client that leaves frees its slots at once
+                async for event in events:
+                    yield event
+        finally:
+            self._log(completion, request, started)
+
+    def _log(self, completion: Completion, request: "HTTPRequest", started: float, status: int = 200) -> None:
+        read, written = completion.tokens()
+        seconds = time.perf_counter() - started
+        self.log.add(
+            request, status, f"{completion.head['model']}, {read} + {counted(written, 'token')}, {seconds:.1f} s"
+        )
 
 
 def make_app(server: Server) -> "Starlette":
@@ -191,6 +223,7 @@ def make_app(server: Server) -> "Starlette":
 
     async def refused(request: "HTTPRequest", error: Exception) -> Response:
         assert isinstance(error, Refused), error
+        server.log.add(request, error.status, error.kind)  # the message quotes what the client sent
         headers = {"Retry-After": "1"} if error.status == 429 else {}
         return JSONResponse(error_body(str(error), error.kind), error.status, headers)
 

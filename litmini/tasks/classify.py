@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litmini.checkpoints.classifier import classifier_config
+from litmini.checkpoints.config import changed_config, is_multimodal
 from litmini.checkpoints.hf import save_trained
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
@@ -92,6 +93,10 @@ def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> Classifica
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, None)
+    if is_multimodal(read_json(Path(config.checkpoint_dir) / "config.json")):
+        from litmini.checkpoints.text_part import check_scored
+
+        check_scored(Path(config.checkpoint_dir))
     train, val = load_labelled(config.data, tokenizer, config.seed, config.classes.problem_type)
     plain = {f.name: f.default for f in dataclasses.fields(LabelledDataConfig)}
     unused = ["train_on", "max_dropped"]
@@ -169,4 +174,4 @@ def save_classifier(
     save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
     if directory is not None:
         base = read_json(Path(config.checkpoint_dir) / "config.json")
-        write_json(directory / "config.json", {**base, **changes})
+        write_json(directory / "config.json", changed_config(base, **changes))

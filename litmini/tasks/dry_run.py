@@ -8,9 +8,9 @@ from torch import nn
 
 from litmini.config.training import RunConfig
 from litmini.data.packing import PackedDataset
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.ops.cross_entropy import gpu_memory
-from litmini.system import physical_bytes, resident_bytes
+from litmini.system import mapped_files, physical_bytes, resident_bytes
 from litmini.tasks.setup import Data, count_parameters
 from litmini.training import gpus
 from litmini.training.low_memory import checkpoint_activations
@@ -42,11 +42,11 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data, objective: Objectiv
     Args:
         model: with its method, weights on the CPU.
     """
-    world, micro = config.devices * config.num_nodes, config.train.micro_batch_size
-    accumulate = config.train.global_batch_size > micro * world
+    world, micro = config.devices * config.num_nodes, data.micro_batch_size
+    accumulate = data.global_batch_size > micro * world
     batch = data.train.longest_batch(micro) or next(data.train.batches(range(micro), micro))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = max(0, resident_bytes() - sum(nbytes(p) for p in model.parameters())) if device.type == "cpu" else 0
+    process = max(0, resident_bytes() - resident_weights(model)) if device.type == "cpu" else 0
     mixed = config.precision == "bf16-mixed"
 
     def peak(gpu: int) -> Memory:
@@ -61,22 +61,30 @@ def dry_run(model: nn.Module, config: RunConfig, data: Data, objective: Objectiv
     except UserError as error:
         return str(error)
     available = _memory_of(device)
-    batch_text = f"{micro} sequences of {batch['tokens'].shape[1]:,} tokens"
+    batch_text = f"{counted(micro, 'sequence')} of {batch['tokens'].shape[1]:,} tokens"
     lines = [f"peak memory of {'the process' if world == 1 else 'each process'}, {batch_text}:", describe(memory)]
     lines.append(f"  {'this device has':30}{available / 2**20:12,.0f} MiB")
     lines += ["a GPU that it fits on (estimated, not run on one):", *gpus.fits_on(on_gpu)]
     if memory.total > available:
         return "\n".join([*lines, f"warning: it does not fit on this device. {_suggest_less(config, memory)}"])
     seconds = time_micro_step(model.to(device), batch, config.precision, objective)
-    per_step = math.ceil(config.train.global_batch_size / (micro * world))
-    steps = math.ceil(data.total_sequences / config.train.global_batch_size)
+    per_step = math.ceil(data.global_batch_size / (micro * world))
+    steps = data.total_steps
     evaluations = 2 + (steps - 1) // (config.train.eval_every or steps) if data.val else 0
     forwards = evaluations * math.ceil(len(data.val or ()) / (micro * world))
     whole = seconds * (steps * per_step + forwards / 3)  # a forward pass is a third of a micro-step
     lines.append(
-        f"time: {_span(seconds)} per micro-step on this device, {_span(whole)} for {steps:,} steps, without completions"
+        f"time: {_span(seconds)} per micro-step on this device, {_span(whole)} for {counted(steps, 'step')}, "
+        f"without completions"
     )
     return "\n".join(lines)
+
+
+def resident_weights(model: nn.Module) -> int:
+    """Return the bytes of the model's weights in memory. Those that are mapped from a file come into it as they are read."""
+    files = mapped_files(".safetensors")
+    copied = [p for p in model.parameters() if not any(first <= p.data_ptr() < end for first, end, _ in files)]
+    return sum(map(nbytes, copied)) + sum(size for _, _, size in files)
 
 
 def time_micro_step(model: nn.Module, batch: Batch, precision: str, objective: Objective = LANGUAGE_MODELING) -> float:

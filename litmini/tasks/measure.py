@@ -7,16 +7,19 @@ from typing import Any
 
 from litmini.runs.run import MEASURES, today_keys
 from litmini.tasks.setup import TrainingSetup
+from litmini.training.display import say
 from litmini.training.flops import Throughput, peak_memory_mib
 from litmini.training.loop import memory_warmup, validate
 from litmini.training.objective import Objective
+
+MOST_WRONG = 20  # wrong completions that the report shows
 
 
 def measure_start(setup: TrainingSetup, objective: Objective) -> None:
     """Measure the model before training, and run the longest batch once. Do nothing if the run is resumed."""
     if setup.progress.step == 0:
         measure(setup, objective, "before")
-        longest = setup.data.train.longest_batch(setup.train.micro_batch_size)
+        longest = setup.data.train.longest_batch(setup.data.micro_batch_size)
         if longest is not None:
             memory_warmup(setup, objective, longest)
 
@@ -55,6 +58,7 @@ def finish(
         write_report(run.directory, setup.data.train.lengths(), setup.data.train.length, **report)
     if usage is None:
         where = [adapter_of, "--adapter_dir", str(final)] if adapter_of else [str(final)]
+        where += ["--model_file", run.config.own_file] if run.config.own_file else []
         words = ["python", "scripts/generate.py", "--checkpoint_dir", *where, "--prompt", "..."]
         usage = f"Try it:\n  {shlex.join(words)}"
     return "\n".join([*describe_results(run.results), f"\nThe result is {final}. {usage}"])
@@ -86,6 +90,8 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
     results: dict[str, Any] = {}
     for name, value in validate(setup, objective).items():
         results[f"{'val_loss' if name == 'loss' else name}_{when}"] = value
+    if when == "before" and f"val_loss_{when}" in results:
+        say(setup.fabric, f"validation loss before training: {results[f'val_loss_{when}']:.4f}")
     if examples := data.val_examples if config.exact_match else data.val_examples[: config.samples]:
         from litmini.evaluation.metrics import exact_match
 
@@ -93,4 +99,7 @@ def measure(setup: TrainingSetup, objective: Objective, when: str) -> None:
         results[f"samples_{when}"] = [vars(p) for p in predictions[: config.samples]]
         if config.exact_match:
             results[f"exact_match_{when}"] = exact_match(predictions)
+            if when == "after":
+                wrong = [vars(p) for p in predictions if not p.correct]
+                results |= {"wrong": len(wrong), "wrong_after": wrong[:MOST_WRONG]}
     run.write_manifest(**results)

@@ -21,7 +21,7 @@ from litmini.data.pretrain.read_shards import Corpus
 from litmini.data.pretrain.tokenize import tokenizer_hash
 from litmini.data.pretrain.windows import TokenWindows
 from litmini.distributed.fsdp import full_tensor
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.files import content_hash
 from litmini.methods.heads import head_name
 from litmini.models import FAMILIES, family, use_model_file
@@ -144,6 +144,8 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
     _check_tokenizers(corpora, plan)
     tokenizer = Tokenizer(plan.checkpoint or corpora[0].directory)
     data, train = config.data, config.train
+    if train.global_batch_size is None:
+        train.global_batch_size = 16
     if data.max_seq_len > plan.config.max_positions:
         raise UserError(
             f"data.max_seq_len is {data.max_seq_len}, the model's context {plan.config.max_positions} tokens: use "
@@ -166,10 +168,11 @@ def prepare_data(fabric: Fabric, config: PretrainConfig, plan: Blueprint) -> Dat
     warn(fabric, ineffective | ineffective_optim(config.optim, steps))
     epochs = dict(zip(data.paths if data.weights else [" + ".join(data.paths)], rows.epochs(total), strict=True))
     fabric.print(
-        f"{steps:,} steps of {train.global_batch_size:,} sequences of {data.max_seq_len:,} tokens, of {len(rows):,}: "
+        f"{counted(steps, 'step')} of {counted(min(train.global_batch_size, total), 'sequence')} of "
+        f"{data.max_seq_len:,} tokens, of {len(rows):,}: "
         + ", ".join(f"{count:.2f} epochs of {path}" for path, count in epochs.items())
     )
-    fabric.print(f"validation: {len(val):,} sequences" if val else "warning: no validation text in the corpus")
+    fabric.print(f"validation: {counted(len(val), 'sequence')}" if val else "warning: no validation text in the corpus")
     statistics = {"statistics": {"rows": len(rows), "validation_rows": len(val) if val else 0, "epochs": epochs}}
     hashes = {f"{c.name}/index.json": content_hash(c.directory / "index.json") for c in corpora}
     samples = _samples(val, tokenizer, config.eval.samples) if val else []

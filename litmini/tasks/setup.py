@@ -17,15 +17,18 @@ from torch import nn
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
+from litmini.errors import UserError, counted
+from litmini.methods.adapters import keep_casts
 from litmini.ops.attention import record_kernels
 from litmini.ops.cross_entropy import original_head
 from litmini.runs.directory import RunDirectory
 from litmini.runs.run import Run
 from litmini.tokenizer import Tokenizer
+from litmini.training.display import say
 from litmini.training.flops import Throughput
 from litmini.training.objective import Batch
 from litmini.training.optimizer import make_optimizer
-from litmini.training.setup import Progress, Setup, on_device
+from litmini.training.setup import Progress, Setup, SizedBatches, on_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -89,7 +92,10 @@ class Data:
         return self.train.locations(self._numbers(step)[rank::world])
 
     def validation_batches(self, rank: int, world: int) -> Iterable[Batch] | None:
-        return self.val.batches(range(len(self.val)), self.micro_batch_size, rank, world) if self.val else None
+        if self.val is None:
+            return None
+        count = math.ceil(len(self.val) / (self.micro_batch_size * world))
+        return SizedBatches(self.val.batches(range(len(self.val)), self.micro_batch_size, rank, world), count)
 
 
 @dataclass
@@ -138,6 +144,9 @@ def make_setup(
         UserError: the checkpoint does not fit, or base, template or data changed since the run began.
     """
     config = directory.config
+    new, rows = data.tokenizer.new_tokens, int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if new and max(new.ids) >= rows:
+        raise UserError("data.new_tokens is not implemented here: give the checkpoint of scripts/extend_vocabulary.py.")
     wrapped = fabric.setup_module(model)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(model, config.optim, lr_ratios or {}))
     if before is not None:
@@ -146,7 +155,9 @@ def make_setup(
     trained, total = count_parameters(model)
     run.results["trained_parameters"] = trained
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
-    if is_sharded(model):
+    if not is_sharded(model):
+        keep_casts(model, optimizer.optimizer)
+    else:
         local, every = (f"{size / 2**20:,.1f}" for size in local_bytes(model))
         fabric.print(
             f"parameters are sharded over {fabric.world_size} processes: this one holds {local} of {every} MiB"
@@ -155,7 +166,12 @@ def make_setup(
     throughput = Throughput(model, fabric.device, dtype)
     fabric.print(f"MFU is relative to {throughput.peak / 1e12:,.2f} TFLOP/s, {throughput.source}")
     attention = None if config.attention == "auto" else config.attention
-    run.results["attention"] = attention_kernels(wrapped, fabric.device, attention)
+    newer = None
+    if fabric.device.type == "cuda" and attention is None:
+        from litmini.ops.varlen import activate_newer
+
+        newer = activate_newer(fabric.device)
+    run.results["attention"] = attention_kernels(wrapped, fabric.device, attention) + (f" ({newer})" if newer else "")
     fabric.print(f"attention: {run.results['attention']}")
     worth = is_auto(config.compile, fabric.device) and _worth_compiling(fabric, model, dtype, throughput.flops, data)
     if config.compile is True or worth:
@@ -197,9 +213,18 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
 
 
 def log_samples(setup: TrainingSetup, progress: Progress) -> None:
-    """Append completions of the first validation prompts to samples.jsonl. Every rank calls this, for sharded models."""
+    """Print completions of the first validation prompts, and append them to samples.jsonl.
+
+    Every rank calls this, for sharded models.
+    """
     predictions = setup.predict(setup.data.val_examples[: setup.recorder.config.eval.samples])
     setup.recorder.log_samples(progress.step, [vars(prediction) for prediction in predictions])
+    for sample in predictions:
+        step = f"step {progress.step}"
+        say(
+            setup.fabric,
+            f"\nprompt     {sample.prompt}\nreference  {sample.reference}\n{step:10} {sample.prediction}\n",
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -237,7 +262,7 @@ def ineffective_optim(config: OptimConfig, steps: int) -> dict[str, bool]:
         "optim.betas": config.name == "sgd" and config.betas != plain.betas,
         "optim.decay_fraction": config.schedule != "wsd" and config.decay_fraction != plain.decay_fraction,
         "optim.min_lr": config.min_lr > config.lr,
-        f"optim.warmup_steps beyond the {steps} steps of the run": config.warmup_steps >= steps,
+        f"optim.warmup_steps beyond the {counted(steps, 'step')} of the run": config.warmup_steps >= steps,
     }
 
 

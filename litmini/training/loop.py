@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from litmini.config.training import TrainConfig
 from litmini.distributed.fabric import sum_on_host
 from litmini.distributed.fsdp import full_tensor, is_dtensor
 from litmini.distributed.processes import Interrupted, graceful_shutdown
 from litmini.errors import UserError
+from litmini.training.display import Display, validating
 from litmini.training.objective import Batch, Measuring, Objective, count_tokens
 from litmini.training.optimizer import learning_rate
 from litmini.training.setup import Feed, Progress, Setup, on_device
@@ -46,13 +46,12 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
         scaler.load_state_dict(progress.loss_scale)
     setup.model.train()
     feed = Feed(setup.data, fabric.device, fabric.global_rank, fabric.world_size, setup.attention)
-    hidden = None if fabric.is_global_zero else True  # None: hidden if stderr is not a terminal
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", disable=hidden)
+    display = Display(fabric, total_steps, progress.step)
     try:
-        with graceful_shutdown() as received, bar:
+        with graceful_shutdown() as received, display.bar:
             while progress.step < last and not _is_enough(fabric, progress, setup.train):
                 metrics, stop = _step(setup, objective, feed, scaler, len(received))
-                _report(setup, objective, bar, metrics)
+                _report(setup, objective, display, metrics)
                 stop = bool(stop or (received and fabric.world_size == 1))
                 if stop or _is_due(progress, setup.train):
                     progress.loss_scale = scaler.state_dict() if scaler else None
@@ -94,7 +93,7 @@ def _step(setup: Setup, objective: Objective, feed: Feed, scaler: Any, signals: 
     return metrics | measured, bool(stop)
 
 
-def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, float]) -> None:
+def _report(setup: Setup, objective: Objective, display: Display, metrics: dict[str, float]) -> None:
     """Validate, log, show progress and sample, if they are due after this step; add a validation loss to `metrics`."""
     progress, train = setup.progress, setup.train
     last = progress.step == setup.data.total_steps
@@ -105,7 +104,7 @@ def _report(setup: Setup, objective: Objective, bar: tqdm, metrics: dict[str, fl
             progress.remember(found["loss"])
     if "val_loss" in metrics or progress.step % train.log_every == 0 or last:
         setup.recorder.log(metrics)
-    _show(setup.fabric, bar, metrics, progress, objective.shown if isinstance(objective, Measuring) else {})
+    display.show(metrics, progress, objective.shown if isinstance(objective, Measuring) else {})
     sampled = setup.sample and train.sample_every and progress.step % train.sample_every == 0
     if sampled:
         setup.sample(progress)  # type: ignore[misc]
@@ -134,30 +133,6 @@ def _is_enough(fabric: Fabric, progress: Progress, config: TrainConfig) -> bool:
             f"of step {progress.best_step}, for {config.patience} evaluations"
         )
     return enough
-
-
-def _show(fabric: Fabric, bar: tqdm, metrics: dict[str, float], progress: Progress, more: dict[str, str]) -> None:
-    """Advance the progress bar or, without a terminal, print a line for each twentieth of the run.
-
-    Args:
-        more: the objective's metrics to show, and their formats.
-    """
-    words = _format_metrics(metrics, more)
-    bar.set_postfix_str(words, refresh=False)
-    bar.update()
-    if bar.disable and progress.step % max(1, bar.total // 20) == 0:
-        remaining = tqdm.format_interval(progress.seconds / progress.step * (bar.total - progress.step))
-        fabric.print(f"step {progress.step} of {bar.total}: {words}, {remaining} left")
-
-
-def _format_metrics(metrics: dict[str, float], more: dict[str, str]) -> str:
-    """Return metrics as a line of text."""
-    measured = "".join(f"{name} {metrics[name]:{form}}, " for name, form in more.items() if name in metrics)
-    words = f"loss {metrics['loss']:.3f}, {measured}lr {metrics['lr']:.1e}, norm {metrics['grad_norm']:.2f}, "
-    words += f"{metrics['tokens_per_second']:,.0f} tok/s"
-    if "mfu" in metrics:
-        words += f", MFU {metrics['mfu']:.0%}, {metrics['memory_mib']:,.0f} MiB"
-    return words
 
 
 def _take_step(
@@ -228,8 +203,11 @@ def _stop_or_skip(fabric: Fabric, what: str, where: str, config: TrainConfig, pr
 
 def validate(setup: Setup, objective: Objective) -> dict[str, float]:
     """Return the mean validation loss per unit as `loss`, and what the objective measures; {} without a validation set."""
-    batches = setup.data.validation_batches(setup.fabric.global_rank, setup.fabric.world_size)
-    return {} if batches is None else _evaluate(setup.fabric, setup.model, objective, batches, setup.attention)
+    fabric = setup.fabric
+    batches = setup.data.validation_batches(fabric.global_rank, fabric.world_size)
+    if batches is None:
+        return {}
+    return _evaluate(fabric, setup.model, objective, validating(fabric, batches), setup.attention)
 
 
 def evaluate(

@@ -30,6 +30,9 @@ from litmini.training.setup import on_device
 
 Batch = dict[str, torch.Tensor]
 LANGUAGE_MODELING = LanguageModeling()
+FRAGMENTED = 0.6
+"""Of what comes and goes in a step, the part that glibc holds beside it once micro-batches of other shapes have run: up to
+glibc 2.37 an aligned block does not fit into the gap that one of the same size has left. Measured; see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Memory:
     process: int = 0
     """Memory of the process without the model: Python, torch, the data; on a GPU, CUDA with its kernels."""
     allocator: int = 0
-    """Fragmentation of the allocator. Of a CPU: 30% of activations, loss and temporary tensors, from experience."""
+    """Fragmentation of the allocator. Of a CPU: `FRAGMENTED` of activations, loss and temporary tensors."""
 
     @property
     def total(self) -> int:
@@ -93,7 +96,7 @@ def estimate(
         trained=sum(map(nbytes, trained)),
         optimizer=sum(optimizer_bytes(p, config, p in matrices) for p in trained),
         process=process,
-        allocator=3 * (sum(peak.values()) - peak["gradients"]) // 10 if process else 0,
+        allocator=int(FRAGMENTED * (sum(peak.values()) - peak["gradients"])) if process else 0,
         **peak,
     )
 

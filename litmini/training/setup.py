@@ -4,7 +4,7 @@ batches reach the device."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,20 @@ class Progress:
         self.not_better += 1
         if val_loss < (math.inf if self.best_val_loss is None else self.best_val_loss):
             self.best_step, self.best_val_loss, self.not_better = self.step, val_loss, 0
+
+
+@dataclass(frozen=True)
+class SizedBatches:
+    """Batches, and their number for a progress bar."""
+
+    batches: Iterator[Batch]
+    count: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches
+
+    def __len__(self) -> int:
+        return self.count
 
 
 class TrainingData(Protocol):

@@ -82,7 +82,8 @@ def plain_training(
     """Return the model, and a function that trains it up to a step."""
     torch.manual_seed(config.seed)
     model = PlainGPT(shape.vocab_size, shape.dim, shape.n_layers, shape.n_heads, shape.max_positions)
-    o, length = config.optim, config.data.max_seq_len
+    o, length, batch = config.optim, config.data.max_seq_len, config.train.global_batch_size
+    assert batch is not None, "chosen with the data"
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -96,7 +97,7 @@ def plain_training(
         while step < until:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, o)
-            starts = torch.randint(len(tokens) - length, (config.train.global_batch_size,)).tolist()
+            starts = torch.randint(len(tokens) - length, (batch,)).tolist()
             x = torch.stack([torch.from_numpy(tokens[i : i + length].astype(np.int64)) for i in starts])
             y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
             loss = model(x, y)
@@ -122,7 +123,7 @@ def main(config: BenchmarkConfig) -> None:
     plain, train_plain = plain_training(config, plan.config, tokens, total)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, plain)]
     turns: dict[str, list[float]] = {"litmini": [], "plain": []}
-    batch = config.train.global_batch_size
+    batch = data.global_batch_size
 
     def train_litmini(until: int) -> None:
         fit(setup, objective, stop_after=until)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from litmini.ops.attention import Mask, advance, attend, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
+from litmini.ops.initialize import initialize
 from litmini.ops.norms import rms_norm_llama
 
 
@@ -133,11 +134,7 @@ class Model(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Embeddings and linears: normal, std 0.02; norms: 1."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        initialize(self, {"norm": 1.0}, generator)
 
     def forward(
         self,

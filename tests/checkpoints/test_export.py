@@ -95,7 +95,9 @@ def test_merged_equals_unmerged(tiny_dir, adapter, tmp_path, shard):
     merged = export(tiny_dir, tmp_path / "merged", adapter, max_shard_bytes=shard)
     assert_close(logits(merged), logits(tiny_dir, adapter))
     assert (logits(tiny_dir) - logits(merged)).abs().max() > 1e-2  # it did something
-    difference, same = merge_error(tiny_dir, adapter, merged, "fp32")
+    found = merge_error(tiny_dir, adapter, merged, "fp32")
+    difference, same = found.difference, found.same
+    assert found.expected
     assert difference <= ulps(scale=logits(merged).log_softmax(-1)) and same == 1
     assert not any("lora" in name for name, _ in read_tensors(shards(merged)))
 

@@ -132,10 +132,13 @@ def test_a_broken_config_is_named(tiny, content):
         ({"model_type": "DROP"}, "model_type '' is not implemented; there are: falcon, gemma, gemma2"),
         ({"model_type": "gpt9"}, "model_type 'gpt9' is not implemented; there are: falcon, gemma, gemma2"),
         ({"model_type": ["llama"]}, "config.json"),
-        ({"vision_config": {}, "audio_config": {"a": 1}}, "multimodal model (audio_config); only text models"),
+        (
+            {"vision_config": {}, "audio_config": {"a": 1}},
+            "multimodal model (audio_config) whose text part is not there",
+        ),
         (
             {"model_type": "gemma3", "vision_config": {"a": 1}, "text_config": {"model_type": "gemma3_text"}},
-            "a text-only checkpoint of model_type 'gemma3_text' works",
+            "the text part is not in the weights beside it: expected tensors language_model.model.*",
         ),
         ({"hidden_size": "DROP"}, "lacks the key 'hidden_size'"),
         ({"hidden_act": "gelu"}, "not implemented in llama.py: hidden_act = 'gelu'"),

@@ -177,3 +177,56 @@ def test_llama_cpps_own_converter(smollm2: Path, tmp_path: Path) -> None:
     ours, theirs = OurTokenizer(out), OurTokenizer(tmp_path / "back")
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert ours.chat_template == theirs.chat_template and ours.stop_ids == theirs.stop_ids
+
+
+def test_the_card_stays_through_merge_and_conversion(run: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """Data, base, method and results, after a merge and an export of it; what people wrote stays behind."""
+    import merge_adapter
+
+    manifest = read_json(run / "manifest.json")
+    manifest |= {"method": "LoRA, rank 4", "date": "2026-11-30T02:03:04+00:00"}
+    manifest["results"] |= {"samples_after": [{"prompt": "secret words"}]}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    merged = tmp_path / "elsewhere/merged"
+    merged.parent.mkdir()
+    merge_adapter.main(merge_adapter.MergeConfig(str(tiny_dir), str(run / "final"), str(merged), check=False))
+    shutil.rmtree(run)
+    convert(str(merged), str(tmp_path / "exported"))
+    cards = [(directory / "README.md").read_text() for directory in (merged, tmp_path / "exported")]
+    for card in cards:
+        for expected in (
+            "mine.jsonl",
+            "ab" * 32,
+            "LoRA, rank 4",
+            "2026-11-30",
+            "exact_match_after",
+            "finetune_lora.py",
+        ):
+            assert expected in card
+        assert f"`{tiny_dir}`, with its adapter merged in" in card and "secret words" not in card
+        assert "Measured in training, before the adapter was merged" in card
+    assert cards[0].replace("# merged", "") == cards[1].replace("# exported", "")
+    assert all("secret words" not in file.read_text() for file in (tmp_path / "exported").glob("*.json"))
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("fp32", 1.0), ("bf16", 1.0), ("fp32", 1.02), ("bf16", 1.3)])
+def test_a_merge_says_whether_its_difference_is_that_of_rounding(
+    run: Path,
+    tiny_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    dtype,
+    factor,
+) -> None:
+    import merge_adapter
+
+    from litmini.methods.lora import LoRALinear
+
+    real = LoRALinear.merged_weight
+    monkeypatch.setattr(LoRALinear, "merged_weight", lambda self: real(self) * factor)
+    words = [str(tiny_dir), str(run / "final"), str(tmp_path / "merged")]
+    merge_adapter.main(merge_adapter.MergeConfig(*words, dtype=dtype))
+    out = capsys.readouterr().out
+    assert ("That is as expected: rounding the weights to" in out) == (factor == 1.0)
+    assert ("warning: that is more than expected" in out) == (factor != 1.0)

@@ -1,8 +1,10 @@
 """From examples to tokens and labels: which tokens are supervised, which examples are dropped, and what is an error."""
 
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,12 +174,6 @@ def test_a_template_that_ends_the_whole_conversation(tokenizer: Tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("template", "turns", "message"),
     [
-        # an earlier answer is shown otherwise than the last one, as templates do which drop its reasoning
-        (
-            "{% for m in messages %}{{ '<think>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}",
-            ["a", "b", "c", "d"],
-            r"a:1: the chat template renders turn 2 differently when more follows",
-        ),
         # what asks for an answer is not what stands before one
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
@@ -191,20 +187,6 @@ def test_a_template_that_ends_the_whole_conversation(tokenizer: Tokenizer, tmp_p
             ["a", "b"],
             r"a:1: the chat template puts no stop token after an assistant's turn",
         ),
-        # a space before the answer, which is part of the answer's first token
-        (
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}assistant: {% endif %}",
-            ["a", "b", "c", "d"],
-            r"a:1: the prompt's last tokens change with what follows.*Strip white space",
-        ),
-        # two newlines before the answer: one token alone, two tokens with a letter after them, none across
-        (
-            "{% for m in messages %}{{ m.role }}\n\n{{ m.content }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}assistant\n\n{% endif %}",
-            ["a", "b"],
-            r"a:1: the prompt's last tokens change with what follows",
-        ),
         (
             "{% if messages | length % 2 and not add_generation_prompt %}{{ raise_exception('in pairs') }}{% endif %}"
             "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
@@ -212,11 +194,33 @@ def test_a_template_that_ends_the_whole_conversation(tokenizer: Tokenizer, tmp_p
             r"a:1: the chat template of .* fails on these messages: in pairs",
         ),
     ],
-    ids=["unstable answer", "other prompt", "no stop token", "token across", "other tokens", "refusal"],
+    ids=["other prompt", "no stop token", "refusal"],
 )
 def test_templates_whose_turns_cannot_be_told_apart(
     tokenizer: Tokenizer, tmp_path: Path, template: str, turns: list[str], message: str
 ) -> None:
+    directory = Path(shutil.copytree(tokenizer.directory, tmp_path / "tokenizer"))
+    (directory / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=message):
+        make(Tokenizer(directory), chat(*turns))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # a space before the answer, which is part of the answer's first token
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        # two newlines before the answer: one token alone, two tokens with a letter after them, none across
+        "{% for m in messages %}{{ m.role }}\n\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n\n{% endif %}",
+    ],
+    ids=["token across", "other tokens"],
+)
+def test_a_prompt_has_the_tokens_with_which_the_model_is_asked(
+    tokenizer: Tokenizer, tmp_path: Path, template: str
+) -> None:
+    """Where a token would cross its end, each turn is an example of its own, tokenised in two."""
     fast = FastTokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
     content = json.loads(fast.to_str())
     content["model"]["vocab"]["ĊĊ"] = len(content["model"]["vocab"])
@@ -224,12 +228,27 @@ def test_templates_whose_turns_cannot_be_told_apart(
     directory = Path(shutil.copytree(tokenizer.directory, tmp_path / "tokenizer"))
     (directory / "tokenizer.json").write_text(json.dumps(content))
     (directory / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match=message):
-        make(Tokenizer(directory), chat(*turns))
+    changed, example = Tokenizer(directory), chat("a", "b", "c", "d")
+    data = make(changed, example)
+    assert len(data) == 2 and data.notes["apart"] == 2 and trained(changed, data, 1) == ["d<|im_end|>"]
+    for number, turns in enumerate((1, 3)):
+        prompt = changed.encode_prompt(example.messages[:turns])
+        assert data[number][0].tolist()[: len(prompt)] == prompt
+
+
+def test_a_context_that_changes_when_the_turn_is_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What follows the last turn of the prompt is what the model says, whatever happened to the turns before."""
+    template = "{% for m in messages %}{{ '<!>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
+    changed, example = with_template(tokenizer, tmp_path, template), chat("a", "b", "c", "d")
+    data = make(changed, example)
+    assert [trained(changed, data, i) for i in range(2)] == [["<!>b<|im_end|>"], ["<!>d<|im_end|>"]]
+    for number, turns in enumerate((1, 3)):
+        prompt = changed.encode_prompt(example.messages[:turns])
+        assert data[number][0].tolist()[: len(prompt)] == prompt
 
 
 def test_character_split_over_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """A token of a space and half an emoji: its bytes cannot be shared out, so the border is an error, not a guess."""
+    """A token of a space and half an emoji: its bytes cannot be shared out, so both sides are tokenised alone."""
     content = json.loads((tokenizer.directory / "tokenizer.json").read_text())
     content["model"]["vocab"]["Ġð"] = len(content["model"]["vocab"])
     content["model"]["merges"].insert(0, ["Ġ", "ð"])
@@ -237,8 +256,9 @@ def test_character_split_over_the_start(tmp_path: Path, tokenizer: Tokenizer) ->
     (directory / "tokenizer.json").write_text(json.dumps(content))
     changed = Tokenizer(directory)
     assert "Ġð" in changed.encode_batch([" 🙂"])[0].tokens
-    with pytest.raises(UserError, match=r"a:1: the prompt's last tokens change"):
-        make(changed, Example("a:1", prompt="A: ", text="A: 🙂"))
+    data = make(changed, Example("a:1", prompt="A: ", text="A: 🙂"))
+    assert trained(changed, data) == ["🙂<|im_end|>"] and data.notes["apart"] == 1
+    assert data[0][0].tolist()[:3] == changed.encode("A: ")
     assert trained(changed, make(changed, Example("a:1", prompt="A:", text="A: 🙂"))) == [" 🙂<|im_end|>"]
 
 
@@ -268,13 +288,20 @@ def test_sentencepiece(tmp_path: Path, style: str) -> None:
     assert inputs.count(1) == 2
     prompt = tokenizer.encode_prompt(example.messages[:3])
     assert inputs[: len(prompt)] == prompt
+    data = make(tokenizer, Example("a:1", prompt="c ", text="c a"))  # "▁a" would cross; alone, "a" would get a space
+    assert [tokenizer.fast.id_to_token(i) for i in parts(data)[1] if i != IGNORE] == ["a", "</s>"]
+    assert data.notes["apart"] == 1
 
 
-def test_problems_come_in_one_error(tokenizer: Tokenizer) -> None:
-    examples = [Example(f"a:{i}", prompt="A: ", text="A: b" if i in (3, 1500) else "A: ") for i in range(1, 2001)]
+def test_problems_come_in_one_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' }}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    tokenizer = with_template(tokenizer, tmp_path, template)
+    examples = [replace(chat("bad" if i in (3, 1500) else "a", "b"), where=f"a:{i}") for i in range(1, 2001)]
     with pytest.raises(UserError) as error:
         make(tokenizer, *examples)
-    assert str(error.value).count("\n") == 2 and "a:3: " in str(error.value) and "a:1500: " in str(error.value)
+    assert re.search("2 records: .*; first a:3$", str(error.value))
 
 
 def test_offsets_cover_white_space(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -333,7 +360,9 @@ def test_load_data_without_a_template(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert tokenizer.decode(parts(train)[0]).endswith("### Instruction:\nAdd\n\n### Response:\n3")
     assert trained(plain, train) == ["3<|im_end|>"]
     (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "assistant", "content": "3"}]}')
-    with pytest.raises(UserError, match=r"b.jsonl:1: .* has no chat template; give one with"):
+    with pytest.raises(
+        UserError, match=r"b.jsonl:1: .* has no chat template, as base models have none. Choose one with"
+    ):
         load_data(DataConfig(str(tmp_path / "b.jsonl")), plain, 0)
 
 

@@ -67,6 +67,14 @@ def test_system_and_history(tmp_path: Path) -> None:
     assert read(tmp_path, {"conversations": share, "system": "In French."})[0].untrained == {2}
 
 
+def test_reasoning_beside_a_pair(tmp_path: Path) -> None:
+    for key in ("reasoning", "reasoning_content", "thinking"):
+        (example,) = read(tmp_path, {**PAIR, key: "1 + 2"})
+        assert (example.messages or [])[1] == {"role": "assistant", "content": "3", "reasoning_content": "1 + 2"}
+    with pytest.raises(UserError, match=r"a.jsonl:1: has tools, .* reasoning, for which plain text has no place"):
+        read(tmp_path, {**PAIR, "reasoning": "1 + 2"}, has_template=False)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -77,6 +85,10 @@ def test_system_and_history(tmp_path: Path) -> None:
         ({"messages": [{"role": "system", "content": "a"}, HI, YES], "system": "b"}, "a system key and a system turn"),
         ({"messages": [HI, YES], "history": [["a", "b"]]}, "history"),
         ({"messages": [HI, YES], "system": 3}, "system is int"),
+        ({"messages": [HI, YES], "weight": 0.5}, "weight, which is read in turns only"),
+        ({**PAIR, "train": False}, "train, which is read in turns only"),
+        ({"messages": [HI, YES], "developer": "Be kind"}, "developer, which is not read: give it as a turn"),
+        ({"messages": [{**HI, "images": ["x.png"]}, YES]}, "a user turn has images, which is not read: only text"),
         ({"messages": [HI, YES], "functions": [{"name": "f"}]}, "functions, which is not read: give them as tools"),
         ({"messages": [HI, YES], "documents": ["a"]}, "documents"),
         ({"messages": [HI, YES], "images": ["a.png"]}, "images"),

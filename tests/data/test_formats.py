@@ -160,7 +160,11 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [{"role": "asistant", "content": "a"}]}', "a.jsonl:1: role 'asistant'; .*assistant"),
         ("a.jsonl", b'{"messages": [{"content": "a"}]}', "a.jsonl:1: role None; expected one of"),
         ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "a"}]}', r"a.jsonl:1: role \['user'\]"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": [{}]}]}', "a.jsonl:1: content of a user turn is list"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{}]}]}',
+            "a.jsonl:1: content of a user turn is a list, in w",
+        ),
         ("a.jsonl", b'{"messages": [{"role": "assistant"}]}', "a.jsonl:1: content of a assistant turn is NoneType"),
         ("a.csv", b"prompt,completion\na,b\nc\nd,e\n", "a.csv:3: has more or fewer fields than the header"),
         ("a.csv", b"prompt,completion\na,b\nc,d,e\n", "a.csv:3: has more or fewer fields than the header"),
@@ -190,8 +194,14 @@ def test_problems_come_in_one_error(tmp_path: Path) -> None:
     lines[10:] = ['{"tekst": "a"}'] * 20
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     message = error_of(tmp_path / "a.jsonl")
-    assert "a.jsonl:18: found tekst" in message and "a.jsonl:19" not in message
-    assert message.count("a.jsonl:") == 10 and message.endswith("... and 12 more")
+    assert (
+        re.search(r"\n  20 records: found tekst; .*; first \S+a.jsonl:11$", message) and message.count("a.jsonl:") == 3
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[10:]))
+    assert re.search(r"all 20 records: found tekst; .*; first \S+a.jsonl:1$", error_of(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({str(n): 1}) for n in range(12)))
+    message = error_of(tmp_path / "a.jsonl")
+    assert message.count("a.jsonl:") == 10 and message.endswith("... and 2 more")
 
 
 def test_a_list_in_pieces_is_what_json_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_text_of_users_ends_no_turn(tokenizer_dir: Path, asked: str) -> None:
     assert [i for i in asked_by_them if i < 3] == [i for i in prompt if i < 3]
     count = sum(m["content"].count(t) for m in messages for t in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"))
     assert data.statistics["special_tokens_as_text"] == count
-    assert f"{count} special tokens in texts are encoded as text" in data.describe("training")
+    assert f"special tokens in texts, encoded as text: {count}" in data.describe("training")
 
 
 def test_the_tokens_are_those_of_a_tokenizer_without_special_tokens(tokenizer_dir: Path) -> None:

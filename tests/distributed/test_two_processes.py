@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed import TCPStore
 from two import ROOT, command, run_two, values
 
+from litmini.checkpoints.hf import save_model
 from litmini.config.finetune import LoraConfig
 from litmini.config.generate import SamplingConfig
 from litmini.distributed import processes
@@ -35,7 +36,7 @@ from litmini.methods.dora import DoRALinear
 from litmini.methods.heads import use_log_probs, use_scores
 from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
-from litmini.models import FAMILIES, family
+from litmini.models import FAMILIES, family, llama
 from litmini.ops.cross_entropy import IGNORE
 from litmini.runs.training_state import SHARDS
 from litmini.training.compile import compile_training
@@ -95,6 +96,28 @@ def assert_runs_agree(one: Path, two: Path) -> None:
     for name in ours:
         # Adam divides by a gradient's size: where there is next to none, rounding decides on the update
         assert difference(theirs[name], ours[name]) <= 1e-3, name
+
+
+def test_new_tokens_of_a_tied_head_are_sharded_and_resume(tokenizer_dir, tmp_path):
+    """Embedding, head and the trained rows that both share are shards; one process and two agree, and resume exactly."""
+    config = llama.Config(**{**vars(llama.PRESETS["tiny"]), "tied": True})
+    model = llama.Model(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    (tmp_path / "base").mkdir()
+    save_model(tmp_path / "base", llama.config_to_hf(config), state.items(), side_files=tokenizer_dir)
+    more = ["--data.new_tokens", '["this order", "one line"]', "--lora.rank", 2]
+    one, two = (words(tmp_path / "base", tmp_path / name, *more) for name in ("one", "two"))
+    two += map(str, FSDP)
+    run_alone("finetune_lora", *one)
+    assert "new tokens: this order 512, one line 513; rows from 512" in run_both("finetune_lora", *two)
+    assert_runs_agree(tmp_path / "one", tmp_path / "two")
+    (rows,) = [tensor for name, tensor in product(tmp_path / "one").items() if "trainable_tokens" in name]
+    assert rows.shape == (2, 64) and difference(rows, state["model.embed_tokens.weight"].mean(0).expand(2, -1)) > 0.1
+    whole_run = product(tmp_path / "two")
+    forget(tmp_path / "two")
+    run_both("finetune_lora", *two, "--resume", "auto")
+    assert all(torch.equal(tensor, whole_run[key]) for key, tensor in product(tmp_path / "two").items())
 
 
 def forget(run: Path) -> None:

@@ -128,7 +128,7 @@ def test_settings_of_command_lines_and_files(script: Path, tmp_path: Path, capsy
     types = types_of(config_class)
     needed = [f.name for f in dataclasses.fields(config_class) if f.default is f.default_factory]
     accepted = 0
-    for seed in seeds(40):
+    for seed in seeds(80):
         r = random.Random(f"{script.stem} {seed}")
         pairs = [(some(r, types), r.choice(WORDS)) for _ in range(r.choice([0, 1, 1, 2]))]
         pairs += [(name, valid(r, types[name])) for name in r.sample(list(types), min(len(types), r.randint(0, 4)))]

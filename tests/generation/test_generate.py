@@ -26,7 +26,7 @@ from litmini.errors import UserError
 from litmini.generation.batch import Batch
 from litmini.generation.generate import finish_all, generate, stream, stream_text
 from litmini.generation.request import Request
-from litmini.generation.sampling import choose, penalize, probabilities
+from litmini.generation.sampling import Sampler, penalize, probabilities
 from litmini.generation.speculative import Draft, DraftModel, PromptLookup
 from litmini.methods.lora import LoRALinear
 from litmini.models import llama
@@ -133,9 +133,13 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
 
 def support(**options) -> set[int]:
     """The tokens that can turn up in samples from PROBABILITIES."""
-    shares, index = probabilities(PROBABILITIES.log(), SamplingConfig(**{"temperature": 1.0, **options}))
-    assert shares.sum() == pytest.approx(1) and (shares > 0).all()
-    return set(index.tolist())
+    sampling = SamplingConfig(**{"temperature": 1.0, **options})
+    (shares,), (index,) = probabilities(PROBABILITIES.log()[None], sampling)
+    assert shares.sum() == pytest.approx(1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Sampler([sampling] * 999, [[]] * 999, [generator] * 999).choose(PROBABILITIES.log().expand(999, -1))
+    assert set(drawn.tolist()) == set(index[shares > 0].tolist())
+    return set(index[shares > 0].tolist())
 
 
 def test_support_of_samples():
@@ -164,15 +168,16 @@ def test_probabilities_are_those_of_transformers(options):
     theirs = logits[None]
     for warper in warpers:
         theirs = warper(None, theirs)
-    shares, index = probabilities(logits, SamplingConfig(temperature=temperature, **options))
+    (shares,), (index,) = probabilities(logits[None], SamplingConfig(temperature=temperature, **options))
     assert_close(torch.zeros(60).index_copy(0, index, shares), theirs.softmax(-1)[0])
-    assert len(index) < 60 or not options
+    assert (shares > 0).sum() < 60 or not options
 
 
 def test_repetition_penalty_is_that_of_transformers():
     logits, tokens = torch.randn(50), [3, 7, 3, 11]
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([tokens]), logits[None].clone())[0]
-    assert torch.equal(penalize(logits, tokens, 1.3), theirs)
+    seen = torch.zeros(1, 50, dtype=torch.bool).index_fill(1, torch.tensor(tokens), True)
+    assert torch.equal(penalize(logits[None], seen, torch.tensor([[1.3]]))[0], theirs)
     model = random_model("llama")
     (plain,) = generate_batch(model, PROMPTS[:1], 40, [])
     (penalized,) = generate_batch(model, PROMPTS[:1], 40, [], repetition_penalty=1e6)
@@ -183,17 +188,19 @@ def test_frequencies_follow_the_temperature():
     generator = torch.Generator().manual_seed(2)
     for temperature in (0.5, 2.0):
         sampling = SamplingConfig(temperature=temperature)
-        chosen = torch.tensor([choose(PROBABILITIES.log(), sampling, [], generator) for _ in range(4_000)])
+        sampler = Sampler([sampling] * 4_000, [[]] * 4_000, [generator] * 4_000)
+        chosen = sampler.choose(PROBABILITIES.log().expand(4_000, -1))
         expected = PROBABILITIES ** (1 / temperature)
         frequencies = torch.bincount(chosen, minlength=5) / len(chosen)
         torch.testing.assert_close(frequencies, expected / expected.sum(), rtol=0, atol=0.03)
 
 
 def test_of_equally_likely_tokens_top_k_keeps_no_more_than_k():
-    equal = torch.zeros(6)
-    assert len(probabilities(equal, SamplingConfig(temperature=1.0, top_k=3))[1]) == 3
-    many = torch.randint(0, 4, (5_000,)).float()  # as bf16 logits are
-    assert choose(many, SamplingConfig(temperature=1.0, top_k=1), [], None) == many.argmax()
+    equal = torch.zeros(1, 6)
+    assert probabilities(equal, SamplingConfig(temperature=1.0, top_k=3))[1].shape == (1, 3)
+    many = torch.randint(0, 4, (1, 5_000)).float()  # as bf16 logits are
+    sampler = Sampler([SamplingConfig(temperature=1.0, top_k=1)], [[]], [None])
+    assert sampler.choose(many) == many.argmax()
 
 
 def test_top_k_of_one_is_greedy():
@@ -347,7 +354,7 @@ def test_a_stream_comes_while_it_is_made(tokenizer):
     ids = tokenizer.encode("one two three", special=False)
     model, calls = saying(tokenizer, "Hi", ids), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    next(stream(model, tokenizer, "Hi", SamplingConfig(max_new_tokens=len(ids))))
+    next(stream(model, tokenizer, "Hi", max_new_tokens=len(ids)))
     assert len(calls) == 2  # prefill and one token
 
 
@@ -355,7 +362,7 @@ def test_a_stream_stops_at_the_same_tokens_and_ignores_them_on_request(tokenizer
     ids, stop = tokenizer.encode("yes", special=False), tokenizer.stop_ids[0]
     model = saying(tokenizer, "Hi", [*ids, stop, *ids])
     assert "".join(stream(model, tokenizer, "Hi")) == "yes"
-    pieces = stream(model, tokenizer, "Hi", SamplingConfig(max_new_tokens=2 * len(ids) + 1, ignore_eos=True))
+    pieces = stream(model, tokenizer, "Hi", max_new_tokens=2 * len(ids) + 1, ignore_eos=True)
     assert "".join(pieces) == "yesyes"  # special tokens are not shown
 
 

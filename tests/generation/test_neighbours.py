@@ -84,7 +84,7 @@ def test_a_request_beside_others_is_completed_as_alone(model):
         batch = Batch(model)
         batch.add([request])
         finish(batch)
-    assert len({tuple(r.ids[:3]) for r in alone.values()}) > 8
+    assert len({tuple(r.ids[:3]) for r in alone.values()}) >= 8
     assert "length" in {r.finish for r in alone.values()}
 
     together = requests()

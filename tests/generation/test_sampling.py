@@ -13,8 +13,14 @@ from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.generate import generate
 from litmini.generation.prompts import Prompt, complete_lines
-from litmini.generation.sampling import choose
+from litmini.generation.sampling import Sampler
 from litmini.models import llama
+
+
+def choose(logits: torch.Tensor, sampling: SamplingConfig, tokens: list[int], generator: torch.Generator | None) -> int:
+    """Return the token that one sequence gets from logits (vocab,)."""
+    return int(Sampler([sampling], [tokens], [generator]).choose(logits[None]))
+
 
 CASES = len(seeds(300))
 TINY = [5e-324, 1e-300, 1e-46, 1e-40, 1e-38, 1e-20, 1e-7]

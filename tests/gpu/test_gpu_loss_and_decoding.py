@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from gpu_parts import device_of_tests, tiny
+from gpu_parts import counted_syncs, device_of_tests, needs_gpu, tiny
 from numerics import assert_as_accurate
 from torch import nn
 
 from litmini.config.generate import SamplingConfig
+from litmini.generation import decoding
+from litmini.generation.batch import Batch
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
 from litmini.ops.cross_entropy import Targets, ZLossHead, linear_cross_entropy
@@ -59,3 +61,27 @@ def test_greedy_decoding_takes_the_largest_logits(name, lengths, device):
             logits = exact(torch.tensor([prompt + request.ids]))[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(request.ids)[:, None])[:, 0]
         assert float((logits.amax(1) - chosen).max()) < 0.1 * float(logits.std())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral"])
+def test_a_graph_decodes_what_its_kernels_do(name, device, monkeypatch):
+    """The same tokens with CUDA graphs and without, sampled and greedy; the host waits once for eight of them."""
+    needs_gpu("a CUDA graph")
+    settings = [{}, {"temperature": 1.2, "seed": 1, "top_p": 0.9}, {"repetition_penalty": 1.3}]
+
+    def decode() -> tuple[list[list[int]], list[str]]:
+        model = tiny(name, torch.bfloat16, device).eval()
+        requests = [Request([5, 6, 7 + i], SamplingConfig(max_new_tokens=33, **s), []) for i, s in enumerate(settings)]
+        batch = Batch(model)
+        batch.add(requests)
+        batch.step()
+        with counted_syncs(device) as syncs:
+            batch.step()
+        while batch.requests:
+            batch.step()
+        return [request.ids for request in requests], syncs
+
+    captured, syncs = decode()
+    assert len(syncs) == 1, syncs
+    monkeypatch.setattr(decoding, "capture", lambda function: function)
+    assert decode()[0] == captured

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import random
 import runpy
 import shutil
 import struct
@@ -26,6 +27,7 @@ from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.importers.convert import convert
 from litmini.importers.pickles import Pickle
+from litmini.importers.vocabulary import read_sentencepiece
 from litmini.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_to_litmini.py"
@@ -319,9 +321,16 @@ def test_sentencepiece_model(source: Path, tmp_path: Path, monkeypatch: pytest.M
 
     tokens, types = sentencepiece_vocabulary(prefix)
     tokens[: len(SENTENCEPIECE)] = [token.replace(" ", "\u2581") for token in SENTENCEPIECE]
-    model = ModelProto(normalizer_spec={"name": "identity", "add_dummy_prefix": prefix}, trainer_spec={"model_type": 2})
+    rule = {"name": "identity", "add_dummy_prefix": prefix, "remove_extra_whitespaces": False}
+    model = ModelProto(normalizer_spec=rule, trainer_spec={"model_type": 2, "byte_fallback": True})
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         model.pieces.add(piece=token, score=-i, type=kind)
+    if prefix:  # what follows a symbol that users defined gets no space in SentencePiece, but does in tokenizers
+        (tmp_path / "symbols.model").write_bytes(model.SerializeToString())
+        with pytest.raises(UserError, match="cannot be converted exactly: 'a.tb.nc"):
+            read_sentencepiece(tmp_path / "symbols.model", {})
+        for piece in model.pieces:
+            piece.type = 1 if piece.type == 4 else piece.type
     message = model.SerializeToString()
     for file in source.iterdir():
         file.unlink()
@@ -339,6 +348,38 @@ def test_sentencepiece_model(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "but no BPE" in refused(source, tmp_path / "bad")
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     assert 'needs sentencepiece and protobuf: pip install -e ".[convert]"' in refused(source, tmp_path / "bad")
+
+
+@pytest.mark.parametrize("rule", ["identity", "nfkc", "nmt_nfkc", "nmt_nfkc_cf"])
+@pytest.mark.parametrize("extra", [True, False])
+def test_the_normalization_of_a_sentencepiece_model(tmp_path: Path, rule: str, extra: bool) -> None:
+    """White space and characters as SentencePiece has them, on hard texts, or refused."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "c.txt").write_text("\n".join(["the fox jumps over the dog", "hello world", "stra\u00dfe"] * 40))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "c.txt"), model_prefix=str(tmp_path / "m"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, hard_vocab_limit=False,
+        normalization_rule_name=rule, remove_extra_whitespaces=extra,
+    )  # fmt: skip
+    if rule == "nmt_nfkc_cf":
+        with pytest.raises(
+            UserError, match="cannot be converted exactly: .* Its rule for normalization is nmt_nfkc_cf"
+        ):
+            read_sentencepiece(tmp_path / "m.model", {})
+        return
+    ours = read_sentencepiece(tmp_path / "m.model", {})
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    letters = [
+        "e\u0301",
+        "A\u030a",
+        "s\u0323\u0307",
+        "\u1112\u1161",
+        *" \u00a0\u3000\t\n\r\u200b\u00ad\ufb01\uff21\uff5e\u2460",
+    ]
+    letters += [*"\u00c5\u2581\U0001f642\x01x  "]
+    generator = random.Random(0)
+    for text in ("".join(generator.choices(letters, k=generator.randrange(12))) for _ in range(300)):
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
 
 
 @pytest.mark.parametrize(
@@ -368,12 +409,15 @@ def test_added_tokens_of_a_sentencepiece_model(source: Path, tmp_path: Path, set
     ours, theirs = Tokenizer(convert(source, tmp_path / "out")), tf.AutoTokenizer.from_pretrained(source)
     for text in ("hello <|a|>the fox<|b|>one", "<|b|> one", "the dog"):
         assert ours.encode(text) == theirs(text)["input_ids"], text
+    if added == "added_tokens.json":  # with gaps between ids
+        (source / "added_tokens.json").write_text(json.dumps({"<|a|>": 305, "<|b|>": 310}))
+        assert Tokenizer(convert(source, tmp_path / "gaps")).encode("<|b|><|a|>")[-2:] == [310, 305]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("added_tokens.json", {"<|a|>": 400}, "has id 400, but 320 follows"),
+        ("added_tokens.json", {"<|a|>": 7}, "has id 7, which is another token's"),
         ("added_tokens.json", {"<|a|>": "x"}, "added tokens are damaged"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"320": 5}}, "added tokens are damaged"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"special": True}}}, "added tokens are damaged"),

@@ -1,5 +1,6 @@
 """LoRA against PEFT, both ways, and every way in which an adapter can fail to fit."""
 
+import copy
 import json
 
 import peft
@@ -9,13 +10,15 @@ import transformers
 from numerics import assert_as_accurate, assert_close, in_fp64
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import litmini
 from litmini.checkpoints.hf import load_model, save_model
 from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
-from litmini.methods.adapters import add_adapters, linears, merge_adapters, restore_adapters
+from litmini.methods.adapters import add_adapters, keep_casts, linears, merge_adapters, restore_adapters
+from litmini.methods.dora import DoRALinear
 from litmini.methods.lora import LoRALinear
 from litmini.models import gpt2
 
@@ -275,7 +278,7 @@ def test_an_adapter_that_does_nothing(tiny_dir, saved):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"bias": "all"}, {"lora_bias": True}, {"use_qalora": True}, {"trainable_token_indices": [1]}]
+    "setting", [{"bias": "all"}, {"lora_bias": True}, {"use_qalora": True}, {"layer_replication": [[0, 1]]}]
 )
 def test_features_that_are_not_here_are_refused(tiny_dir, saved, setting):
     file = saved / "adapter_config.json"
@@ -295,3 +298,54 @@ def test_unknown_methods_are_refused(tiny_dir, saved):
 def test_no_adapter_directory(tiny_dir):
     with pytest.raises(UserError, match="no adapter_config.json"):
         load_adapter(tiny(tiny_dir), tiny_dir)
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of fp32 tensors of a shape into 16 bits."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_to_copy" in str(function) and args[0].dtype == torch.float32 and tuple(args[0].shape) in self.shapes:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("layer", [LoRALinear, DoRALinear])
+def test_factors_are_cast_once_for_each_step(layer, fused):
+    """Of micro-batches and recomputed blocks the first casts them; gradients stay the same to the bit.
+
+    A fused optimizer changes parameters without another version of theirs.
+    """
+    torch.manual_seed(0)
+    adapted = layer(nn.Linear(24, 40).bfloat16().requires_grad_(False), 3, 6.0)
+    nn.init.normal_(adapted.lora_B)
+    other = copy.deepcopy(adapted)
+    optimizers = {
+        part: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], 1e-3, fused=fused)
+        for part in (adapted, other)
+    }
+    keep_casts(nn.ModuleList([adapted]), optimizers[adapted])
+    batches = torch.randn(4, 8, 24).bfloat16()
+
+    def step(layer: nn.Module) -> list[torch.Tensor]:
+        for x in batches:
+            layer(x).float().square().sum().backward()
+        gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        optimizers[layer].step()
+        layer.zero_grad()
+        return gradients
+
+    for _ in range(3):
+        with Casts((3, 24), (40, 3)) as once:
+            found = step(adapted)
+        with Casts((3, 24), (40, 3)) as each:
+            expected = step(other)
+        assert each.count - once.count == 6  # of 4 micro-batches, A's and B's
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    with torch.inference_mode():
+        assert torch.equal(adapted(batches[0]), other(batches[0]))
+    assert all(map(torch.equal, adapted.parameters(), other.parameters()))

@@ -199,7 +199,8 @@ def test_merges_into_what_was_trained_or_the_original(tiny_dir, tmp_path, traine
     }
     export(tiny_dir, tmp_path / "merged", directory)
     assert_close(load_model(tmp_path / "merged", torch.float32)(TOKENS), expected)
-    difference, same = merge_error(tiny_dir, directory, tmp_path / "merged", "fp32")
+    found = merge_error(tiny_dir, directory, tmp_path / "merged", "fp32")
+    difference, same = found.difference, found.same
     assert difference <= ulps(scale=expected.log_softmax(-1)) and same == 1
     export(tiny_dir, tmp_path / "original", directory, base="original")
     plain, _ = litmini.load(tiny_dir, directory, dtype="fp32")
@@ -208,7 +209,7 @@ def test_merges_into_what_was_trained_or_the_original(tiny_dir, tmp_path, traine
     assert (found(TOKENS) - expected).abs().max() > 1e-2
     packed, _ = litmini.load(tiny_dir, directory, dtype="fp32", bits=4)
     assert torch.equal(packed(TOKENS), expected)
-    assert merge_error(tiny_dir, directory, tmp_path / "original", "fp32")[0] > difference
+    assert merge_error(tiny_dir, directory, tmp_path / "original", "fp32").difference > difference
 
 
 def test_loaded_as_it_was_quantised_for_training(tiny_dir, tmp_path):

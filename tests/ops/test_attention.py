@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import assert_gradients_close, ulps
+from numerics import assert_as_accurate, assert_gradients_close, ulps
 
 import litmini.ops.cpu_attention as cpu_attention
+import litmini.ops.prompt_attention as prompt_attention
 from litmini.models import llama
 from litmini.ops.attention import Mask, attend, make_mask
 from litmini.ops.cpu_attention import ALIGN, _Repack, _round_up, _Unpack, allowed_keys, pad_documents
@@ -310,3 +311,34 @@ def test_packed_loss_and_gradients_of_a_model_equal_those_of_documents_alone(win
     assert n_targets == count
     assert loss.item() == pytest.approx(total, rel=ulps())  # the loss itself is summed in fp32
     assert_gradients_close(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize(("T", "S"), [(2, 2), (128, 128), (129, 129), (300, 300), (5, 300), (300, 812)])
+def test_prompts_in_16_bits_are_as_accurate_as_the_fused_kernel(T, S):
+    """In blocks of queries, also after earlier parts of the prompt; fewer key heads, and a scale that bf16 does not hold."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 24) for heads, n in ((6, T), (2, S), (2, S)))
+    allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.bfloat16().double(), *(x.bfloat16().double() for x in (k, v)), attn_mask=allowed, enable_gqa=True
+    )
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+    found = prompt_attention.attend_prompt(q, k, v, 24**-0.5)
+    assert_as_accurate(found, fused, exact)
+
+
+def test_prompts_are_read_in_blocks(monkeypatch):
+    """In generation in 16 bits, where a query sees all keys before it; not with a window that is exceeded, nor in training."""
+    calls = []
+    plain = prompt_attention.attend_prompt
+    monkeypatch.setattr(prompt_attention, "attend_prompt", lambda q, *a: calls.append(q.shape[2]) or plain(q, *a))
+    for dtype, window, read in ((torch.bfloat16, None, [9, 3]), (torch.bfloat16, 10, [9]), (torch.float32, None, [])):
+        config = replace(llama.PRESETS["tiny"], window=window, n_layers=1)
+        model = llama.Model(config).to(dtype)
+        cache = KVCache(config, 1, 13, dtype)
+        with torch.inference_mode():
+            for part in torch.arange(13)[None].split([9, 3, 1], 1):
+                model(part, cache=cache)
+        assert calls == read, (dtype, window)
+        calls.clear()

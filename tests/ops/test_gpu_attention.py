@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
 from litmini.models import FAMILIES, family
-from litmini.ops import attention
+from litmini.ops import varlen
 from litmini.ops.attention import Documents, record_kernels
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
@@ -65,7 +65,7 @@ def loss_and_gradients(model: torch.nn.Module, data: dict) -> tuple[torch.Tensor
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in FLEX])
 def test_varlen_equals_the_cpu_path(name, monkeypatch):
     """Windows, GQA, documents of one token and padding; in fp32, which the operator of the tests computes, too."""
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     model, data = tiny(name, torch.float32), batch()
     real = data["documents"] > 0
     varlen_kernel.calls.clear()
@@ -84,9 +84,7 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
 
 def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     """torch 2.10's `varlen_attn` has no `enable_gqa`; without windows, it is not used."""
-    from torch.nn.attention import varlen
-
-    plain, heads = varlen.varlen_attn, []
+    plain, heads = torch.nn.attention.varlen.varlen_attn, []
 
     def older(q, k, v, *bounds, scale=None, window_size=(-1, -1)):
         heads.append((q.shape[1], k.shape[1], v.shape[1]))
@@ -95,18 +93,18 @@ def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     def oldest(q, k, v, *bounds, is_causal=False):
         raise AssertionError("it has no windows")
 
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     model, data = tiny("llama", torch.float32), {**batch(), "labels": None}
     real = data["documents"] > 0
     for function, kernel in ((older, "varlen"), (oldest, "sdpa")):
-        monkeypatch.setattr(varlen, "varlen_attn", function)
-        attention._varlen_parameters.cache_clear()
-        attention._has_flash.cache_clear()
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
+        varlen.parameters.cache_clear()
+        varlen.has_flash.cache_clear()
         with torch.no_grad(), record_kernels() as kernels:
             assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
         assert kernels == {kernel, "documents"}
-    attention._varlen_parameters.cache_clear()
-    attention._has_flash.cache_clear()
+    varlen.parameters.cache_clear()
+    varlen.has_flash.cache_clear()
     assert heads == [(4, 4, 4)] * model.config.n_layers
 
 
@@ -210,3 +208,22 @@ def test_attention_dropout_needs_a_dense_mask():
 def test_a_kernel_that_cannot_is_refused(kernel, name, dtype, found):
     with pytest.raises(UserError, match=f"--attention {kernel} cannot .*{found}.*use --attention auto"):
         tiny(name, dtype)(**with_kernel({**batch(), "labels": None}, kernel))
+
+
+def test_newer_flash_attention_is_used_where_it_is_installed(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn_interface.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    capability, activated = {"device": (9, 0)}, []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["device"])
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    assert varlen.activate_newer(torch.device("cuda", 0)) == "FA3" == activated.pop()
+    for number, capability["device"] in ((1, (8, 0)), (2, (10, 0))):  # of an older GPU, and 4 is not installed
+        assert varlen.activate_newer(torch.device("cuda", number)) is None and not activated
+
+    def refuse(name):
+        raise RuntimeError("does not expose FA3 kernels")
+
+    capability["device"] = (9, 0)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", refuse)
+    with pytest.warns(UserWarning, match="FA3 is installed, but cannot be used: does not expose"):
+        assert varlen.activate_newer(torch.device("cuda", 3)) is None

@@ -73,7 +73,7 @@ def test_a_file_of_a_thousand_prompts_with_broken_lines(base, loaded, tmp_path):
     questions.write_bytes(content)
     options = ["--max_new_tokens=3", "--batch_size=250", "--chat_template=none"]
     error = run("generate.py", *base, "--prompts", questions, "--out", answers, *options, status=1)
-    wrong = [int(n) for n in re.findall(r"line (\d+): ", error)]
+    wrong = [int(n) for n in re.findall(r"questions\.jsonl:(\d+): ", error)]
     assert wrong == [14, 201, 202, 501, 502, 503, 601, 1000]
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [a["line"] for a in found] == list(range(1, 1001))
@@ -229,6 +229,15 @@ def test_a_conversation(base, loaded, tmp_path, monkeypatch, capsys):
     words = [*base, "--history", tmp_path / "talk.jsonl"]
     chat([f"/save {tmp_path}/again.jsonl"], *words, monkeypatch=monkeypatch, capsys=capsys)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "talk.jsonl").read_text()
+
+
+def test_chat_says_which_model_it_is_and_what_it_understands(base, tiny_dir, monkeypatch, capsys):
+    """Without a terminal, no colors."""
+    printed, told = chat(["/help", "/quit"], *base, monkeypatch=monkeypatch, capsys=capsys)
+    assert told.startswith(f"{tiny_dir.name}: /help lists the commands") and "\033" not in printed + told
+    for command in ("/help ", "/reset ", "/save FILE ", "/quit "):
+        assert f"\n{command}" in told
+    assert printed.count("> ") == 2
 
 
 def test_chat_reports_mistakes_and_continues(base, tmp_path, monkeypatch, capsys):

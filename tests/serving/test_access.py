@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import logging
+import re
 import socket
 
 import pytest
@@ -134,7 +135,9 @@ def test_bad_bodies_are_400_and_not_in_the_log(base, body, capfd):
         status, answer = post(address, body)
         assert status == 400 and len(answer["error"]["message"]) > 10
         assert post(address, ASKED)[0] == 200
-    assert capfd.readouterr().err == ""
+    refused, answered = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"[\d :-]{19} 127\.0\.0\.1 POST /v1/chat/completions 400 invalid_request_error", refused)
+    assert " 200 tiny, " in answered
 
 
 def test_lines_of_the_log_are_bounded(capsys):

@@ -66,7 +66,7 @@ def test_extreme_settings_and_a_broken_adapter_beside_others(server, base, capfd
             assert status == 200 and answer["choices"][0]["text"] == expected
         wait_until_idle(server)
         assert not server.engine.batch.requests
-    errors = capfd.readouterr().err.splitlines()
+    errors = [line for line in capfd.readouterr().err.splitlines() if " POST /v1/" not in line]
     assert len(errors) == 2 and all("not finite" in line and len(line) < 300 for line in errors)
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -90,13 +91,18 @@ def server(tiny_dir):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             port = int(re.search(r"127\.0\.0\.1:(\d+)/v1", process.stderr.readline())[1])
+            logged: list[str] = []  # somebody reads the log, as a terminal or a service manager does
+            reader = threading.Thread(target=lambda: logged.extend(process.stderr))
+            reader.start()
             running = Running(process, ("127.0.0.1", port))
             with ThreadPoolExecutor(16) as pool:  # what is made once only: threads, buffers
                 list(pool.map(lambda _: running.ask(), range(32)))
             yield running
         finally:
             process.send_signal(signal.SIGTERM)
-            errors = process.stderr.read()
+            reader.join(20)
+    errors = "".join(logged)
+    assert errors.count(" POST /v1/completions 200 tiny") > 32
     assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in errors, errors
 
 

@@ -29,7 +29,7 @@ from litmini.distributed import fabric as fabric_module
 from litmini.distributed.fabric import weight_dtype
 from litmini.evaluation.metrics import exact_match, predict
 from litmini.files import file_hash
-from litmini.ops import attention
+from litmini.ops import varlen
 from litmini.runs import manifest as manifest_module
 from litmini.runs.loggers import make_loggers
 from litmini.runs.manifest import git_state, weights_hash
@@ -103,7 +103,7 @@ def test_the_attention_kernel_is_printed_used_and_recorded(run, tmp_path, monkey
     status, out, _ = run("finetune_lora", "cpu", *words)
     assert status == 0 and "attention: documents\n" in out
     monkeypatch.setattr(fabric_module, "make_fabric", make_fabric)
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     varlen_kernel.calls.clear()
     status, out, _ = run("finetune_lora", "run", *words)
     assert status == 0 and "attention: varlen\n" in out

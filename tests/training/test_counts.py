@@ -114,6 +114,24 @@ def test_less_is_kept_for_backward_in_each_method(method):
     assert ours("llama", method, 4) < theirs("llama", method.replace("qlora", "lora"), 4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_gated_activations_are_not_kept_beside_their_factors(name):
+    """An adapter over `down_proj` needs them for its gradient, and computes them again."""
+    model = build(name, "lora")
+    wide, batch = set(), packed(model, 4)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and tensor.shape[-1] == model.config.ffn_dim and tensor.numel() >= 128:
+            wide.add((tensor.untyped_storage().data_ptr(), tensor.shape[-2]))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = model(**batch)
+    assert loss.requires_grad
+    tokens = batch["tokens"].numel()
+    assert len({address for address, rows in wide if rows == tokens}) == 2 * model.config.n_layers
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_activation_memory_is_linear_in_tokens(name):
     few, many, most = (ours(name, "lora", documents) for documents in (4, 8, 16))

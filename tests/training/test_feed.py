@@ -11,7 +11,7 @@ from training_parts import make_setup
 
 from litmini.config.training import OptimConfig
 from litmini.models import llama
-from litmini.ops import attention
+from litmini.ops import varlen
 from litmini.ops.attention import Documents
 from litmini.ops.cross_entropy import IGNORE, Targets
 from litmini.training.loop import evaluate, fit
@@ -98,7 +98,7 @@ def losses(kernel: str | None) -> tuple[list[float], float]:
 
 
 def test_training_and_validation_through_varlen_equal_the_cpu_path(monkeypatch):
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     varlen_kernel.calls.clear()
     found, validation = losses("varlen")
     assert len(varlen_kernel.calls) == 2 * (2 * 3 + 1)  # layers x (micro-batches x steps + validation)
@@ -114,7 +114,7 @@ def test_a_step_waits_for_the_device_once(monkeypatch):
     """What is on the device is read in one place: loss, gradient norm and the losses of micro-batches, after the step."""
     import litmini.training.loop as loop
 
-    monkeypatch.setattr(attention, "VARLEN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     model = llama.Model(llama.PRESETS["tiny"])
     fabric = Fabric(accelerator="cpu", devices=1)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig(name="sgd")))

@@ -10,11 +10,14 @@ import pytest
 import torch
 import varlen_kernel
 
+from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import gemma2, llama, mixtral
+from litmini.system import mapped_files
+from litmini.tasks.dry_run import resident_weights
 from litmini.training.gpus import (
     CUDA_CONTEXT,
     GIB,
@@ -29,7 +32,7 @@ from litmini.training.gpus import (
     tokens_per_day,
 )
 from litmini.training.low_memory import checkpoint_activations
-from litmini.training.memory import Memory, _Ledger, as_on_gpu, estimate, full_rows, optimizer_bytes
+from litmini.training.memory import Memory, _Ledger, as_on_gpu, estimate, full_rows, nbytes, optimizer_bytes
 from litmini.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +283,21 @@ def test_the_estimate_script(capfd, monkeypatch, tiny_dir):
         and "within a node" in out
         and "between nodes" in out
         and f"{6 * 16 * 2 * 128:,} parameters are trained" in out
+    )
+
+
+def test_mapped_weights_count_as_they_are_read(tiny_dir):
+    """A checkpoint in the dtype of training is mapped, and not in memory before it is read."""
+    model = load_model(tiny_dir, torch.float32)
+    whole = sum(map(nbytes, model.parameters()))
+    mapped = sum(end - first for first, end, _ in mapped_files(".safetensors"))
+    assert mapped >= whole > 0
+    for parameter in model.parameters():
+        float(parameter.detach().sum())
+    assert whole <= resident_weights(model) <= mapped
+    copied = model.bfloat16()
+    assert resident_weights(copied) == sum(map(nbytes, copied.parameters())) + sum(
+        size for _, _, size in mapped_files(".safetensors")
     )
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from litmini.data.pretrain.text import Piece, Source, read_pieces
 from litmini.data.pretrain.tokenize import SPLITS, Encoder, TokenizerSpec, encode_all, tokenizer_hash
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 from litmini.files import file_hash, read_json, write_json
 from litmini.system import lock
 
@@ -222,7 +222,7 @@ def _resume(directory: Path, made_from: dict[str, Any], splits: list[Shards], sa
         )
     for shards, saved in zip(splits, saved_splits, strict=True):
         shards.restore(saved)
-    say(f"resuming in {directory} after {counts.documents:,} documents")
+    say(f"resuming in {directory} after {counted(counts.documents, 'document')}")
     return counts
 
 

@@ -1,0 +1,164 @@
+"""Decoding as on a GPU, with stand-ins: static caches, several tokens before the host looks, graphs of one step."""
+
+import contextlib
+
+import cuda_graph
+import pytest
+import torch
+import varlen_kernel
+from cuda_graph import NoWaits
+from test_neighbours import SETTINGS, VARIANTS, finish, lively, requests, same, step
+from torch import nn
+
+from litmini.config.generate import SamplingConfig
+from litmini.generation import decoding
+from litmini.generation.batch import Batch
+from litmini.generation.multi_adapter import MultiLoRA
+from litmini.generation.request import Request
+from litmini.generation.speculative import PromptLookup
+from litmini.models import FAMILIES, family, llama
+from litmini.ops import varlen
+from litmini.ops.attention import record_kernels
+from litmini.ops.kv_cache import KVCache
+
+HOST_TENSORS = {"phi3-longrope", "phi3-longrope-window"}
+"""Models whose forward pass makes tensors on the host."""
+FLEX = {"mpt", "gemma2"}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Let batches take the path of GPUs, with FlashAttention in fp32."""
+    for module in ("batch", "decoding"):
+        monkeypatch.setattr(f"litmini.generation.{module}.is_gpu", lambda device: True)
+    monkeypatch.setattr(decoding, "capture", cuda_graph.capture)
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    cuda_graph.graphs.clear()
+
+
+@pytest.fixture(params=[*dict.fromkeys(FAMILIES.values()), *VARIANTS])
+def model(request) -> nn.Module:
+    names = {module: name for name, module in reversed(FAMILIES.items())}
+    return lively(VARIANTS.get(request.param) or family(names[request.param]).PRESETS["tiny"])
+
+
+def test_requests_are_completed_as_on_a_cpu(model, monkeypatch, request):
+    expected = requests()
+    for one in expected.values():
+        batch = Batch(model)
+        batch.add([one])
+        finish(batch)
+    request.getfixturevalue("on_gpu")
+    name = request.node.callspec.params["model"]
+    together, coming = requests(), requests()
+    refused = pytest.warns(UserWarning, match="without a CUDA graph")
+    with refused if name in HOST_TENSORS else contextlib.nullcontext(), record_kernels() as kernels:
+        batch = Batch(model)
+        batch.add([one for key, one in together.items() if key not in ("logprobs", "limit")])
+        finish(batch)
+        batch = Batch(model)
+        for one in coming.values():  # one after each step, while others leave
+            batch.add([one])
+            step(batch, 1)
+        finish(batch)
+    together |= {key: coming[key] for key in ("logprobs", "limit")}
+    different = [
+        key for key in SETTINGS if not same(together[key], expected[key]) or not same(coming[key], expected[key])
+    ]
+    assert not different
+    assert "varlen" in kernels or name.rpartition(".")[2] in FLEX or model.config.window
+    assert bool(cuda_graph.graphs) == (name not in HOST_TENSORS)
+    assert max((graph.replays for graph in cuda_graph.graphs), default=8) >= 8
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_host_waits_once_for_several_tokens(on_gpu, monkeypatch, windowed):
+    """Penalties, temperatures and all else are computed without it; what is read at the end is the only wait."""
+    model, reads = lively(VARIANTS["mistral-window"] if windowed else llama.PRESETS["tiny"]), []
+    batch = Batch(model)
+    batch.add([Request([5, 6, 7, 8 + i], SamplingConfig(max_new_tokens=40, **SETTINGS[n]), []) for i, n in enumerate(
+        ("greedy", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "everything"))])  # fmt: skip
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or plain(tensor))
+    for tokens in (8, 16, 24):
+        with NoWaits() if tokens > 8 else contextlib.nullcontext():  # the first step makes the state on the device
+            batch.step()
+        assert {len(r.ids) for r in batch.requests} == {tokens}
+    assert [shape for shape in reads if shape[0] == 7 and len(shape) > 1] == [(7, 8)] * 3
+    assert len(cuda_graph.graphs) == 1 and cuda_graph.graphs[0].replays == 24
+
+
+def test_only_rows_that_are_not_finite_fail(on_gpu):
+    model, poison = lively(llama.PRESETS["tiny"]), 509
+    model.model["embed_tokens"].register_forward_hook(
+        lambda _, args, y: y.masked_fill((args[0] == poison)[..., None], torch.nan)
+    )
+    good, bad = (Request([3, 4, token], SamplingConfig(max_new_tokens=30), []) for token in (5, poison))
+    batch = Batch(model)
+    batch.add([good, bad])
+    finish(batch)
+    assert "not finite" in str(bad.error) and bad.ids == [] and len(good.ids) == 30
+    alone = Request([3, 4, 5], SamplingConfig(max_new_tokens=30), [])
+    batch.add([alone])
+    finish(batch)
+    assert alone.ids == good.ids
+
+
+def test_a_draft_and_adapters_take_no_graph(on_gpu, monkeypatch):
+    model = lively(llama.PRESETS["tiny"])
+    plain, drafted, adapted = (Request([3, 4, 5, 3, 4], SamplingConfig(max_new_tokens=30), []) for _ in range(3))
+    for request, options in (
+        (plain, {}),
+        (drafted, {"draft": PromptLookup(3)}),
+        (adapted, {"multi_lora": MultiLoRA(model)}),
+    ):
+        graphs = len(cuda_graph.graphs)
+        batch = Batch(model, **options)
+        batch.add([request])
+        finish(batch)
+        assert len(cuda_graph.graphs) == graphs + (request is plain)
+    assert plain.ids == drafted.ids == adapted.ids
+
+
+def test_a_model_that_cannot_be_captured_decodes_without_a_graph(on_gpu, monkeypatch):
+    model = lively(llama.PRESETS["tiny"])
+    expected = Request([3, 4, 5], SamplingConfig(max_new_tokens=20), [])
+    batch = Batch(model)
+    batch.add([expected])
+    finish(batch)
+    plain = model.forward
+
+    def waits(*args, **kwargs):
+        assert args[0].max().item() < 512
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", waits)
+    found = Request([3, 4, 5], SamplingConfig(max_new_tokens=20), [])
+    batch.add([found])
+    with pytest.warns(UserWarning, match="without a CUDA graph, which this model does not allow: .* item"):
+        finish(batch)
+    assert found.ids == expected.ids
+
+
+def test_a_static_cache_of_known_positions_says_when_it_is_full():
+    config = llama.PRESETS["tiny"]
+    model = lively(config)
+    cache = KVCache(config, 1, 6, torch.float32, static=True)
+    with torch.inference_mode():
+        model(torch.ones(1, 4, dtype=torch.int64), cache=cache)
+        with pytest.raises(ValueError, match="the cache holds 6 tokens, 7 are needed"):
+            model(torch.ones(1, 3, dtype=torch.int64), cache=cache)
+
+
+@pytest.mark.parametrize("name", ["falcon", "qwen3", "gemma"])
+def test_prompts_of_unequal_length_are_read_by_flash_attention(on_gpu, name):
+    """No mask is made, and the keys of each sequence are read where they lie in the cache."""
+    model = lively(family(name).PRESETS["tiny"])
+    batch = Batch(model, chunk=8)
+    varlen_kernel.calls.clear()
+    with record_kernels() as kernels:
+        batch.add([Request(list(range(3, 3 + n)), SamplingConfig(max_new_tokens=2), []) for n in (20, 3, 11)])
+        finish(batch)
+    assert kernels == {"varlen"}
+    # parts of 8, 8 and 3 tokens; sequences that have not begun are padding; then two tokens one by one
+    assert [call["documents"] for call in varlen_kernel.calls[:: model.config.n_layers]] == [3, 4, 4, 3, 3]
