@@ -153,7 +153,7 @@ def against_transformers(
         if adapter_dir:
             from peft import PeftModel
 
-            if ours.shape[-1] != theirs.config.get_text_config().vocab_size:  # the adapter has new tokens
+            if not scored and ours.shape[-1] != theirs.config.get_text_config().vocab_size:  # it has new tokens
                 theirs.resize_token_embeddings(ours.shape[-1], mean_resizing=False)
             theirs = PeftModel.from_pretrained(theirs, adapter_dir)
         theirs = theirs.to(tokens.device).eval()

@@ -40,8 +40,6 @@ class Batch:
     ) -> None:
         config: Any = model.config
         self.model, self.config, self.draft, self.chunk, self.multi_lora = model, config, draft, chunk, multi_lora
-        if isinstance(getattr(model, "score", None), nn.Module):
-            raise UserError("this model is a classifier or a reward model: it gives scores, so it generates nothing.")
         self.requests: list[Request] = []
         self.cache: KVCache | None = None
         parameter = next(model.parameters())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from litmini.checkpoints.load import load
-from litmini.checkpoints.scores import refuse_scores
+from litmini.checkpoints.scores import gives_scores, refuse_scores
 from litmini.config.generate import ModelConfig, SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.batch import Batch
@@ -141,6 +141,7 @@ def stream(
         seed=seed,
         ignore_eos=ignore_eos,
     )
+    _check_generates(model)
     yield from stream_text(
         model, Request(tokenizer.encode_prompt(prompt_or_messages, tools), sampling, tokenizer.stop_ids, tokenizer)
     )
@@ -188,6 +189,7 @@ def generate(
     Raises:
         UserError: a setting is out of range, or a prompt is empty or fills the model's context.
     """
+    _check_generates(model)
     given: Any = prompt_or_messages
     several = isinstance(given, list) and not (given and isinstance(given[0], dict))
     prompts = list(given) if several else [given]
@@ -210,6 +212,12 @@ def generate(
         finish_all(model, requests[start : start + max(1, batch_size)])
     found: list[Any] = [request.ids if return_tokens else request.text for request in requests]
     return found if several else found[0]
+
+
+def _check_generates(model: nn.Module) -> None:
+    """Raise a `UserError` for a model that gives scores."""
+    if gives_scores(model):
+        raise UserError("this model is a classifier or a reward model: it gives scores, so it generates nothing.")
 
 
 def _texts(stop: Sequence[str]) -> list[str]:

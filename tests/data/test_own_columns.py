@@ -12,7 +12,7 @@ from litmini.builtin_templates import BUILTIN
 from litmini.config.finetune import DataConfig
 from litmini.data.dataset import load_data
 from litmini.data.formats import pick_examples, read_examples
-from litmini.data.labelled import read_texts
+from litmini.data.labels import read_texts
 from litmini.errors import UserError
 from litmini.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ def test_columns_with_other_names(tmp_path: Path, tokenizer_dir: Path) -> None:
     ):
         read_examples(file, True, {"prompt": "question", "completion": "answer"})
     (labelled,) = read_texts(write(tmp_path, {"review": "good", "stars": 5}), {"text": "review", "label": "stars"})
-    assert (labelled.text, labelled.label) == ("good", "5")
+    assert (labelled.text, labelled.names) == ("good", ("5",))
 
 
 def test_the_last_turn_only(tmp_path: Path, tokenizer_dir: Path) -> None:

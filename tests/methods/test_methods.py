@@ -409,7 +409,8 @@ def test_a_new_method_is_one_class(tokenizer_dir, tmp_path, monkeypatch):
 def test_no_room_asks_which_method_a_layer_is(room):
     methods = {cls.__name__ for cls in (*registry.METHODS, PiSSALinear)}
     for file in (ROOT / "litmini" / room).rglob("*.py"):
-        assert not methods & set(re.findall(r"\w+", file.read_text())), file
+        if file.name != "from_python.py":  # which takes a method by name, as a script does
+            assert not methods & set(re.findall(r"\w+", file.read_text())), file
 
 
 def test_optimizer_and_gradient_memory_is_of_what_is_trained_only(tiny_dir):

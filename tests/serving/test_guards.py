@@ -70,9 +70,9 @@ def test_extreme_settings_and_a_broken_adapter_beside_others(server, base, capfd
     assert len(errors) == 2 and all("not finite" in line and len(line) < 300 for line in errors)
 
 
-@pytest.mark.parametrize("where", ["choose", "news", "end"])
+@pytest.mark.parametrize("where", ["push", "news", "end"])
 def test_an_error_in_the_work_of_one_request(base, where, capfd):
-    """Whatever it is: in sampling, in its text, or in telling its client."""
+    """Whatever it is: in its next token, in its text, or in telling its client."""
     model, tokenizer = base
     engine, ended = Engine(model, None, 4, 10), threading.Event()
 

@@ -50,9 +50,9 @@ def test_the_bar_fits_into_80_columns_and_has_the_validation_loss(capsys):
         display = Display(FABRIC, 10_000, 5_000)
         progress.advance(1, 1, 1.0)
         progress.remember(0.4123)
-        display.show(METRICS | {"val_loss": 0.4123}, progress)
+        display.show(METRICS | {"val_loss": 0.4123}, progress, {})
         progress.advance(1, 1, 1.0)
-        display.show(METRICS, progress)
+        display.show(METRICS, progress, {})
         display.bar.refresh()
         display.bar.close()
         lines = shown()
@@ -67,7 +67,7 @@ def test_without_a_terminal_there_are_lines(capsys):
         progress.advance(1, 1, 1.0)
         if step in (2, 4):
             progress.remember(0.5 if step == 2 else 0.6)
-        display.show(METRICS | ({"val_loss": 0.5 + 0.1 * (step == 4)} if step in (2, 4) else {}), progress)
+        display.show(METRICS | ({"val_loss": 0.5 + 0.1 * (step == 4)} if step in (2, 4) else {}), progress, {})
     out = capsys.readouterr().out
     assert out.count("loss 0.533, lr 2.0e-04, norm 0.79, 123,456 tok/s, MFU 40%, 9,999 MiB, ") == 20
     assert "step 2 of 40: validation loss 0.5000, the lowest so far" in out
@@ -86,5 +86,5 @@ def test_one_process_speaks(capsys):
     say(other, "nothing")
     assert list(validating(other, [{}])) == [{}]
     display = Display(other, 1, 0)
-    display.show(METRICS | {"val_loss": 1.0}, Progress(step=1))
+    display.show(METRICS | {"val_loss": 1.0}, Progress(step=1), {})
     assert capsys.readouterr() == ("", "")

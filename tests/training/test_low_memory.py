@@ -109,7 +109,7 @@ def test_a_gradient_that_is_not_finite_is_not_used_in_backward(fabric):
 def test_steps_in_backward_refuse_accumulation_clipping_and_ranks():
     config = dict(checkpoint_dir="c", out_dir="o", data=DataConfig("d"), optim=OptimConfig(in_backward=True))
     with pytest.raises(UserError, match="global_batch_size above .*, optim.max_grad_norm .*, several devices"):
-        FinetuneFullConfig(**config, devices=2)
+        FinetuneFullConfig(**config, train=TrainConfig(global_batch_size=8, micro_batch_size=4), devices=2)
     one = TrainConfig(global_batch_size=4, micro_batch_size=4)
     FinetuneFullConfig(**{**config, "optim": OptimConfig(in_backward=True, max_grad_norm=None)}, train=one)
     with pytest.raises(UserError, match="stochastic_rounding goes with"):
