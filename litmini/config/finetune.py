@@ -206,8 +206,9 @@ class FinetuneAdapterConfig(FinetuneConfig):
 
     @property
     def tokenizer_dir(self) -> str:
-        own = self.continued is not None and os.path.isfile(os.path.join(self.continued, "tokenizer.json"))
-        return self.continued if own and self.continued is not None else self.base
+        adapter = self.adapter_dir if self.base == self.checkpoint_dir else None  # a merged base has it already
+        own = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer.json"))
+        return adapter if own and adapter is not None else self.base
 
 
 def describe_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> str:

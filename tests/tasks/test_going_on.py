@@ -1,6 +1,7 @@
 """Training on: from an adapter, merged or continued; a run that is finished, or has other settings."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -116,6 +117,10 @@ def test_an_adapter_with_new_tokens_is_trained_further(run, tmp_path):
     before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
     rows = [name for name in before if "token_adapter" in name]
     assert rows and not any(torch.equal(before[name], after[name]) for name in rows)
+    merged = ["--adapter_start", "merge"]
+    shown = [run("merged", *again, *more, "--show_masks", 1)[1].partition("parameters")[0] for more in ([], merged)]
+    tokens = [re.sub(r"[\d,]+ of [\d,]+ $", "", text) for text in shown]
+    assert tokens[0] == tokens[1] and "<|city|>" in tokens[0]
     status, _, error = run("third", *again, "--data.new_tokens", '["<|other|>"]')
     assert status == 2 and "data.new_tokens needs a new adapter" in error
 
