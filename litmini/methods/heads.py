@@ -122,11 +122,12 @@ def use_scores(model: nn.Module, n_outputs: int, generator: torch.Generator | No
 
     Its weight, `score.weight` in files, is in fp32 and starts normal with std 0.02. The old head is dropped; an embedding that
     it was tied to stays. With adapters, which freeze all else, call this before they are added and name score in
-    `lora.modules_to_save`: it is trained if it is added after them, too, but not saved with them.
+    `lora.modules_to_save`: it is trained if it is added after them, too, but not saved with them. A model that gives as many
+    scores already keeps them.
     """
     config: Any = model.config
     if isinstance(model.get_submodule(head_name(model)), ScoreHead) and len(model.score.weight) == n_outputs:  # type: ignore
-        return model.score  # type: ignore[return-value]  # of a checkpoint that gives as many already
+        return model.score  # type: ignore[return-value]
     device = next(model.parameters()).device
     score = nn.Linear(config.dim, n_outputs, bias=False, device=device, dtype=torch.float32)
     if device.type != "meta":

@@ -265,3 +265,10 @@ def test_a_frozen_head_gives_the_same_as_one_that_is_trained(softcap):
     assert_close(found[1][1].flatten(0, 1), found[0][1].flatten(0, 1))
     with torch.no_grad():
         assert torch.equal(head.outputs(hidden, given["labels"], softcap)[0], found[1][0])
+
+
+def test_scores_of_a_checkpoint_that_gives_as_many_are_kept():
+    model = llama.Model(llama.PRESETS["tiny"])
+    first = use_scores(model, 2)
+    assert use_scores(model, 2) is first
+    assert use_scores(model, 3) is not first and model.score.out_features == 3
