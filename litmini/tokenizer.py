@@ -5,8 +5,7 @@ special tokens (BOS) that the tokenizer itself adds.
 """
 
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,20 +14,19 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Encoding, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from litmini.chat_template import TOOLS, BadTemplate, Conversation, Parts, render
 from litmini.errors import UserError
-from litmini.files import check_no_pointer, existing_file, read_json, write_json, write_text
+from litmini.files import check_no_pointer, read_json, write_json, write_text
 from litmini.literal_tokens import START, Encoded, LiteralTokens
-from litmini.template_form import TemplateForm, TurnEnds, find_ends, find_form
+from litmini.side_files import copy_side_files
+from litmini.templates.form import TurnEnds
+from litmini.templates.render import TOOLS, Parts
+from litmini.templates.template import ChatTemplate, Message, find_template
 
 if TYPE_CHECKING:
     from litmini.new_tokens import NewTokens
 
-Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles that a message can have."""
-NAMED = {"name", "template"}
-"""The keys of one of several chat templates in tokenizer_config.json."""
 OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
 
 
@@ -42,7 +40,7 @@ class Tokenizer:
     Args:
         directory: holds `tokenizer.json` and, if they exist, `tokenizer_config.json`, `chat_template.jinja`,
             `generation_config.json` and `config.json`.
-        chat_template: "auto" for the checkpoint's own template, "none" for none, one of `builtin_templates.BUILTIN`, or the
+        chat_template: "auto" for the checkpoint's own template, "none" for none, one of `templates.builtin.BUILTIN`, or the
             path of a template file.
         began: the time that templates write with `strftime_now`; None: the current time.
         template_kwargs: variables of the template, such as enable_thinking; None: those saved with the checkpoint, if any.
@@ -64,7 +62,6 @@ class Tokenizer:
     ) -> None:
         self.directory = Path(directory)
         self.special_tokens_in_text = special_tokens_in_text
-        self.began = began
         file = self.directory / "tokenizer.json"
         if not file.is_file():
             raise UserError(
@@ -77,7 +74,9 @@ class Tokenizer:
             check_no_pointer(file)
             raise UserError(f"{file} is damaged: {error}") from None
         self.settings = self._optional("tokenizer_config.json")
-        self.chat_template = self._find_template(chat_template)
+        self.chat_template, template_name = find_template(
+            chat_template, self.directory, self.settings, lambda: bool(self._before_text)
+        )
         self.new_tokens: NewTokens | None = None
         if new_tokens:
             self.fast = _with_exact_offsets(self._add(content, new_tokens))
@@ -91,7 +90,7 @@ class Tokenizer:
         self.added_ids = set(added)
         self.special_ids = {i for i, token in added.items() if token.special}
         if chat_template not in ("auto", "none"):
-            from litmini.builtin_templates import check_builtin
+            from litmini.templates.builtin import check_builtin
 
             special = {token.content for token in added.values() if token.special}
             check_builtin(chat_template, self.directory, special, self._token("eos_token"))
@@ -103,7 +102,9 @@ class Tokenizer:
             raise UserError(
                 f"template_kwargs has {', '.join(own)}, which litmini gives to templates itself: leave it out."
             )
-        self._forms: dict[bool, TemplateForm] = {}
+        named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        variables = {key: token for key, token in named.items() if token} | self.template_kwargs
+        self.template = ChatTemplate(self.chat_template, template_name, self.directory, variables, began)
         ids: list[int | None] = []
         if eos := self._token("eos_token"):
             ids.append(self.fast.token_to_id(eos))
@@ -149,112 +150,21 @@ class Tokenizer:
         token = self._token(key)
         return None if token is None else self.fast.token_to_id(token)
 
-    def _find_template(self, choice: str) -> str | None:
-        if choice == "none":
-            return None
-        if choice != "auto":
-            from litmini.builtin_templates import BOS, BUILTIN, NAMES
-
-            if choice in BUILTIN:
-                return BOS * bool(self._before_text) + BUILTIN[choice].text
-            if not Path(choice).suffix and not Path(choice).exists():
-                raise UserError(
-                    f"chat_template is {choice}; expected auto, none, {NAMES}, or the path of a .jinja file."
-                )
-            return _read_template(existing_file(choice, "chat template"))
-        file = self.directory / "chat_template.jinja"
-        if file.is_file():
-            return _read_template(file)
-        of_processor = self._optional(PROCESSOR_TEMPLATE).get("chat_template")
-        found = of_processor or self.settings.get("chat_template")
-        if isinstance(found, list) and all(isinstance(entry, dict) and entry.keys() >= NAMED for entry in found):
-            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-        if found is not None and not isinstance(found, str):
-            expected = "a template's text or a list of objects with name and template"
-            raise self._wrong("tokenizer_config.json", "chat_template", found, expected)
-        return found
-
-    @cached_property
-    def after_completion(self) -> str:
-        """The text that the template puts after an assistant's turn: at the end of a conversation or, if the template refuses
-        that, before a user's turn; "" if it refuses both."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "completion"}]
-        for messages in (turns, [*turns, turns[0]]):
-            try:
-                _, found, tail = self.apply_template(messages).rpartition("completion")
-            except BadTemplate:
-                raise
-            except UserError:
-                continue
-            return tail.partition("question")[0] if found else ""
-        return ""
-
     @cached_property
     def turn_ends(self) -> TurnEnds:
         """The special tokens with which the template ends an assistant's turns."""
-
-        def text_of(messages: list[Message]) -> str:
-            try:
-                return self.apply_template(messages)
-            except BadTemplate:
-                raise
-            except UserError:
-                return ""
 
         def specials(text: str) -> list[str | None]:
             ids = self.encode(text, special=False)
             return [self.fast.id_to_token(i) if i in self.special_ids else None for i in ids]
 
-        return find_ends(self.after_completion, text_of, specials, "tool_calls" in (self.chat_template or ""))
+        return self.template.turn_ends(specials)
 
     def apply_template(
         self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
     ) -> str:
-        """Render messages ({"role": ..., "content": ...}) as the text that the model was trained on.
-
-        Args:
-            tools: JSON schemas of the functions that the model may call.
-
-        Raises:
-            UserError: there is no template, it is not valid jinja, refuses these messages or exceeds a limit.
-        """
-        (text,) = self.render([(self.in_form(messages), tools, [(len(messages), add_generation_prompt, None)])])
-        if isinstance(text, UserError):
-            raise text
-        return text
-
-    def render(self, conversations: Sequence[Conversation]) -> Iterator[str | UserError]:
-        """Yield the texts of parts of conversations (see `chat_template.render`), an error in place of one that fails.
-
-        Raises:
-            UserError: there is no template, it is not valid jinja, or exceeds a limit.
-        """
-        if self.chat_template is None:
-            from litmini.builtin_templates import NAMES
-
-            raise BadTemplate(
-                f"{self.directory} has no chat template, as base models have none. Choose one with --data.chat_template: "
-                f"{NAMES} or FILE.jinja. It is saved with the result."
-            )
-        named = {key: self._token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        variables = {key: token for key, token in named.items() if token} | self.template_kwargs
-        name = f"the chat template of {self.directory}"
-        try:
-            for text in render(self.chat_template, conversations, variables, self.began or datetime.now()):
-                yield text if isinstance(text, str) else UserError(f"{name} {text}")
-        except BadTemplate as error:
-            raise BadTemplate(f"{name} {error}") from None
-
-    def _form(self, has_calls: bool) -> TemplateForm:
-        """Return the form in which the template wants messages, with calls of tools or without."""
-
-        def render(messages: list[Message]) -> str | None:
-            (text,) = self.render([(messages, None, [(len(messages), False, None)])])
-            return text if isinstance(text, str) else None
-
-        if has_calls not in self._forms:
-            self._forms[has_calls] = find_form(render, has_calls)
-        return self._forms[has_calls]
+        """Render messages as the text that the model was trained on, see `ChatTemplate.apply`."""
+        return self.template.apply(messages, add_generation_prompt, tools)
 
     @cached_property
     def _literal(self) -> LiteralTokens:
@@ -266,16 +176,6 @@ class Tokenizer:
         With `special_tokens_in_text` there are no marks.
         """
         return value if self.special_tokens_in_text else self._literal.mark(value)
-
-    def in_form(self, messages: list[Message]) -> list[Message]:
-        """Return messages as the template wants them: arguments of calls, content beside calls, or content in parts."""
-        return self._form(any(message.get("tool_calls") for message in messages)).apply(messages)
-
-    def dates(self) -> list[str]:
-        """Return the current date as the template writes it, in each of its forms; [] if it writes none."""
-        now, template = self.began or datetime.now(), self.chat_template or ""
-        forms = re.findall(r"strftime_now\(\s*['\"]([^'\"]*)", template)
-        return [now.strftime(form) for form in ("%x", *forms)] if "strftime_now" in template else []
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the token ids of `text`; with `special`, after the tokens that the tokenizer puts before raw text (BOS)."""
@@ -313,12 +213,12 @@ class Tokenizer:
         left_out = {i: f"messages[{i}], of the role {m['role']}" for i, m in enumerate(messages) if _may_be_unknown(m)}
         left_out |= {TOOLS: "the tools"} if tools else {}
         parts: Parts = [(len(messages), True, i) for i in (None, *left_out)]
-        text, *others = self.render([(self.in_form(messages), tools, parts)])
+        text, *others = self.template.render([(self.template.in_form(messages), tools, parts)])
         if isinstance(text, UserError):
             raise text
         for what, other in zip(left_out.values(), others, strict=True):
             if other == text:
-                raise UserError(f"the chat template of {self.directory} leaves out {what}.")
+                raise UserError(f"{self.template.name} leaves out {what}.")
         return self.encode(text, special=False)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
@@ -353,14 +253,6 @@ def _may_be_unknown(message: Message) -> bool:
     return message.get("role") not in ("user", "assistant") and bool(str(message.get("content") or "").strip())
 
 
-def _read_template(file: Path) -> str:
-    check_no_pointer(file)
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"chat template {file} is not UTF-8 text: {error}") from None
-
-
 @cache
 def byte_letters() -> list[str]:
     """Return the letter of each byte in a byte-level vocabulary (GPT-2): itself if it is visible, else one from U+0100 on."""
@@ -368,31 +260,3 @@ def byte_letters() -> list[str]:
     visible = {letter for letter in letters if ord(letter) < 256}
     others = iter(letters[len(visible) :])
     return [chr(byte) if chr(byte) in visible else next(others) for byte in range(256)]
-
-
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE",
-)
-PROCESSOR_TEMPLATE = "chat_template.json"  # transformers prefers it to all others, so a result must not keep it
-
-
-def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
-    """Copy the files that belong to the weights: tokenizer, chat template, generation settings, licence."""
-    for name in SIDE_FILES:
-        if (source / name).is_file() and (replace or not (target / name).exists()):
-            shutil.copyfile(source / name, target / name)
-    template = target / "chat_template.jinja"
-    if (source / PROCESSOR_TEMPLATE).is_file() and not template.exists():
-        write_text(template, str(read_json(source / PROCESSOR_TEMPLATE).get("chat_template")))

@@ -219,7 +219,7 @@ def test_a_hostile_or_broken_template_is_an_error(directory: Path, text: str, me
 
 
 def test_a_template_that_does_not_end(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litmini.chat_template.SECONDS", 1)
+    monkeypatch.setattr("litmini.templates.render.SECONDS", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"chat template of .*tokenizer takes more than 1 s"):
         template(directory, endless)
@@ -255,7 +255,7 @@ def test_a_template_that_ends_with_the_user(directory: Path) -> None:
     settings(directory, "generation_config.json", eos_token_id=None)
     assert Tokenizer(directory).stop_ids == [END, STOP]
     nothing = template(directory, "{% if messages[0].content == 'question' %}{{ raise_exception('no') }}{% endif %}x")
-    assert nothing.after_completion == "" and nothing.stop_ids == [END]
+    assert nothing.template.after_completion == "" and nothing.stop_ids == [END]
 
 
 def test_errors_of_files(directory: Path, tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.files import write_json
 from litmini.ops.cross_entropy import original_head
+from litmini.side_files import copy_side_files
 from litmini.staging import restore
 from litmini.system import check_disk_space
-from litmini.tokenizer import copy_side_files
 
 
 def check_checkpoint_dir(directory: str | Path) -> Path:

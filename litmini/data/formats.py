@@ -10,12 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from litmini.chat_template import REASONING
 from litmini.data.messages import UNUSED, read_messages
 from litmini.data.readers import Chunk, check_text, parse_json, read_chunks
 from litmini.errors import UserError, by_cause
+from litmini.templates.render import REASONING
+from litmini.templates.tool_calls import read_objects
 from litmini.tokenizer import Message
-from litmini.tool_calls import read_objects
 
 FORMS = {
     "messages": ("messages",),

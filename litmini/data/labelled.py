@@ -242,8 +242,10 @@ def tokenize(
 
 def _encode(texts: list[LabelledText], tokenizer: Tokenizer) -> list[Any]:
     """Return the encodings of texts, and of conversations as the chat template renders them."""
-    turns = [tokenizer.in_form(tokenizer.mark(text.messages)) for text in texts if text.messages is not None]
-    rendered = iter(tokenizer.render([(each, None, [(len(each), False, None)]) for each in turns]) if turns else ())
+    turns = [tokenizer.template.in_form(tokenizer.mark(text.messages)) for text in texts if text.messages is not None]
+    rendered = iter(
+        tokenizer.template.render([(each, None, [(len(each), False, None)]) for each in turns]) if turns else ()
+    )
     pieces = [text.text if text.messages is None else next(rendered) for text in texts]
     if refused := [
         f"{text.where}: {piece}" for text, piece in zip(texts, pieces, strict=True) if not isinstance(piece, str)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from litmini.data.readers import check_text, parse_json
+from litmini.templates.tool_calls import read_calls
 from litmini.tokenizer import ROLES, Message
-from litmini.tool_calls import read_calls
 
 ROLE_NAMES = {
     **dict.fromkeys(("gpt", "model", "chatgpt", "bing", "bard", "function_call"), "assistant"),

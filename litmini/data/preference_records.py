@@ -5,8 +5,8 @@ from typing import Any
 
 from litmini.data.formats import Example, bad_records, read_messages, turns_before
 from litmini.data.readers import check_text, parse_json, read_chunks
+from litmini.templates.tool_calls import read_objects
 from litmini.tokenizer import Message
-from litmini.tool_calls import read_objects
 
 PAIR, UNPAIRED = ("chosen", "rejected"), ("prompt", "completion", "label")
 EXPECTED = "expected prompt, chosen and rejected, or prompt, completion and label"

@@ -107,7 +107,7 @@ def _key(sha256: str, suffix: str, tokenizer: Tokenizer, config: DataConfig) -> 
         "tokenizer": content_hash(tokenizer.directory / "tokenizer.json"),
         "settings": [tokenizer.settings, tokenizer.stop_ids],
         "new_tokens": tokenizer.new_tokens.entries if tokenizer.new_tokens else [],
-        "template": [tokenizer.chat_template, tokenizer.template_kwargs, *tokenizer.dates()],
+        "template": [tokenizer.chat_template, tokenizer.template_kwargs, *tokenizer.template.dates()],
         "special_tokens_in_text": tokenizer.special_tokens_in_text,
         "config": [config.train_on, config.most_tokens, config.columns],
         "format": FORMAT,

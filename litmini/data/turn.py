@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from litmini.chat_template import REASONING
+from litmini.templates.render import REASONING
 from litmini.tokenizer import Message
 
 END_THINK = "</think>"

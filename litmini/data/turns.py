@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from litmini.chat_template import TOOLS, BadTemplate, Parts
 from litmini.data.formats import Example
 from litmini.data.turn import FIRST, OTHER, Turn, common_prefix
 from litmini.errors import UserError
 from litmini.literal_tokens import START
+from litmini.templates.render import TOOLS, BadTemplate, Parts
 from litmini.tokenizer import Tokenizer, TurnEnds
 
 Spans = list[tuple[int, int]]
@@ -48,12 +48,12 @@ def render_examples(
     ]
     talks = [e for e in marked if e.messages]
     try:
-        chats = [(tokenizer.in_form(e.messages or []), e.tools or None, _parts(e, train_on)) for e in talks]
-        end = tokenizer.after_completion if chats else ""
+        chats = [(tokenizer.template.in_form(e.messages or []), e.tools or None, _parts(e, train_on)) for e in talks]
+        end = tokenizer.template.after_completion if chats else ""
         ends = tokenizer.turn_ends if chats else TurnEnds("", "", "", "")
     except BadTemplate as error:
         raise BadTemplate(f"{talks[0].where}: {error}") from None
-    texts = tokenizer.render(chats) if chats else iter(())
+    texts = tokenizer.template.render(chats) if chats else iter(())
     rendered: list[Rendered] = []
     for number, example in enumerate(marked):
         if example.messages is None:

@@ -17,8 +17,8 @@ from litmini.generation.generate import complete_all
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
 from litmini.generation.token_bytes import token_bytes, token_text
+from litmini.templates.tool_calls import read_calls, read_objects
 from litmini.tokenizer import ROLES, Message, Tokenizer
-from litmini.tool_calls import read_calls, read_objects
 
 
 @dataclass(frozen=True)

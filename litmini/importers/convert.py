@@ -27,7 +27,7 @@ from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.meta import read_meta
 from litmini.importers.pickles import Pickle
 from litmini.importers.vocabulary import ensure_tokenizer
-from litmini.tokenizer import copy_side_files
+from litmini.side_files import copy_side_files
 
 Tensors = Iterable[tuple[str, Tensor]]
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

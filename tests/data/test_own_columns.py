@@ -8,12 +8,12 @@ import pytest
 from templates_of_today import HERMES
 from test_encode import make, trained
 
-from litmini.builtin_templates import BUILTIN
 from litmini.config.finetune import DataConfig
 from litmini.data.dataset import load_data
 from litmini.data.formats import pick_examples, read_examples
 from litmini.data.labels import read_texts
 from litmini.errors import UserError
+from litmini.templates.builtin import BUILTIN
 from litmini.tokenizer import Tokenizer
 
 HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}

@@ -13,12 +13,12 @@ import trl
 from tiny import make_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from litmini.call_forms import parse_calls
 from litmini.config.finetune import DataConfig
 from litmini.data.encode import encode_examples
 from litmini.data.formats import Example, read_examples
 from litmini.data.turns import render_examples
 from litmini.ops.cross_entropy import IGNORE
+from litmini.templates.call_forms import parse_calls
 from litmini.tokenizer import Tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -170,11 +170,11 @@ def test_every_turn_is_trained_as_the_model_is_asked(base: Path, tmp_path: Path,
         targets = [(one.text[:start], one.text[start:end]) for one in rendered for start, end in one.spans]
         assert len(targets) == len(turns)
         for i, (prompt, target) in zip(turns, targets, strict=True):
-            assert prompt == as_transformers(tokenizer, tokenizer.in_form(messages[:i]), tools, True), kind
+            assert prompt == as_transformers(tokenizer, tokenizer.template.in_form(messages[:i]), tools, True), kind
             given, closed = record["messages"], prompt.rstrip().endswith("</think>")
             if (
                 all(isinstance(message["content"], str) for message in given[:i])
-                and not tokenizer._form(False).has_parts
+                and not tokenizer.template.form(False).has_parts
             ):
                 assert prompt == as_transformers(tokenizer, given[:i], tools, True)  # as the data have it
             for part in (given[i]["content"], "" if closed else given[i].get("reasoning_content")):
@@ -191,7 +191,7 @@ def test_calls_without_content_and_without_tools(base: Path, tmp_path: Path, nam
     rendered = render_examples([example], tokenizer, "assistant", problems, Counter())
     assert not problems and sum(one.text[a:b].count("Rome") for one in rendered for a, b in one.spans) == 1
     whole = tokenizer.apply_template(example.messages or [])
-    assert whole == as_transformers(tokenizer, tokenizer.in_form(example.messages or []), None, False)
+    assert whole == as_transformers(tokenizer, tokenizer.template.in_form(example.messages or []), None, False)
     assert "Rome" in whole and "None" not in whole and "null" not in whole
 
 

@@ -94,11 +94,11 @@ def test_half_a_character_in_any_key(make: Any) -> None:
 def test_a_template_beyond_its_limits_ends_the_reading_with_the_location(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litmini.chat_template.SECONDS", 1)
+    monkeypatch.setattr("litmini.templates.render.SECONDS", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     template = "{% if messages|length > 3 %}" + endless + "{% endif %}" + THREE
     long = turns("system", "user", "assistant", "user", "assistant")
-    with pytest.raises(UserError, match=r"a:3: the chat template of .* takes more than 1 s") as error:
+    with pytest.raises(UserError, match=r"a:3: the chat template .* takes more than 1 s") as error:
         make(template, turns("user", "assistant"), turns("user", "assistant"), long, long)
     assert "a:4" not in str(error.value)
 

@@ -133,7 +133,7 @@ EXPRESSIONS += [
 @pytest.fixture
 def tokenizer(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LITMINI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("litmini.chat_template.SECONDS", 1)
+    monkeypatch.setattr("litmini.templates.render.SECONDS", 1)
 
     def make(template: str) -> Tokenizer:
         (tmp_path / "t.jinja").write_text(template, encoding="utf-8")

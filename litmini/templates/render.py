@@ -105,7 +105,7 @@ class _Child:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from litmini.chat_template import serve; serve()"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from litmini.templates.render import serve; serve()"
     pipe, words = subprocess.PIPE, [sys.executable, "-c", code]
     return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
 

@@ -11,9 +11,9 @@ from multiprocessing import get_context
 
 import pytest
 
-from litmini import chat_template
-from litmini.chat_template import BadTemplate, render
 from litmini.errors import UserError
+from litmini.templates import render as chat_template
+from litmini.templates.render import BadTemplate, render
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 PLAIN = "{% for m in messages %}{{ m.content }}.{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -173,7 +173,7 @@ def test_threads_and_forks_do_not_mix_their_texts() -> None:
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the time of a process")
 def test_a_process_that_renders_does_not_outlive_the_one_that_was_killed() -> None:
     code = (
-        "from litmini import chat_template as c\nfrom datetime import datetime\nc.SECONDS = 2\n"
+        "from litmini.templates import render as c\nfrom datetime import datetime\nc.SECONDS = 2\n"
         "list(c.render('x', [([], None, [(0, False, None)])], {}, datetime.now()))\nprint(c._child.process.pid, flush=True)\n"
         "list(c.render('{% for i in range(9999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}', "
         "[([], None, [(0, False, None)])], {}, datetime.now()))"

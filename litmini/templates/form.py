@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from litmini.literal_tokens import SAID
-from litmini.tool_calls import convert_arguments
+from litmini.templates.tool_calls import convert_arguments
 
 ABSENT = object()
 """No content beside calls; other templates want null, or an empty text."""
