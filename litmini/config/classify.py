@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig, describe_adapters
-from litmini.config.preference import check_adapters
+from litmini.config.finetune import DataConfig
+from litmini.config.optional_adapters import OptionalAdaptersConfig
 from litmini.errors import UserError, check
 
 ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
@@ -44,19 +44,13 @@ class ClassesConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneClassifierConfig(FinetuneConfig):
+class FinetuneClassifierConfig(OptionalAdaptersConfig):
     """Settings of finetune_classifier.py."""
 
+    trains_tokens: ClassVar[bool] = True
     data: LabelledDataConfig
     classes: ClassesConfig = field(default_factory=ClassesConfig)
-    lora: LoraConfig | None = field(default_factory=LoraConfig)
-    """Adapters beside the score; null: all weights are trained."""
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     @property
-    def method(self) -> str:
-        return f"classifier, {describe_adapters(self.lora, self.quantize)}"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_adapters(self.lora, self.quantize)
+    def task(self) -> str:
+        return "classifier"

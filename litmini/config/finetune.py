@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError, check
@@ -170,6 +170,11 @@ class FinetuneConfig(RunConfig):
         return self.base
 
     @property
+    def starts_from(self) -> str | None:
+        """The adapter that the run starts from, continued or merged; None: it starts from the base."""
+        return None
+
+    @property
     def ineffective(self) -> dict[str, bool]:
         """Setting -> whether another one makes it ineffective."""
         return {}
@@ -179,6 +184,7 @@ class FinetuneConfig(RunConfig):
 class FinetuneAdapterConfig(FinetuneConfig):
     """Settings of the scripts that train adapters."""
 
+    takes_adapter: ClassVar[bool] = True
     adapter_dir: str | None = None
     """Adapter over checkpoint_dir to start from, such as the final/ of an earlier run. None: a new one."""
     adapter_start: Literal["continue", "merge"] = "continue"
@@ -195,6 +201,10 @@ class FinetuneAdapterConfig(FinetuneConfig):
             )
 
     @property
+    def starts_from(self) -> str | None:
+        return self.adapter_dir
+
+    @property
     def continued(self) -> str | None:
         """The adapter that is trained further; None: a new one is."""
         return self.adapter_dir if self.adapter_start == "continue" else None
@@ -209,12 +219,6 @@ class FinetuneAdapterConfig(FinetuneConfig):
         adapter = self.adapter_dir if self.base == self.checkpoint_dir else None  # a merged base has it already
         own = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer.json"))
         return adapter if own and adapter is not None else self.base
-
-
-def describe_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> str:
-    """Return what is trained by a script that trains adapters or, without, all weights."""
-    adapters = "all weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}"
-    return adapters + ", 4-bit base" * (quantize.bits == 4)
 
 
 def _described(method: str, lora: LoraConfig, continued: str | None) -> str:

@@ -5,7 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from litmini.config.finetune import DataConfig, FinetuneConfig, LoraConfig, QuantizeConfig, describe_adapters
+from litmini.config.finetune import DataConfig
+from litmini.config.optional_adapters import OptionalAdaptersConfig
 from litmini.config.training import EvalConfig, OptimConfig
 from litmini.errors import UserError, check
 
@@ -18,20 +19,6 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "undesirable_weight": ("kto",),
 }
 """Setting -> the losses that use it; all use the others."""
-
-
-def refuse_new_tokens(data: DataConfig) -> None:
-    """Raise UserError if tokens would be added."""
-    if data.new_tokens:
-        raise UserError(
-            "data.new_tokens is for supervised finetuning; extend the checkpoint first: scripts/extend_vocabulary.py."
-        )
-
-
-def check_adapters(lora: LoraConfig | None, quantize: QuantizeConfig) -> None:
-    """Raise UserError if weights in 4 bits would be trained."""
-    if lora is None and quantize.bits == 4:
-        raise UserError("quantize.bits 4 needs adapters, since weights in 4 bits are not trained: leave out lora null.")
 
 
 @dataclass
@@ -116,25 +103,17 @@ class PreferenceEvalConfig(EvalConfig):
 
 
 @dataclass(kw_only=True)
-class FinetunePreferenceConfig(FinetuneConfig):
+class FinetunePreferenceConfig(OptionalAdaptersConfig):
     """Settings of finetune_preference.py."""
 
     data: PreferenceDataConfig
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    lora: LoraConfig | None = field(default_factory=LoraConfig)
-    """Adapters; null: all weights are trained."""
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     eval: PreferenceEvalConfig = field(default_factory=PreferenceEvalConfig)
 
     @property
-    def method(self) -> str:
-        return f"preferences ({self.preference.loss}), {describe_adapters(self.lora, self.quantize)}"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_new_tokens(self.data)
-        check_adapters(self.lora, self.quantize)
+    def task(self) -> str:
+        return f"preferences ({self.preference.loss})"
 
 
 @dataclass
@@ -164,21 +143,13 @@ class RewardConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneRewardConfig(FinetuneConfig):
+class FinetuneRewardConfig(OptionalAdaptersConfig):
     """Settings of finetune_reward.py."""
 
     data: RewardDataConfig
     reward: RewardConfig = field(default_factory=RewardConfig)
-    lora: LoraConfig | None = field(default_factory=LoraConfig)
-    """Adapters beside the score; null: all weights are trained."""
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
 
     @property
-    def method(self) -> str:
-        return f"reward model, {describe_adapters(self.lora, self.quantize)}"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_new_tokens(self.data)
-        check_adapters(self.lora, self.quantize)
+    def task(self) -> str:
+        return "reward model"

@@ -92,11 +92,10 @@ class RunDirectory:
         """Return what to type for more training of a run that is finished."""
         final = self.directory / "final"
         is_adapter = (final / "adapter_config.json").is_file()
-        more = f"Start another from its result: --checkpoint_dir {final} --out_dir {self._free_name()}"
-        if is_adapter and hasattr(self.config, "adapter_dir"):
-            more = more.replace("--checkpoint_dir", "--adapter_dir")
-        elif is_adapter:
-            more = f"Start another over its base, with another --out_dir {self._free_name()}, or merge it (merge_adapter.py)"
+        start = "--adapter_dir" if is_adapter else "--checkpoint_dir"
+        more = f"Start another from its result: {start} {final} --out_dir {self._free_name()}"
+        if is_adapter and not self.config.takes_adapter:
+            more = f"Merge it (scripts/merge_adapter.py), and start another from that: --out_dir {self._free_name()}"
         if steps:
             more += f". Or train on from {steps[-1]}: --resume auto --resume_changed true, with more --train.epochs"
         return f"the run in {self.directory} is finished: {final} exists. {more}"

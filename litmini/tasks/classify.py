@@ -24,8 +24,8 @@ from litmini.data.labels import MULTI, REGRESSION, SINGLE
 from litmini.errors import UserError
 from litmini.files import read_json, write_json
 from litmini.ops.cross_entropy import IGNORE, Targets
+from litmini.tasks.plan import open_base, plan
 from litmini.tasks.setup import Data, warn
-from litmini.tasks.sft import open_base, plan
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Batch
 

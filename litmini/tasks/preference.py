@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from litmini.config.preference import FinetunePreferenceConfig, PreferenceConfig, PreferenceDataConfig
 from litmini.data.preferences import PreferenceSequences, load_preferences
 from litmini.methods.reference import at_start
+from litmini.tasks.plan import open_base, plan
 from litmini.tasks.preference_losses import LOSSES, Pairs, kto
 from litmini.tasks.setup import Data, warn
-from litmini.tasks.sft import open_base, plan
 from litmini.training.objective import Batch
 
 if TYPE_CHECKING:

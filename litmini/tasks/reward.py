@@ -13,8 +13,8 @@ from torch import Tensor
 
 from litmini.config.preference import FinetuneRewardConfig, RewardConfig, RewardDataConfig
 from litmini.data.preferences import PreferenceSequences, load_preferences
+from litmini.tasks.plan import open_base, plan
 from litmini.tasks.setup import Data, warn
-from litmini.tasks.sft import open_base, plan
 from litmini.training.objective import Batch
 
 if TYPE_CHECKING:

@@ -47,7 +47,10 @@ DATA = ROOT / "config_hub/quickstart"
 def start(tmp_path, monkeypatch):
     """Begin, or go on with, a run that trains one linear; returns (run, model, progress)."""
     fabric = Fabric(accelerator="cpu", devices=1)
-    data, no_tokenizer = tmp_path / "data.jsonl", SimpleNamespace(chat_template=None, began=None, save=lambda _: None)
+    data, no_tokenizer = (
+        tmp_path / "data.jsonl",
+        SimpleNamespace(chat_template=None, template=SimpleNamespace(began=None), save=lambda _: None),
+    )
     data.touch()
     monkeypatch.setattr("litmini.runs.run.describe_run", lambda *_: {})  # there is no base model
 
@@ -400,7 +403,7 @@ def test_a_run_resumed_on_another_day_keeps_its_day(tiny_dir, tmp_path, monkeypa
         def now(cls) -> datetime:
             return datetime(2025, 11, cls.today)
 
-    monkeypatch.setattr("litmini.tasks.sft.datetime", Day)
+    monkeypatch.setattr("litmini.tasks.plan.datetime", Day)
     template = tmp_path / "t.jinja"
     plain = (tiny_dir / "chat_template.jinja").read_text()
     template.write_text("<|im_start|>system\n{{ strftime_now('%d %B %Y') }}<|im_end|>\n" + plain)

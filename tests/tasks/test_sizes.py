@@ -127,7 +127,7 @@ def test_each_device_has_its_examples():
 
     from litmini.config.finetune import DataConfig
     from litmini.config.training import OptimConfig, TrainConfig
-    from litmini.tasks.sft import choose_sizes
+    from litmini.tasks.plan import choose_sizes
 
     def chosen(size: int, devices: int = 1) -> tuple[int, int, int]:
         config = SimpleNamespace(
