@@ -127,6 +127,8 @@ def check_tokens(model: nn.Module, adapter: Adapter) -> tuple[dict[str, AdapterL
                 f"{name}: token {max(ids)}, but the model has rows for 0 to {rows - 1}. An adapter with new tokens cannot "
                 f"share its base: merge it (scripts/merge_adapter.py), or use it alone (--adapter_dir)"
             )
+    if is_tied(model, names) and names[1] in indices and names[0] not in indices:
+        problems.append(f"{names[1]}: the adapter trains rows of it alone, and it is tied to {names[0]}")
     for name, weight in adapter.vocabulary.items():
         own: Any = dict(model.named_modules()).get(name)
         if own is None or (not own.weight.is_meta and not _equal(own.weight, weight)):

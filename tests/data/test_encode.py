@@ -247,6 +247,34 @@ def test_a_context_that_changes_when_the_turn_is_there(tokenizer: Tokenizer, tmp
         assert data[number][0].tolist()[: len(prompt)] == prompt
 
 
+@pytest.mark.parametrize(
+    ("content", "turns"),
+    [
+        # the same question twice: what the prompt ends with stands in the whole at two places
+        ("{{ messages | length - loop.index if m.role == 'user' }}:{{ m.content }}", ["Hi", "a", "Hi", "b"]),
+        # the question itself is another one when it is asked
+        ("{{ m.content | upper if add_generation_prompt and loop.last else m.content }}", ["Hi", "a"]),
+    ],
+    ids=["two places", "another question"],
+)
+def test_a_context_that_changes_so_that_the_turn_cannot_be_found(
+    tokenizer: Tokenizer, tmp_path: Path, content: str, turns: list[str]
+) -> None:
+    template = "{% for m in messages %}" + content + "<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match=rf"a:1: the chat template renders turn {len(turns)} differently"):
+        make(with_template(tokenizer, tmp_path, template), chat(*turns))
+
+
+def test_a_turn_with_stop_tokens_of_two_kinds(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """All of it is trained, up to the last of them."""
+    directory = Path(shutil.copytree(tokenizer.directory, tmp_path / "tokenizer"))
+    for stops in ([0, 2], [2, 0]):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        other = Tokenizer(directory, special_tokens_in_text=True)
+        assert set(other.stop_ids) == {0, 2}
+        assert trained(other, make(other, chat("Q", "a<|endoftext|>b"))) == ["a<|endoftext|>b<|im_end|>"]
+
+
 def test_character_split_over_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A token of a space and half an emoji: its bytes cannot be shared out, so both sides are tokenised alone."""
     content = json.loads((tokenizer.directory / "tokenizer.json").read_text())

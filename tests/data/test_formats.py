@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from litmini.data import json_list
-from litmini.data.formats import find_locations, read_examples
+from litmini.data.formats import find_locations, pick_examples, read_examples
 from litmini.data.json_list import read_items
 from litmini.errors import UserError
 
@@ -92,6 +92,39 @@ def test_what_a_turn_carries_beside_its_content_is_kept(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi", "name": "Ada"}, {"role": "assistant", "content": "Yes"}]
     for kind in ("jsonl", "parquet"):
         assert read_examples(write(tmp_path, kind, [{"messages": turns}]), True)[0].messages == turns
+
+
+def test_a_key_that_is_null_is_absent(tmp_path: Path) -> None:
+    """Templates ask whether a turn has a key; JSON has null where a library writes all of its fields."""
+    null = {"name": None, "tool_calls": None, "tool_call_id": None, "reasoning_content": None}
+    (example,) = read_examples(write(tmp_path, "jsonl", [{"messages": [{**turn, **null} for turn in CHAT]}]), True)
+    assert example.messages == CHAT
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_records_beyond_those_that_are_in_memory_at_once(tmp_path: Path, kind: str) -> None:
+    """Each has its own location."""
+    records = [{"prompt": f"p{i}", "completion": f"c{i}", "text": f"t{i}"} for i in range(2001)]
+    file = write(tmp_path, kind, records)
+    examples = read_examples(file, False)
+    assert [example.prompt for example in examples] == [record["prompt"] for record in records]
+    wanted = {2000, 999, 1000}
+    assert pick_examples(file, False, wanted) == [examples[n] for n in sorted(wanted)]
+    assert find_locations(file, wanted) == {n: examples[n].where for n in wanted}
+    last = {"jsonl": "4001", "json": "record 2001", "csv": "2002", "parquet": "row 2001"}[kind]
+    assert examples[2000].where == f"{file}:{last}"
+
+
+def test_the_first_record_decides_the_form_of_all(tmp_path: Path) -> None:
+    more = [{"prompt": f"p{i}", "completion": f"c{i}", "text": f"t{i}"} for i in range(1, 1002)]
+    file = write(tmp_path, "jsonl", [{"text": "t0"}, *more])
+    assert pick_examples(file, False, {1000}) == read_examples(file, False)[1000:1001]
+    assert pick_examples(file, False, {1000})[0].text == "t1000"
+
+
+def test_a_file_whose_name_is_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "a"}')
+    assert read_examples(str(tmp_path / "A.JSONL"), True)[0].text == "a"
 
 
 def test_a_long_csv_cell(tmp_path: Path) -> None:

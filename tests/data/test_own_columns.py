@@ -67,6 +67,10 @@ def test_a_prompt_and_a_completion_of_turns(tmp_path: Path, tokenizer_dir: Path)
     assert [turn["role"] for turn in example.messages or []] == ["system", "user", "assistant", "user", "assistant"]
     tokenizer = Tokenizer(tokenizer_dir)
     assert trained(tokenizer, make(tokenizer, example)) == ["Yes<|im_end|>"]
+    (example,) = read_examples(
+        write(tmp_path, {"prompt": [HI, no, HI], "completion": [{**no, "weight": 0}, HI, YES]}), True
+    )
+    assert example.untrained == {1, 3} and trained(tokenizer, make(tokenizer, example)) == ["Yes<|im_end|>"]
     for record in ({"prompt": "Hi", "completion": [YES]}, {"prompt": [HI], "completion": "Yes"}):
         assert read_examples(write(tmp_path, record), True)[0].messages == [HI, YES]
 
@@ -95,6 +99,7 @@ def test_calls_and_observations_of_sharegpt(tmp_path: Path, tokenizer_dir: Path)
     tools = json.dumps([{"name": "add", "parameters": {"type": "object"}}])
     (example,) = read_examples(write(tmp_path, {"conversations": turns, "tools": tools}), True)
     messages = example.messages or []
+    assert example.tools == [{"type": "function", "function": json.loads(tools)[0]}]
     assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert (
         messages[1]["tool_calls"] == [{"type": "function", "function": call}]

@@ -86,6 +86,7 @@ def test_each_turn_is_trained_as_transformers_asks_for_it(place: Any, template: 
     )
     s = data.statistics
     assert s["split_conversations"] == 1 and s["repeated_tokens"] == len(data[0][0])
+    assert "rewritten_turns" not in data.notes
     assert "conversations that render differently when more follows: 1;" in data.describe("training")
 
 

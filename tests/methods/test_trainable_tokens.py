@@ -80,6 +80,7 @@ def test_rows_start_as_the_mean_and_go_to_peft_and_back(bases, tmp_path, name):
     assert said == {key: [512, 513] for key in ["embed_tokens", "lm_head"][: 2 if name == "untied" else 1]}
     again, tokenizer = litmini.load(bases[name], adapter, dtype="fp32")
     assert torch.equal(again(TOKENS), expected) and tokenizer.encode(" ".join(NEW))[:1] == [512]
+    assert not any(parameter.requires_grad for parameter in again.parameters())
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).eval()
     assert_close(theirs(TOKENS).logits[..., :514], expected[..., :514])
 
@@ -196,6 +197,12 @@ def test_a_checkpoint_with_more_tokens_has_all_else_bit_by_bit(bases, tmp_path):
     assert len(after["lm_head.weight"]) == len(after["model.embed_tokens.weight"]) == 513
     with pytest.raises(UserError, match="has all of these tokens"):
         extend_vocabulary(tmp_path / "out", tmp_path / "more", ["Δ"])
+    extend_vocabulary(bases["padded"], tmp_path / "padded", NEW)  # which has rows for them
+    before, after = (
+        load_file(d / "model.safetensors")["model.embed_tokens.weight"] for d in (bases["padded"], tmp_path / "padded")
+    )
+    assert torch.equal(after[:512], before[:512]) and torch.equal(after[514:], before[514:])
+    assert_close(after[512:514], before[:512].mean(0).expand(2, -1))
     tokenizer, model = Tokenizer(tmp_path / "out", new_tokens=["Δ"]), load_model(tmp_path / "out", torch.float32)
     add_adapters(model, LoraConfig(rank=2))
     row = model.lm_head.weight[512].clone()
@@ -213,6 +220,19 @@ def test_which_tokens_are_special(bases, tmp_path):
     assert ids.count(512) == ids.count(513) == ids.count(514) == 1 and 513 in tokenizer.stop_ids
     tokenizer.save(tmp_path)
     assert Tokenizer(tmp_path).encode_prompt("in <|city|> <|z|>") == ids
+    settings = json.loads((bases["tied"] / "tokenizer_config.json").read_text())
+    listed = {**settings, "added_tokens_decoder": {"2": {"content": "<|im_end|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+    (tmp_path / "tokenizer.json").write_bytes((bases["tied"] / "tokenizer.json").read_bytes())
+    (tmp_path / "out").mkdir()
+    Tokenizer(tmp_path, str(template), new_tokens=["<|z|>"]).save(tmp_path / "out")
+    listed = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert listed["512"]["content"] == "<|z|>" and listed["512"]["special"] and "2" in listed
+    content = json.loads((bases["tied"] / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {token: i + (i > 500) for token, i in content["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="token <.z.> would get the id 512, which another token has: .* has gaps"):
+        Tokenizer(tmp_path, str(template), new_tokens=["<|z|>"])
     for wrong in ([" "], ["a", "a"], [""]):
         with pytest.raises(UserError, match="expected different tokens that are no white space"):
             Tokenizer(bases["tied"], new_tokens=wrong)
@@ -248,6 +268,89 @@ def test_what_is_refused(bases, tmp_path):
     save_file({k: t for k, t in tensors.items() if k != key}, adapter / "adapter_model.safetensors")
     with pytest.raises(UserError, match="names it, and the adapter has no rows for it"):
         load_adapter(load_model(bases["tied"], torch.float32), adapter)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_in_bf16_rows_are_rounded_where_they_are_used(bases, name):
+    """The model computes and merges in the dtype of its base; what is trained is fp32."""
+    model, tokenizer = load_model(bases[name], torch.bfloat16), Tokenizer(bases[name], new_tokens=NEW)
+    add_adapters(model, LoraConfig(rank=4))
+    add_tokens(model, tokenizer.new_tokens.ids, tokenizer.new_tokens.known)
+    changed(model)
+    embedding = model.model.embed_tokens
+    assert embedding.rows.weight.dtype == torch.float32
+    assert torch.equal(embedding(TOKENS)[TOKENS >= 512], embedding.rows.weight.bfloat16()[TOKENS[TOKENS >= 512] - 512])
+    assert embedding(TOKENS).dtype == model(TOKENS).dtype == torch.bfloat16
+    merge_adapters(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.lm_head.weight[:512], load_model(bases[name], torch.bfloat16).lm_head.weight[:512])
+
+
+def test_a_head_with_a_bias_is_refused_beside_adapters(tokenizer_dir, tmp_path):
+    model = phi.Model(phi.PRESETS["tiny"])
+    add_adapters(model, LoraConfig(rank=2, targets=["q_proj"]))
+    with pytest.raises(UserError, match="lm_head has a bias, which PEFT leaves out .*lora.modules_to_save"):
+        add_tokens(model, [512, 513], 512)
+
+
+def peft_adapter(base: Path, directory: Path, **settings) -> Path:
+    """An adapter that PEFT has trained and saved."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    changed(
+        peft.get_peft_model(theirs, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    ).save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def test_a_tied_head_with_rows_of_its_own_is_refused(bases, tmp_path):
+    """In PEFT its rows then differ from those of the embedding."""
+    alone = peft_adapter(
+        bases["tied"], tmp_path / "a", target_modules=["q_proj"], trainable_token_indices={"lm_head": [5, 6]}
+    )
+    for use in (lambda: load_adapter(load_model(bases["tied"], torch.float32), alone),
+                lambda: export(bases["tied"], tmp_path / "m", alone)):  # fmt: skip
+        with pytest.raises(
+            UserError, match="lm_head: the adapter trains rows of it alone, and it is tied to model.embed"
+        ):
+            use()
+    both = {"embed_tokens": [5, 6], "lm_head": [5, 7]}
+    model, tokenizer = ours(bases["tied"])
+    adapter = saved(model, tokenizer, tmp_path / "adapter", bases["tied"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("delta"))
+    save_file({**tensors, key.replace("model.embed_tokens", "lm_head"): tensors[key].clone()}, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": both}))
+    with pytest.raises(UserError, match="names other tokens for lm_head than for model.embed_tokens"):
+        load_adapter(load_model(bases["tied"], torch.float32), adapter)
+
+
+def test_adapters_that_do_not_fit(bases, tmp_path):
+    """Rows beside an adapter over the same head, another embedding by its shape, and one token too many."""
+    twice = peft_adapter(
+        bases["untied"], tmp_path / "twice", target_modules=["q_proj", "lm_head"], trainable_token_indices=[5]
+    )
+    config = json.loads((twice / "adapter_config.json").read_text())
+    tensors = load_file(twice / "adapter_model.safetensors")
+    delta = next(key for key in tensors if key.endswith("trainable_tokens_delta"))
+    tensors[delta.replace("model.embed_tokens", "lm_head")] = tensors.pop(delta)
+    save_file(tensors, twice / "adapter_model.safetensors")
+    (twice / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": {"lm_head": [5]}}))
+    with pytest.raises(UserError, match="lm_head: the adapter trains rows of it, and it has an adapter"):
+        load_adapter(load_model(bases["untied"], torch.float32), twice)
+    other = peft_adapter(bases["untied"], tmp_path / "other", target_modules=["q_proj"], trainable_token_indices=[5])
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.token_adapter.base_layer.weight"] = torch.zeros(512, 32)
+    save_file(tensors, other / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"another base: it brings model.embed_tokens \(512, 32\)"):
+        load_adapter(load_model(bases["untied"], torch.float32), other)
+    model, tokenizer = load_model(bases["untied"], torch.float32), Tokenizer(bases["untied"], new_tokens=NEW[:1])
+    add_adapters(model, LoraConfig(rank=2))
+    add_tokens(model, tokenizer.new_tokens.ids, tokenizer.new_tokens.known)
+    one = saved(model, tokenizer, tmp_path / "one", bases["untied"])
+    with pytest.raises(UserError, match="token 512, but the model has rows for 0 to 511"):
+        MultiLoRA(load_model(bases["untied"], torch.float32)).add("x", one)
 
 
 def test_several_adapters_over_a_base_that_has_the_rows(bases, tmp_path):
