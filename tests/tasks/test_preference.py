@@ -19,6 +19,7 @@ from numerics import assert_close, assert_gradients_close, difference, ulps
 from preference_data import is_short_and_polite, records
 from preference_parts import (
     examples_of,
+    objective_of,
     policy,
     sequences,
     step,
@@ -344,6 +345,22 @@ def test_every_document_has_its_place_in_the_file(tiny_dir, files, kind):
     assert kind == "single" or places[0][::2] == places[0][1::2]
 
 
+def test_validation_begins_with_the_mismatched_completions(tiny_dir, files):
+    """Of which its z is estimated; else that of the training step before would be used."""
+    for kind, name in (("pairs", "val"), ("single", "kto_val")):
+        val = sequences(examples_of(files[name], tiny_dir, kind, 80), 80, pack=True)
+        data = PreferenceData(Tokenizer(tiny_dir), val, val, [], 4, 2, 1)
+        documents = {True: 0, False: 0}
+        for rank in (0, 1):
+            batches = list(data.validation_batches(rank, 2))
+            twins = ["mismatched" in batch for batch in batches]
+            assert twins == sorted(twins, reverse=True)
+            for batch, twin in zip(batches, twins, strict=True):
+                documents[twin] += len(batch["lengths"])
+        n = len(val.examples)
+        assert documents == ({True: n, False: n} if kind == "single" else {True: 0, False: 2 * n})
+
+
 # Objectives
 
 
@@ -368,6 +385,33 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(tiny_dir, files, loss):
     for other in others:
         assert other[0] == pytest.approx(mean, rel=ulps()) and other[2] == pytest.approx(measured, rel=1e-4)
         assert_gradients_close(other[1], gradients)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_kl_is_half_the_mean_square_of_the_log_ratios_of_supervised_tokens(tiny_dir, files, loss):
+    name, kind = ("kto", "single") if loss == "kto" else ("train", "pairs")
+    data, model = with_reference(wide(examples_of(files[name], tiny_dir, kind, 80)), tiny_dir), policy(tiny_dir)
+    objective, batch = objective_of(PreferenceConfig(loss), model), data.batch([[0, 5], [9]])
+    with torch.no_grad():
+        objective.loss(model, batch)
+        ratios = (objective.log_probs(model, batch) - batch["reference"])[batch["labels"] != IGNORE]
+    kl = objective.metrics(objective.take_sums().tolist())["kl"]
+    assert kl == pytest.approx(float(ratios.square().mean()) / 2, rel=1e-4)
+
+
+def test_kto_adds_the_nll_of_desirable_completions(tiny_dir, files):
+    """Of each its mean over tokens, as of chosen completions."""
+    data = with_reference(wide(examples_of(files["kto"], tiny_dir, "single", 80)), tiny_dir)
+    model, losses, nll = policy(tiny_dir), [], 0.0
+    with torch.no_grad():
+        for weight in (0.0, 0.7):
+            objective = SinglePreference(PreferenceConfig("kto", sft_weight=weight), model)
+            losses.append(float(objective.loss(model, data.batch([[0, 1, 2], [3, 4]]))))
+        for i in range(5):
+            batch = data.batch([[i]])
+            if batch["desirable"]:
+                nll -= float(objective.log_probs(model, batch).sum()) / int((batch["labels"] != IGNORE).sum())
+    assert nll and losses[1] - losses[0] == pytest.approx(0.7 * nll, rel=1e-4)
 
 
 def test_an_empty_micro_batch_is_zero_with_a_graph(tiny_dir, files):
@@ -529,8 +573,11 @@ def test_the_reference_of_full_finetuning_is_computed_once(tiny_dir, files, tmp_
     run(capfd, *words(tiny_dir, files, tmp_path / "c", *more))
     assert {file: file.read_bytes() for file in cached()} == {file: content for file, (_, content) in first.items()}
     run(capfd, *words(tiny_dir, files, tmp_path / "d", *more, "--precision", "bf16-mixed"))
+    assert len(cached()) == 4
+    run(capfd, *words(tiny_dir, files, tmp_path / "f", *more, "--precision", "bf16-mixed", "--seed", 2))
+    assert len(cached()) == 6, "another seed dithers the weights in another way"
     run(capfd, *words(tiny_dir, {**files, "train": write_pairs(tmp_path / "other.jsonl", 20)}, tmp_path / "e", *more))
-    assert len(cached()) == 5
+    assert len(cached()) == 7
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") == metrics(tmp_path / "c")
 
 
