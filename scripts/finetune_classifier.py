@@ -44,7 +44,7 @@ def main(config: FinetuneClassifierConfig) -> None:
 
     # 4. Base model, with a score for each class in place of its head
     dtype = weight_dtype(config.precision)
-    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
+    model = load_quantized(config.base, config.quantize, dtype, load_device(fabric), fabric.device)
     use_scores(model, len(data.names))
 
     # 5. Method: freeze everything, adapters over linears, the score is trained in full; or every weight is trained
@@ -79,7 +79,7 @@ def main(config: FinetuneClassifierConfig) -> None:
 
     # 8. Save and measure
     measure_classifier(setup, data, "after")
-    base = f" --checkpoint_dir {config.checkpoint_dir} --adapter_dir" if config.lora else " --checkpoint_dir"
+    base = f" --checkpoint_dir {config.base} --adapter_dir" if config.lora else " --checkpoint_dir"
     usage = f"Measure it on other texts:\n  python scripts/evaluate.py{base} {config.out_dir}/final --classify LABELLED.jsonl"
     fabric.print(
         finish(setup, objective, usage=usage, more_charts=report_charts(setup, data), more_tables=report_tables(setup))

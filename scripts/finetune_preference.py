@@ -40,7 +40,7 @@ def main(config: FinetunePreferenceConfig) -> None:
 
     # 4. Base model
     dtype = weight_dtype(config.precision)
-    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
+    model = load_quantized(config.base, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: adapters over linears, without which the model is the reference; or every weight is trained
     ratios: dict[str, float] = {}
@@ -55,9 +55,9 @@ def main(config: FinetunePreferenceConfig) -> None:
 
     def save_weights(directory: Path | None) -> None:
         if config.lora is None:
-            save_trained(model, directory, base=config.checkpoint_dir)
+            save_trained(model, directory, base=config.base)
         else:
-            save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
+            save_adapter(model, directory, config.base, quantize=config.quantize)
 
     if config.dry_run or config.show_masks:
         from litmini.tasks.dry_run import preview
@@ -78,7 +78,7 @@ def main(config: FinetunePreferenceConfig) -> None:
 
     # 8. Save and measure
     measure_matches(setup, "after")
-    fabric.print(finish(setup, objective, adapter_of=config.checkpoint_dir if config.lora else None))
+    fabric.print(finish(setup, objective, adapter_of=config.base if config.lora else None))
     warn_of_falling(setup)
 
 

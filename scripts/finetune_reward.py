@@ -37,7 +37,7 @@ def main(config: FinetuneRewardConfig) -> None:
 
     # 4. Base model, with one score in place of its head
     dtype = weight_dtype(config.precision)
-    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
+    model = load_quantized(config.base, config.quantize, dtype, load_device(fabric), fabric.device)
     use_scores(model, 1)
 
     # 5. Method: freeze everything, adapters over linears, the score is trained in full; or every weight is trained
@@ -67,7 +67,7 @@ def main(config: FinetuneRewardConfig) -> None:
     fit(setup, objective)
 
     # 8. Save and measure
-    base = f" --checkpoint_dir {config.checkpoint_dir} --adapter_dir" if config.lora else " --checkpoint_dir"
+    base = f" --checkpoint_dir {config.base} --adapter_dir" if config.lora else " --checkpoint_dir"
     usage = f"Rank pairs with it:\n  python scripts/evaluate.py{base} {config.out_dir}/final --reward PAIRS.jsonl"
     fabric.print(finish(setup, objective, usage=usage))
 

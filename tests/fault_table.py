@@ -52,7 +52,7 @@ EXPECTED: dict[str, tuple[tuple[int, ...], str]] = {  # how a run ends, and what
     "full disk": ((0, 1), "error: the disk is full"),
     "new data": ((0,), ""),
 }
-POISON = "~"  # the base has a twin in which the embedding of this token is NaN
+POISON = "~"  # the base has a copy in which the embedding of this token is NaN
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python tests/preference_data.py
 
 The chosen answer opens with a friendly word and has two short sentences; the rejected one has four and no such word. What is
-preferred can so be checked by a program: `is_short_and_polite`. Questions of the held-out file are on other things.
+preferred can so be checked by a program: `is_short_and_polite`. Questions of the validation file are on other things.
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 PLACE = Path(__file__).parents[1] / "config_hub/preference"
-HELD_OUT = 5  # one thing in so many
+VALIDATION_EVERY = 5  # one thing in so many
 OPENINGS = ("Happy to help!", "Gladly!", "Thank you for asking!", "With pleasure!")
 POLITE = re.compile(r"(?i)\b(happy to|glad|gladly|thank|thanks|pleasure|welcome|kindly)\b")
 
@@ -73,21 +73,21 @@ def is_short_and_polite(answer: str) -> bool:
 
 
 def records() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Pairs for training, and those that are held out."""
+    """Pairs for training, and those for validation."""
     draw = random.Random(7)
-    train, held_out = [], []
+    train, validation = [], []
     for things, questions, short, long in KINDS:
         pairs = [one.rsplit(" ", 1) for one in things.split(", ")]
         draw.shuffle(pairs)
         for number, (thing, answer) in enumerate(pairs):
-            is_held_out = number % HELD_OUT == 0
+            is_validation = number % VALIDATION_EVERY == 0
             for question in draw.sample(questions, 2):
                 chosen = f"{draw.choice(OPENINGS)} {short.format(thing, answer)}"
                 pair = {"prompt": question.format(thing), "chosen": chosen, "rejected": long.format(thing, answer)}
-                (held_out if is_held_out else train).append(pair)
+                (validation if is_validation else train).append(pair)
     draw.shuffle(train)
-    draw.shuffle(held_out)
-    return train, held_out
+    draw.shuffle(validation)
+    return train, validation
 
 
 def main() -> None:

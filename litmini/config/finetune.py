@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError, check
@@ -157,8 +157,19 @@ class FinetuneConfig(RunConfig):
         check("", self, checkpoint_dir=bool(self.checkpoint_dir))
 
     @property
+    def starts_from(self) -> str | None:
+        """The adapter that the run starts from, continued or merged; None: it starts from the base."""
+        return None
+
+    @property
+    def continued(self) -> str | None:
+        """The adapter that is trained further; None: a new one is, or all weights."""
+        return None
+
+    @property
     def base(self) -> str:
-        return self.checkpoint_dir
+        merged = self.starts_from != self.continued and not (self.dry_run or self.show_masks)
+        return os.path.join(self.out_dir, "base") if merged else self.checkpoint_dir
 
     @property
     def own_file(self) -> str | None:
@@ -167,12 +178,9 @@ class FinetuneConfig(RunConfig):
     @property
     def tokenizer_dir(self) -> str:
         """Directory of the tokenizer and its template."""
-        return self.base
-
-    @property
-    def starts_from(self) -> str | None:
-        """The adapter that the run starts from, continued or merged; None: it starts from the base."""
-        return None
+        adapter = self.starts_from if self.base == self.checkpoint_dir else None  # a merged base has it already
+        own = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer.json"))
+        return adapter if own and adapter is not None else self.base
 
     @property
     def ineffective(self) -> dict[str, bool]:
@@ -184,7 +192,6 @@ class FinetuneConfig(RunConfig):
 class FinetuneAdapterConfig(FinetuneConfig):
     """Settings of the scripts that train adapters."""
 
-    takes_adapter: ClassVar[bool] = True
     adapter_dir: str | None = None
     """Adapter over checkpoint_dir to start from, such as the final/ of an earlier run. None: a new one."""
     adapter_start: Literal["continue", "merge"] = "continue"
@@ -206,19 +213,7 @@ class FinetuneAdapterConfig(FinetuneConfig):
 
     @property
     def continued(self) -> str | None:
-        """The adapter that is trained further; None: a new one is."""
         return self.adapter_dir if self.adapter_start == "continue" else None
-
-    @property
-    def base(self) -> str:
-        merged = self.adapter_start == "merge" and not (self.dry_run or self.show_masks)
-        return os.path.join(self.out_dir, "base") if merged else self.checkpoint_dir
-
-    @property
-    def tokenizer_dir(self) -> str:
-        adapter = self.adapter_dir if self.base == self.checkpoint_dir else None  # a merged base has it already
-        own = adapter is not None and os.path.isfile(os.path.join(adapter, "tokenizer.json"))
-        return adapter if own and adapter is not None else self.base
 
 
 def _described(method: str, lora: LoraConfig, continued: str | None) -> str:

@@ -14,6 +14,9 @@ class OptionalAdaptersConfig(FinetuneConfig):
 
     trains_tokens: ClassVar[bool] = False
     """The script adds and trains `data.new_tokens`."""
+    adapter_dir: str | None = None
+    """Adapter over checkpoint_dir to start from, such as the final/ of finetune_lora.py: it is merged in, and the result, in
+    OUT_DIR/base, is the base of this run."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """Adapters, and beside them the score of classifiers and reward models; null: all weights are trained."""
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
@@ -22,6 +25,10 @@ class OptionalAdaptersConfig(FinetuneConfig):
     @abstractmethod
     def task(self) -> str:
         """What is learned, in a few words."""
+
+    @property
+    def starts_from(self) -> str | None:
+        return self.adapter_dir
 
     @property
     def method(self) -> str:

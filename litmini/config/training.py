@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from litmini.errors import UserError, check
 
@@ -170,9 +170,6 @@ class RunConfig(ABC):
             raise UserError(
                 f"optim.in_backward does not go with {', '.join(k for k, is_set in clash.items() if is_set)}."
             )
-
-    takes_adapter: ClassVar[bool] = False
-    """The script has --adapter_dir, an adapter to start from."""
 
     @property
     def own_file(self) -> str | None:

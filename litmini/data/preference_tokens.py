@@ -1,7 +1,7 @@
 """Records of preferences -> tokens: those of supervised finetuning (`encode.py`), two documents for each record.
 
-Of a pair these are the chosen and the rejected completion, each after the prompt; of a single completion it and its mismatched
-twin, the prompt with the completion of another, of which KTO's z is estimated.
+Of a pair these are the chosen and the rejected completion, each after the prompt; of a single completion it and a mismatched
+one, the same prompt with the completion of another, of which KTO's z is estimated.
 """
 
 import itertools
@@ -23,8 +23,8 @@ ENTRY = np.dtype(
         *encode.ENTRY.descr,
         ("first", np.int32),  # tokens of its first document: the chosen completion's, or the only one's
         ("targets", np.int32),  # supervised tokens of its first document
-        ("cut", np.int8),  # how many of its completions are truncated
-        ("other", np.int64),  # of single completions: where the mismatched twin is; its size is `other_size`
+        ("n_truncated", np.int8),  # how many of its completions are truncated
+        ("other", np.int64),  # of single completions: where the mismatched completion is; its size is `other_size`
         ("other_size", np.int32),
         ("desirable", np.bool_),
         ("margin", np.float32),
@@ -79,7 +79,7 @@ def encode_preferences(
         documents = _documents(examples, tokenizer, max_seq_len, kind == "scored", problems)
         n = len(examples) // len(part)
         for i, record in enumerate(part):
-            # single completions and their twins, or chosen and rejected
+            # single completions and mismatched ones, or chosen and rejected
             both = documents[i :: len(part)] if others else documents[n * i : n * i + n]
             if reason := _why_dropped(record, both):
                 dropped.append((reason, record.where))
@@ -105,9 +105,9 @@ def _entry(
     first, second = len(one.inputs), len(two.inputs)
     size, other = (first, second) if is_single else (first + second, 0)
     trained = one.targets + (0 if is_single else two.targets)
-    cut = int(one.is_truncated) + int(two.is_truncated and not is_single)
+    n_truncated = int(one.is_truncated) + int(two.is_truncated and not is_single)
     about = (start + size, other, record.desirable, record.margin, number)
-    return (0, 0, start, size, trained, record.number, cut > 0, first, one.targets, cut, *about)
+    return (0, 0, start, size, trained, record.number, n_truncated > 0, first, one.targets, n_truncated, *about)
 
 
 def _why_dropped(record: Preference, documents: list[Document | None]) -> str:
@@ -137,7 +137,7 @@ def _documents(
     is None.
 
     Args:
-        is_scored: the last token alone has a label, and none is cut off.
+        is_scored: the last token alone has a label, and no token is truncated.
     """
     part = encode.Part(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, encode.ENTRY), len(examples))
     found: list[Document | None] = [None] * len(examples)

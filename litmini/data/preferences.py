@@ -48,11 +48,11 @@ class PreferenceExamples(Examples):
 
     @property
     def sizes(self) -> np.ndarray:
-        """The tokens that each example needs; of single completions those of the longer one of itself and its twin."""
+        """The tokens that each example needs; of single completions those of the longer of it and its mismatched one."""
         return np.maximum(self.table["size"], self.table["other_size"])
 
     def mismatched(self) -> "PreferenceExamples":
-        """Return the twin of each single completion: its prompt with the completion of another."""
+        """Return the mismatched completion for each prompt of a single completion: that of another."""
         table = self.table.copy()
         table["start"], table["size"] = self.table["other"], self.table["other_size"]
         table["other"], table["other_size"] = self.table["start"], self.table["size"]
@@ -73,8 +73,8 @@ class PreferenceExamples(Examples):
                 found |= {"chosen_tokens": float(sizes[0].mean()), "rejected_tokens": float(sizes[1].mean())}
         return {
             **found,
-            "truncated_examples": int((table["cut"] > 0).sum()),
-            "truncated_in_one_only": 0 if self.single else int((table["cut"] == 1).sum()),
+            "truncated_examples": int((table["n_truncated"] > 0).sum()),
+            "truncated_in_one_only": 0 if self.single else int((table["n_truncated"] == 1).sum()),
             "dropped_examples": self.dropped,
             **{f"dropped_{key}": count for key, count in self.why_dropped.items()},
             "longest": int(self.sizes.max()),
@@ -185,7 +185,7 @@ class PreferenceSequences(PackedDataset):
         length: tokens that one document may have; a sequence has room for both of a pair.
 
     Attributes:
-        mismatched: the same sequences of the twins of single completions; None: these are pairs, or twins themselves.
+        mismatched: the same sequences with mismatched completions; None: these are pairs, or mismatched themselves.
         reference: for each file of `examples`, the log-probability of each label under the reference, (tokens,) fp32; None:
             it is computed as it is needed.
     """
@@ -240,7 +240,7 @@ class PreferenceSequences(PackedDataset):
 
 
 class MismatchedSequences(PreferenceSequences):
-    """The twins of single completions, in the sequences that these are in; their batches have the key `mismatched`."""
+    """Mismatched completions, in the sequences that the single ones are in; their batches have the key `mismatched`."""
 
     def batch(self, sequences: list[list[int]]) -> Batch:
         batch = super().batch(sequences)

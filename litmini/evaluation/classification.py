@@ -60,13 +60,13 @@ def measure(scores: np.ndarray, targets: np.ndarray, problem_type: str) -> dict[
 
 
 def _regression(values: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    errors, spread = values - targets, float(np.square(targets - targets.mean()).sum())
-    varies = spread > 0 and float(values.std()) > 0
+    errors, total = values - targets, float(np.square(targets - targets.mean()).sum())
+    varies = total > 0 and float(values.std()) > 0
     return {
         "examples": len(values),
         "mse": float(np.square(errors).mean()),
         "mae": float(np.abs(errors).mean()),
-        "r2": 1 - float(np.square(errors).sum()) / spread if spread else None,
+        "r2": 1 - float(np.square(errors).sum()) / total if total else None,
         "pearson": float(np.corrcoef(values, targets)[0, 1]) if varies else None,
     }
 

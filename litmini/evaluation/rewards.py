@@ -75,7 +75,7 @@ def rank(config: ModelConfig, file: str, limit: int | None, batch_size: int) -> 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Return the 95% interval of a probability of which `successes` of n were seen (Wilson, 1927): within 0 and 1."""
-    share, spread = successes / n, Z * Z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    p, z2 = successes / n, Z * Z / n
+    middle = (p + z2 / 2) / (1 + z2)
+    half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
     return max(0.0, middle - half), min(1.0, middle + half)

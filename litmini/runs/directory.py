@@ -94,8 +94,6 @@ class RunDirectory:
         is_adapter = (final / "adapter_config.json").is_file()
         start = "--adapter_dir" if is_adapter else "--checkpoint_dir"
         more = f"Start another from its result: {start} {final} --out_dir {self._free_name()}"
-        if is_adapter and not self.config.takes_adapter:
-            more = f"Merge it (scripts/merge_adapter.py), and start another from that: --out_dir {self._free_name()}"
         if steps:
             more += f". Or train on from {steps[-1]}: --resume auto --resume_changed true, with more --train.epochs"
         return f"the run in {self.directory} is finished: {final} exists. {more}"

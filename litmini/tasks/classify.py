@@ -93,10 +93,10 @@ def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> Classifica
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, None)
-    if is_multimodal(read_json(Path(config.checkpoint_dir) / "config.json")):
+    if is_multimodal(read_json(Path(config.base) / "config.json")):
         from litmini.checkpoints.text_part import check_scored
 
-        check_scored(Path(config.checkpoint_dir))
+        check_scored(Path(config.base))
     train, val = load_labelled(config.data, tokenizer, config.seed, config.classes.problem_type)
     plain = {f.name: f.default for f in dataclasses.fields(LabelledDataConfig)}
     unused = ["train_on", "max_dropped"]
@@ -168,10 +168,10 @@ def save_classifier(
     Args:
         problem_type: None: a regression of one score, one label of several scores.
     """
-    changes = classifier_config(config.checkpoint_dir, data.names, data.tokenizer, problem_type)
+    changes = classifier_config(config.base, data.names, data.tokenizer, problem_type)
     if config.lora is None:
-        return save_trained(model, directory, config.checkpoint_dir, **changes)
-    save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
+        return save_trained(model, directory, config.base, **changes)
+    save_adapter(model, directory, config.base, quantize=config.quantize)
     if directory is not None:
-        base = read_json(Path(config.checkpoint_dir) / "config.json")
+        base = read_json(Path(config.base) / "config.json")
         write_json(directory / "config.json", changed_config(base, **changes))

@@ -1,4 +1,4 @@
-"""The base of a run that starts from an adapter merged into another base: `--adapter_start merge`."""
+"""The base of a run that starts from an adapter merged into another base."""
 
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ FILE = "merged.json"
 
 
 def write_merged_base(config: Any) -> None:
-    """Write `checkpoint_dir` with `adapter_dir` merged in to `OUT_DIR/base`; a resumed run finds it there.
+    """Write `checkpoint_dir` with `starts_from` merged in to `OUT_DIR/base`; a resumed run finds it there.
 
     Args:
-        config: a `FinetuneAdapterConfig`.
+        config: a `FinetuneConfig` whose `starts_from` is the adapter.
 
     Raises:
         UserError: something else is there, or the adapter does not fit.
     """
     base = Path(config.base)
-    sources = {"base": weights_hash(Path(config.checkpoint_dir)), "adapter": weights_hash(Path(config.adapter_dir))}
+    sources = {"base": weights_hash(Path(config.checkpoint_dir)), "adapter": weights_hash(Path(config.starts_from))}
     if base.exists():
         if (base / FILE).is_file() and read_json(base / FILE) == sources:
             return
@@ -32,7 +32,7 @@ def write_merged_base(config: Any) -> None:
     part = base.with_name("base.part")  # a run that was killed here leaves it, and the next one begins again
     if part.exists():
         discard(part)
-    export(config.checkpoint_dir, part, config.adapter_dir)
-    write_card(resolve(config.checkpoint_dir, config.adapter_dir), part, "base", adapter_kept=False)
+    export(config.checkpoint_dir, part, config.starts_from)
+    write_card(resolve(config.checkpoint_dir, config.starts_from), part, "base", adapter_kept=False)
     write_json(part / FILE, sources)
     part.rename(base)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from litmini.checkpoints.scores import refuse_scores
 from litmini.config.preference import FinetunePreferenceConfig, PreferenceConfig, PreferenceDataConfig
 from litmini.data.preferences import PreferenceSequences, load_preferences
 from litmini.methods.reference import at_start
@@ -202,7 +203,7 @@ def document_sums(values: Tensor, batch: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class PreferenceData(Data):
-    """The sequences of a run; of single completions, each step begins with their mismatched twins."""
+    """The sequences of a run; of single completions, each step begins with the mismatched ones."""
 
     def batches(self, step: int, rank: int, world: int) -> list[Batch]:
         numbers = self._numbers(step)
@@ -215,8 +216,8 @@ class PreferenceData(Data):
         return (b for part in (self._mismatched(self.val, range(len(self.val)), rank, world), batches) for b in part)
 
     def _mismatched(self, sequences: Any, numbers: range, rank: int, world: int) -> Any:
-        twins = sequences.mismatched
-        return () if twins is None else twins.batches(numbers, self.micro_batch_size, rank, world)
+        mismatched = sequences.mismatched
+        return () if mismatched is None else mismatched.batches(numbers, self.micro_batch_size, rank, world)
 
     def locations(self, step: int, rank: int, world: int) -> list[list[str]]:
         found = super().locations(step, rank, world)
@@ -230,6 +231,7 @@ def prepare_data(fabric: Fabric, config: FinetunePreferenceConfig, began: dateti
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, began)
+    refuse_scores(config.base, config.starts_from)
     kind = "single" if config.preference.loss == "kto" else "pairs"
     train, val, chosen = load_preferences(config.data, tokenizer, config.seed, kind)
     plain = {f.name: f.default for f in dataclasses.fields(PreferenceDataConfig)}

@@ -59,7 +59,7 @@ def remember_reference(fabric: Fabric, model: Any, data: PreferenceData, config:
 def _key(sequences: PreferenceSequences, config: FinetunePreferenceConfig) -> str:
     """Return a hash of everything that decides the values: weights, configuration, tokens, and precision."""
     digest = hashlib.sha256()
-    directory = Path(config.checkpoint_dir)
+    directory = Path(config.base)
     settings = [FORMAT, weights_hash(directory), config.precision, config.float32_matmul_precision]
     settings += [config.seed] if config.precision.endswith("mixed") else []  # weights are dithered by it
     for file in (directory / "config.json", config.model_file and Path(config.model_file)):

@@ -64,9 +64,9 @@ def plan_pairs(checkpoint_dir: str, data: Path, steps: int, rows: int, max_seq_l
 
 def preference_jobs(config: Any, place: Path, dtype: str, tools: list[str]) -> list[dict[str, Any]]:
     """Return one job for each tool: DPO with LoRA, with as many tokens in a step as the other tasks have."""
-    rows, length = config.micro_batch_size, config.max_seq_len // 2  # a sequence has room for two documents
-    data = place / f"pairs-{config.steps * rows * config.max_seq_len}.jsonl"
-    write_pairs(data, config.steps * rows * config.max_seq_len // 250 + 50, min(200, length - 60))
+    rows, length = max(1, config.micro_batch_size // 2), config.max_seq_len  # a sequence has room for two documents
+    data = place / f"pairs-{config.steps * rows * 2 * length}.jsonl"
+    write_pairs(data, config.steps * rows * 2 * length // 250 + 50, min(200, length - 60))
     work = place / f"work-dpo-{dtype}.json"
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     plan_pairs(config.checkpoint_dir, data, config.steps, rows, length, kind).save(work)

@@ -2,8 +2,8 @@
 
     python scripts/examples/make_classifier_data.py
 
-The sentences of the held-out messages, and the things that they are about, are in no training message. The classes share most
-words: complaints without a bad word, praise with many, questions about either.
+The sentences of the validation messages, and the things that they are about, are in no training message. The classes share
+most words: complaints without a bad word, praise with many, questions about either.
 """
 
 import json
@@ -73,7 +73,7 @@ TRAIN = {
         "swap the {} for the larger model before it leaves.",
     ],
 }
-HELD_OUT = {
+VALIDATION = {
     "complaint": [
         "after one week the {} is already useless.",
         "what arrived is not the {} that I paid for.",
@@ -142,7 +142,7 @@ def write(file: Path, sentences: dict[str, list[str]], things: list[str], copies
 def main() -> None:
     PLACE.mkdir(exist_ok=True)
     write(PLACE / "train.jsonl", TRAIN, THINGS, 5, 1)
-    write(PLACE / "heldout.jsonl", HELD_OUT, NEW_THINGS, 2, 2)
+    write(PLACE / "heldout.jsonl", VALIDATION, NEW_THINGS, 2, 2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_gradients_as_accurate
+from packed_batch import packed_batch
 
 from litmini.models import FAMILIES, family
 from litmini.ops import attention
@@ -77,19 +78,7 @@ def tiny(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> A
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     """Return packed sequences with documents of one token, and padding."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, 500, (len(ROWS), T), generator=generator)
-    documents, positions = torch.zeros(2, len(ROWS), T, dtype=torch.int64)
-    labels = torch.full_like(tokens, -100)
-    for row, (lengths, padding) in enumerate(zip(ROWS, PADDING, strict=True)):
-        at = 0
-        for number, length in enumerate([*lengths[:-1], lengths[-1] - padding], 1):
-            part = slice(at, at + length)
-            documents[row, part], positions[row, part] = number, torch.arange(length)
-            labels[row, part] = torch.randint(3, 500, (length,), generator=generator)
-            at += length
-        positions[row, at:] = torch.arange(T - at)
-    return {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
+    return packed_batch(ROWS, PADDING, seed)
 
 
 def ready(data: dict[str, Any], device: torch.device, name: str = "llama") -> dict[str, Any]:

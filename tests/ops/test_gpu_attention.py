@@ -6,6 +6,7 @@ import pytest
 import torch
 import varlen_kernel
 from numerics import assert_as_accurate, assert_close, assert_gradients_close
+from packed_batch import packed_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
@@ -21,19 +22,7 @@ PADDING = [0, 0, 5, 8]  # tokens at the end that are padding
 
 
 def batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 500, (len(ROWS), T), generator=generator)
-    documents, positions = torch.zeros(2, len(ROWS), T, dtype=torch.int64)
-    labels = torch.full_like(tokens, -100)
-    for row, (lengths, padding) in enumerate(zip(ROWS, PADDING, strict=True)):
-        at = 0
-        for number, length in enumerate([*lengths[:-1], lengths[-1] - padding], 1):
-            part = slice(at, at + length)
-            documents[row, part], positions[row, part] = number, torch.arange(length)
-            labels[row, part] = torch.randint(3, 500, (length,), generator=generator)
-            at += length
-        positions[row, at:] = torch.arange(T - at)
-    return {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
+    return packed_batch(ROWS, PADDING)
 
 
 def tiny(name: str, dtype: torch.dtype) -> torch.nn.Module:

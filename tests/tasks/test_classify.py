@@ -3,9 +3,7 @@
 import csv
 import json
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import transformers
 from numerics import assert_close, assert_gradients_close, difference, ulps
 from safetensors.torch import load_file
+from script_runs import run_script
 from tiny import make_family
 from two import command, run_two, values
 
@@ -69,13 +68,7 @@ def words(tiny_dir: Path, files: tuple[Path, Path], out_dir: Path, *more: object
 
 
 def run(capfd: Any, *arguments: object, status: int = 0, script: str = "finetune_classifier") -> str:
-    capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
-    out, err = capfd.readouterr()
-    assert end.value.code == status, out + err
-    return err if status else out
+    return run_script(capfd, script, *arguments, status=status)
 
 
 def data_config(path: object, **settings: Any) -> LabelledDataConfig:

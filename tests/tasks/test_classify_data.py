@@ -208,11 +208,11 @@ def test_the_data_of_the_quickstart_are_what_their_script_writes(tmp_path):
     made = runpy.run_path(str(ROOT / "scripts/examples/make_classifier_data.py"))
     for name, sentences, things, copies, seed in (
         ("train", made["TRAIN"], made["THINGS"], 5, 1),
-        ("heldout", made["HELD_OUT"], made["NEW_THINGS"], 2, 2),
+        ("heldout", made["VALIDATION"], made["NEW_THINGS"], 2, 2),
     ):
         made["write"](tmp_path / name, sentences, things, copies, seed)
         assert (tmp_path / name).read_bytes() == (ROOT / f"config_hub/classifier/{name}.jsonl").read_bytes()
-    lines = [{line for label in made[key].values() for line in label} for key in ("TRAIN", "HELD_OUT")]
+    lines = [{line for label in made[key].values() for line in label} for key in ("TRAIN", "VALIDATION")]
     assert not lines[0] & lines[1] and not set(made["THINGS"]) & set(made["NEW_THINGS"])
 
 

@@ -1,6 +1,8 @@
 """Training on: from an adapter, merged or continued; a run that is finished, or has other settings."""
 
+import csv
 import json
+import math
 import re
 import runpy
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 from numerics import assert_close
+from preference_parts import write_pairs
 from safetensors.torch import load_file
 
 import litmini
@@ -103,6 +106,44 @@ def test_an_adapter_is_merged_into_the_base_first(run, tmp_path, tiny_dir):
     (base / "merged.json").write_text("{}")
     status, _, error = run("second", *words, "--resume", "auto", "--resume_changed", "true")
     assert status == 1 and "is not this base with this adapter" in error
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("script", ["finetune_preference", "finetune_reward", "finetune_classifier"])
+def test_other_objectives_start_from_a_merged_adapter(run, tmp_path, tiny_dir, script, adapters):
+    assert run("first")[0] == 0
+    data = tmp_path / "data.jsonl"
+    if script == "finetune_classifier":
+        data.write_text("".join(f'{{"text": "text {n}", "label": "{"ab"[n % 2]}"}}\n' for n in range(8)))
+    else:
+        write_pairs(data)
+    words = ["--data.path", data, "--adapter_dir", tmp_path / "first/final", *([] if adapters else ["--lora", "null"])]
+    status, _, error = run("second", *words, "--dry_run", script=script)
+    assert status == 0 and not (tmp_path / "second").exists(), error
+    status, out, error = run("second", *words, "--train.save_every", 1, script=script)
+    assert status == 0, error
+    base, final = tmp_path / "second/base", tmp_path / "second/final"
+    assert_close(logits(base), logits(tiny_dir, tmp_path / "first/final"))
+    if script == "finetune_preference":  # the reference is what the first run has made
+        with (tmp_path / "second/metrics.csv").open() as file:
+            assert float(next(csv.DictReader(file))["loss"]) == pytest.approx(math.log(2), rel=1e-6)
+    elif adapters:
+        assert f"--checkpoint_dir {base} --adapter_dir {final}" in out
+    if adapters:
+        assert read_json(final / "adapter_config.json")["base_model_name_or_path"] == str(base)
+    status, _, error = run("third", *words, "--resume", tmp_path / "second/step-000001", script=script)
+    assert status == 0, error
+    name = "adapter_model.safetensors" if adapters else "model.safetensors"
+    second, third = (load_file(tmp_path / run_name / "final" / name) for run_name in ("second", "third"))
+    assert all(torch.equal(second[key], third[key]) for key in second)
+
+
+def test_preferences_refuse_what_gives_scores(run, tmp_path):
+    data = write_pairs(tmp_path / "data.jsonl")
+    assert run("scores", "--data.path", data, script="finetune_reward")[0] == 0
+    words = ["--data.path", data, "--adapter_dir", tmp_path / "scores/final"]
+    status, _, error = run("second", *words, script="finetune_preference")
+    assert status == 1 and "is a classifier or a reward model" in error and not (tmp_path / "second/final").exists()
 
 
 def test_an_adapter_with_new_tokens_is_trained_further(run, tmp_path):

@@ -5,9 +5,7 @@ import json
 import math
 import random
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from preference_parts import (
     write_pairs,
 )
 from safetensors.torch import load_file
+from script_runs import run_script, without_charts
 from tiny import make_family
 from two import command, run_two, values
 
@@ -64,20 +63,12 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
-    """Charts, and the measurement of what the CPU can do, take longer than the rest of a run."""
     if "reports" not in request.node.name:
-        monkeypatch.setattr("litmini.runs.report.plot_metrics", lambda directory, _: (directory / "loss.png").touch())
-        monkeypatch.setattr("litmini.training.flops.peak_flops", lambda *_: (1e12, "assumed"))
+        without_charts(monkeypatch)
 
 
 def run(capfd: Any, *arguments: object, status: int = 0, script: str = "finetune_preference") -> str:
-    capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
-    out, err = capfd.readouterr()
-    assert end.value.code == status, out + err
-    return err if status else out
+    return run_script(capfd, script, *arguments, status=status)
 
 
 def words(tiny_dir: Path, files: dict[str, Path], out_dir: Path, *more: object, kto: bool = False) -> list[str]:
@@ -319,15 +310,15 @@ def test_truncation_is_counted_and_both_keep_their_beginning(tiny_dir, tmp_path,
 
 
 def test_the_quickstarts_data_are_what_their_script_writes_and_its_expression_says_what_is_preferred():
-    train, held_out = records()
-    for name, rows in (("train", train), ("heldout", held_out)):
+    train, validation = records()
+    for name, rows in (("train", train), ("heldout", validation)):
         assert [json.loads(line) for line in (ROOT / f"config_hub/preference/{name}.jsonl").open()] == rows
     assert not {row["chosen"].partition("! ")[2] for row in train} & {
-        row["chosen"].partition("! ")[2] for row in held_out
+        row["chosen"].partition("! ")[2] for row in validation
     }
     pattern = yaml.safe_load((ROOT / "config_hub/quickstart_preference.yaml").read_text())["eval"]["matches"]
     others = ["Gladly! " + "word " * 25, "The capital of Italy is Rome.", "", "Thanks", "It's with pleasure, sir."]
-    for text in [row[name] for row in [*train, *held_out] for name in ("chosen", "rejected")] + others:
+    for text in [row[name] for row in [*train, *validation] for name in ("chosen", "rejected")] + others:
         assert match(pattern, text) == is_short_and_polite(text), text
     assert all(is_short_and_polite(row["chosen"]) and not is_short_and_polite(row["rejected"]) for row in train)
 

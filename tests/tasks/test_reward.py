@@ -1,12 +1,10 @@
-"""Reward models: their loss against TRL's trainer, results that transformers and PEFT load, and ranking held-out pairs."""
+"""Reward models: their loss against TRL's trainer, results that transformers and PEFT load, and ranking validation pairs."""
 
 import csv
 import json
 import math
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ import transformers
 from numerics import assert_close, assert_gradients_close, difference, ulps
 from preference_parts import examples_of, sequences, write_pairs
 from safetensors.torch import load_file
+from script_runs import run_script, without_charts
 from tiny import make_family
 from trl.trainer.reward_trainer import RewardTrainer
 from two import command, run_two, values
@@ -48,20 +47,12 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
-    """Charts, and the measurement of what the CPU can do, take longer than the rest of a run."""
     if "learns" not in request.node.name:
-        monkeypatch.setattr("litmini.runs.report.plot_metrics", lambda directory, _: (directory / "loss.png").touch())
-        monkeypatch.setattr("litmini.training.flops.peak_flops", lambda *_: (1e12, "assumed"))
+        without_charts(monkeypatch)
 
 
 def run(capfd: Any, *arguments: object, status: int = 0, script: str = "finetune_reward") -> str:
-    capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
-    out, err = capfd.readouterr()
-    assert end.value.code == status, out + err
-    return err if status else out
+    return run_script(capfd, script, *arguments, status=status)
 
 
 def words(tiny_dir: Path, files: tuple[Path, Path], out_dir: Path, *more: object) -> list[str]:
