@@ -69,7 +69,7 @@ def main(config: FinetuneClassifierConfig) -> None:
     dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
     # 6. Setup: shard, make the optimizer, restore what is resumed
-    setup = make_setup(directory, fabric, data, model, save_weights, ratios)
+    setup = make_setup(directory, fabric, data, model, save_weights, ratios, objective.names)
 
     # 7. Fit, and what needs no model beside it
     measure_baselines(setup, data, config.classes.weights == "balanced")

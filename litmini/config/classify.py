@@ -15,6 +15,7 @@ ProblemType = Literal["auto", "single_label_classification", "multi_label_classi
 class LabelledDataConfig(DataConfig):
     """Data: which files, and how they become sequences of tokens."""
 
+    keys: ClassVar[tuple[str, ...]] = ("text", "messages", "label")
     path: list[str] | str
     """Training file: .jsonl, .json, .csv or .parquet with text (or messages) and label; or hub:ORG/NAME[/FOLDER][@REVISION]
     [:SPLIT], a data set of the hub; or a list of these. A label is the name or number of a class, a list of these, or a number

@@ -1,11 +1,12 @@
 """The settings of the finetuning scripts: method, quantisation, and what they have in common."""
 
+import difflib
 import math
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from litmini.config.training import RunConfig
 from litmini.errors import UserError, check
@@ -15,6 +16,11 @@ from litmini.errors import UserError, check
 class DataConfig:
     """Data: which files, and how they become sequences of tokens."""
 
+    keys: ClassVar[tuple[str, ...]] = (
+        *("messages", "conversations", "tools", "text", "prompt", "completion", "system", "system_prompt", "history"),
+        *("instruction", "input", "output", "reasoning_content", "thinking", "reasoning", "label"),
+    )
+    """The keys of a record that are read."""
     path: list[str] | str
     """Training file: .jsonl, .json, .csv or .parquet with messages, ShareGPT, Alpaca, prompt/completion or text; or
     hub:ORG/NAME[/FOLDER][@REVISION][:SPLIT], a data set of the hub; or a list of these."""
@@ -60,6 +66,10 @@ class DataConfig:
         )
         if self.val_path and self.val_fraction:
             raise UserError("data.val_path and data.val_fraction are both given, expected one of them.")
+        for key in self.columns.keys() - set(self.keys):
+            near = difflib.get_close_matches(key, self.keys, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it reads {', '.join(self.keys)}."
+            raise UserError(f"data.columns: this script reads no key '{key}'; {hint}")
 
     @property
     def paths(self) -> list[str]:

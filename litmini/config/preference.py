@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from litmini.config.finetune import DataConfig
 from litmini.config.optional_adapters import OptionalAdaptersConfig
@@ -11,6 +11,7 @@ from litmini.config.training import EvalConfig, OptimConfig
 from litmini.errors import UserError, check
 
 Loss = Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo", "orpo", "cpo", "kto"]
+PAIR = ("prompt", "chosen", "rejected", "margin", "tools", "system", "system_prompt", "history")
 USED_BY: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "robust", "simpo", "cpo"),
     "gamma": ("simpo",),
@@ -25,6 +26,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
 class PreferenceDataConfig(DataConfig):
     """Data: which files, and how they become sequences of tokens."""
 
+    keys: ClassVar[tuple[str, ...]] = (*PAIR, "completion", "label")
     path: list[str] | str
     """Training file: .jsonl, .json, .csv or .parquet with prompt, chosen and rejected (texts or lists of messages), or
     chosen and rejected conversations that begin alike, or prompt, completion and label; or hub:ORG/NAME[/FOLDER]
@@ -120,6 +122,7 @@ class FinetunePreferenceConfig(OptionalAdaptersConfig):
 class RewardDataConfig(DataConfig):
     """Data: which files, and how they become sequences of tokens."""
 
+    keys: ClassVar[tuple[str, ...]] = PAIR
     path: list[str] | str
     """Training file of pairs, as of finetune_preference.py; a column margin says by how much the chosen completion should
     be better."""

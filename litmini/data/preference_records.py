@@ -9,7 +9,7 @@ from litmini.templates.tool_calls import read_objects
 from litmini.tokenizer import Message
 
 PAIR, UNPAIRED = ("chosen", "rejected"), ("prompt", "completion", "label")
-EXPECTED = "expected prompt, chosen and rejected, or prompt, completion and label"
+EXPECTED_PAIR, EXPECTED_SINGLE = "prompt, chosen and rejected", "prompt, completion and label"
 LABELS = {"true": True, "false": False, "1": True, "0": False}
 """How a label may be written."""
 Turns = list[Message] | str
@@ -92,7 +92,10 @@ def _records(where: str, record: Any, has_template: bool, pairs: bool | None, is
     if not is_pair and not is_single:
         there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         more = ". Conversations to imitate are for scripts/finetune_lora.py and its like"
-        raise ValueError(f"found {there}; {EXPECTED}{more * bool(keys & {'messages', 'conversations', 'output'})}")
+        expected = EXPECTED_PAIR if pairs else f"{EXPECTED_PAIR}, or {EXPECTED_SINGLE}"
+        raise ValueError(
+            f"found {there}; expected {expected}{more * bool(keys & {'messages', 'conversations', 'output'})}"
+        )
     if pairs and not is_pair:
         raise ValueError(
             "found one completion with a label, expected chosen and rejected: single completions are for "

@@ -74,7 +74,8 @@ def write_report(
         charts.append(bar_chart(f"tokens of an example, in sequences of {row_length:,}", lengths.tolist(), "tokens"))
     charts += [_drawn(draw) for draw in more_charts]
     before, after = (today_keys(results.pop(f"samples_{when}", [])) for when in ("before", "after"))
-    shown = ("trained_parameters", "steps", "tokens", "target_tokens", "best_step", "best_val_loss")
+    units = ("target_tokens", "pairs", "completions", "texts")
+    shown = ("trained_parameters", "steps", "tokens", *units, "best_step", "best_val_loss")
     numbers = {k: _number(v) for k, v in manifest.get("statistics", {}).items()}
     counts = {k: _number(results[k]) for k in shown if k in results} | {"files": "\n".join(manifest.get("data", {}))}
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)

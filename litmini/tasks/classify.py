@@ -40,8 +40,11 @@ class Classification:
 
     Of one label it is the cross entropy of the class; of several, the mean over labels of each one's binary cross entropy; of
     a regression, the squared error. With weights, the sum is still divided by the number of documents, not by their weights:
-    so an example counts as much whatever others share its step.
+    so an example counts as much whatever others share its step. Its metric is the accuracy, of several labels the share of
+    texts with all labels right, and of a regression the mean absolute error.
     """
+
+    unit = "texts"
 
     def __init__(self, problem_type: str = SINGLE, weights: Tensor | None = None) -> None:
         """
@@ -49,6 +52,9 @@ class Classification:
             weights: of each class, (classes,) fp32; of several labels, of examples that have them.
         """
         self.problem_type, self.weights = problem_type, weights
+        self.names = ("mae",) if problem_type == REGRESSION else ("accuracy",)
+        self.shown = {} if problem_type == REGRESSION else {"accuracy": ".0%"}
+        self._sums: Tensor | None = None
 
     def count(self, batch: Batch) -> int:
         """Return the number of documents."""
@@ -62,11 +68,30 @@ class Classification:
         if self.problem_type == SINGLE:
             labels = Targets.of(batch["labels"])  # on a GPU, they are Targets already
             classes = labels.labels.flatten().index_select(0, labels.index)
+            self._add(scores.argmax(1) == classes)
             return F.cross_entropy(scores, classes, self.weights, reduction="sum")
         if self.problem_type == REGRESSION:
+            self._add((scores[:, 0] - batch["targets"]).abs())
             return F.mse_loss(scores[:, 0], batch["targets"], reduction="sum")
+        self._add(((scores > 0) == (batch["targets"] > 0)).all(1))
         losses = F.binary_cross_entropy_with_logits(scores, batch["targets"], reduction="none", pos_weight=self.weights)
         return losses.mean(1).sum()
+
+    def _add(self, each: Tensor) -> None:
+        """Add a value of each document to the metric, (n,)."""
+        values = each.detach().float()
+        found = torch.stack([values.sum(), values.new_full((), len(values))])
+        self._sums = found if self._sums is None else self._sums + found
+
+    def take_sums(self) -> Tensor:
+        """Return the sums of the metric since the last call, and begin again."""
+        sums, self._sums = self._sums, None
+        return torch.zeros(2) if sums is None else sums
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """Return the mean over documents."""
+        total, n = sums
+        return {name: total / max(1.0, n) for name in self.names}
 
 
 @dataclass(frozen=True)

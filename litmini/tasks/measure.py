@@ -41,7 +41,7 @@ def finish(
     run.results |= {
         "steps": progress.step,
         "tokens": progress.tokens,
-        "target_tokens": progress.targets,
+        objective.unit: progress.targets,
         "training_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "mfu": throughput.mfu,

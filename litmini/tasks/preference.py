@@ -79,6 +79,7 @@ class PairPreference(_Completions):
     """A loss of `LOSSES`, summed over pairs. The model has a `LogProbHead`."""
 
     n_sums = 8
+    unit = "pairs"
 
     def __init__(self, config: PreferenceConfig, model: nn.Module) -> None:
         super().__init__(config, model)
@@ -128,6 +129,7 @@ class SinglePreference(_Completions):
     """
 
     n_sums = 9
+    unit = "completions"
 
     def __init__(self, config: PreferenceConfig, model: nn.Module, fabric: Fabric | None = None) -> None:
         """

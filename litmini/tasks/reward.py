@@ -26,6 +26,7 @@ class BradleyTerry:
     rejected completion (arXiv 2203.02155, equation 1; centering: arXiv 2312.09244). The model has a `ScoreHead` of one.
     """
 
+    unit = "pairs"
     names = ("reward_chosen", "reward_rejected", "margin", "accuracy")
     shown = {"accuracy": ".0%", "margin": ".3f"}  # noqa: RUF012
 

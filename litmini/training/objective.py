@@ -15,7 +15,10 @@ Batch = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """The methods of an objective that the loop calls."""
+    """What the loop and its record need of an objective."""
+
+    unit: str
+    """Name of the units in the manifest, in the plural."""
 
     def count(self, batch: Batch) -> int:
         """Return the units of a micro-batch (target tokens, pairs, sequences), from tensors on the host."""
@@ -55,6 +58,8 @@ class LanguageModeling:
     In training, mixture-of-experts models add their load-balancing loss to it, weighted by the number of targets. That loss
     belongs to this objective: with a head that returns anything but a summed loss, their files leave it out.
     """
+
+    unit = "target_tokens"
 
     def count(self, batch: Batch) -> int:
         """Return the number of target tokens."""

@@ -1,6 +1,7 @@
 """Columns with other names, the last turn only, parts of text, calls as ShareGPT has them, prompts that are turns."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from templates_of_today import HERMES
 from test_encode import make, trained
 
+from litmini.config.classify import LabelledDataConfig
 from litmini.config.finetune import DataConfig
+from litmini.config.preference import PreferenceDataConfig, RewardDataConfig
 from litmini.data.dataset import load_data
 from litmini.data.formats import pick_examples, read_examples
 from litmini.data.labels import read_texts
@@ -43,6 +46,14 @@ def test_columns_with_other_names(tmp_path: Path, tokenizer_dir: Path) -> None:
         UserError, match=r"a.jsonl:1: has no answer, found question.*prompt: question, completion: answer}"
     ):
         read_examples(file, True, {"prompt": "question", "completion": "answer"})
+    for config_type, key, said in (
+        (DataConfig, "promt", "did you mean 'prompt'?"),
+        (PreferenceDataConfig, "choosen", "did you mean 'chosen'?"),
+        (RewardDataConfig, "label", "it reads prompt, chosen, rejected, margin"),
+        (LabelledDataConfig, "lable", "did you mean 'label'?"),
+    ):
+        with pytest.raises(UserError, match=f"reads no key '{key}'; {re.escape(said)}"):
+            config_type(file, columns={key: "question"})
     (labelled,) = read_texts(write(tmp_path, {"review": "good", "stars": 5}), {"text": "review", "label": "stars"})
     assert (labelled.text, labelled.names) == ("good", ("5",))
 

@@ -287,12 +287,29 @@ def metrics(directory: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_a_run_learns_and_its_result_loads_elsewhere(tiny_dir, files, tmp_path, capfd, kind):
     more = {"full": ["--lora", "null"], "lora": ["--lora.rank", 4], "qlora": ["--lora.rank", 4, "--quantize.bits", 4]}
-    out = run(capfd, *words(tiny_dir, files, tmp_path / "run", *more[kind], "--train.max_steps", 30, "--seed", 3))
+    out = run(
+        capfd,
+        *words(
+            tiny_dir,
+            files,
+            tmp_path / "run",
+            *more[kind],
+            "--train.max_steps",
+            30,
+            "--seed",
+            3,
+            "--train.eval_every",
+            15,
+        ),
+    )
     results = json.loads((tmp_path / "run/manifest.json").read_text())["results"]
     assert results["val_loss_before"] == pytest.approx(np.log(3), rel=0.1)
     assert results["val_loss_after"] < 0.6 * results["val_loss_before"]
     assert results["accuracy_after"] >= 0.75 > results["accuracy_before"]
     assert f"validation accuracy     {results['accuracy_before']:.1%} -> {results['accuracy_after']:.1%}" in out
+    assert results["texts"] > 0 and "target_tokens" not in results
+    row = metrics(tmp_path / "run")[14]
+    assert 0 <= float(row["val_accuracy"]) <= 1 and 0 <= float(row["accuracy"]) <= 1
     assert "3 classes: fruit 20, tools 20, weather 20" in out and f"{tmp_path}/run/final --classify" in out
     assert "validation accuracy" in (tmp_path / "run/report.html").read_text()
     final, given = tmp_path / "run/final", padded()

@@ -13,9 +13,10 @@ from tiny import make_family
 
 from litmini.checkpoints.hf import load_model
 from litmini.config.classify import ClassesConfig, FinetuneClassifierConfig, LabelledDataConfig
-from litmini.data.labelled import LabelledExamples, LabelledSequences, load_labelled
+from litmini.data.labelled import LabelledExamples, LabelledSequences, load_labelled, model_inputs
 from litmini.data.labels import MULTI, REGRESSION, SINGLE
 from litmini.errors import UserError
+from litmini.evaluation.classification import measure
 from litmini.methods.heads import use_scores
 from litmini.tasks.classify import Classification, label_weights, save_classifier
 from litmini.tokenizer import Tokenizer
@@ -90,6 +91,23 @@ def test_one_micro_batch_of_eight_equals_eight_of_one_with_weights(tiny_dir, tmp
     if weights is not None:
         unweighted, _ = gradients(model, Classification(kind), together, 8)
         assert unweighted != pytest.approx(loss, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_metric_of_a_step_is_that_of_validation(tiny_dir, tmp_path, kind):
+    """Over micro-batches, and again from zero after it was taken."""
+    examples, model = examples_of(tiny_dir, tmp_path, kind, 2), classifier(tiny_dir, kind)
+    objective, data = Classification(kind), LabelledSequences(examples, 64, False, 0, shuffle=False)
+    batches = [data.batch([[0, 1, 2, 3, 4]]), data.batch([[i] for i in range(5, len(examples))])]
+    with torch.no_grad():
+        scores = torch.cat([model(**model_inputs(batch))[0] for batch in batches])
+        for _ in range(2):
+            for batch in batches:
+                objective.loss(model, batch)
+            expected = measure(scores.numpy(), examples.targets, kind)
+            found = objective.metrics(objective.take_sums().tolist())
+            assert found == {name: pytest.approx(expected[name], rel=1e-6) for name in objective.names}
+    assert objective.take_sums().tolist() == [0.0, 0.0]
 
 
 def test_weights_are_those_of_torch(tiny_dir, tmp_path):

@@ -201,9 +201,9 @@ def test_mismatched_completions_are_those_of_other_prompts(tiny_dir, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"prompt": "a", "chosen": "b"}], "1: found prompt, chosen; expected prompt, chosen and rejected, or prompt, compl"),
-        ([{"messages": turns("a", "b")}], "1: found messages; expected prompt, chosen and rejected, or prompt, completion and "
-         "label. Conversations to imitate are for scripts/finetune_lora.py"),
+        ([{"prompt": "a", "chosen": "b"}], "1: found prompt, chosen; expected prompt, chosen and rejected\n"),
+        ([{"messages": turns("a", "b")}], "1: found messages; expected prompt, chosen and rejected. "
+         "Conversations to imitate are for scripts/finetune_lora.py"),
         ([{"prompt": "a", "completion": "b", "label": True}], "scripts/finetune_preference.py --preference.loss kto"),
         ([{**SAME, "chosen": 3}], "1: chosen is int, expected text or a list of messages"),
         ([{**SAME, "prompt": turns("x", "y")[1:], "chosen": turns("z")}], "1: chosen begins with a user turn and not with the "
