@@ -204,6 +204,16 @@ def outlive_readers() -> None:
 def time_limit(seconds: float, message: str) -> Iterator[None]:
     """End the block with UserError(message) if it takes longer.
 
+    See `end_after`.
+    """
+    with end_after(seconds, UserError, message):
+        yield
+
+
+@contextmanager
+def end_after(seconds: float, error: type[BaseException], *arguments: object) -> Iterator[None]:
+    """End the block with an error if it takes longer; again and again, should the block catch it.
+
     Python code and regular expressions can be ended, in the main thread; not on Windows.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
@@ -211,10 +221,10 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         return
 
     def end(number: int, frame: object) -> None:
-        raise UserError(message)
+        raise error(*arguments)
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:

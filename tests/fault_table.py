@@ -40,6 +40,7 @@ SCRIPTS = (
     "finetune_classifier",
     "finetune_preference",
     "finetune_reward",
+    "finetune_grpo",
     "pretrain",
 )
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
@@ -71,6 +72,7 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     from litmini.data.dataset import load_data
     from litmini.data.labelled import load_labelled
     from litmini.data.preferences import load_preferences
+    from litmini.data.prompts import load_prompts
     from litmini.runs.run import Run
     from litmini.tasks import measure, setup
     from litmini.training import loop
@@ -79,6 +81,7 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
         load_data: "tokenising",
         load_labelled: "tokenising",
         load_preferences: "tokenising",
+        load_prompts: "tokenising",
         loop.fit: "step",
         loop.evaluate: "evaluation",
         Run.checkpoint: "save",
@@ -262,6 +265,28 @@ class Place:
             words += ["--checkpoint_dir", self.base, "--data.path", self.preferred(), "--data.max_seq_len", 64]
             words += ["--data.val_fraction", 0.2]
             words += ["--lora", "null"] if script == "finetune_preference" else ["--lora.rank", 4]
+        elif script == "finetune_grpo":  # two answers to each of two prompts, and three steps on them
+            words += [
+                "--checkpoint_dir",
+                self.base,
+                "--data.path",
+                self.data,
+                "--data.max_seq_len",
+                64,
+                "--data.val_fraction",
+                0.2,
+            ]
+            words += ["--rewards.functions", "[length]", "--rewards.length", 1, "--grpo.num_generations", 2]
+            words += [
+                "--grpo.max_completion_length",
+                4,
+                "--grpo.num_iterations",
+                3,
+                "--grpo.beta",
+                0.1,
+                "--lora.rank",
+                4,
+            ]
         else:
             words += ["--checkpoint_dir", self.base, "--data.path", self.data, "--data.max_seq_len", 128]
             words += ["--data.val_path", self.directory / "held_out.jsonl"]

@@ -25,6 +25,7 @@ from litmini.config.finetune import (
     FinetuneQloraConfig,
     LoraConfig,
 )
+from litmini.config.grpo import FinetuneGrpoConfig
 from litmini.config.preference import FinetunePreferenceConfig, FinetuneRewardConfig
 from litmini.distributed.processes import Interrupted
 from litmini.errors import UserError
@@ -300,6 +301,7 @@ def test_config_hub(path):
         "ia3": FinetuneIa3Config,
         "preference": FinetunePreferenceConfig,
         "reward": FinetuneRewardConfig,
+        "grpo": FinetuneGrpoConfig,
         "classifier": FinetuneClassifierConfig,
     }
     config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)

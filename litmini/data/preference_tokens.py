@@ -160,6 +160,17 @@ def _documents(
     return found
 
 
+def score_documents(
+    examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, problems: list[str]
+) -> list[Document | None]:
+    """Return the tokens of conversations to be scored, as those of pairs are; None for one that is too long.
+
+    Args:
+        problems: gets the faults of examples.
+    """
+    return _documents(examples, tokenizer, max_seq_len, True, problems)
+
+
 def _mismatched(records: list[Preference]) -> list[Example]:
     """Return the prompt of each record with the completion of another, so many before it, in a ring, that no run of equal
     prompts is as long. They depend on the data alone.

@@ -25,3 +25,12 @@ def broadcast_on_host(fabric: Fabric, array: np.ndarray) -> np.ndarray:
     if fabric.world_size > 1:
         torch.distributed.broadcast(torch.from_numpy(array), 0, group=host_group())
     return array
+
+
+def gather_on_host(fabric: Fabric, text: str) -> list[str]:
+    """Return the texts of all ranks, in their order."""
+    if fabric.world_size == 1:
+        return [text]
+    found: list[str] = [""] * fabric.world_size
+    torch.distributed.all_gather_object(found, text, group=host_group())
+    return found

@@ -89,8 +89,8 @@ class Batch:
 
     def _step_together(self) -> None:
         """Decode until the first request may be complete, at most `AHEAD` tokens on a GPU; then give them to the requests."""
-        # log-probabilities are of one token's logits
-        one = not self.on_gpu or any(r.sampling.logprobs is not None for r in self.requests)
+        # the logits that requests get are those of one token
+        one = not self.on_gpu or any(r.wants_logits for r in self.requests)
         remaining = min(r.remaining_tokens for r in self.requests)
         count = 1 if one else min(AHEAD, remaining)
         with self._adapters(self.requests):

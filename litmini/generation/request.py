@@ -91,6 +91,11 @@ class Request:
         self._taken = 0
 
     @property
+    def wants_logits(self) -> bool:
+        """Whether `push` reads the logits of each token."""
+        return self.sampling.logprobs is not None
+
+    @property
     def ids(self) -> list[int]:
         """Token ids of the completion."""
         return self.tokens[len(self.prompt) :]

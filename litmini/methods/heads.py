@@ -24,14 +24,15 @@ class LogProbHead(OutputHead):
     backward pass. Gradients are right for any upstream gradient.
     """
 
-    def __init__(self, head: nn.Module, chunk: int | None = None) -> None:
+    def __init__(self, head: nn.Module, chunk: int | None = None, temperature: float = 1.0) -> None:
         """
         Args:
             head: gives logits (..., vocab): a linear, an adapted one, or one that is trained beside adapters.
             chunk: rows of logits in memory at once; None: as `rows_at_once` says.
+            temperature: logits are divided by it.
         """
         super().__init__(head)
-        self.chunk = chunk
+        self.chunk, self.temperature = chunk, temperature
         # Decided here, so that it is the same while an adapted head is replaced by its base
         self._is_frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
 
@@ -46,7 +47,7 @@ class LogProbHead(OutputHead):
         wanted = targets.labels.flatten().index_select(0, targets.index)  # (n,)
         chunk = self.chunk or rows_at_once(self.original, targets, rows.shape[-1], UNFUSED, CHUNK)
         if self._is_frozen:
-            found = frozen_log_probs(rows, self.original.weight, wanted, softcap, chunk)
+            found = frozen_log_probs(rows, self.original.weight, wanted, softcap, chunk, self.temperature)
         else:
             parts = zip(rows.split(chunk), wanted.split(chunk), strict=True)
             found = torch.cat(
@@ -60,6 +61,8 @@ class LogProbHead(OutputHead):
         logits = self.original(rows).float()  # (c, vocab)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
         return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)  # (c,)
 
 
@@ -106,13 +109,13 @@ def head_name(model: nn.Module) -> str:
     return names[0]
 
 
-def use_log_probs(model: nn.Module, chunk: int | None = None) -> LogProbHead:
+def use_log_probs(model: nn.Module, chunk: int | None = None, temperature: float = 1.0) -> LogProbHead:
     """Let `model(..., labels=labels)` return per-token log-probabilities; see `LogProbHead.outputs`.
 
     Call it after adapters were added, which are found by the names that modules have before.
     """
     name = head_name(model)
-    head = LogProbHead(getattr(model, name), chunk)
+    head = LogProbHead(getattr(model, name), chunk, temperature)
     setattr(model, name, head)
     return head
 

@@ -20,7 +20,8 @@ from litmini.system import outlive_readers
 PROCESSES = ("devices", "num_nodes", "strategy")
 REPORT = "report.html"  # the last file that a run writes: without it, the result has not been measured
 WRITTEN = re.compile(  # by a run, in its directory
-    r"config\.yaml|manifest\.json|metrics\.csv|samples\.jsonl|loss\.png|report\.html|final|(bad-)?step-.*|tensorboard|wandb.*"
+    r"config\.yaml|manifest\.json|metrics\.csv|samples\.jsonl|(loss|reward)\.png|rewards(-rank-\d+)?\.log|report\.html|final|"
+    r"(bad-)?step-.*|tensorboard|wandb.*"
 )
 MAY_CHANGE = re.compile(  # on resuming; any other setting changes the result of the run
     r"(resume|resume_changed|dry_run|show_masks|download_from|out_dir|devices|num_nodes|strategy|loggers|eval\.\w+|"

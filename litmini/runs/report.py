@@ -34,7 +34,8 @@ def plot_metrics(directory: Path, results: dict[str, Any]) -> None:
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], BLUE, label="training", linewidth=1.2)
     if validation := _validation(rows, results):
         axes.plot(*zip(*validation, strict=True), "o-", color=ORANGE, label="validation", markersize=4)
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.0, low), 1.05 * high if high > 0 else 0.0)
     locator: Any = axes.xaxis.get_major_locator()
     locator.set_params(integer=True)
     axes.legend(frameon=False)

@@ -44,6 +44,7 @@ MEASURES = {
     "exact_match": ("exact match", "{:.0%}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "macro_f1": ("macro-F1", "{:.3f}"),
+    "reward": ("reward", "{:.3f}"),
     "matches": ("completions that match", "{:.0%}"),
     "margin": ("reward margin", "{:.3f}"),
     "logp_chosen": ("log p of chosen", "{:.1f}"),

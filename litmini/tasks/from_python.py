@@ -19,6 +19,7 @@ from litmini.config.finetune import (
     Ia3Config,
     LoraConfig,
 )
+from litmini.config.grpo import FinetuneGrpoConfig
 from litmini.config.preference import FinetunePreferenceConfig, FinetuneRewardConfig
 from litmini.config.pretrain import PretrainConfig
 from litmini.config.training import RunConfig
@@ -36,6 +37,7 @@ SCRIPTS: dict[type[RunConfig], str] = {
     FinetuneClassifierConfig: "finetune_classifier",
     FinetunePreferenceConfig: "finetune_preference",
     FinetuneRewardConfig: "finetune_reward",
+    FinetuneGrpoConfig: "finetune_grpo",
     PretrainConfig: "pretrain",
 }
 """Settings of a run -> the script whose steps it takes."""

@@ -45,7 +45,8 @@ def fit(setup: Setup, objective: Objective, stop_after: int | None = None) -> Pr
     if scaler and progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
     setup.model.train()
-    feed = Feed(setup.data, fabric.device, fabric.global_rank, fabric.world_size, setup.attention)
+    rank, world = fabric.global_rank, fabric.world_size
+    feed = Feed(setup.data, fabric.device, rank, world, setup.attention, setup.prefetch)
     display = Display(fabric, total_steps, progress.step)
     try:
         with graceful_shutdown() as received, display.bar:

@@ -208,3 +208,6 @@ class Setup:
     """Generates completions every `train.sample_every` steps; every rank calls it."""
     attention: str | None = None
     """The attention kernel that the user asked for; None: by the rules of `litmini/ops/attention.py`."""
+    prefetch: bool | None = None
+    """Whether a thread makes the micro-batches of the next step while this one runs; None: on a GPU. False where they come
+    from the model that is trained."""

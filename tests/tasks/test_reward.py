@@ -25,7 +25,8 @@ import litmini
 from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import LoraConfig
 from litmini.config.preference import FinetuneRewardConfig, RewardConfig, RewardDataConfig
-from litmini.evaluation.rewards import wilson
+from litmini.errors import UserError
+from litmini.evaluation.rewards import RewardModel, wilson
 from litmini.methods.adapters import add_adapters
 from litmini.methods.heads import use_scores
 from litmini.tasks.classify import save_classifier, with_score
@@ -214,6 +215,34 @@ def test_a_run_learns_and_its_result_gives_equal_scores_elsewhere(tiny_dir, file
         assert merged.config.num_labels == 1 and merged.config.id2label == {0: "reward"}
         with torch.no_grad():
             assert_close(merged(input_ids=ids, attention_mask=ids > 0).logits, ours(ids)[:, -1])
+
+
+def test_scores_of_completions_are_those_of_ranking(tiny_dir, files, tmp_path, capfd):
+    """As a reward of policy optimization gets them: by text or messages, in a batch, by an adapter that names its base."""
+    run(capfd, *words(tiny_dir, files, tmp_path / "run", "--precision", "bf16-true"))
+    final, file = tmp_path / "run/final", tmp_path / "ranked.json"
+    run(
+        capfd,
+        "--checkpoint_dir",
+        tiny_dir,
+        "--adapter_dir",
+        final,
+        "--reward",
+        files[1],
+        "--out",
+        file,
+        script="evaluate",
+    )
+    ranked, rows = json.loads(file.read_text())["reward"], [json.loads(line) for line in files[1].open()]
+    model = RewardModel(str(final))
+    for name in ("chosen", "rejected"):
+        given: list[Any] = [(row["prompt"], row[name]) for row in rows]
+        given[::2] = [([{"role": "user", "content": prompt}], text) for prompt, text in given[::2]]
+        scores = model.score(given, batch_size=3)
+        assert sum(scores) / len(scores) == pytest.approx(ranked[name], rel=0.02, abs=0.01)
+    assert math.isnan(model.score([("long " * 600, "x")])[0])
+    with pytest.raises(UserError, match="is no reward model"):
+        RewardModel(str(tiny_dir))
 
 
 def test_evaluate_refuses_what_is_no_reward_model(tiny_dir, files, capfd):
