@@ -4,7 +4,8 @@
     python scripts/convert_to_litmini.py DIRECTORY --out_dir checkpoints/ORG/NAME --dtype bf16
 
 A directory holds safetensors or pytorch_model*.bin with config.json, Meta's consolidated.*.pth with params.json, or the
-model.pth of `litgpt convert_from_litgpt` with config.json. Memory: 0.3 GB for the interpreter and a few times the largest
+model.pth of `litgpt convert_from_litgpt` with config.json. Safetensors may be quantised (FP8, MXFP4, bitsandbytes in 4 bits):
+they are dequantised. Memory: 0.3 GB for the interpreter and a few times the largest
 tensor, independent of the model's size.
 """
 
@@ -23,7 +24,7 @@ class ConvertConfig:
     out_dir: str
     """Directory to write; must not exist."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Dtype of the result; none: unchanged, and bf16 for a GGUF file."""
+    """Dtype of the result; none: unchanged, and bf16 for a GGUF file and quantised weights."""
     max_shard_size: str = "5GB"
     """Maximum size of a weight file, such as 500MB or 5GB."""
 

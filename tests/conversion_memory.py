@@ -34,6 +34,7 @@ WAYS = {
     "adapter merged, fp32 -> bf16": ("fp32", "merged", "export(fp32, merged, adapter, torch.bfloat16, shard)"),
     "pytorch_model.bin shards -> safetensors": ("bin", "of_bin", "convert(bin, of_bin, None, shard)"),
     "Meta, two parts -> safetensors": ("meta", "of_meta", "convert(meta, of_meta, None, shard)"),
+    "FP8 in blocks of 128 x 128 -> fp32": ("fp8", "of_fp8", "convert(fp8, of_fp8, torch.float32, shard)"),
     "GGUF, Q8_0 -> fp32": ("a.gguf", "of_gguf", "convert(gguf, of_gguf, torch.float32, shard)"),
 }
 CHILD = """
@@ -50,7 +51,7 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 def run(way, place):
-    names = ("litgpt", "bf16", "fp32", "merged", "adapter", "bin", "of_bin", "meta", "of_meta", "of_gguf")
+    names = ("litgpt", "bf16", "fp32", "merged", "adapter", "bin", "of_bin", "meta", "of_meta", "fp8", "of_fp8", "of_gguf")
     places = {name: Path(place) / name for name in names}
     eval(way, globals() | places | {"gguf": Path(place) / "a.gguf", "shard": shard})
 
@@ -84,7 +85,7 @@ def write_sources(place: Path, n_layers: int) -> None:
     model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=320, **SHAPE, num_hidden_layers=n_layers))
     tokenizer = train_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
     write_gguf(place / "a.gguf", model, tokenizer, pre="gpt-2", quantized=gguf.GGMLQuantizationType.Q8_0)
-    for name in ("litgpt", "bin", "meta"):
+    for name in ("litgpt", "bin", "meta", "fp8"):
         (place / name).mkdir()
         tokenizer.save(str(place / name / "tokenizer.json"))
         (place / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
@@ -97,6 +98,13 @@ def write_sources(place: Path, n_layers: int) -> None:
     (place / "bin" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for i, part in enumerate(meta_parts(model, 2, embedding_dim=1)):
         torch.save(part, place / "meta" / f"consolidated.{i:02d}.pth")
+    in_fp8 = {n: t.to(torch.float8_e4m3fn if "_proj" in n else torch.bfloat16) for n, t in tensors.items()}
+    scales = {
+        f"{n}_scale_inv": torch.ones(t.shape[0] // 128, t.shape[1] // 128) for n, t in tensors.items() if "_proj" in n
+    }
+    save_file(in_fp8 | scales, place / "fp8" / "model.safetensors")
+    config = json.loads((place / "fp8" / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (place / "fp8" / "config.json").write_text(json.dumps(config))
     params = {"dim": 1024, "n_layers": n_layers, "n_heads": 8, "vocab_size": 320, "norm_eps": 1e-6}
     (place / "meta" / "params.json").write_text(json.dumps(params))
     lora = {}

@@ -41,6 +41,10 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
+TEKKEN = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
 HEADERS = (
     "{% for m in messages %}"
     "{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' %}"
@@ -95,6 +99,7 @@ STYLES = {
     "llama mistral": ({**S, "tokenizer_class": "LlamaTokenizer"}, MISTRAL, "", True, True),
     "llama tinyllama": ({**S, "tokenizer_class": "LlamaTokenizer"}, TAGS, "", False, True),
     "llama smollm2": ({**NO_BOS, "eos_token": "<|im_end|>"}, CHATML, "<|im_start|> <|im_end|>", False, False),
+    "ministral3": ({"bos_token": "<s>", "eos_token": "</s>"}, TEKKEN, "[INST] [/INST]", True, True),
     "mixtral": ({**S, "tokenizer_class": "LlamaTokenizer"}, MISTRAL, "", True, True),
     "mpt chat": ({**NO_BOS, "tokenizer_class": "GPTNeoXTokenizer"}, CHATML, "<|im_start|> <|im_end|>", False, False),
     "olmo2": ({**NO_BOS, "tokenizer_class": "GPT2Tokenizer"}, "{{ bos_token }}" + TAGS, "", True, False),

@@ -42,6 +42,13 @@ def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None 
     Raises:
         UserError: the family or something that it asks for is not implemented, or a value is missing or impossible.
     """
+    text = raw.get("text_config")
+    if quantized := raw.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{file}: its weights are quantised (quantization_config: quant_method {str(method)[:50]!r}), expected 16 bits or "
+            f"more. To dequantise them: python scripts/convert_to_litmini.py {file.parent} --out_dir {file.parent}-bf16"
+        )
     try:
         if not is_multimodal(raw):
             module = family(str(raw.get("model_type", "")))

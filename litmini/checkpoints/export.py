@@ -22,7 +22,7 @@ from litmini.checkpoints.config import (
     parts_beside,
     read_raw_config,
 )
-from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model
+from litmini.checkpoints.hf import check_checkpoint_dir, check_fit, save_model, wrong_dtype
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import check_adapter, grow_for, name_as_in, read_adapter
 from litmini.checkpoints.peft_tokens import has_vocabulary, with_rows
@@ -67,7 +67,9 @@ def export(
     module, model = empty_model(source)  # refuses what is not implemented
     own = module.owns if hasattr(module, "owns") else None
     empty = list(read_empty(shards(source), own))
-    check_fit(source, model, {name: tuple(t.shape) for name, t in model_tensors(module, model.config, empty)})
+    inside = list(model_tensors(module, model.config, empty))
+    problems = [text for pair in inside for text in wrong_dtype(*pair)]
+    check_fit(source, model, {name: tuple(t.shape) for name, t in inside}, problems)
     raw = {k: v for k, v in read_raw_config(source).items() if k != "torch_dtype"}  # since transformers 5: `dtype`
     tensors: Iterable[tuple[str, Tensor]] = read_tensors(shards(source), copied=True, only=own)
     tokenizer = Tokenizer(source)

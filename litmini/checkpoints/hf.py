@@ -88,6 +88,16 @@ def check_fit(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], 
         raise UserError(f"the weights in {path} do not fit its config.json:\n  {listing}")
 
 
+def wrong_dtype(name: str, tensor: Tensor) -> list[str]:
+    """Return why the values of a tensor are no weights, as `problems` of `check_fit`: they are integers, or lack scales."""
+    if tensor.is_floating_point() and tensor.element_size() > 1:
+        return []
+    expected = (
+        "floating point" + " of 16 bits or more, or the scales of a quantization_config" * tensor.is_floating_point()
+    )
+    return [f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected {expected}"]
+
+
 def load_model(
     directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
@@ -120,8 +130,8 @@ def load_model(
         if name in found:
             problems.append(f"{name} occurs twice")
         found[name] = tuple(tensor.shape)
-        if not tensor.is_floating_point():
-            problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        if wrong := wrong_dtype(name, tensor):
+            problems += wrong
         elif name in names and tensor.shape == shapes[name]:
             parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
             for same in names[name]:

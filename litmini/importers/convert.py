@@ -1,4 +1,4 @@
-"""Conversion of pickled shards, Meta's files and GGUF files into Hugging Face directories.
+"""Conversion of pickled shards, Meta's files, GGUF files and quantised checkpoints into Hugging Face directories.
 
 Tensors are read and written one by one: memory depends on the largest of them, not on the model, its files or the shards.
 """
@@ -19,13 +19,14 @@ from litmini.checkpoints.config import (
     parse_model,
     untied,
 )
-from litmini.checkpoints.hf import check_fit, save_model
+from litmini.checkpoints.hf import check_fit, save_model, wrong_dtype
 from litmini.checkpoints.safetensors_io import check_one_format, give_memory_back, read_empty, read_tensors, weight_map
 from litmini.errors import UserError
 from litmini.files import check_no_pointer, read_json, write_atomically, write_json
 from litmini.importers.gguf.convert import import_gguf
 from litmini.importers.meta import read_meta
 from litmini.importers.pickles import Pickle
+from litmini.importers.quantized import Dequantized, quantization
 from litmini.importers.vocabulary import ensure_tokenizer
 from litmini.side_files import copy_side_files
 
@@ -47,6 +48,8 @@ class Source(NamedTuple):
     """The content of `config.json`, or what the settings of another kind mean."""
     read: Callable[[bool], Tensors]
     """meta -> the tensors under Hugging Face's names; with meta True, only their shapes and dtypes."""
+    files: tuple[Path, ...] = ()
+    """Of safetensors."""
 
 
 def convert(
@@ -58,7 +61,7 @@ def convert(
     """Write the checkpoint `source` as a Hugging Face directory, whole or not at all.
 
     Args:
-        dtype: of the result; None keeps each tensor's own, and means bf16 for a GGUF file.
+        dtype: of the result; None keeps each tensor's own, and means bf16 for a GGUF file and what is quantised.
         max_shard_bytes: size of a weight file.
 
     Raises:
@@ -74,6 +77,10 @@ def convert(
             write_json(partial / "source.json", {"source": str(path), "format": "GGUF", "gguf": facts})
         return target
     opened = _open(path)
+    if quantization(opened.config) is not None:
+        plain = Dequantized(opened.config_file, opened.config, opened.files, dtype or torch.bfloat16)
+        kind = f"{opened.kind}, {plain.kind}"
+        opened = opened._replace(kind=kind, config=plain.config, read=plain.read)
     raw = {key: value for key, value in opened.config.items() if key != "torch_dtype"}  # since v5: `dtype`
     existing = list(opened.read(True))
     all_names = [name for name, _ in existing]
@@ -87,9 +94,9 @@ def convert(
         parts = [(name, like) for name, like in existing if not module.owns(name)]
         beside = parts, ((name, tensor) for name, tensor in opened.read(False) if not module.owns(name))
         existing = [(name, like) for name, like in existing if module.owns(name)]
-    shapes = {name: tuple(t.shape) for name, t in model_tensors(module, config, existing)}
-    integers = [f"{name} is {t.dtype}, expected floating point" for name, t in existing if not t.is_floating_point()]
-    check_fit(path, model, shapes, [text for text in integers if text.split()[0] in shapes])
+    inside = list(model_tensors(module, config, existing))
+    problems = [text for pair in inside for text in wrong_dtype(*pair)]
+    check_fit(path, model, {name: tuple(t.shape) for name, t in inside}, problems)
     names = parameter_names(model)
 
     def to_disk(tensors: Tensors) -> Tensors:
@@ -149,7 +156,7 @@ def _safetensors(file: Path) -> Source:
     def read(meta: bool) -> Tensors:
         return read_empty(files) if meta else read_tensors(files, copied=True)
 
-    return Source("safetensors", *_config(file), read)
+    return Source("safetensors", *_config(file), read, tuple(files))
 
 
 def _bin(file: Path) -> Source:

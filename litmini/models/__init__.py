@@ -38,6 +38,7 @@ FAMILIES = {
     "gpt2": "litmini.models.gpt2",
     "gpt_neox": "litmini.models.gpt_neox",
     "llama": "litmini.models.llama",
+    "ministral3": "litmini.models.ministral3",
     "mistral": "litmini.models.llama",
     "mixtral": "litmini.models.mixtral",
     "mpt": "litmini.models.mpt",

@@ -45,6 +45,7 @@ class Yarn:
     attention_factor: float  # on cos and sin, so attention scores are larger by its square
     beta_fast: float = 32.0  # turns within the original length: frequencies from here on are kept
     beta_slow: float = 1.0  # up to here they are stretched; between, blended
+    truncate: bool = True  # the bounds of the blend are whole pairs of the head
 
 
 def read_value(hf: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED, zero: bool = True) -> Any:
@@ -113,7 +114,7 @@ def refuse(
         implemented: key -> its only implemented value, or a tuple of them. False stands for all that says no (null, 0,
             an empty list) and True for any number that says yes, but no text. A missing key is fine.
         checks: key -> whether its value is implemented, where a table cannot say so. Without `layer_types` among them,
-            all layers have full attention.
+            all layers have full attention; without `mscale` and `truncate`, these variants of YaRN are refused.
 
     Raises:
         ValueError: with each such key and its value.
@@ -126,7 +127,8 @@ def refuse(
         read_value(hf, key, kind, None)
     verdicts |= {"is_causal": hf.get("is_causal") is not False}  # transformers heeds it in every family
     verdicts |= {"use_bidirectional_attention": not hf.get("use_bidirectional_attention")}
-    verdicts |= {"mscale": not rope.get("mscale"), "truncate": rope.get("truncate", True)}  # variants of YaRN
+    variants = {"mscale": not rope.get("mscale"), "truncate": rope.get("truncate", True)}  # of YaRN
+    verdicts |= {key: is_fine for key, is_fine in variants.items() if key not in checks}
     if refused := [f"{key} = {reprlib.repr(found.get(key))}" for key, is_fine in verdicts.items() if not is_fine]:
         raise ValueError(f"not implemented in {file}: {', '.join(refused)}")
 
@@ -190,13 +192,16 @@ def read_yarn(rope: dict[str, Any], max_positions: int) -> Yarn | None:
         return None
     factor = read_value(rope, "factor", float, zero=False)
     original = read_value(rope, "original_max_position_embeddings", int, None, zero=False)
-    implied = 0.1 * math.log(max(factor, 1.0)) + 1.0
+    mscale, mscale_all = (read_value(rope, key, float, None) for key in ("mscale", "mscale_all_dim"))
+    grown = 0.1 * math.log(max(factor, 1.0))
+    implied = (grown * mscale + 1.0) / (grown * mscale_all + 1.0) if mscale and mscale_all else grown + 1.0
     return Yarn(
         factor=factor,
         original_positions=original or max_positions,
         attention_factor=read_value(rope, "attention_factor", float, None, zero=False) or implied,
         beta_fast=read_value(rope, "beta_fast", float, None) or 32.0,
         beta_slow=read_value(rope, "beta_slow", float, None) or 1.0,
+        truncate=read_value(rope, "truncate", bool, True) is not False,
     )
 
 
@@ -217,6 +222,7 @@ def write_rope(
             "attention_factor": scaling.attention_factor,
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
+            **({} if scaling.truncate else {"truncate": False}),
         }
     parameters: dict[str, Any] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     if local_theta is not None:

@@ -63,15 +63,20 @@ def gemma3() -> transformers.PreTrainedModel:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def mistral3() -> transformers.PreTrainedModel:
+def mistral3(**text) -> transformers.PreTrainedModel:
     vision = VISION | {"model_type": "pixtral", "head_dim": 8}
     config = transformers.Mistral3Config(
-        text_config=TEXT | {"model_type": "mistral", "tie_word_embeddings": False},
+        text_config=TEXT | {"model_type": "mistral", "tie_word_embeddings": False} | text,
         vision_config=vision,
         image_token_index=IMAGE,
         tie_word_embeddings=False,
     )
     return transformers.Mistral3ForConditionalGeneration(config)
+
+
+def ministral3() -> transformers.PreTrainedModel:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
+    return mistral3(model_type="ministral3", pad_token_id=None, rope_parameters={**rope, "llama_4_scaling_beta": 0.7})
 
 
 def smolvlm() -> transformers.PreTrainedModel:
@@ -86,6 +91,7 @@ def smolvlm() -> transformers.PreTrainedModel:
 
 
 KINDS = {"gemma3": gemma3, "gemma3, names of transformers 5": gemma3, "mistral3": mistral3, "smolvlm": smolvlm}
+KINDS |= {"mistral3 around ministral3": ministral3}
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +229,13 @@ def test_adapters_are_the_same_in_peft_and_merged(base, tmp_path, method):
     assert_close(logits(load_model(merged, torch.float32)), expected)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "mistral3 around ministral3"])
 def test_an_image_prompt_gives_what_the_change_of_the_text_part_implies(bases, tmp_path, kind):
     base = bases[kind]
     directory = saved(adapted(base, "lora"), base, tmp_path / "adapter")
     merged = whole(export(base, tmp_path / "merged", directory))
     size = torch.tensor([[16, 16]])
-    image = {"pixel_values": torch.randn(1, 3, 16, 16)} | ({"image_sizes": size} if kind == "mistral3" else {})
+    image = {"pixel_values": torch.randn(1, 3, 16, 16)} | ({"image_sizes": size} if kind.startswith("mistral3") else {})
     tokens = torch.tensor([[7, 501, *[IMAGE] * 4, 502, 9, 10]])
     theirs = peft.PeftModel.from_pretrained(whole(base), directory).eval()
     found, expected = logits(merged, tokens, **image), peft_logits(theirs, tokens, **image)
