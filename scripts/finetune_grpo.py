@@ -42,7 +42,7 @@ def main(config: FinetuneGrpoConfig) -> None:
 
     # 4. Base model
     dtype = weight_dtype(config.precision)
-    model = load_quantized(config.checkpoint_dir, config.quantize, dtype, load_device(fabric), fabric.device)
+    model = load_quantized(config.base, config.quantize, dtype, load_device(fabric), fabric.device)
 
     # 5. Method: adapters over linears, without which the model is the reference; or every weight is trained
     ratios: dict[str, float] = {}
@@ -57,9 +57,9 @@ def main(config: FinetuneGrpoConfig) -> None:
 
     def save_weights(directory: Path | None) -> None:
         if config.lora is None:
-            save_trained(model, directory, base=config.checkpoint_dir)
+            save_trained(model, directory, base=config.base)
         else:
-            save_adapter(model, directory, config.checkpoint_dir, quantize=config.quantize)
+            save_adapter(model, directory, config.base, quantize=config.quantize)
         data.sampling.save(directory)
 
     if config.dry_run or config.show_masks:
@@ -78,7 +78,7 @@ def main(config: FinetuneGrpoConfig) -> None:
     fit(setup, objective)
 
     # 8. Save and measure
-    base = config.checkpoint_dir if config.lora else None
+    base = config.base if config.lora else None
     fabric.print(finish(setup, objective, adapter_of=base, more_tables=answer_tables(setup)))
     plot_rewards(setup)
     fabric.print(describe_rewards(setup, data.sampling.rewards), end="")

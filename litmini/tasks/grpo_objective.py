@@ -16,7 +16,7 @@ from litmini.training.objective import Batch
 OF_TOKENS = ("ratio", "logp_difference", "clipped", "kl")
 ON_TOKENS = ("mask", "ratio", "difference", "clipped", "divergence")
 """What is summed over the tokens that are trained on."""
-ON_ANSWERS = ("answers", "known", "reward", "tokens", "surprise", "truncated", "groups", "equal", "spread", "compared")
+ON_ANSWERS = ("answers", "known", "reward", "tokens", "nll", "truncated", "groups", "equal", "spread", "compared")
 """What is summed over the answers that were sampled, and over their groups."""
 
 
@@ -32,6 +32,7 @@ class PolicyOptimization:
 
     def __init__(self, config: GrpoConfig, model: nn.Module, rewards: tuple[str, ...]) -> None:
         self.config, self._model = config, model
+        self.unit = "completions" if config.loss_type in ("grpo", "gspo", "rloo") else "target_tokens"
         self._own = tuple(f"reward_{name}" for name in rewards)
         has_divergence = config.beta > 0 and config.loss_type != "rloo"
         self.names: tuple[str, ...] = (
@@ -83,7 +84,7 @@ class PolicyOptimization:
         known = [answer.reward for answer in answers if not math.isnan(answer.reward)]
         found = {"answers": len(answers), "known": len(known), "reward": sum(known)}
         found["tokens"] = sum(len(answer.ids) for answer in answers)
-        found["surprise"] = -sum(sum(answer.log_probs) for answer in answers)
+        found["nll"] = -sum(sum(answer.log_probs) for answer in answers)
         found["truncated"] = sum(answer.truncated for answer in answers)
         found |= {"groups": n_groups, "equal": equal, "spread": sum(spreads), "compared": len(spreads)}
         for i, name in enumerate(self._own):
@@ -108,7 +109,7 @@ class PolicyOptimization:
             "equal_groups": ("equal", "groups"),
             "length": ("tokens", "answers"),
             "truncated": ("truncated", "answers"),
-            "entropy": ("surprise", "tokens"),
+            "entropy": ("nll", "tokens"),
             "ratio": ("ratio", "mask"),
             "logp_difference": ("difference", "mask"),
             "clipped": ("clipped", "mask"),
