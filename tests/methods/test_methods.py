@@ -33,7 +33,7 @@ from litmini.methods.dora import DoRALinear
 from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import NF4Linear
 from litmini.methods.pissa import PiSSALinear
-from litmini.models import llama, mixtral, qwen2, qwen3_moe
+from litmini.models import gpt_oss, llama, mixtral, qwen2, qwen3_moe
 from litmini.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -430,7 +430,7 @@ def test_counts_of_adapters(tiny_dir):
     assert sum(isinstance(m, ModulesToSaveLayer) for m in adapters(model).values()) == 1
 
 
-@pytest.mark.parametrize("family", [mixtral, qwen3_moe], ids=["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [gpt_oss, mixtral, qwen3_moe], ids=["gpt_oss", "mixtral", "qwen3_moe"])
 def test_adapters_over_experts_between_peft_and_us(family, tokenizer_dir, tmp_path):
     config = family.PRESETS["tiny"]
     base = family.Model(config)
