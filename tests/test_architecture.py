@@ -195,6 +195,7 @@ SAME = {
         "gemma",
         "gemma2",
         "gemma3",
+        "gpt_oss",
         "ministral3",
         "mixtral",
         "qwen2",
@@ -212,8 +213,9 @@ SAME = {
     "MLP with gelu": ["gemma", "gemma2", "gemma3"],
     "Attention": ["gemma", "mixtral"],
     "Block": ["llama", "gemma", "phi3", "qwen2", "qwen3"],
+    "Block of experts": ["gpt_oss", "qwen3_moe"],
     "Block with four norms": ["gemma2", "gemma3"],
-    "GroupedLinear": ["mixtral", "qwen3_moe"],
+    "GroupedLinear": ["gpt_oss", "mixtral", "qwen3_moe"],
     "Experts": ["mixtral", "qwen3_moe"],
     "SparseMoE": ["mixtral", "qwen3_moe"],
 }

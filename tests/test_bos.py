@@ -45,6 +45,12 @@ TEKKEN = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
+HARMONY = (  # published, answers before the last end with <|end|>: how such turns are trained is tested with templates
+    "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+    "{{ '<|message|>' + m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 HEADERS = (
     "{% for m in messages %}"
     "{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' %}"
@@ -81,6 +87,13 @@ STYLES = {
     "gemma2": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),
     "gemma3": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),
     "gpt2": ({"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "bos_token": END}, None, "", False, False),
+    "gpt_oss": (
+        {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
+        HARMONY,
+        "<|start|> <|message|> <|channel|> <|end|>",
+        False,
+        False,
+    ),
     "gpt_neox pythia": (
         {**NO_BOS, "tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": False},
         None,

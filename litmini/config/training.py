@@ -131,8 +131,8 @@ class RunConfig(ABC):
     Default (null): auto on a GPU, false on a CPU, where it needs a C++ compiler."""
     attention: Literal["auto", "varlen", "flex", "sdpa"] = "auto"
     """Attention kernel on a GPU. auto: varlen where it can compute the attention (FlashAttention, of version 3 on
-    Hopper and 4 on Blackwell if that is installed; asked for, 2), flex (FlexAttention) for softcap and ALiBi, else sdpa. On a
-    CPU: document by document."""
+    Hopper and 4 on Blackwell if that is installed; asked for, 2), flex (FlexAttention) for softcap, ALiBi and sinks,
+    else sdpa. On a CPU: document by document."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of matmuls of fp32 tensors. high: TF32 on a GPU; medium: bf16."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)

@@ -4,6 +4,7 @@
 linear, a quantised one (`NF4Linear`), or grouped experts.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from litmini.methods.base_layer import (
     grouped_experts,
     linears,
     module_name,
+    shape,
 )
 from litmini.methods.lora import LoRALinear, matches, pattern_value
 
@@ -54,6 +56,16 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
     for name in in_full:
         model.set_submodule(name, ModulesToSaveLayer(model.get_submodule(name)))
     return names
+
+
+def experts_left_out(model: nn.Module) -> str:
+    """Return how many parameters of experts no adapter of `model` covers, as a sentence; empty: all are, or it has none."""
+    experts = {name: one for name, one in grouped_experts(model).items() if not name.endswith(".base")}
+    if not experts or not adapters(model):
+        return ""
+    names = ", ".join(sorted({module_name(name) for name in experts}))
+    number = sum(math.prod(shape(one)) for one in experts.values())
+    return f"no adapter covers the experts ({names}), {number:,} parameters: name them in lora.targets to adapt them"
 
 
 def keep_casts(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

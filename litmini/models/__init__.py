@@ -37,6 +37,7 @@ FAMILIES = {
     "gemma3_text": "litmini.models.gemma3",
     "gpt2": "litmini.models.gpt2",
     "gpt_neox": "litmini.models.gpt_neox",
+    "gpt_oss": "litmini.models.gpt_oss",
     "llama": "litmini.models.llama",
     "ministral3": "litmini.models.ministral3",
     "mistral": "litmini.models.llama",

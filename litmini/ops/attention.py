@@ -6,7 +6,7 @@ are not after it and less than a window before it. `choose_kernel` has the rules
 | kernel | what it computes |
 |---|---|
 | `varlen` | packed sequences and KV caches by FlashAttention, in 16 bits (`varlen.py`); no mask, no scores in memory |
-| `flex` | packed sequences whose scores are changed (softcap, ALiBi) or whose heads are large, by FlexAttention |
+| `flex` | packed sequences whose scores are changed (softcap, ALiBi, sinks) or whose heads are large, by FlexAttention |
 | `documents` | packed sequences on a CPU, document by document (`cpu_attention.py`) |
 | `sdpa` | everything else, by `scaled_dot_product_attention`, with a dense mask where one is needed |
 | `explicit` | what none of them has, by matmuls and a softmax |
@@ -156,7 +156,7 @@ def make_mask(
             document per sequence.
         cache: already advanced by these T positions.
         window: number of keys that a query sees, its own included; None: all.
-        changes_scores: the layers have a softcap, ALiBi or heads of more than 256, so that a GPU needs FlexAttention.
+        changes_scores: the layers have a softcap, ALiBi, sinks or heads of more than 256, so that a GPU needs FlexAttention.
     """
     T = positions.shape[1]
     if cache is not None:
@@ -199,7 +199,9 @@ def make_mask(
     return Mask(positions, positions, window, packed=documents, flash=flash, flash_gqa=gqa, blocks=blocks)
 
 
-def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor | None, dropout: float) -> str:
+def choose_kernel(
+    q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor | None, dropout: float, sinks: Tensor | None = None
+) -> str:
     """Return the kernel of one attention; see the table at the top of this file.
 
     Raises:
@@ -211,7 +213,7 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
         return "sdpa"
     from litmini.ops import varlen
 
-    changed = softcap is not None or slopes is not None
+    changed = softcap is not None or slopes is not None or sinks is not None
     can_compute = {
         "varlen": not (changed or dropout)
         and q.dtype in varlen.DTYPES
@@ -229,7 +231,8 @@ def choose_kernel(q: Tensor, mask: Mask, softcap: float | None, slopes: Tensor |
     if not can_compute[wanted]:
         raise UserError(
             f"--attention {wanted} cannot compute the attention of this model: {q.dtype}, heads of {q.shape[-1]}, "
-            f"softcap {softcap}, {'ALiBi' if slopes is not None else 'no ALiBi'}, dropout {dropout}, on {q.device}; "
+            f"softcap {softcap}, {'ALiBi' if slopes is not None else 'no ALiBi'}, "
+            f"{'sinks' if sinks is not None else 'no sinks'}, dropout {dropout}, on {q.device}; "
             f"use --attention auto."
         )
     return wanted
@@ -244,6 +247,7 @@ def attend(
     softcap: float | None = None,
     slopes: Tensor | None = None,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T * scale) v over the keys that `mask` allows.
 
@@ -254,6 +258,7 @@ def attend(
         softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2.
         slopes: (n_heads,) fp32; slope * (query - key position) is subtracted from each score (ALiBi, arXiv 2108.12409).
         dropout: probability, applied to the softmax; 0 outside of training.
+        sinks: (n_heads,) scores of one more key for each head, which all queries see and whose value is zero (gpt-oss).
 
     Returns:
         (B, n_heads, T, head_dim), in v's dtype.
@@ -261,7 +266,7 @@ def attend(
     if k.dtype != v.dtype or q.dtype != v.dtype:  # under autocast, rotary leaves q and k in fp32
         q, k = q.to(v.dtype), k.to(v.dtype)
     scale = scale or 1.0 / math.sqrt(q.shape[-1])
-    kernel = choose_kernel(q, mask, softcap, slopes, dropout)
+    kernel = choose_kernel(q, mask, softcap, slopes, dropout, sinks)
     if _chosen is not None:
         _chosen.add(kernel)
     if kernel == "varlen":
@@ -274,17 +279,18 @@ def attend(
     if kernel == "flex":
         from litmini.ops.flex_attention import attend_flex
 
-        return attend_flex(q, k, v, mask.blocks, scale, softcap, slopes, mask.queries)
+        return attend_flex(q, k, v, mask.blocks, scale, softcap, slopes, mask.queries, sinks)
     if kernel == "sdpa" and mask.packed is not None:
         return attend_fused(q, k, v, mask.dense(), scale, dropout, expand=True)
-    if mask.is_prompt and q.dtype in (torch.bfloat16, torch.float16) and softcap is None and slopes is None:
+    plain = softcap is None and slopes is None and sinks is None
+    if mask.is_prompt and q.dtype in (torch.bfloat16, torch.float16) and plain:
         from litmini.ops.prompt_attention import attend_prompt
 
         return attend_prompt(q, k, v, scale)
     if mask.padded is None:
         bias = alibi(mask.queries, mask.keys, slopes)
-        return attend_dense(q, k, v, mask.dense(), scale, softcap, bias, dropout)
-    args = (mask.padded, mask.window, scale, softcap, slopes, dropout)
+        return attend_dense(q, k, v, mask.dense(), scale, softcap, bias, dropout, sinks)
+    args = (mask.padded, mask.window, scale, softcap, slopes, dropout, sinks)
     if torch.compiler.is_compiling():  # the loop over documents differs in each batch, and large kernels take its time
         from litmini.ops.uncompiled import call_uncompiled  # imports torch._dynamo
 

@@ -143,6 +143,7 @@ def document_by_document(
     softcap: float | None,
     slopes: Tensor | None,
     dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute `attention.attend` for packed sequences, whose positions count from 0 in each document."""
     head_dim = q.shape[-1]
@@ -157,7 +158,8 @@ def document_by_document(
         if window is not None and longest > window:
             allowed = allowed_keys(steps, steps, window)
         # padding comes last: no real token sees it
-        y = attend_dense(rows[0], rows[1], rows[2], allowed, scale, softcap, alibi(steps, steps, slopes), dropout)
+        bias = alibi(steps, steps, slopes)
+        y = attend_dense(rows[0], rows[1], rows[2], allowed, scale, softcap, bias, dropout, sinks)
         outputs.append(y.reshape(-1, head_dim))  # (count * n_heads * longest, head_dim)
     return _Repack.apply(torch.cat(outputs), documents, q.shape)
 
@@ -171,6 +173,7 @@ def attend_dense(
     softcap: float | None,
     bias: Tensor | None,
     dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute attention by the fused kernel or, for what it lacks and where they are faster, by explicit products.
 
@@ -180,11 +183,11 @@ def attend_dense(
         bias: (B, n_heads, T, S) fp32, added to the scores.
     """
     T, S = q.shape[2], k.shape[2]
-    plain = softcap is None and bias is None
+    plain = softcap is None and bias is None and sinks is None
     longest = EXPLICIT_LENGTH_FP32 if q.dtype == torch.float32 else EXPLICIT_LENGTH
     if plain and (q.device.type != "cpu" or T == 1 or max(T, S) > longest):
         return attend_fused(q, k, v, allowed, scale, dropout, expand=q.device.type != "cpu")
-    return _explicit(q, k, v, allowed, scale, softcap, bias, dropout)
+    return _explicit(q, k, v, allowed, scale, softcap, bias, dropout, sinks)
 
 
 def attend_fused(
@@ -229,6 +232,7 @@ def _explicit(
     softcap: float | None,
     bias: Tensor | None,
     dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     B, n_heads, T, head_dim = q.shape
     n_kv_heads, S = k.shape[1], k.shape[2]
@@ -251,7 +255,9 @@ def _explicit(
         if bias is not None:
             scores = scores + bias
         scores = scores + hidden
-    weights = torch.softmax(scores, dim=-1).to(v.dtype)  # computed in fp32
+    if sinks is not None:  # one more key
+        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(B, -1, T, 1)), -1)
+    weights = torch.softmax(scores, dim=-1).to(v.dtype)[..., :S]  # computed in fp32
     if dropout:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights.view(B * n_kv_heads, repeats * T, S), v).view(B, n_heads, T, head_dim)
+    return torch.bmm(weights.reshape(B * n_kv_heads, repeats * T, S), v).view(B, n_heads, T, head_dim)

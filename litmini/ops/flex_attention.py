@@ -1,4 +1,4 @@
-"""FlexAttention for packed sequences whose scores are changed before the softmax: softcap (Gemma 2), ALiBi (MPT, Falcon).
+"""FlexAttention for packed sequences whose scores are changed: softcap (Gemma 2), ALiBi (MPT, Falcon), sinks (gpt-oss).
 
 On a GPU it is compiled once for each shape, and computes only blocks of 128 x 128 in which some query sees some key. On a CPU
 it runs uncompiled, forward only, for tests. It has not run on a GPU.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 
 def block_mask(documents: Tensor, positions: Tensor, window: int | None) -> BlockMask:
@@ -41,6 +41,7 @@ def attend_flex(
     softcap: float | None,
     slopes: Tensor | None,
     positions: Tensor,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute `attention.attend` for packed sequences, whose `positions` (B, T) count from 0 in each document."""
 
@@ -55,7 +56,12 @@ def attend_flex(
     run: Any = flex_attention
     if q.device.type == "cuda" and not torch.compiler.is_compiling():
         run = _compiled()
-    return run(q, k, v, score_mod=changes, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    how = {"score_mod": changes, "block_mask": blocks, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if sinks is None:
+        return run(q, k, v, **how)
+    y, aux = run(q, k, v, **how, return_aux=AuxRequest(lse=True))
+    # a sink is one more key with a value of zero: it takes its part of the softmax, exp(sink) / (exp(lse) + exp(sink))
+    return y * torch.sigmoid(aux.lse - sinks[:, None])[..., None].to(y.dtype)
 
 
 @functools.lru_cache(1)

@@ -9,6 +9,7 @@ from torch import nn
 from litmini.config.training import RunConfig
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError, counted
+from litmini.methods.adapters import experts_left_out
 from litmini.ops.cross_entropy import gpu_memory
 from litmini.system import mapped_files, physical_bytes, resident_bytes
 from litmini.tasks.setup import Data, count_parameters
@@ -27,6 +28,8 @@ def preview(data: Data, config: RunConfig, model: nn.Module, objective: Objectiv
         print(data.train.examples.show_masks(data.tokenizer, config.show_masks))
     trained, total = count_parameters(model)
     print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%).")
+    if left_out := experts_left_out(model):
+        print(f"{left_out}.")
     if config.dry_run:
         if config.train.checkpoint_activations:
             checkpoint_activations(model)

@@ -18,7 +18,7 @@ from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
 from litmini.distributed.fsdp import is_sharded, local_bytes
 from litmini.errors import UserError, counted
-from litmini.methods.adapters import keep_casts
+from litmini.methods.adapters import experts_left_out, keep_casts
 from litmini.ops.attention import record_kernels
 from litmini.ops.cross_entropy import original_head
 from litmini.runs.directory import RunDirectory
@@ -155,6 +155,8 @@ def make_setup(
     trained, total = count_parameters(model)
     run.results["trained_parameters"] = trained
     fabric.print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f}%)")
+    if left_out := experts_left_out(model):
+        fabric.print(left_out)
     if not is_sharded(model):
         keep_casts(model, optimizer.optimizer)
     else:

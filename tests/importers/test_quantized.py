@@ -133,6 +133,28 @@ def test_mxfp4_is_what_transformers_dequantises(tmp_path):
         list(Dequantized(tmp_path / "config.json", raw, [tmp_path / "model.safetensors"], torch.bfloat16).read(False))
 
 
+def test_gpt_oss_as_it_is_published(tmp_path, tokenizer_dir, capsys):
+    shape = {**SHAPE, "hidden_size": 96, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 7}
+    torch.manual_seed(0)
+    model, source = tf.GptOssForCausalLM(tf.GptOssConfig(**shape)), tmp_path / "mxfp4"
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    tensors = written(model, source, tokenizer_dir, quantization_config=settings)
+    for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, outputs, inputs // 32), dtype=torch.uint8)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    out = convert(source, tmp_path / "out")
+    assert "2 tensors in MXFP4, dequantised to bf16" in capsys.readouterr().err
+    settings = tf.Mxfp4Config(dequantize=True)
+    theirs = tf.AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.bfloat16)
+    found, expected = load_file(out / "model.safetensors"), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in found)
+    with torch.no_grad():
+        assert_close(logits(load_model(out, torch.float32)), theirs.float()(TOKENS, use_cache=False).logits)
+
+
 def in_4_bits(place: Path, tokenizer_dir: Path, kind: str = "nf4", double: bool = True, dtype=torch.bfloat16) -> Path:
     """A checkpoint as transformers saves one that it has quantised by bitsandbytes."""
     torch.manual_seed(0)

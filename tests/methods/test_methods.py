@@ -23,6 +23,7 @@ from litmini.methods import registry
 from litmini.methods.adapters import (
     adapters,
     add_adapters,
+    experts_left_out,
     learning_rate_ratios,
     merge_adapters,
     remove_adapters,
@@ -31,9 +32,9 @@ from litmini.methods.adapters import (
 from litmini.methods.base_layer import AdapterLayer, ModulesToSaveLayer, dense, module_name
 from litmini.methods.dora import DoRALinear
 from litmini.methods.lora import LoRALinear
-from litmini.methods.nf4 import NF4Linear
+from litmini.methods.nf4 import NF4Linear, quantize_linears
 from litmini.methods.pissa import PiSSALinear
-from litmini.models import llama, mixtral, qwen2, qwen3_moe
+from litmini.models import gpt_oss, llama, mixtral, qwen2, qwen3_moe
 from litmini.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -430,7 +431,24 @@ def test_counts_of_adapters(tiny_dir):
     assert sum(isinstance(m, ModulesToSaveLayer) for m in adapters(model).values()) == 1
 
 
-@pytest.mark.parametrize("family", [mixtral, qwen3_moe], ids=["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_experts_that_no_adapter_covers_are_said_with_their_parameters(quantized):
+    """Requirement 45."""
+    for targets, expected in (
+        (["all-linear"], "(down_proj, gate_up_proj), 98,304 parameters"),
+        (["q_proj", "down_proj"], "(gate_up_proj), 65,536 parameters"),
+        (["gate_up_proj", "down_proj"], ""),
+    ):
+        model = gpt_oss.Model(gpt_oss.PRESETS["tiny"])
+        if quantized:
+            quantize_linears(model)
+        assert experts_left_out(model) == ""  # it is trained as a whole
+        add_adapters(model, LoraConfig(2, 2.0, 0.0, targets))
+        said = experts_left_out(model)
+        assert (f"no adapter covers the experts {expected}:" in said) if expected else said == ""
+
+
+@pytest.mark.parametrize("family", [gpt_oss, mixtral, qwen3_moe], ids=["gpt_oss", "mixtral", "qwen3_moe"])
 def test_adapters_over_experts_between_peft_and_us(family, tokenizer_dir, tmp_path):
     config = family.PRESETS["tiny"]
     base = family.Model(config)

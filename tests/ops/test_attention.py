@@ -255,6 +255,44 @@ def test_softcap_and_alibi_with_a_cache():
     torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **FP64)
 
 
+def attention_with_sinks(q, k, v, seen, sinks) -> torch.Tensor:
+    """By its definition: exp(sink) beside the sum of each softmax."""
+    repeats = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * HEAD_DIM**-0.5
+    weights = scores.exp() * seen[:, None]
+    return weights / (weights.sum(-1, keepdim=True) + sinks.exp()[:, None, None]) @ v.repeat_interleave(repeats, 1)
+
+
+@pytest.mark.parametrize("packed_rows", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_by_definition(packed_rows, window, kernel):
+    """Outputs, and gradients of sinks, too."""
+    documents, positions = packed()
+    if not packed_rows:
+        positions, documents = torch.arange(T).expand(len(ROWS), T), None
+    qkv, sinks = random_qkv(), torch.tensor([-1.0, 0.0, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    seen = by_definition(positions, documents, window)
+    found = attend(*qkv, make_mask(positions, documents, None, window), sinks=sinks)
+    kept = None if documents is None else documents > 0
+    assert_same(found, attention_with_sinks(*qkv, seen, sinks), [*qkv, sinks], kept=kept)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("static", [False, True])
+def test_sinks_with_a_cache(static, window):
+    positions, sinks = torch.arange(20).expand(2, 20), torch.tensor([-1.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    qkv = [x.detach() for x in random_qkv(B=2, length=20)]
+    expected = attention_with_sinks(*qkv, by_definition(positions, None, window), sinks)
+    config = replace(llama.PRESETS["tiny"], n_layers=1, n_kv_heads=2, head_dim=HEAD_DIM)
+    cache, outputs = KVCache(config, 2, 20, torch.float64, static=static), []
+    for part in torch.arange(20).split([13, 1, 1, 5]):
+        cache.advance(positions[:, part], int(part[0]))
+        q, k, v = (x[:, :, part] for x in qkv)
+        mask = make_mask(positions[:, part], None, cache, window)
+        outputs.append(attend(q, *cache[0].update(k, v, mask), mask, sinks=sinks))
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected, **FP64)
+
+
 @pytest.mark.parametrize("window", [None, 1, 5, 16])
 @pytest.mark.parametrize("padding", [(0, 0), (0, 6), (3, 9)])
 @pytest.mark.parametrize("chunks", [[13, 1, 1, 1, 1, 1, 1, 1], [5, 4, 8, 1, 2], [20]])

@@ -15,7 +15,7 @@ from litmini.ops import varlen
 from litmini.ops.attention import Documents, record_kernels
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
-FLEX = ("gemma2", "mpt")
+FLEX = ("gemma2", "gpt_oss", "mpt")
 T = 50
 ROWS = [[17, 1, 22, 10], [50], [1, 1, 1, 32, 15], [42, 8]]
 PADDING = [0, 0, 5, 8]  # tokens at the end that are padding
@@ -191,6 +191,7 @@ def test_attention_dropout_needs_a_dense_mask():
         ("varlen", "llama", torch.float32, "float32"),
         ("varlen", "gemma2", torch.bfloat16, "softcap 50"),
         ("varlen", "mpt", torch.bfloat16, "ALiBi"),
+        ("varlen", "gpt_oss", torch.bfloat16, "sinks"),
         ("sdpa", "gemma2", torch.bfloat16, "softcap 50"),
     ],
 )
