@@ -272,3 +272,25 @@ def test_scores_of_a_checkpoint_that_gives_as_many_are_kept():
     first = use_scores(model, 2)
     assert use_scores(model, 2) is first
     assert use_scores(model, 3) is not first and model.score.out_features == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["litmini.models.llama", "litmini.models.gemma2"])
+def test_a_temperature_divides_the_logits_after_their_softcap(name, frozen):
+    model, given, T = tiny(name).train(), batch(False), 0.7
+    head = model.get_submodule(head_name(model))
+    head.weight.requires_grad_(not frozen)
+    if frozen:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # no longer the embedding's
+    labels, weights = given["labels"], torch.randn(2, 24)
+    logits = model(tokens=given["tokens"]).float() / T
+    expected = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORE)
+    (expected * weights).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    use_log_probs(model, chunk=7, temperature=T)
+    found, _ = model(**given)
+    assert_close(found, expected)
+    (found * weights).sum().backward()
+    with original_head(model):
+        assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from two import command, run_two, values
 
 from litmini.checkpoints.hf import load_model
-from litmini.config.grpo import GrpoDataConfig, RewardsConfig
+from litmini.config.grpo import FinetuneGrpoConfig, GrpoConfig, GrpoDataConfig, RewardsConfig
+from litmini.config.training import TrainConfig
 from litmini.data.prompts import Prompt, answer_batch, load_prompts
 from litmini.errors import UserError
 from litmini.generation.rollouts import sample
@@ -25,9 +26,11 @@ from litmini.methods.heads import use_log_probs
 from litmini.ops.cross_entropy import IGNORE
 from litmini.runs.run import read_samples
 from litmini.tasks import grpo_rewards
+from litmini.tasks.grpo_answers import Answer, learning_batches
 from litmini.tasks.grpo_rewards import load_rewards
 from litmini.tasks.json_schema import check_schema, is_valid
 from litmini.tokenizer import Tokenizer
+from litmini.training.setup import Feed
 
 ROOT = Path(__file__).parents[2]
 REWARDS = '''
@@ -114,7 +117,9 @@ def metrics(directory: Path) -> list[dict[str, str]]:
 # Whole runs
 
 
-def test_a_run_reports_what_it_samples(tiny_dir, files, tmp_path, capfd):
+def test_a_run_reports_what_it_samples(tiny_dir, files, tmp_path, capfd, monkeypatch):
+    feeds: list[Any] = []
+    monkeypatch.setattr("litmini.training.loop.Feed", lambda *given: feeds.append(given) or Feed(*given))
     out = run(capfd, *words(tiny_dir, files, tmp_path / "run", "--grpo.temperature", 0.8, rewards="even length"))
     assert "validation reward" in out and "4 steps of 3 prompts with 4 answers each: 1.00 epochs" in out
     rows = metrics(tmp_path / "run")
@@ -124,6 +129,7 @@ def test_a_run_reports_what_it_samples(tiny_dir, files, tmp_path, capfd):
         assert float(row["reward"]) == pytest.approx(float(row["reward_even"]) + float(row["reward_length"]), abs=1e-5)
         assert 0 < float(row["length"]) <= 6 and 0 <= float(row["truncated"]) <= 1 and float(row["failed"]) == 0
         assert 0 < float(row["reward_std"]) < 1 and float(row["entropy"]) > 1 and 0 <= float(row["equal_groups"]) <= 1
+    assert feeds[0][-1] is False, "no answer comes from weights of an earlier step, on a GPU either"
     samples = read_samples(tmp_path / "run")
     assert [row["step"] for row in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert all(a["reward"] >= b["reward"] for a, b in zip(samples[::2], samples[1::2], strict=True))
@@ -146,7 +152,7 @@ def test_rewards_rise(tiny_dir, files, tmp_path, capfd, more):
     assert sum(rows[-5:]) > 1.5 * sum(rows[:5]), rows
 
 
-EVERYTHING = ("--grpo.num_iterations", 2, "--grpo.beta", 0.1, "--grpo.mask_truncated", "true", "--train.eval_every", 3)
+EVERYTHING = ("--grpo.epsilon", 1e-3, "--grpo.num_iterations", 2, "--grpo.beta", 0.1, "--train.eval_every", 3)
 
 
 def test_two_processes_equal_one(tiny_dir, files, tmp_path, capfd):
@@ -169,6 +175,11 @@ def test_resumed_equals_undisturbed(tiny_dir, files, tmp_path, capfd):
     more = [*EVERYTHING, "--train.save_every", 1, "--train.keep_last", 9]
     run(capfd, *words(tiny_dir, files, tmp_path / "whole", *more))
     assert not (tmp_path / "whole/final/rollouts.json").exists()
+    rows = metrics(tmp_path / "whole")
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert float(first["clipped"]) == 0 and float(first["ratio"]) == pytest.approx(1, abs=1e-6) and first["reward"]
+        assert float(second["clipped"]) > 0 and float(second["logp_difference"]) > 1e-4 and not second["reward"]
+    assert float(rows[0]["kl"]) == 0 and float(rows[-1]["kl"]) > 0
     assert [(tmp_path / f"whole/step-00000{i}/rollouts.json").exists() for i in (1, 2, 3, 4)] == [True, False] * 2
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     for name in ("final", "step-000004", "step-000002"):
@@ -392,6 +403,23 @@ def test_log_probabilities_of_sampling_are_those_of_the_trainer(tiny_dir):
         values_, count = model(**{k: batch[k] for k in ("tokens", "positions", "documents", "labels")})
     ours = [v for one in found for v in one.log_probs]
     assert int(count) == len(ours) and torch.tensor(ours).sub(values_[batch["labels"] != IGNORE]).abs().max() < 1e-5
+
+
+def test_what_is_left_out_is_in_no_batch(tiny_dir, files):
+    """Truncated answers have no labels but count as answers; one process has as many micro-batches as another."""
+    config = FinetuneGrpoConfig(
+        checkpoint_dir="x", out_dir="y", data=GrpoDataConfig("z"), rewards=RewardsConfig(["length"]),
+        grpo=GrpoConfig(num_generations=2, mask_truncated=True),
+        train=TrainConfig(global_batch_size=8, micro_batch_size=2),
+    )  # fmt: skip
+    rows = [Answer(i, "a:1", [3, 4], [5] * (i + 1), [-1.0] * (i + 1), i == 1, "", [1.0], 1.0, 0.5) for i in range(3)]
+    batches = [batch for _, batch in learning_batches(rows, config, 2)]
+    assert [batch["answers"].tolist() for batch in batches] == [[1, 1], [1]] and len(batches) == 2
+    assert [(batch["labels"] != IGNORE).sum(1).tolist() for batch in batches] == [[1, 0], [3]]
+    assert batches[1]["sampled"].tolist() == [[0.0, -1.0, -1.0, -1.0]] and batches[1]["labels"].tolist() == [
+        [-100, 5, 5, 5]
+    ]
+    assert [batch["answers"].tolist() for _, batch in learning_batches([], config, 2)] == [[0], [0]]
 
 
 def test_the_quickstarts_prompts_are_what_their_script_writes():
