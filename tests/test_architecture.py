@@ -190,13 +190,13 @@ def test_configurations_are_short(file):
 
 SAME = {
     "rotate": ["llama", "falcon", "gemma", "gemma2", "gemma3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3"],
-    "rotate of a part": ["gpt_neox", "phi"],
+    "rotate of a part": ["gpt_neox", "phi", "qwen3_5"],
     "rotary": ["mixtral", "falcon", "gemma", "gemma2", "qwen3_moe"],
-    "rotary of a part": ["gpt_neox", "phi"],
+    "rotary of a part": ["gpt_neox", "phi", "qwen3_5"],
     "rotary with yarn": ["qwen2", "qwen3", "smollm3"],
     "RMSNorm": ["llama", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"],
-    "RMSNorm of 1 + weight": ["gemma", "gemma2", "gemma3"],
-    "MLP": ["qwen2", "qwen3", "olmo2", "smollm3"],
+    "RMSNorm of 1 + weight": ["gemma", "gemma2", "gemma3", "qwen3_5"],
+    "MLP": ["qwen2", "qwen3", "qwen3_5", "olmo2", "smollm3"],
     "MLP with gelu": ["gemma", "gemma2", "gemma3"],
     "Attention": ["gemma", "mixtral"],
     "Block": ["llama", "gemma", "phi3", "qwen2", "qwen3"],
