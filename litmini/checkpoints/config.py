@@ -52,7 +52,12 @@ def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None 
     try:
         if not is_multimodal(raw):
             module = family(str(raw.get("model_type", "")))
-            return module, module.config_from_hf(raw)
+            config = module.config_from_hf(raw)
+            if not hasattr(module, "CARRIED"):
+                return module, config
+            from litmini.checkpoints.text_part import CarriedParts
+
+            return CarriedParts(module), config
         from litmini.checkpoints.text_part import open_text_part
 
         part, text = open_text_part(raw, file, names)

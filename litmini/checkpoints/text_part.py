@@ -88,6 +88,16 @@ class TextPart(ModuleType):
         return not self.owns(name)
 
 
+class CarriedParts(TextPart):
+    """A text model whose files have tensors beside it that its family does not load, and names in `CARRIED`."""
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module, Layout(BODY, HEAD, BODY))
+
+    def owns(self, name: str) -> bool:
+        return not name.startswith(self.module.CARRIED)
+
+
 def open_text_part(
     raw: dict[str, Any], file: Path, names: Collection[str] | None = None
 ) -> tuple[TextPart, dict[str, Any]]:

@@ -107,15 +107,18 @@ class Batch:
 
     def _step_drafted(self, draft: Draft, request: Request) -> None:
         """Verify the drafted tokens in one forward; accept those that greedy decoding would choose."""
+        assert self.cache is not None
+        last = len(request.tokens) - 1
+        start = self.cache.resume(last)
         most = min(request.remaining_tokens, self.chunk) - 1  # with the last token they are one forward
-        drafted = draft.propose(request.tokens, most)
+        # states that hold rejected tokens read those accepted again, and without a draft keep them
+        drafted = draft.propose(request.tokens, most) if start == last else []
         # a draft model may have more rows
         drafted = list(takewhile(lambda token: token < self.config.vocab_size, drafted))
-        start = len(request.tokens) - 1
-        tokens = torch.tensor([[request.tokens[-1], *drafted]], device=self.device)  # (1, T)
+        tokens = torch.tensor([[*request.tokens[start:], *drafted]], device=self.device)  # (1, T)
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
         with self._adapters([request]):
-            logits = self.model(tokens, positions, cache=self.cache)[0].float()  # (T, vocab)
+            logits = self.model(tokens, positions, cache=self.cache)[0, last - start :].float()  # (1 + drafted, vocab)
         chosen = finite_tokens(logits.argmax(-1), logits).tolist()  # CPU-GPU sync point
         for row, token, proposed in zip(logits, chosen, [*drafted, None], strict=True):
             _push(request, token, row)

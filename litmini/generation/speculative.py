@@ -69,6 +69,7 @@ class DraftModel:
         same = 0
         while same < min(len(self._read), len(tokens) - 1) and self._read[same] == tokens[same]:
             same += 1
+        same = self._cache.resume(same)
         new = tokens[same:]
         drafted: list[int] = []
         if max(new) >= self.config.vocab_size:  # a larger model may have more rows than its tokenizer has ids

@@ -9,7 +9,7 @@ Args:
     tokens: (B, T) int64.
     positions: (B, T) int64, from 0 within each document; by default they continue from the cache. Below 0: padding.
     documents: (B, T) ints, one id per document; a token sees only tokens of its own document. 0: padding.
-    cache: `litmini.ops.kv_cache.KVCache` with the keys and values of the tokens before these.
+    cache: `litmini.ops.kv_cache.KVCache` with the keys and values, or the states, of the tokens before these.
     labels: (B, T) int64, the target after each token; -100 where there is none.
 
 Returns:
@@ -49,6 +49,7 @@ FAMILIES = {
     "phi3": "litmini.models.phi3",
     "qwen2": "litmini.models.qwen2",
     "qwen3": "litmini.models.qwen3",
+    "qwen3_5_text": "litmini.models.qwen3_5",
     "qwen3_moe": "litmini.models.qwen3_moe",
     "smollm3": "litmini.models.smollm3",
 }

@@ -2,7 +2,7 @@
 
 Position p of a sequence is in slot p modulo the number of slots. Layers with a sliding window have only as many slots as
 their window needs. The sequences of a batch may have different lengths: each continues from its own position. To drop its
-last tokens, a sequence continues from an earlier position.
+last tokens, a sequence continues from an earlier position: from any, but for recurrent layers (`StateCache`, `resume`).
 
 On a GPU a cache is static: every forward reads all slots, used or not, and the host never waits for positions. So the kernels
 of one step can be captured in a CUDA graph, and replayed for the next.
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from litmini.ops.state_cache import StateCache
 
 CHUNK = 512
 """Maximum tokens of a sequence in one forward: a longer prompt comes in several."""
@@ -69,7 +71,7 @@ class LayerCache:
 
 
 class KVCache:
-    """One `LayerCache` per layer, and one `Slots` per window size.
+    """One `LayerCache` per layer, or a `StateCache` where a layer is recurrent, and one `Slots` per window size.
 
     Args:
         config: any family's `Config`, of which only n_layers is used.
@@ -91,6 +93,7 @@ class KVCache:
         static: bool | None = None,
     ) -> None:
         self.layers = [LayerCache(dtype) for _ in range(config.n_layers)]
+        self.states: dict[int, StateCache] = {}  # of recurrent layers
         self.batch, self.device, self.chunk = batch, torch.device(device), chunk
         capacities = [capacity] * batch if isinstance(capacity, int) else capacity
         self.capacity = max(capacities)
@@ -104,6 +107,20 @@ class KVCache:
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
+
+    def state(self, layer: int) -> StateCache:
+        """Return the state cache of a recurrent layer."""
+        return self.states.setdefault(layer, StateCache(self.static))
+
+    def resume(self, length: int) -> int:
+        """Return where a single sequence continues to keep its first `length` tokens: there, or before, if states demand it.
+
+        What stands between is read again.
+        """
+        at = length
+        while (first := min((state.resume(at) for state in self.states.values()), default=at)) < at:
+            at = first
+        return at
 
     def advance(self, positions: Tensor, start: int | None = None) -> None:
         """Announce new tokens at `positions` (B, T), increasing, below 0 for padding; once a forward, before its masks.
@@ -163,6 +180,8 @@ class KVCache:
         lengths = [length for _, _, length in rows]
         new.length = max(lengths)
         new.ragged = len(set(lengths)) > 1
+        for n in {n for cache, _, _ in rows for n in cache.states}:
+            new.states[n] = StateCache.gather([(cache.states.get(n), row) for cache, row, _ in rows], new.static)
         new._new = torch.tensor(lengths, device=first.device)[:, None] - 1
         for window in first._slots:
             slots, moves = new.slots(window), []

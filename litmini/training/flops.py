@@ -8,6 +8,7 @@ The FLOPs of a step are sums over its tokens; recomputed activations do not coun
     the head           the same, for tokens with a target only: other logits are never computed
     experts            the same, for the active experts of a token
     attention          4 x layers x heads x head_dim x keys that a token sees in its document in forward; 8 x in backward
+    recurrent layers   instead of attention: a state (`state_size` values) is read, changed and read, each as a matrix
 """
 
 import time
@@ -54,7 +55,8 @@ class Throughput:
                 self.per_token += flops
             else:  # the head
                 self.per_target += flops
-        self.per_key = 12.0 * config.n_layers * config.n_heads * config.head_dim
+        recurrent = sum("state_size" in vars(module) for module in model.modules())
+        self.per_key = 12.0 * (config.n_layers - recurrent) * config.n_heads * config.head_dim
         self.peak, self.source = peak_flops(device, dtype)
         self.done = self.seconds = 0.0
 
@@ -91,7 +93,9 @@ def matrices(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
         active = config.n_active if any(p.dim() == 3 for p in own) else 1  # experts
         size = int(module.in_features) * int(module.out_features) * active  # type: ignore[arg-type]
         return [(size, any(p.requires_grad for p in own))]
-    entries = []
+    if isinstance(module, nn.Conv1d):  # depthwise
+        return [(float(module.weight.numel()), module.weight.requires_grad)]
+    entries = [(float(3 * module.state_size), True)] if "state_size" in vars(module) else []  # type: ignore[arg-type, operator]
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 2:
             entries.append((float(parameter.numel()), parameter.requires_grad))

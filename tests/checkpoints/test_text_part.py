@@ -474,7 +474,7 @@ def change(directory: Path, **changes) -> None:
             "",
             "its text part, model_type 'llama4_text', is not impl",
         ),
-        ({"text_config": TEXT | {"model_type": "qwen3_5_text"}}, "", "", "All else would be carried through"),
+        ({"text_config": TEXT | {"model_type": "glm4v_text"}}, "", "", "All else would be carried through"),
         ({"model_type": "paligemma"}, "", "", "attends to its prompt in both directions"),
         ({"quantization_config": {"quant_method": "fp8"}}, "", "", "quantization_config"),
         (

@@ -1,4 +1,4 @@
-"""Speculative decoding with drafts that are longer than what a cache of windows takes in one forward."""
+"""Speculative decoding with drafts that are longer than what a cache of windows takes in one forward, and over states."""
 
 from dataclasses import replace
 
@@ -11,16 +11,17 @@ from litmini.generation.batch import Batch
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
 from litmini.generation.speculative import Draft, DraftModel, PromptLookup
-from litmini.models import gemma2, gemma3, llama, olmo2, phi3
+from litmini.models import gemma2, gemma3, llama, olmo2, phi3, qwen3_5
 
-WINDOWED = {
+CONFIGS = {
     "mistral": replace(llama.PRESETS["tiny"], window=6, model_type="mistral", max_positions=2048),
     "phi3": replace(phi3.PRESETS["tiny"], window=6, max_positions=2048),
     "gemma2": replace(gemma2.PRESETS["tiny"], max_positions=2048),
     "gemma3": replace(gemma3.PRESETS["tiny"], max_positions=2048),
     "olmo2": replace(olmo2.PRESETS["tiny"], max_positions=2048),
+    "qwen3_5": replace(qwen3_5.PRESETS["tiny"], max_positions=2048),
 }
-MODULES = {"mistral": llama, "phi3": phi3, "gemma2": gemma2, "gemma3": gemma3, "olmo2": olmo2}
+MODULES = {"mistral": llama, "phi3": phi3, "gemma2": gemma2, "gemma3": gemma3, "olmo2": olmo2, "qwen3_5": qwen3_5}
 
 
 class Truth:
@@ -49,11 +50,11 @@ def drafted(model: nn.Module, prompt: list[int], count: int, draft: Draft, chunk
     return request.ids
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("chunk", [512, 16])
 @torch.no_grad()
 def test_a_draft_as_long_as_one_likes(name, chunk):
-    model = MODULES[name].Model(WINDOWED[name]).eval()
+    model = MODULES[name].Model(CONFIGS[name]).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
     prompt, count = [5, 9, 33, 1, 60] * 4, 700 if chunk == 512 else 60
