@@ -302,6 +302,21 @@ def test_small_updates_of_whole_modules_are_not_lost(tiny_dir):
         assert model(TOKENS).dtype == torch.bfloat16
 
 
+def test_a_small_module_may_have_the_rank_of_large_ones(tiny_dir):
+    """As PEFT allows it, so that all-linear goes with a usual rank where a model has narrow projections."""
+    model = load_model(tiny_dir, torch.float32)
+    add_adapters(model, LoraConfig(rank=48, targets=["q_proj", "k_proj"]))
+    (narrow, *_) = [layer for name, layer in adapters(model).items() if name.endswith("k_proj")]
+    assert isinstance(narrow, LoRALinear) and narrow.base.out_features < 48 == narrow.lora_A.shape[0]
+    x = torch.randn(3, narrow.base.in_features)
+    with torch.no_grad():
+        narrow.lora_B.normal_()
+        assert_close(narrow(x), x @ narrow.merged_weight().T)
+    for settings in ({"rank": 65}, {"rank": 48, "init": "pissa"}):
+        with pytest.raises(UserError, match="the smaller size of"):
+            add_adapters(load_model(tiny_dir, torch.float32), LoraConfig(targets=["q_proj", "k_proj"], **settings))
+
+
 def test_lora_plus(tiny_dir):
     model, config = ours(tiny_dir, {"plus_ratio": 16.0}, None)
     optimizer = make_optimizer(model, OptimConfig(lr=1e-3), learning_rate_ratios(model, config))
