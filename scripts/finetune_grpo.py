@@ -1,5 +1,5 @@
-"""Finetune with rewards (GRPO and its relatives, RLOO): the model answers prompts, functions score the answers, better ones
-become more probable.
+"""Finetune with rewards (GRPO and its relatives, RLOO): the model completes prompts, functions score the completions, and
+better ones become more probable.
 
     python scripts/finetune_grpo.py --config config_hub/quickstart_grpo.yaml
 
@@ -26,7 +26,7 @@ def main(config: FinetuneGrpoConfig) -> None:
     from litmini.runs.directory import RunDirectory
     from litmini.tasks.grpo import prepare_data
     from litmini.tasks.grpo_objective import PolicyOptimization
-    from litmini.tasks.grpo_report import answer_tables, describe_rewards, plot_rewards
+    from litmini.tasks.grpo_report import completion_tables, describe_rewards, plot_rewards
     from litmini.tasks.measure import finish, measure_start
     from litmini.tasks.setup import make_setup
     from litmini.training.loop import fit
@@ -69,7 +69,7 @@ def main(config: FinetuneGrpoConfig) -> None:
         return preview(data, config, model, objective)
     dither(model.parameters(), compute_dtype(config.precision), config.seed)
 
-    # 6. Setup: shard, make the optimizer, restore what is resumed; from here on there is a model that answers
+    # 6. Setup: shard, make the optimizer, restore what is resumed; from here on there is a model that samples
     setup = make_setup(directory, fabric, data, model, save_weights, ratios, objective.names)
     data.sampling.begin(setup, objective)
 
@@ -79,7 +79,7 @@ def main(config: FinetuneGrpoConfig) -> None:
 
     # 8. Save and measure
     base = config.base if config.lora else None
-    fabric.print(finish(setup, objective, adapter_of=base, more_tables=answer_tables(setup)))
+    fabric.print(finish(setup, objective, adapter_of=base, more_tables=completion_tables(setup)))
     plot_rewards(setup)
     fabric.print(describe_rewards(setup, data.sampling.rewards), end="")
 

@@ -22,26 +22,26 @@ class GrpoDataConfig(DataConfig):
 
     path: list[str] | str
     """Training file: .jsonl, .json, .csv or .parquet with prompt (text or a list of messages) and any further columns, which
-    rewards may read; or messages, whose last turn, the assistant's, is the answer; or hub:ORG/NAME[/FOLDER]
+    rewards may read; or messages, whose last turn, the assistant's, is the completion; or hub:ORG/NAME[/FOLDER]
     [@REVISION][:SPLIT], a data set of the hub; or a list of these."""
     max_seq_len: int | None = None
-    """Most tokens of a prompt with an answer; longer prompts are dropped. Default (null): 2048, or the model's context if that
-    is shorter."""
+    """Most tokens of a prompt with a completion; longer prompts are dropped. Default (null): 2048, or the model's context if
+    that is shorter."""
     max_dropped: float = 0.01
-    """Largest fraction of prompts that leave no room for an answer that is no error."""
+    """Largest fraction of prompts that leave no room for a completion that is no error."""
 
 
 @dataclass
 class GrpoConfig:
-    """Policy optimization: how answers are sampled, compared and learned from. Names and defaults are TRL's."""
+    """Policy optimization: how completions are sampled, compared and learned from. Names and defaults are TRL's."""
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "rloo"] = "dapo"
-    """How losses of tokens are averaged (grpo, bnpo, dr_grpo, dapo); gspo: grpo with the ratio of whole answers; rloo:
+    """How losses of tokens are averaged (grpo, bnpo, dr_grpo, dapo); gspo: grpo with the ratio of whole completions; rloo:
     REINFORCE with a leave-one-out baseline. docs/grpo.md has their definitions."""
     num_generations: int = 8
-    """Answers to each prompt: a group, whose rewards are compared."""
+    """Completions to each prompt: a group, whose rewards are compared."""
     max_completion_length: int = 256
-    """Longest answer in tokens."""
+    """Longest completion in tokens."""
     temperature: float = 1.0
     """Temperature of sampling, and of the log-probabilities in the loss."""
     epsilon: float = 0.2
@@ -51,15 +51,15 @@ class GrpoConfig:
     beta: float = 0.0
     """Weight of the KL divergence to the model at the start, which is this model with its adapters off."""
     num_iterations: int = 1
-    """Optimizer steps on the same answers."""
+    """Optimizer steps on the same completions."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group's rewards, of all rewards of the step, or not (Dr. GRPO)."""
     mask_truncated: bool = False
-    """Learn nothing from answers that max_completion_length ended."""
+    """Learn nothing from completions that max_completion_length ended."""
     dynamic_sampling: bool = False
     """Leave out the groups whose rewards are all equal, also from what the loss is divided by (DAPO)."""
     sample_batch_size: int = 64
-    """Answers of one process that are sampled at once."""
+    """Completions of one process that are sampled at once."""
 
     def __post_init__(self) -> None:
         check(
@@ -90,7 +90,7 @@ class GrpoConfig:
 
 @dataclass
 class RewardsConfig:
-    """Rewards: what makes an answer good."""
+    """Rewards: what makes a completion good."""
 
     functions: list[str] = field(default_factory=list)
     """Any of FILE.py:FUNCTION, which is called with prompt, completion and record; exact_match, number_match, regex,
@@ -100,13 +100,13 @@ class RewardsConfig:
     answer: str = "answer"
     """Column with the right answer, of exact_match and number_match."""
     pattern: str | None = None
-    """Regular expression that regex finds in a good answer; '(?s)^.*$' would be all of it."""
+    """Regular expression that regex finds in a good completion; '(?s)^.*$' would be all of it."""
     schema: str | None = None
     """JSON file with the schema of json_schema. None: the schema is in the column schema of each record."""
     length: int = 100
-    """Words of an answer up to which length is 1; it falls to 0 at twice as many."""
+    """Words of a completion up to which length is 1; it falls to 0 at twice as many."""
     time_limit: float = 10.0
-    """Seconds that a function may take for an answer, which is left out then."""
+    """Seconds that a function may take for a completion, which is left out then."""
     checkpoint_dir: str | None = None
     """Base of a reward model that is an adapter. None: the base that adapter_config.json names."""
 
@@ -154,13 +154,13 @@ class FinetuneGrpoConfig(OptionalAdaptersConfig):
         group, batch = self.grpo.num_generations, self.train.global_batch_size
         if batch is not None and batch % group:
             raise UserError(
-                f"train.global_batch_size {batch} is the number of answers in an optimizer step: expected a multiple of "
+                f"train.global_batch_size {batch} is the number of completions in an optimizer step: expected a multiple of "
                 f"grpo.num_generations {group}."
             )
         if self.train.max_steps is not None and self.train.max_steps % self.grpo.num_iterations:
             raise UserError(
                 f"train.max_steps {self.train.max_steps}: expected a multiple of grpo.num_iterations "
-                f"{self.grpo.num_iterations}, the steps on the same answers."
+                f"{self.grpo.num_iterations}, the steps on the same completions."
             )
         if self.grpo.beta and self.lora is None:
             raise UserError(

@@ -31,7 +31,7 @@ class Prompt:
     prompt: list[Message] | str
     """Messages; without a chat template, text."""
     record: dict[str, Any]
-    """All columns, for rewards; `answer` is among them if the record ends with one."""
+    """All columns, for rewards; `completion` is among them if the record ends with one."""
     ids: list[int] = field(default_factory=list)
     """Token ids."""
 
@@ -43,17 +43,17 @@ class Prompt:
 
 @dataclass
 class Prompts:
-    """The prompts of one or more files, as sequences of a run: each as long as it is with its longest answer.
+    """The prompts of one or more files, as sequences of a run: each as long as it is with its longest completion.
 
     They are numbered through all epochs; each epoch has them in another order.
     """
 
     prompts: list[Prompt]
-    longest_answer: int
+    longest_completion: int
     """In tokens."""
     seed: int
     dropped: int = 0
-    """Prompts that leave no room for an answer, which are not here."""
+    """Prompts that leave no room for a completion, which are not here."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of each file by name."""
 
@@ -69,17 +69,17 @@ class Prompts:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
 
     def __post_init__(self) -> None:
-        self.length = int(self.lengths().max()) + self.longest_answer - 1  # the last token is only predicted
+        self.length = int(self.lengths().max()) + self.longest_completion - 1  # the last token is only predicted
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each prompt, (prompts,)."""
         return np.array([len(prompt.ids) for prompt in self.prompts])
 
     def longest_batch(self, micro_batch: int) -> Batch:
-        """Return a micro-batch of as many answers of full length to the longest prompts."""
+        """Return a micro-batch of as many completions of full length to the longest prompts."""
         longest = sorted(self.prompts, key=lambda prompt: -len(prompt.ids))[0].ids
-        ids = longest + longest[:1] * self.longest_answer
-        return answer_batch([(ids, len(longest))] * micro_batch)
+        ids = longest + longest[:1] * self.longest_completion
+        return completion_batch([(ids, len(longest))] * micro_batch)
 
     def batches(self, numbers: range, micro_batch: int, rank: int = 0, world: int = 1) -> Any:
         """Yield micro-batches as large as those of a run may become; what is in them comes from a model."""
@@ -105,7 +105,7 @@ class Prompts:
         s = self.statistics
         return (
             f"{name}: {counted(s['prompts'], 'prompt')}, {s['tokens'] / s['prompts']:.0f} tokens on average, longest "
-            f"{s['longest']:,}; dropped {s['dropped']}, which left no room for an answer"
+            f"{s['longest']:,}; dropped {s['dropped']}, which left no room for a completion"
         )
 
     def show(self, tokenizer: Tokenizer, count: int) -> str:
@@ -116,10 +116,10 @@ class Prompts:
         )
 
 
-def answer_batch(rows: list[tuple[list[int], int]]) -> Batch:
-    """Return a batch of prompts with their answers: tokens, positions, documents and labels, (rows, T) int64, and
+def completion_batch(rows: list[tuple[list[int], int]]) -> Batch:
+    """Return a batch of prompts with their completions: tokens, positions, documents and labels, (rows, T) int64, and
 
-    - `answers` (rows,) int64: 1, or 0 of padding,
+    - `completions` (rows,) int64: 1, or 0 of padding,
     - `advantages` (rows,) fp32 and `sampled` (rows, T) fp32, the log-probabilities at sampling: zeros, to be filled in.
 
     Args:
@@ -134,26 +134,26 @@ def answer_batch(rows: list[tuple[list[int], int]]) -> Batch:
         labels[row, max(0, size - 1) : n] = ids[size:]
     positions = np.broadcast_to(np.arange(T), tokens.shape).copy()
     arrays = {"tokens": tokens, "positions": positions, "documents": documents, "labels": labels}
-    arrays["answers"] = np.array([len(ids) > 0 for ids, _ in rows], dtype=np.int64)
+    arrays["completions"] = np.array([len(ids) > 0 for ids, _ in rows], dtype=np.int64)
     arrays |= {"advantages": np.zeros(len(rows), np.float32), "sampled": np.zeros(tokens.shape, np.float32)}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def load_prompts(
-    config: GrpoDataConfig, tokenizer: Tokenizer, longest_answer: int, seed: int
+    config: GrpoDataConfig, tokenizer: Tokenizer, longest_completion: int, seed: int
 ) -> tuple[Prompts, Prompts | None]:
     """Return training and validation prompts.
 
     Args:
-        longest_answer: in tokens.
+        longest_completion: in tokens.
         seed: of their order, and for choosing `config.val_fraction`.
 
     Raises:
-        UserError: a file cannot be read, or too many prompts leave no room for an answer.
+        UserError: a file cannot be read, or too many prompts leave no room for a completion.
     """
-    train = _load(config.paths, config, tokenizer, longest_answer, seed)
+    train = _load(config.paths, config, tokenizer, longest_completion, seed)
     if config.val_path:
-        return train, _load([config.val_path], config, tokenizer, longest_answer, seed)
+        return train, _load([config.val_path], config, tokenizer, longest_completion, seed)
     if not config.val_fraction:
         return train, None
     order = np.random.default_rng(seed).permutation(len(train)).tolist()
@@ -162,13 +162,13 @@ def load_prompts(
         raise UserError(f"--data.val_fraction {config.val_fraction} leaves no prompt to train on")
     both = [[train.prompts[i] for i in sorted(part)] for part in (order[count:], order[:count])]
     return (
-        Prompts(both[0], longest_answer, seed, train.dropped, train.files),
-        Prompts(both[1], longest_answer, seed),
+        Prompts(both[0], longest_completion, seed, train.dropped, train.files),
+        Prompts(both[1], longest_completion, seed),
     )
 
 
 def _load(
-    data_sets: list[str], config: GrpoDataConfig, tokenizer: Tokenizer, longest_answer: int, seed: int
+    data_sets: list[str], config: GrpoDataConfig, tokenizer: Tokenizer, longest_completion: int, seed: int
 ) -> Prompts:
     prompts: list[Prompt] = []
     hashes: dict[str, str] = {}
@@ -183,7 +183,7 @@ def _load(
                 except (ValueError, UserError) as error:
                     problems.append(f"{where}: {error}")
                     continue
-                fits = len(prompt.ids) + longest_answer <= config.most_tokens
+                fits = len(prompt.ids) + longest_completion <= config.most_tokens
                 prompts += [prompt] * fits
                 dropped += [where] * (not fits)
     if problems:
@@ -191,11 +191,11 @@ def _load(
     total = len(prompts) + len(dropped)
     if len(dropped) > config.max_dropped * total or not prompts:
         raise UserError(
-            f"{len(dropped)} of {counted(total, 'prompt')} (the first: {dropped[0]}) leave no room for an answer of "
-            f"{counted(longest_answer, 'token')} within data.max_seq_len {config.most_tokens}: lower "
+            f"{len(dropped)} of {counted(total, 'prompt')} (the first: {dropped[0]}) leave no room for a completion of "
+            f"{counted(longest_completion, 'token')} within data.max_seq_len {config.most_tokens}: lower "
             f"--grpo.max_completion_length, raise --data.max_seq_len, or allow it with --data.max_dropped."
         )
-    return Prompts(prompts, longest_answer, seed, len(dropped), hashes)
+    return Prompts(prompts, longest_completion, seed, len(dropped), hashes)
 
 
 def read_prompt(where: str, record: Any, tokenizer: Tokenizer) -> Prompt:

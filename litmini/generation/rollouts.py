@@ -1,4 +1,4 @@
-"""Answers sampled from a model that is trained, with the log-probability that each of their tokens was sampled with."""
+"""Completions sampled from a model that is trained, with the log-probability that each of their tokens was sampled with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from litmini.generation.request import Request
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled answer."""
+    """A sampled completion."""
 
     ids: list[int]
     """Token ids, with the end token that the model chose."""
@@ -53,10 +53,10 @@ def sample(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Rollout]:
-    """Return an answer to each prompt, `batch_size` of them at a time.
+    """Return a completion to each prompt, `batch_size` of them at a time.
 
-    An answer depends on its prompt, its seed and the model: not on its neighbours, but for rounding. The cache is freed before
-    this returns.
+    A completion depends on its prompt, its seed and the model: not on its neighbours, but for rounding. The cache is freed
+    before this returns.
 
     Args:
         model: in evaluation mode, with its own head.

@@ -1,4 +1,4 @@
-"""Policy optimization on sampled answers: its data, and the plan of a run."""
+"""Policy optimization on sampled completions: its data, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def prepare_data(fabric: Fabric, config: FinetuneGrpoConfig, began: datetime | N
     fabric.print(train.describe("training"))
     if val:
         fabric.print(val.describe("validation"))
-    each = f"{counted(batch // group, 'prompt')} with {group} answers each"
-    on_same = f", {again} steps on the same answers" * (again > 1)
+    each = f"{counted(batch // group, 'prompt')} with {group} completions each"
+    on_same = f", {again} steps on the same completions" * (again > 1)
     fabric.print(
         f"{counted(steps, 'step')} of {each}{on_same}: {steps * batch / again / group / len(train):.2f} epochs"
     )
@@ -92,7 +92,7 @@ def _warn(fabric: Fabric, config: FinetuneGrpoConfig, val: Prompts | None, steps
 
 def _example(prompt: Prompt, config: FinetuneGrpoConfig) -> Example:
     """Return a prompt with the right answer, if it has one, as an example to complete."""
-    answer = str(prompt.record.get(config.rewards.answer) or "(none)")
+    reference = str(prompt.record.get(config.rewards.answer) or "(none)")
     if isinstance(prompt.prompt, str):
-        return Example(prompt.where, prompt=prompt.prompt, text=prompt.prompt + answer)
-    return Example(prompt.where, [*prompt.prompt, {"role": "assistant", "content": answer}])
+        return Example(prompt.where, prompt=prompt.prompt, text=prompt.prompt + reference)
+    return Example(prompt.where, [*prompt.prompt, {"role": "assistant", "content": reference}])

@@ -1,7 +1,7 @@
-"""The mathematics of policy optimization: advantages of answers, and the loss of each answer's tokens.
+"""The mathematics of policy optimization: advantages of completions, and the loss of each completion's tokens.
 
-Symbols: r is the reward of an answer, A its advantage; l is the log-probability of a token at the sampling temperature, l_old
-that of the model that sampled it, l_ref that of the model at the start. The ratio is exp(l - l_old).
+Symbols: r is the reward of a completion, A its advantage; l is the log-probability of a token at the sampling temperature,
+l_old that of the model that sampled it, l_ref that of the model at the start. The ratio is exp(l - l_old).
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ LEAST_STD = 1e-4  # added to standard deviations, as in TRL
 
 
 def advantages(rewards: Tensor, config: GrpoConfig) -> Tensor:
-    """Return the advantages of answers, (groups, n) fp32.
+    """Return the advantages of completions, (groups, n) fp32.
 
     With a group's mean as the baseline they are r - mean, divided by the standard deviation (unbiased) of the group or of all
     rewards (`scale_rewards`), plus 1e-4; with rloo r minus the mean of the group's other rewards (arXiv 2402.14740).
 
     Args:
-        rewards: (groups, n) fp32, NaN of answers that are left out. Their advantage is 0, as it is in a group of one.
+        rewards: (groups, n) fp32, NaN of completions that are left out. Their advantage is 0, as it is in a group of one.
     """
     known = ~rewards.isnan()
     counts = known.sum(1, keepdim=True)
@@ -48,7 +48,7 @@ def equal_groups(rewards: Tensor) -> Tensor:
     """Return which groups have equal rewards, and so nothing to compare, (groups,) bool.
 
     Args:
-        rewards: (groups, n), NaN of answers that are left out.
+        rewards: (groups, n), NaN of completions that are left out.
     """
     low = rewards.masked_fill(rewards.isnan(), torch.inf).amin(1)
     high = rewards.masked_fill(rewards.isnan(), -torch.inf).amax(1)
@@ -57,7 +57,7 @@ def equal_groups(rewards: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What a loss is made of; each is summed over the answers of a micro-batch."""
+    """What a loss is made of; each is summed over the completions of a micro-batch."""
 
     loss: Tensor
     """0-d, with its gradient."""
@@ -76,21 +76,21 @@ def policy_loss(
     reference: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> TokenLoss:
-    """Return the clipped loss (arXiv 2402.03300, equation 3), summed over answers as `loss_type` asks for.
+    """Return the clipped loss (arXiv 2402.03300, equation 3), summed over completions as `loss_type` asks for.
 
     Of a token it is -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta k3, where k3 = exp(l_ref - l) -
-    (l_ref - l) - 1. The ratio of gspo is exp(mean of l - l_old) over an answer's tokens (arXiv 2507.18071), that of rloo
+    (l_ref - l) - 1. The ratio of gspo is exp(mean of l - l_old) over a completion's tokens (arXiv 2507.18071), that of rloo
     exp(sum). The sums are, with `units` as what they are divided by,
 
         dapo, bnpo    of all tokens
         dr_grpo       of all tokens
-        grpo, gspo    of each answer's mean over its tokens
-        rloo          of answers
+        grpo, gspo    of each completion's mean over its tokens
+        rloo          of completions
 
     Args:
-        log_probs: l, (n, T) fp32, 0 where there is no token of an answer.
+        log_probs: l, (n, T) fp32, 0 where there is no token of a completion.
         old: l_old, (n, T).
-        mask: (n, T) bool, where the tokens of answers are.
+        mask: (n, T) bool, where the tokens of completions are.
         advantage: (n,) fp32.
         reference: l_ref, (n, T); needed if `beta` is above 0, but for rloo, which has its KL divergence in the rewards.
         weights: what the loss of each token is multiplied with, (n, T); None: 1.
@@ -121,11 +121,11 @@ def policy_loss(
     return TokenLoss(loss.sum(), (clipped * inside).sum(), divergence)
 
 
-def units(answers: int, tokens: int, config: GrpoConfig) -> int:
-    """Return what the sum of `policy_loss` over so many answers, with so many tokens in all, is divided by.
+def units(completions: int, tokens: int, config: GrpoConfig) -> int:
+    """Return what the sum of `policy_loss` over so many completions, with so many tokens in all, is divided by.
 
     The loop adds them up over all micro-batches and ranks of an optimizer step.
     """
     if config.loss_type in ("dapo", "bnpo"):
         return tokens
-    return answers * (config.max_completion_length if config.loss_type == "dr_grpo" else 1)
+    return completions * (config.max_completion_length if config.loss_type == "dr_grpo" else 1)

@@ -1,4 +1,4 @@
-"""The objective of policy optimization: the clipped loss over sampled answers, and what is measured on them."""
+"""The objective of policy optimization: the clipped loss over sampled completions, and what is measured on them."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from litmini.config.grpo import GrpoConfig
 from litmini.ops.cross_entropy import IGNORE, Targets
-from litmini.tasks.grpo_answers import Answer
+from litmini.tasks.grpo_completions import Completion
 from litmini.tasks.grpo_losses import policy_loss, units
 from litmini.tasks.preference import INPUTS
 from litmini.training.objective import Batch
@@ -16,12 +16,23 @@ from litmini.training.objective import Batch
 OF_TOKENS = ("ratio", "logp_difference", "clipped", "kl")
 ON_TOKENS = ("mask", "ratio", "difference", "clipped", "divergence")
 """What is summed over the tokens that are trained on."""
-ON_ANSWERS = ("answers", "known", "reward", "tokens", "nll", "truncated", "groups", "equal", "spread", "compared")
-"""What is summed over the answers that were sampled, and over their groups."""
+ON_COMPLETIONS = (
+    "completions",
+    "known",
+    "reward",
+    "tokens",
+    "nll",
+    "truncated",
+    "groups",
+    "equal",
+    "spread",
+    "compared",
+)
+"""What is summed over the completions that were sampled, and over their groups."""
 
 
 class PolicyOptimization:
-    """The clipped loss over answers of the model itself, which has a `LogProbHead` of the sampling temperature.
+    """The clipped loss over completions of the model itself, which has a `LogProbHead` of the sampling temperature.
 
     On validation batches, which have rewards only, the loss is minus the reward.
 
@@ -47,16 +58,16 @@ class PolicyOptimization:
         self.names += (*(self._own if len(rewards) > 1 else ()), *OF_TOKENS[: len(OF_TOKENS) - (not has_divergence)])
         self.shown = {"reward": ".3f", "equal_groups": ".0%"}
         self._on_tokens: Tensor | None = None
-        self._on_answers = self._zeros()
+        self._on_completions = self._zeros()
 
     def _zeros(self) -> dict[str, float]:
-        return dict.fromkeys([*ON_ANSWERS, *self._own, *(f"{name} count" for name in self._own)], 0.0)
+        return dict.fromkeys([*ON_COMPLETIONS, *self._own, *(f"{name} count" for name in self._own)], 0.0)
 
     def count(self, batch: Batch) -> int:
-        """Return the units of `units`; of a validation batch the answers with a reward."""
+        """Return the units of `units`; of a validation batch the completions with a reward."""
         if "rewards" in batch:
             return int((~batch["rewards"].isnan()).sum())
-        return units(int(batch["answers"].sum()), int((batch["labels"] != IGNORE).sum()), self.config)
+        return units(int(batch["completions"].sum()), int((batch["labels"] != IGNORE).sum()), self.config)
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
         """Return the summed loss."""
@@ -74,41 +85,41 @@ class PolicyOptimization:
         self._on_tokens = values if self._on_tokens is None else self._on_tokens + values
         return found.loss
 
-    def add_answers(self, answers: list[Answer], n_groups: int, equal: int, spreads: list[float]) -> None:
-        """Add what the metrics of sampled answers and of their groups are made of.
+    def add_completions(self, completions: list[Completion], n_groups: int, equal: int, spreads: list[float]) -> None:
+        """Add what the metrics of sampled completions and of their groups are made of.
 
         Args:
             equal: groups whose rewards are equal.
             spreads: the standard deviation of the rewards of each group that has one.
         """
-        known = [answer.reward for answer in answers if not math.isnan(answer.reward)]
-        found = {"answers": len(answers), "known": len(known), "reward": sum(known)}
-        found["tokens"] = sum(len(answer.ids) for answer in answers)
-        found["nll"] = -sum(sum(answer.log_probs) for answer in answers)
-        found["truncated"] = sum(answer.truncated for answer in answers)
+        known = [completion.reward for completion in completions if not math.isnan(completion.reward)]
+        found = {"completions": len(completions), "known": len(known), "reward": sum(known)}
+        found["tokens"] = sum(len(completion.ids) for completion in completions)
+        found["nll"] = -sum(sum(completion.log_probs) for completion in completions)
+        found["truncated"] = sum(completion.truncated for completion in completions)
         found |= {"groups": n_groups, "equal": equal, "spread": sum(spreads), "compared": len(spreads)}
         for i, name in enumerate(self._own):
-            values = [v for a in answers if (v := a.rewards[i]) is not None and not math.isnan(v)]
+            values = [v for a in completions if (v := a.rewards[i]) is not None and not math.isnan(v)]
             found |= {name: sum(values), f"{name} count": len(values)}
-        self._on_answers = {name: value + found[name] for name, value in self._on_answers.items()}
+        self._on_completions = {name: value + found[name] for name, value in self._on_completions.items()}
 
     def take_sums(self) -> Tensor:
         """Return the sums since the last call, and begin again."""
         device = next(self._model.parameters()).device
         on_tokens = torch.zeros(len(ON_TOKENS), device=device) if self._on_tokens is None else self._on_tokens
-        on_answers = torch.tensor(list(self._on_answers.values()), device=device)
-        self._on_tokens, self._on_answers = None, self._zeros()
-        return torch.cat([on_tokens, on_answers])
+        on_completions = torch.tensor(list(self._on_completions.values()), device=device)
+        self._on_tokens, self._on_completions = None, self._zeros()
+        return torch.cat([on_tokens, on_completions])
 
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Return means over answers, groups and tokens, without those of answers where none were sampled."""
+        """Return means over completions, groups and tokens, without those of completions where none were sampled."""
         s = dict(zip([*ON_TOKENS, *self._zeros()], sums, strict=True))
         parts = {
             "reward": ("reward", "known"),
             "reward_std": ("spread", "compared"),
             "equal_groups": ("equal", "groups"),
-            "length": ("tokens", "answers"),
-            "truncated": ("truncated", "answers"),
+            "length": ("tokens", "completions"),
+            "truncated": ("truncated", "completions"),
             "entropy": ("nll", "tokens"),
             "ratio": ("ratio", "mask"),
             "logp_difference": ("difference", "mask"),
@@ -117,6 +128,6 @@ class PolicyOptimization:
             **{name: (name, f"{name} count") for name in self._own},
         }
         found = {name: s[top] / s[bottom] for name, (top, bottom) in parts.items() if s[bottom]}
-        if s["answers"]:
-            found["failed"] = 1 - s["known"] / s["answers"]
+        if s["completions"]:
+            found["failed"] = 1 - s["known"] / s["completions"]
         return {name: value for name, value in found.items() if name in self.names}

@@ -1,4 +1,4 @@
-"""What a run of policy optimization shows at its end: the curve of rewards, answers during training, and what failed."""
+"""What a run of policy optimization shows at its end: the curve of rewards, completions during training, and what failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from litmini.tasks.grpo_rewards import Rewards
     from litmini.tasks.setup import TrainingSetup
 
-SHOWN = 12  # steps whose answers the report shows
+SHOWN = 12  # steps whose completions the report shows
 
 
 def plot_rewards(setup: TrainingSetup) -> None:
@@ -43,14 +43,14 @@ def plot_rewards(setup: TrainingSetup) -> None:
     figure.savefig(file, dpi=120)
 
 
-def answer_tables(setup: TrainingSetup) -> dict[str, dict[str, Any]]:
-    """Return tables for the report: for some steps a prompt, with its best and its worst answer."""
+def completion_tables(setup: TrainingSetup) -> dict[str, dict[str, Any]]:
+    """Return tables for the report: for some steps a prompt, with its best and its worst completion."""
     rows = [row for row in read_samples(setup.recorder.directory) if "advantage" in row]
     steps = sorted({row["step"] for row in rows})
     some = {steps[i * (len(steps) - 1) // max(1, SHOWN - 1)] for i in range(SHOWN)} if steps else set()
     tables: dict[str, dict[str, Any]] = {}
     for row in (row for row in rows if row["step"] in some):
-        table = tables.setdefault(f"answers in step {row['step']}", {"prompt": row["prompt"]})
+        table = tables.setdefault(f"completions in step {row['step']}", {"prompt": row["prompt"]})
         which = "best" if len(table) == 1 else "worst"
         table[f"{which}, reward {row['reward']:.3g}, advantage {row['advantage']:.2f}"] = row["prediction"]
     return tables
@@ -67,7 +67,7 @@ def describe_rewards(setup: TrainingSetup, rewards: Rewards) -> str:
         empty = sum(float(row["equal_groups"]) == 1 for row in rows)
         if empty * 4 > len(rows):
             lines.append(
-                f"warning: in {empty} of {counted(len(rows), 'step')} the answers to each prompt had equal rewards: "
+                f"warning: in {empty} of {counted(len(rows), 'step')} the completions to each prompt had equal rewards: "
                 f"nothing was learned in them."
             )
         different = [float(row["logp_difference"]) for row in rows if row["logp_difference"]]

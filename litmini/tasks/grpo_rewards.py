@@ -1,4 +1,4 @@
-"""Rewards of answers: functions of the user's own by path, built-in ones, and reward models."""
+"""Rewards of completions: functions of the user's own by path, built-in ones, and reward models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from litmini.tasks.json_schema import check_schema, is_valid
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d[\d,]*)?|-?\.\d+")
 FAILED = math.nan
-"""The reward of an answer for which a function failed; None is that of one to which it does not apply."""
+"""The reward of a completion for which a function failed; None is that of one to which it does not apply."""
 Reward = Callable[[Prompt, str], float | None]
 
 
@@ -59,18 +59,18 @@ class Rewards:
     def weights(self) -> list[float]:
         return self.config.weights or [1.0] * len(self.names)
 
-    def score(self, answers: list[tuple[Prompt, str]]) -> list[list[float | None]]:
-        """Return the rewards of each answer, one for each function: a number, None, or NaN where it failed."""
+    def score(self, completions: list[tuple[Prompt, str]]) -> list[list[float | None]]:
+        """Return the rewards of each completion, one for each function: a number, None, or NaN where it failed."""
         columns: list[list[float | None]] = []
         for number, name in enumerate(self.names):
             if number in self.models:
-                columns.append(self.models[number].score([(prompt.prompt, text) for prompt, text in answers]))
+                columns.append(self.models[number].score([(prompt.prompt, text) for prompt, text in completions]))
             else:
-                columns.append([self._call(name, self.functions[number], prompt, text) for prompt, text in answers])
+                columns.append([self._call(name, self.functions[number], prompt, text) for prompt, text in completions])
         return [list(row) for row in zip(*columns, strict=True)]
 
     def total(self, values: list[float | None]) -> float:
-        """Return the weighted sum of an answer's rewards that apply; NaN if one failed, or none applies."""
+        """Return the weighted sum of a completion's rewards that apply; NaN if one failed, or none applies."""
         applying = [w * value for w, value in zip(self.weights, values, strict=True) if value is not None]
         return sum(applying) if applying else FAILED
 
@@ -168,12 +168,12 @@ def _column(prompt: Prompt, name: str) -> str:
 
 
 def exact_match(prompt: Prompt, text: str, config: RewardsConfig) -> float:
-    """Return 1 if the answer is the column `rewards.answer`, but for white space around it, else 0."""
+    """Return 1 if the completion is the column `rewards.answer`, but for white space around it, else 0."""
     return float(text.strip() == _column(prompt, config.answer).strip())
 
 
 def number_match(prompt: Prompt, text: str, config: RewardsConfig) -> float:
-    """Return 1 if the last number of the answer equals that of the column `rewards.answer`, else 0."""
+    """Return 1 if the last number of the completion equals that of the column `rewards.answer`, else 0."""
     found, expected = _last_number(text), _last_number(_column(prompt, config.answer))
     if expected is None:
         raise ValueError(f"the column {config.answer!r} has no number: {_column(prompt, config.answer)!r:.80}")
@@ -188,7 +188,7 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def regex(prompt: Prompt, text: str, config: RewardsConfig) -> float:
-    """Return 1 if `rewards.pattern` is found in the answer, else 0."""
+    """Return 1 if `rewards.pattern` is found in the completion, else 0."""
     return float(re.search(config.pattern or "", text) is not None)
 
 
@@ -209,7 +209,7 @@ def _json_schema(config: RewardsConfig) -> Reward:
 
 
 def json_schema(prompt: Prompt, text: str, schema: Any) -> float:
-    """Return 1 if the answer is JSON of `schema`, or of that in the column schema, else 0."""
+    """Return 1 if the completion is JSON of `schema`, or of that in the column schema, else 0."""
     if schema is None:
         own = prompt.record.get("schema")
         schema = json.loads(own) if isinstance(own, str) else own

@@ -1,7 +1,7 @@
-"""The answers of a step: sampled, scored, compared, and made into micro-batches.
+"""The completions of a step: sampled, scored, compared, and made into micro-batches.
 
 They are a pure function of the seed, the step and the weights, whatever the number of processes: each group is sampled by one
-of them, each answer with a seed of its own. Of steps on the same answers, a checkpoint has the answers.
+of them, each completion with a seed of its own. Of steps on the same completions, a checkpoint has the completions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from litmini.files import write_text
 from litmini.generation.rollouts import sample
 from litmini.methods.reference import at_start
 from litmini.ops.cross_entropy import original_head
-from litmini.tasks.grpo_answers import Answer, learning_batches, micro_batches, n_groups
+from litmini.tasks.grpo_completions import Completion, learning_batches, micro_batches, n_groups
 from litmini.tasks.grpo_losses import advantages, equal_groups, nanstd
 from litmini.tasks.grpo_rewards import Rewards, kept_output
 from litmini.tasks.preference import INPUTS
@@ -42,11 +42,11 @@ ROLLOUTS = "rollouts.json"
 
 
 class Sampling:
-    """Samples the answers of each step with the model that is trained."""
+    """Samples the completions of each step with the model that is trained."""
 
     def __init__(self, config: FinetuneGrpoConfig, tokenizer: Tokenizer, prompts: Prompts, rewards: Rewards) -> None:
         self.config, self.tokenizer, self.prompts, self.rewards = config, tokenizer, prompts, rewards
-        self.answers: list[Answer] = []  # of this process
+        self.completions: list[Completion] = []  # of this process
         self.locations: list[list[str]] = []  # of each row of the last micro-batches
         self._first = -1  # the step that they were sampled in
         self._batches: list[Batch] = []
@@ -61,14 +61,14 @@ class Sampling:
     def begin(self, setup: TrainingSetup, objective: Any) -> None:
         """Take the model from now on, and the objective that reports what is sampled."""
         self._setup, self._objective, self._fabric = setup, objective, setup.fabric
-        setup.prefetch = False  # the answers of the next step come from its weights
+        setup.prefetch = False  # the completions of the next step come from its weights
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of this process in an optimizer step; as many in each process."""
         first = step - step % self.config.grpo.num_iterations
         if self._first != first:
-            self.answers = self._sample(step) if step == first else self._read(first)
-            learned = [answer for answer in self.answers if answer.kept]
+            self.completions = self._sample(step) if step == first else self._read(first)
+            learned = [completion for completion in self.completions if completion.kept]
             found = list(learning_batches(learned, self.config, self._fabric.world_size))
             self._batches, self._first = [batch for _, batch in found], first
             self.locations = [
@@ -78,32 +78,32 @@ class Sampling:
 
     # Sampling
 
-    def _sample(self, step: int) -> list[Answer]:
-        """Return the answers of this process in `step`, with advantages."""
+    def _sample(self, step: int) -> list[Completion]:
+        """Return the completions of this process in `step`, with advantages."""
         grpo, fabric = self.config.grpo, self._fabric
         n, groups = grpo.num_generations, n_groups(self.config)
         first = step // grpo.num_iterations * groups
         mine = range(fabric.global_rank, groups, fabric.world_size)
-        answers = self._answers({g: self.prompts.prompt(first + g) for g in range(groups)}, list(mine), n, step)
+        completions = self._completions({g: self.prompts.prompt(first + g) for g in range(groups)}, list(mine), n, step)
         if grpo.num_iterations > 1 or grpo.beta:
-            self._add_log_probs(answers)
+            self._add_log_probs(completions)
         if grpo.beta and grpo.loss_type == "rloo":
-            for answer in answers:
-                answer.reward -= grpo.beta * (sum(answer.old) - sum(answer.reference))
+            for completion in completions:
+                completion.reward -= grpo.beta * (sum(completion.old) - sum(completion.reference))
         everyone = np.zeros(groups * n)
-        everyone[[answer.slot for answer in answers]] = [answer.reward for answer in answers]
+        everyone[[completion.slot for completion in completions]] = [completion.reward for completion in completions]
         rewards = torch.from_numpy(sum_array_on_host(fabric, everyone)).view(groups, n)
-        self._compare(answers, rewards)
-        self._report(answers, rewards, list(mine), step)
-        return answers
+        self._compare(completions, rewards)
+        self._report(completions, rewards, list(mine), step)
+        return completions
 
-    def _answers(
+    def _completions(
         self, prompts: dict[int, Prompt], mine: list[int], n: int, step: int, temperature: float | None = None
-    ) -> list[Answer]:
-        """Return n answers to each of the prompts `mine`.
+    ) -> list[Completion]:
+        """Return n completions to each of the prompts `mine`.
 
         Args:
-            prompts: number -> prompt, of all processes: where each holds a shard of the model, all sample all answers.
+            prompts: number -> prompt, of all processes: where each holds a shard of the model, all sample all completions.
             temperature: None: that of training.
         """
         grpo, module = self.config.grpo, self._setup.module
@@ -131,15 +131,15 @@ class Sampling:
             rewards = self.rewards.score(given)
         self._say_failures()
         return [
-            Answer(
+            Completion(
                 slot, prompt.where, prompt.ids, rollout.ids, rollout.log_probs, rollout.truncated, text, each,
                 self.rewards.total(each),
             )
             for (slot, rollout), (prompt, text), each in zip(own, given, rewards, strict=True)
         ]  # fmt: skip
 
-    def _compare(self, answers: list[Answer], rewards: Tensor) -> None:
-        """Give answers their advantages, and leave out those without a reward or, if asked for, in a group of equal rewards.
+    def _compare(self, completions: list[Completion], rewards: Tensor) -> None:
+        """Give completions their advantages, and leave out those without a reward or, if asked for, of equal groups.
 
         Args:
             rewards: (groups, n) fp64, of all processes.
@@ -148,30 +148,32 @@ class Sampling:
         if rewards.isnan().all():
             first = next((first for _, first in self.rewards.failures.values()), "")
             raise UserError(
-                f"no answer of this step has a reward{f': {first}' if first else ''}. Correct the reward, and continue with "
-                f"--resume auto."
+                f"no completion of this step has a reward{f': {first}' if first else ''}. Correct the reward, and continue "
+                f"with --resume auto."
             )
         values = advantages(rewards.float(), grpo).flatten()
         equal = equal_groups(rewards).repeat_interleave(grpo.num_generations)
-        for answer in answers:
-            answer.advantage = float(values[answer.slot])
-            answer.kept = not math.isnan(answer.reward) and not (grpo.dynamic_sampling and bool(equal[answer.slot]))
+        for completion in completions:
+            completion.advantage = float(values[completion.slot])
+            completion.kept = not math.isnan(completion.reward) and not (
+                grpo.dynamic_sampling and bool(equal[completion.slot])
+            )
         if bool(equal.all()):
             self._say_once(
                 "equal",
-                f"warning: the answers to each prompt of this step have equal rewards (on average {rewards.nanmean():.3g}), "
-                f"so there is nothing to learn from. The column equal_groups of metrics.csv is the share of such groups. "
+                f"warning: the completions to each prompt of this step have equal rewards (mean {rewards.nanmean():.3g}): "
+                f"there is nothing to learn from. The column equal_groups of metrics.csv is the share of such groups. "
                 f"Begin with a model that gets some rewards, by a short finetuning, say; or take rewards with more steps.",
             )
 
     # Log-probabilities
 
-    def _add_log_probs(self, answers: list[Answer]) -> None:
-        """Give answers their log-probabilities under the model as it is and, with beta, as it was at the start."""
+    def _add_log_probs(self, completions: list[Completion]) -> None:
+        """Give completions their log-probabilities under the model as it is and, with beta, as it was at the start."""
         grpo, setup = self.config.grpo, self._setup
         training = setup.model.training
         setup.model.train()  # as in the loss; dropout is off
-        for rows, batch in micro_batches(answers, self.config, self._fabric.world_size):
+        for rows, batch in micro_batches(completions, self.config, self._fabric.world_size):
             ready = on_device(batch, self._fabric.device, setup.attention)
             inputs = {name: ready[name] for name in INPUTS}
             with torch.no_grad():
@@ -180,33 +182,33 @@ class Sampling:
                     with at_start(setup.module):
                         both.append(("reference", setup.model(**inputs)[0].cpu()))
             for name, found in both:
-                for row, answer in enumerate(rows):
-                    first = len(answer.prompt_ids) - 1
-                    setattr(answer, name, found[row, first : first + len(answer.ids)].tolist())
+                for row, completion in enumerate(rows):
+                    first = len(completion.prompt_ids) - 1
+                    setattr(completion, name, found[row, first : first + len(completion.ids)].tolist())
         setup.model.train(training)
 
     # Validation
 
     @torch.no_grad()
     def validation_batches(self, val: Prompts) -> Iterator[Batch]:
-        """Yield the rewards of a greedy answer to each validation prompt of this process."""
+        """Yield the rewards of a greedy completion to each validation prompt of this process."""
         rank, world = self._fabric.global_rank, self._fabric.world_size
         size = self.config.grpo.sample_batch_size * world
         for start in range(0, len(val), size):
             prompts = {i: val.prompts[i] for i in range(start, min(start + size, len(val)))}
-            answers = self._answers(prompts, list(prompts)[rank::world], 1, 0, temperature=0.0)
-            self._objective.add_answers(answers, 0, 0, [])
-            rewards = torch.tensor([answer.reward for answer in answers])
-            yield {"tokens": torch.zeros(len(answers), 1, dtype=torch.int64), "rewards": rewards}
+            completions = self._completions(prompts, list(prompts)[rank::world], 1, 0, temperature=0.0)
+            self._objective.add_completions(completions, 0, 0, [])
+            rewards = torch.tensor([completion.reward for completion in completions])
+            yield {"tokens": torch.zeros(len(completions), 1, dtype=torch.int64), "rewards": rewards}
 
     # Reports
 
-    def _report(self, answers: list[Answer], rewards: Tensor, mine: list[int], step: int) -> None:
+    def _report(self, completions: list[Completion], rewards: Tensor, mine: list[int], step: int) -> None:
         equal, stds = equal_groups(rewards)[mine], nanstd(rewards)[mine].flatten()
-        self._objective.add_answers(answers, len(mine), int(equal.sum()), stds[stds.isfinite()].tolist())
-        if self._fabric.is_global_zero and answers:
-            group = [a for a in answers if a.slot < self.config.grpo.num_generations and not math.isnan(a.reward)]
-            ranked = sorted(group, key=lambda answer: (answer.reward, answer.slot))
+        self._objective.add_completions(completions, len(mine), int(equal.sum()), stds[stds.isfinite()].tolist())
+        if self._fabric.is_global_zero and completions:
+            group = [a for a in completions if a.slot < self.config.grpo.num_generations and not math.isnan(a.reward)]
+            ranked = sorted(group, key=lambda completion: (completion.reward, completion.slot))
             shown = [ranked[-1], ranked[0]] if len(ranked) > 1 else ranked
             number = step // self.config.grpo.num_iterations * n_groups(self.config)
             prompt = self.prompts.prompt(number)
@@ -220,7 +222,7 @@ class Sampling:
 
     def _say_failures(self) -> None:
         for name, (_, first) in self.rewards.failures.items():
-            self._say_once(name, f"warning: a reward failed, and its answer is left out (the first time): {first}")
+            self._say_once(name, f"warning: a reward failed, and its completion is left out (the first time): {first}")
 
     def _say_once(self, key: str, text: str) -> None:
         if key not in self._warned:
@@ -230,7 +232,7 @@ class Sampling:
     # State
 
     def save(self, directory: Path | None) -> None:
-        """Write the answers of all processes into a checkpoint, if there are still steps on them. Every rank calls this.
+        """Write the completions of all processes into a checkpoint, if there are still steps on them. Every rank calls this.
 
         Args:
             directory: of rank 0; the other ranks pass None.
@@ -238,19 +240,21 @@ class Sampling:
         progress = self._setup.progress
         if progress.step % self.config.grpo.num_iterations == 0 or progress.step == self._setup.data.total_steps:
             return
-        parts = gather_on_host(self._fabric, json.dumps([dataclasses.asdict(answer) for answer in self.answers]))
+        parts = gather_on_host(
+            self._fabric, json.dumps([dataclasses.asdict(completion) for completion in self.completions])
+        )
         if directory is not None:
-            write_text(directory / ROLLOUTS, json.dumps({"first": self._first, "answers": parts}))
+            write_text(directory / ROLLOUTS, json.dumps({"first": self._first, "completions": parts}))
 
-    def _read(self, first: int) -> list[Answer]:
-        """Return the answers of this process from the checkpoint that the run resumes from."""
+    def _read(self, first: int) -> list[Completion]:
+        """Return the completions of this process from the checkpoint that the run resumes from."""
         checkpoint = self._setup.recorder.run_directory.restart_from
         file = checkpoint / ROLLOUTS if checkpoint else None
         if file is None or not file.is_file():
-            raise UserError(f"{checkpoint} has no {ROLLOUTS}, the answers of the steps from {first + 1} on.")
+            raise UserError(f"{checkpoint} has no {ROLLOUTS}, the completions of the steps from {first + 1} on.")
         found = json.loads(file.read_text(encoding="utf-8"))
-        answers = [Answer(**one) for part in found["answers"] for one in json.loads(part)]
+        completions = [Completion(**one) for part in found["completions"] for one in json.loads(part)]
         group, fabric = self.config.grpo.num_generations, self._fabric
-        mine = [a for a in answers if a.slot // group % fabric.world_size == fabric.global_rank]
+        mine = [a for a in completions if a.slot // group % fabric.world_size == fabric.global_rank]
         assert found["first"] == first, (found["first"], first)
         return mine

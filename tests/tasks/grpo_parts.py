@@ -1,4 +1,4 @@
-"""Answers of a tiny model, and what it makes of them: for the tests of policy optimization."""
+"""Completions of a tiny model, and what it makes of them: for the tests of policy optimization."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,16 @@ import torch
 from preference_parts import policy
 
 from litmini.config.grpo import GrpoConfig
-from litmini.data.prompts import answer_batch
+from litmini.data.prompts import completion_batch
 from litmini.methods.heads import use_log_probs
 from litmini.ops.cross_entropy import IGNORE, original_head
 from litmini.tasks.grpo_objective import PolicyOptimization
 
-GROUPS, N = 3, 4  # prompts, and answers to each
+GROUPS, N = 3, 4  # prompts, and completions to each
 
 
-def answers(vocab: int = 512) -> list[dict[str, Any]]:
-    """Prompts and answers of ragged lengths, one to nine tokens, with rewards; those of the last group are equal."""
+def completions(vocab: int = 512) -> list[dict[str, Any]]:
+    """Prompts and completions of ragged lengths, one to nine tokens, with rewards; those of the last group are equal."""
     generator = torch.Generator().manual_seed(3)
     found = []
     for group in range(GROUPS):
@@ -44,8 +44,8 @@ def model_of(base: Path, temperature: float = 1.0, seed: int = 1) -> Any:
 def batch_of(
     rows: list[dict[str, Any]], config: GrpoConfig, advantages: torch.Tensor, **more: list[list[float]]
 ) -> Any:
-    """A micro-batch of answers; `more` are log-probabilities of each token of each answer."""
-    batch = answer_batch([(row["prompt"] + row["ids"], len(row["prompt"])) for row in rows])
+    """A micro-batch of completions; `more` are log-probabilities of each token of each completion."""
+    batch = completion_batch([(row["prompt"] + row["ids"], len(row["prompt"])) for row in rows])
     batch["advantages"] = advantages.float()
     for name, values in more.items():
         batch[name] = torch.zeros(batch["tokens"].shape)
@@ -73,10 +73,10 @@ def step(config: GrpoConfig, model: Any, batches: list[Any]) -> tuple[float, dic
 
 
 def log_probs_of(model: Any, rows: list[dict[str, Any]]) -> list[list[float]]:
-    """The log-probability of each token of each answer, each answer by itself."""
+    """The log-probability of each token of each completion, each completion by itself."""
     found = []
     for row in rows:
-        batch = answer_batch([(row["prompt"] + row["ids"], len(row["prompt"]))])
+        batch = completion_batch([(row["prompt"] + row["ids"], len(row["prompt"]))])
         with torch.no_grad():
             values, _ = model(**{name: batch[name] for name in ("tokens", "positions", "documents", "labels")})
         found.append(values[0, len(row["prompt"]) - 1 :].tolist())

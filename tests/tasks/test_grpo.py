@@ -19,14 +19,14 @@ from two import command, run_two, values
 from litmini.checkpoints.hf import load_model
 from litmini.config.grpo import FinetuneGrpoConfig, GrpoConfig, GrpoDataConfig, RewardsConfig
 from litmini.config.training import TrainConfig
-from litmini.data.prompts import Prompt, answer_batch, load_prompts
+from litmini.data.prompts import Prompt, completion_batch, load_prompts
 from litmini.errors import UserError
 from litmini.generation.rollouts import sample
 from litmini.methods.heads import use_log_probs
 from litmini.ops.cross_entropy import IGNORE
 from litmini.runs.run import read_samples
 from litmini.tasks import grpo_rewards
-from litmini.tasks.grpo_answers import Answer, learning_batches
+from litmini.tasks.grpo_completions import Completion, learning_batches
 from litmini.tasks.grpo_rewards import load_rewards
 from litmini.tasks.json_schema import check_schema, is_valid
 from litmini.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def endless(prompt, completion, record):
 def same(prompt, completion, record):
     return 0.25
 
-def answers(prompt, completion, record):
+def completions(prompt, completion, record):
     return float(record["answer"])
 
 def two(prompt, completion):
@@ -121,7 +121,7 @@ def test_a_run_reports_what_it_samples(tiny_dir, files, tmp_path, capfd, monkeyp
     feeds: list[Any] = []
     monkeypatch.setattr("litmini.training.loop.Feed", lambda *given: feeds.append(given) or Feed(*given))
     out = run(capfd, *words(tiny_dir, files, tmp_path / "run", "--grpo.temperature", 0.8, rewards="even length"))
-    assert "validation reward" in out and "4 steps of 3 prompts with 4 answers each: 1.00 epochs" in out
+    assert "validation reward" in out and "4 steps of 3 prompts with 4 completions each: 1.00 epochs" in out
     rows = metrics(tmp_path / "run")
     for row in rows:
         assert float(row["ratio"]) == pytest.approx(1, abs=1e-6), "sampler and trainer agree"
@@ -129,12 +129,12 @@ def test_a_run_reports_what_it_samples(tiny_dir, files, tmp_path, capfd, monkeyp
         assert float(row["reward"]) == pytest.approx(float(row["reward_even"]) + float(row["reward_length"]), abs=1e-5)
         assert 0 < float(row["length"]) <= 6 and 0 <= float(row["truncated"]) <= 1 and float(row["failed"]) == 0
         assert 0 < float(row["reward_std"]) < 1 and float(row["entropy"]) > 1 and 0 <= float(row["equal_groups"]) <= 1
-    assert feeds[0][-1] is False, "no answer comes from weights of an earlier step, on a GPU either"
+    assert feeds[0][-1] is False, "no completion comes from weights of an earlier step, on a GPU either"
     samples = read_samples(tmp_path / "run")
     assert [row["step"] for row in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert all(a["reward"] >= b["reward"] for a, b in zip(samples[::2], samples[1::2], strict=True))
     report = (tmp_path / "run/report.html").read_text()
-    assert "answers in step 1" in report and "best, reward" in report
+    assert "completions in step 1" in report and "best, reward" in report
     assert (tmp_path / "run/reward.png").stat().st_size > 0
     results = json.loads((tmp_path / "run/manifest.json").read_text())
     assert {"reward_before", "reward_after"} <= results["results"].keys()
@@ -171,7 +171,7 @@ def test_two_processes_equal_one(tiny_dir, files, tmp_path, capfd):
 
 
 def test_resumed_equals_undisturbed(tiny_dir, files, tmp_path, capfd):
-    """In the middle of the steps on the same answers, which the checkpoint has."""
+    """In the middle of the steps on the same completions, which the checkpoint has."""
     more = [*EVERYTHING, "--train.save_every", 1, "--train.keep_last", 9]
     run(capfd, *words(tiny_dir, files, tmp_path / "whole", *more))
     assert not (tmp_path / "whole/final/rollouts.json").exists()
@@ -204,8 +204,8 @@ def test_full_finetuning_and_a_preview(tiny_dir, files, tmp_path, capfd):
 
 def test_equal_rewards_are_said_and_dropped(tiny_dir, files, tmp_path, capfd):
     out = run(capfd, *words(tiny_dir, files, tmp_path / "x", "--grpo.dynamic_sampling", "true", rewards="same"))
-    assert out.count("have equal rewards (on average 0.25), so there is nothing to learn from") == 1
-    assert "in 4 of 4 steps the answers to each prompt had equal rewards" in out
+    assert out.count("have equal rewards (mean 0.25): there is nothing to learn from") == 1
+    assert "in 4 of 4 steps the completions to each prompt had equal rewards" in out
     assert all(row["equal_groups"] == "1.0" and row["loss"] == "0.0" for row in metrics(tmp_path / "x"))
     tensors = load_file(tmp_path / "x/final/adapter_model.safetensors")
     assert all((tensor == 0).all() for name, tensor in tensors.items() if "lora_B" in name), "nothing was learned"
@@ -213,7 +213,7 @@ def test_equal_rewards_are_said_and_dropped(tiny_dir, files, tmp_path, capfd):
 
 def test_failures_are_left_out_counted_and_shown(tiny_dir, files, tmp_path, capfd):
     out = run(capfd, *words(tiny_dir, files, tmp_path / "x", rewards="picky"))
-    assert "warning: a reward failed, and its answer is left out (the first time): picky" in out
+    assert "warning: a reward failed, and its completion is left out (the first time): picky" in out
     assert "warning: reward picky failed for" in out and "ZeroDivisionError: division by zero (rewards.py:15)" in out
     assert all(0.2 < float(row["failed"]) <= 0.8 for row in metrics(tmp_path / "x"))
     assert (tmp_path / "x/rewards.log").read_text().startswith("call 1\ncall 2\n") and "call 1" not in out
@@ -222,9 +222,12 @@ def test_failures_are_left_out_counted_and_shown(tiny_dir, files, tmp_path, capf
 @pytest.mark.parametrize(
     ("reward", "expected"),
     [
-        ("text", "no answer of this step has a reward: text returned 'good', expected a number or None, for"),
-        ("endless", "no answer of this step has a reward: endless took more than 0.01 s (rewards.time_limit), for"),
-        ("missing", "rewards.py has no function 'missing'; there are even, picky, text, endless, same, answers, two."),
+        ("text", "no completion of this step has a reward: text returned 'good', expected a number or None, for"),
+        ("endless", "no completion of this step has a reward: endless took more than 0.01 s (rewards.time_limit), for"),
+        (
+            "missing",
+            "rewards.py has no function 'missing'; there are even, picky, text, endless, same, completions, two.",
+        ),
         ("two", "rewards.py:two does not take prompt, completion and record"),
     ],
 )
@@ -353,7 +356,7 @@ def test_schemas_that_are_not_implemented_are_refused(schema):
         check_schema(schema, "here")
 
 
-# Prompts and answers
+# Prompts and completions
 
 
 def test_prompts_of_every_form(tiny_dir, tmp_path):
@@ -376,7 +379,7 @@ def test_prompts_of_every_form(tiny_dir, tmp_path):
     [
         ({"text": "a"}, "1: found text; expected prompt"), ({"prompt": ""}, "1: prompt is empty"),
         ({"prompt": 3}, "1: expected a list of turns"), ({"messages": [{"role": "assistant", "content": "a"}]}, "turn alone"),
-        ({"prompt": "long " * 90}, "1 of 1 prompt (the first: {file}:1) leave no room for an answer of 4 tokens within"),
+        ({"prompt": "long " * 90}, "1 of 1 prompt (the first: {file}:1) leave no room for a completion of 4 tokens within"),
     ],
 )  # fmt: skip
 def test_bad_prompts_are_named(tiny_dir, tmp_path, row, expected):
@@ -398,7 +401,7 @@ def test_log_probabilities_of_sampling_are_those_of_the_trainer(tiny_dir):
     ended = [one.ids[-1] in stops for one in found]
     assert [one.truncated for one in found] == [not end for end in ended] and any(ended)
     use_log_probs(model, temperature=temperature)
-    batch = answer_batch([(p + one.ids, len(p)) for p, one in zip(prompts, found, strict=True)])
+    batch = completion_batch([(p + one.ids, len(p)) for p, one in zip(prompts, found, strict=True)])
     with torch.no_grad():
         values_, count = model(**{k: batch[k] for k in ("tokens", "positions", "documents", "labels")})
     ours = [v for one in found for v in one.log_probs]
@@ -406,20 +409,22 @@ def test_log_probabilities_of_sampling_are_those_of_the_trainer(tiny_dir):
 
 
 def test_what_is_left_out_is_in_no_batch(tiny_dir, files):
-    """Truncated answers have no labels but count as answers; one process has as many micro-batches as another."""
+    """Truncated completions have no labels but count as completions; one process has as many micro-batches as another."""
     config = FinetuneGrpoConfig(
         checkpoint_dir="x", out_dir="y", data=GrpoDataConfig("z"), rewards=RewardsConfig(["length"]),
         grpo=GrpoConfig(num_generations=2, mask_truncated=True),
         train=TrainConfig(global_batch_size=8, micro_batch_size=2),
     )  # fmt: skip
-    rows = [Answer(i, "a:1", [3, 4], [5] * (i + 1), [-1.0] * (i + 1), i == 1, "", [1.0], 1.0, 0.5) for i in range(3)]
+    rows = [
+        Completion(i, "a:1", [3, 4], [5] * (i + 1), [-1.0] * (i + 1), i == 1, "", [1.0], 1.0, 0.5) for i in range(3)
+    ]
     batches = [batch for _, batch in learning_batches(rows, config, 2)]
-    assert [batch["answers"].tolist() for batch in batches] == [[1, 1], [1]] and len(batches) == 2
+    assert [batch["completions"].tolist() for batch in batches] == [[1, 1], [1]] and len(batches) == 2
     assert [(batch["labels"] != IGNORE).sum(1).tolist() for batch in batches] == [[1, 0], [3]]
     assert batches[1]["sampled"].tolist() == [[0.0, -1.0, -1.0, -1.0]] and batches[1]["labels"].tolist() == [
         [-100, 5, 5, 5]
     ]
-    assert [batch["answers"].tolist() for _, batch in learning_batches([], config, 2)] == [[0], [0]]
+    assert [batch["completions"].tolist() for _, batch in learning_batches([], config, 2)] == [[0], [0]]
 
 
 def test_the_quickstarts_prompts_are_what_their_script_writes():

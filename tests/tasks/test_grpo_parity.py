@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from grpo_parts import GROUPS, N, answers, batch_of, log_probs_of, model_of, step, trainer
+from grpo_parts import GROUPS, N, batch_of, completions, log_probs_of, model_of, step, trainer
 from numerics import assert_gradients_close
 from preference_parts import save_policy
 from torch import Tensor
@@ -106,11 +106,11 @@ CASES = [
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("more", CASES, ids=lambda more: "-".join(map(str, more.values())) or "default")
 def test_losses_are_those_of_the_trainers(tiny_dir, saved, more, weighed):
-    """With answers of an earlier model, so that ratios are clipped on both sides, and a reference of another one."""
+    """With completions of an earlier model, so that ratios are clipped on both sides, and a reference of another one."""
     if weighed and (more.get("loss_type", "dapo") not in ("dapo", "grpo") or "mask_truncated" in more):
         pytest.skip("as the others")
     config = GrpoConfig(num_generations=N, max_completion_length=LONGEST, **more)
-    model, rows = model_of(tiny_dir, config.temperature), answers()
+    model, rows = model_of(tiny_dir, config.temperature), completions()
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     known = {"old": [[v + 0.4 * (-1) ** i for i, v in enumerate(r)] for r in log_probs_of(model, rows)]}
     if config.beta:
@@ -122,7 +122,7 @@ def test_losses_are_those_of_the_trainers(tiny_dir, saved, more, weighed):
     ours = step(config, model, [batch_of(rows, config, A, sampled=known["old"], **known)])
     assert ours[0] == pytest.approx(loss, rel=CLOSE, abs=CLOSE)
     assert_gradients_close(ours[1], gradients, ULPS)
-    if config.loss_type not in ("rloo", "gspo"):  # theirs are per answer
+    if config.loss_type not in ("rloo", "gspo"):  # theirs are per completion
         assert ours[2]["clipped"] == pytest.approx(metrics["clip_ratio/region_mean"][0], rel=CLOSE)
     assert 0.1 < ours[2]["clipped"] < 0.9
     if config.beta:
@@ -131,7 +131,7 @@ def test_losses_are_those_of_the_trainers(tiny_dir, saved, more, weighed):
 
 def test_the_first_step_is_that_of_a_trainer_without_old_log_probabilities(tiny_dir, saved):
     config = GrpoConfig(num_generations=N)
-    model, rows = model_of(tiny_dir), answers()
+    model, rows = model_of(tiny_dir), completions()
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     A = grpo_losses.advantages(rewards_of(rows), config).flatten()
     loss, gradients, _ = theirs_of(config, theirs, rows, A, {})
@@ -151,7 +151,7 @@ def with_gaps(rewards: Tensor) -> Tensor:
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_are_those_of_grpo_trainer(scale, gaps):
-    rewards = with_gaps(rewards_of(answers())) if gaps else rewards_of(answers())
+    rewards = with_gaps(rewards_of(completions())) if gaps else rewards_of(completions())
     found = grpo_losses.advantages(rewards.float(), GrpoConfig(scale_rewards=scale))
     flat = rewards.float()
     expected = flat - flat.nanmean(1, keepdim=True)
@@ -163,7 +163,7 @@ def test_advantages_are_those_of_grpo_trainer(scale, gaps):
 
 @pytest.mark.parametrize("gaps", [False, True])
 def test_advantages_are_those_of_rloo_trainer(gaps):
-    rewards = with_gaps(rewards_of(answers())) if gaps else rewards_of(answers())
+    rewards = with_gaps(rewards_of(completions())) if gaps else rewards_of(completions())
     found = grpo_losses.advantages(rewards.float(), GrpoConfig(loss_type="rloo"))
     flat = rewards.float()  # rloo_trainer.py, _generate_and_score_completions
     counts = (~flat.isnan()).sum(1, keepdim=True)
@@ -173,9 +173,9 @@ def test_advantages_are_those_of_rloo_trainer(gaps):
 
 @pytest.mark.parametrize("more", CASES, ids=lambda more: "-".join(map(str, more.values())) or "default")
 def test_a_step_does_not_depend_on_its_micro_batches(tiny_dir, more):
-    """One of twelve, twelve of one, and an empty one at the end, as where processes have different numbers of answers."""
+    """One of twelve, twelve of one, and an empty one at the end, as where processes have different numbers of completions."""
     config = GrpoConfig(num_generations=N, max_completion_length=LONGEST, **more)
-    model, rows = model_of(tiny_dir, config.temperature), answers()
+    model, rows = model_of(tiny_dir, config.temperature), completions()
     known = {"old": [[v + 0.3 * (-1) ** i for i, v in enumerate(r)] for r in log_probs_of(model, rows)]}
     if config.beta:
         known["reference"] = log_probs_of(model_of(tiny_dir, config.temperature, seed=2), rows)

@@ -1,4 +1,4 @@
-"""Sampled answers, and the micro-batches that are made of them."""
+"""Sampled completions, and the micro-batches that are made of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 from litmini.config.grpo import FinetuneGrpoConfig
-from litmini.data.prompts import answer_batch
+from litmini.data.prompts import completion_batch
 from litmini.ops.cross_entropy import IGNORE
 from litmini.training.objective import Batch
 
 
 @dataclass
-class Answer:
-    """An answer with its rewards."""
+class Completion:
+    """A completion with its rewards."""
 
     slot: int
-    """Number among all answers of a step; those of a group follow each other."""
+    """Number among all completions of a step; those of a group follow each other."""
     where: str
     """file:line of its prompt."""
     prompt_ids: list[int]
     ids: list[int]
-    """Token ids of the answer, its end token included."""
+    """Token ids of the completion, its end token included."""
     log_probs: list[float]
     """Of these, as they were sampled."""
     truncated: bool
@@ -47,24 +47,26 @@ def n_groups(config: FinetuneGrpoConfig) -> int:
 
 
 def micro_batches(
-    answers: list[Answer], config: FinetuneGrpoConfig, world: int
-) -> Iterator[tuple[list[Answer], Batch]]:
-    """Yield the answers of each micro-batch of a process, those of like lengths together, and its batch; as many in each."""
+    completions: list[Completion], config: FinetuneGrpoConfig, world: int
+) -> Iterator[tuple[list[Completion], Batch]]:
+    """Yield the completions of each micro-batch of a process, those of like lengths together, and its batch; equally many."""
     micro = config.train.micro_batch_size
-    most = -(-n_groups(config) // world) * config.grpo.num_generations  # answers of a process
-    ordered = sorted(answers, key=lambda answer: (len(answer.prompt_ids) + len(answer.ids), answer.slot))
+    most = -(-n_groups(config) // world) * config.grpo.num_generations  # completions of a process
+    ordered = sorted(
+        completions, key=lambda completion: (len(completion.prompt_ids) + len(completion.ids), completion.slot)
+    )
     for start in range(0, most, micro):
         rows = ordered[start : start + micro]
-        yield rows, answer_batch([(row.prompt_ids + row.ids, len(row.prompt_ids)) for row in rows] or [([], 0)])
+        yield rows, completion_batch([(row.prompt_ids + row.ids, len(row.prompt_ids)) for row in rows] or [([], 0)])
 
 
 def learning_batches(
-    answers: list[Answer], config: FinetuneGrpoConfig, world: int
-) -> Iterator[tuple[list[Answer], Batch]]:
+    completions: list[Completion], config: FinetuneGrpoConfig, world: int
+) -> Iterator[tuple[list[Completion], Batch]]:
     """Yield the same with what the loss needs: advantages, and log-probabilities of several models."""
     grpo = config.grpo
     needed = {"sampled": True, "old": grpo.num_iterations > 1, "reference": grpo.beta > 0 and grpo.loss_type != "rloo"}
-    for rows, batch in micro_batches(answers, config, world):
+    for rows, batch in micro_batches(completions, config, world):
         batch["advantages"] = torch.tensor([row.advantage for row in rows] or [0.0])
         firsts = [len(row.prompt_ids) - 1 for row in rows]
         for name in (name for name, is_needed in needed.items() if is_needed):
