@@ -135,6 +135,9 @@ def test_settings_of_command_lines_and_files(script: Path, tmp_path: Path, capsy
         wanted = [n for n in types if n in needed or (n in ("data.path", "prompt", "perplexity") and r.random() < 0.9)]
         pairs += [(n, "[x]" if types[n] == list[str] else "x") for n in wanted if n not in dict(pairs)]
         pairs += [("lrs", "{lora: [1e-3]}")] * (script.stem == "compare_methods")
+        pairs += [("rewards.functions", "[length]")] * (
+            script.stem == "finetune_grpo" and "rewards.functions" not in dict(pairs)
+        )
         argv = [word for name, value in pairs for word in r.choice([[f"--{name}={value}"], [f"--{name}", value]])]
         argv += [r.choice(WORDS)] * (r.random() < 0.05)
         accepted += check(capsys, tmp_path, config_class, argv, free)
