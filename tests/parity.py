@@ -26,6 +26,7 @@ from litmini.checkpoints.config import disk_tensors
 from litmini.checkpoints.hf import load_model, save_model
 from litmini.models import family
 from litmini.ops.kv_cache import KVCache
+from litmini.training.low_memory import checkpoint_activations
 
 VOCAB, T = 97, 61
 SMALL = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -229,3 +230,48 @@ class FamilyTests:
             near = model(tokens, positions=torch.arange(6)[None]).float()
             far = model(tokens, positions=torch.arange(6)[None] + 9_000).float()
         assert (near - far).abs().max() < 0.1 * near.abs().max()
+
+
+class ExpertFamilyTests(FamilyTests):
+    """What families with experts must show as well; their `Router` has `n_active`."""
+
+    def test_positions_far_away_in_bf16(self, case, directory):
+        """With every expert active: else a rounding may send a token elsewhere, and the two are far apart."""
+
+        def use_all(module, _):
+            if isinstance(module, self.module.Router):
+                module.n_active = len(module.weight)
+
+        with torch.nn.modules.module.register_module_forward_pre_hook(use_all):
+            super().test_positions_far_away_in_bf16(case, directory)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_training_loss_and_gradients_with_the_balance_loss(self, case, padded, directory):
+        config = type(self.cases[case])(**{**self.cases[case].to_dict(), "router_aux_loss_coef": 0.7})
+        theirs = reference(config)
+        model, (tokens, labels) = load_model(directory(theirs), torch.float32).train(), batch(3)
+        real = torch.arange(T).expand(3, T) < torch.tensor([T, 40, 7] if padded else [T] * 3)[:, None]
+        labels = labels.masked_fill(~real, -100)
+        mask = real.long() if padded else None
+        output = theirs.train()(tokens, attention_mask=mask, output_router_logits=True, use_cache=False)
+        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        loss = cross_entropy + 0.7 * output.aux_loss
+        loss.backward()
+        loss_sum, n_targets = model(tokens, documents=mask, labels=labels)
+        assert_close(loss_sum / n_targets, loss)
+        (loss_sum / n_targets).backward()
+        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
+        with torch.no_grad():  # evaluation is cross entropy alone
+            alone, _ = model.eval()(tokens, documents=mask, labels=labels)
+        assert_close(alone / n_targets, cross_entropy.detach())
+        assert (loss - cross_entropy).detach() > 0.5  # the balance loss is near to n_active, at least
+
+    def test_activation_checkpointing_gives_the_same_gradients(self, case, directory):
+        model, (tokens, labels) = load_model(directory(reference(self.cases[case])), torch.float32).train(), batch()
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            model(tokens, labels=labels)[0].backward()
+            gradients.append([p.grad for p in model.parameters()])
+            checkpoint_activations(model)
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -90,11 +90,11 @@ def _records(where: str, record: Any, has_template: bool, pairs: bool | None, is
     keys = record.keys() if isinstance(record, dict) else set()
     is_pair, is_single = keys >= set(PAIR), keys >= set(UNPAIRED)
     if not is_pair and not is_single:
-        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         more = ". Conversations to imitate are for scripts/finetune_lora.py and its like"
         expected = EXPECTED_PAIR if pairs else f"{EXPECTED_PAIR}, or {EXPECTED_SINGLE}"
         raise ValueError(
-            f"found {there}; expected {expected}{more * bool(keys & {'messages', 'conversations', 'output'})}"
+            f"found {found}; expected {expected}{more * bool(keys & {'messages', 'conversations', 'output'})}"
         )
     if pairs and not is_pair:
         raise ValueError(

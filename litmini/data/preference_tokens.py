@@ -76,7 +76,7 @@ def encode_preferences(
         part = records[first : first + CHUNK]
         examples = [record.example(completion) for record in part for completion in record.completions]
         examples += others[first : first + CHUNK]
-        documents = _documents(examples, tokenizer, max_seq_len, kind == "scored", problems)
+        documents = encode_documents(examples, tokenizer, max_seq_len, kind == "scored", problems)
         n = len(examples) // len(part)
         for i, record in enumerate(part):
             # single completions and mismatched ones, or chosen and rejected
@@ -130,7 +130,7 @@ def _why_dropped(record: Preference, documents: list[Document | None]) -> str:
     return ""
 
 
-def _documents(
+def encode_documents(
     examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, is_scored: bool, problems: list[str]
 ) -> list[Document | None]:
     """Return the tokens of examples. Faults are added to `problems`; such an example, and one to be scored that is too long,
@@ -158,17 +158,6 @@ def _documents(
             found[number] = Document(ids[:-1], labels, is_truncated)
     problems += dict.fromkeys(part.problems)
     return found
-
-
-def score_documents(
-    examples: list[Example], tokenizer: Tokenizer, max_seq_len: int, problems: list[str]
-) -> list[Document | None]:
-    """Return the tokens of conversations to be scored, as those of pairs are; None for one that is too long.
-
-    Args:
-        problems: gets the faults of examples.
-    """
-    return _documents(examples, tokenizer, max_seq_len, True, problems)
 
 
 def _mismatched(records: list[Preference]) -> list[Example]:

@@ -207,8 +207,8 @@ def read_prompt(where: str, record: Any, tokenizer: Tokenizer) -> Prompt:
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict) or not ({"prompt", "messages"} & record.keys()):
-        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"found {there}; expected prompt, and the columns that rewards read, or messages")
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"found {found}; expected prompt, and the columns that rewards read, or messages")
     columns = dict(record)
     given: Any = record.get("prompt", record.get("messages"))
     if isinstance(given, str) and not given.lstrip().startswith("[{"):

@@ -12,7 +12,7 @@ from litmini.checkpoints.scores import count_scores, gives_scores
 from litmini.config.generate import ModelConfig
 from litmini.config.preference import RewardDataConfig
 from litmini.data.preference_records import Preference
-from litmini.data.preference_tokens import score_documents
+from litmini.data.preference_tokens import encode_documents
 from litmini.data.preferences import PreferenceSequences, load_preferences
 from litmini.errors import UserError
 from litmini.files import read_json
@@ -114,7 +114,7 @@ class RewardModel:
         problems: list[str] = []
         length = self.model.config.max_positions
         examples = [record.example(record.completions[0]) for record in records]
-        documents = score_documents(examples, self.tokenizer, length, problems)
+        documents = encode_documents(examples, self.tokenizer, length, True, problems)
         if problems:
             raise UserError(f"the reward model cannot read {problems[0]}")
         found: list[float | None] = [math.nan] * len(records)

@@ -72,8 +72,8 @@ class Stored:
         found = self.empty.get(name)
         fits = found is not None and found.shape == shape and found.dtype in dtypes
         if not fits:
-            is_there = "missing" if found is None else f"{words(found.dtype)} {tuple(found.shape)}"
-            self.problems.append(f"{name} is {is_there}, expected {' or '.join(map(words, dtypes))} {shape}")
+            existing = "missing" if found is None else f"{words(found.dtype)} {tuple(found.shape)}"
+            self.problems.append(f"{name} is {existing}, expected {' or '.join(map(words, dtypes))} {shape}")
         return fits
 
 

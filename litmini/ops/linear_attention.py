@@ -1,6 +1,6 @@
 """Linear attention: the gated delta rule, and the causal convolution before it, over packed documents or with a state cache.
 
-`make_runs` runs once per forward, `causal_conv` and `gated_delta_rule` once per layer. States and convolutions begin anew
+`make_runs` runs once per forward, `causal_conv` and `gated_delta_rule` once per layer. States and convolutions begin again
 with each document: no token knows anything of another document.
 """
 

@@ -72,8 +72,8 @@ def learning_batches(
         for name in (name for name, is_needed in needed.items() if is_needed):
             values = [row.log_probs if name == "sampled" else getattr(row, name) for row in rows]
             batch[name] = _at(values, firsts, batch["tokens"].shape)
-        if grpo.mask_truncated and (cut := [i for i, row in enumerate(rows) if row.truncated]):
-            batch["labels"][cut] = IGNORE
+        if grpo.mask_truncated:
+            batch["labels"][[i for i, row in enumerate(rows) if row.truncated]] = IGNORE
         yield rows, batch
 
 

@@ -59,7 +59,7 @@ def completion_tables(setup: TrainingSetup) -> dict[str, dict[str, Any]]:
 def describe_rewards(setup: TrainingSetup, rewards: Rewards) -> str:
     """Return a text that names the rewards that failed, and warns of steps from which nothing could be learned."""
     lines = [
-        f"warning: reward {name} failed for {counted(count, 'answer')}, left out; the first: {first}"
+        f"warning: reward {name} failed for {counted(count, 'completion')}, left out; the first: {first}"
         for name, (count, first) in rewards.failures.items()
     ]
     if setup.fabric.is_global_zero:

@@ -25,7 +25,6 @@ from litmini.data.prompts import Prompt
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
 from litmini.system import end_after
-from litmini.tasks.json_schema import check_schema, is_valid
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d[\d,]*)?|-?\.\d+")
 FAILED = math.nan
@@ -198,27 +197,47 @@ def length(prompt: Prompt, text: str, config: RewardsConfig) -> float:
 
 
 def _json_schema(config: RewardsConfig) -> Reward:
-    schema = None
+    validator = None
     if config.schema:
         try:
             schema = json.loads(existing_file(config.schema, "schema").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{config.schema} is not valid JSON: {error}") from None
-        check_schema(schema, config.schema)
-    return partial(json_schema, schema=schema)
+        validator = _validator(schema, config.schema)
+    return partial(json_schema, validator=validator)
 
 
-def json_schema(prompt: Prompt, text: str, schema: Any) -> float:
-    """Return 1 if the completion is JSON of `schema`, or of that in the column schema, else 0."""
-    if schema is None:
+def _validator(schema: Any, where: str) -> Any:
+    """Return what checks values against a JSON schema.
+
+    Raises:
+        UserError: it is none, or jsonschema is not installed.
+    """
+    try:
+        import jsonschema
+        import referencing
+    except ImportError:
+        raise UserError('the reward json_schema needs jsonschema: pip install -e ".[schemas]"') from None
+    if not isinstance(schema, dict | bool):
+        raise UserError(f"{where} is {schema!r:.80}, expected a JSON schema: an object such as {{type: object}}.")
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise UserError(f"{where} is no JSON schema: {error.message:.200}") from None
+    return kind(schema, registry=referencing.Registry())  # which fetches nothing
+
+
+def json_schema(prompt: Prompt, text: str, validator: Any) -> float:
+    """Return 1 if the completion is JSON of a schema, which is that in the column schema if `validator` is None; else 0."""
+    if validator is None:
         own = prompt.record.get("schema")
-        schema = json.loads(own) if isinstance(own, str) else own
-        check_schema(schema, "the column schema")
+        validator = _validator(json.loads(own) if isinstance(own, str) else own, "the column schema")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return 0.0
-    return float(is_valid(value, schema))
+    return float(validator.is_valid(value))
 
 
 BUILTIN: dict[str, Callable[[RewardsConfig], Reward]] = {

@@ -115,7 +115,7 @@ class Sampling:
             rollouts = sample(
                 module,
                 [prompts[slot // n].ids for slot in slots],
-                [hash((self.config.seed, step, slot)) % 2**63 for slot in slots],
+                [_seed(self.config.seed, step, slot) for slot in slots],
                 self.tokenizer.stop_ids,
                 grpo.temperature if temperature is None else temperature,
                 grpo.max_completion_length,
@@ -258,3 +258,8 @@ class Sampling:
         mine = [a for a in completions if a.slot // group % fabric.world_size == fabric.global_rank]
         assert found["first"] == first, (found["first"], first)
         return mine
+
+
+def _seed(*numbers: int) -> int:
+    """Return a seed, below 2^63, that differs for other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from numerics import assert_close, assert_gradients_close
-from parity import SMALL, FamilyTests, T, batch, reference
+from parity import SMALL, ExpertFamilyTests, T, batch, reference
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP, GptOssRMSNorm
 
@@ -21,7 +20,6 @@ from litmini.methods.adapters import adapters, add_adapters
 from litmini.methods.nf4 import quantize_linears
 from litmini.models import gpt_oss
 from litmini.ops.attention import Documents, record_kernels
-from litmini.training.low_memory import checkpoint_activations
 
 YARN = {
     "rope_type": "yarn",
@@ -36,7 +34,7 @@ ALL = {**SHAPE, "num_experts_per_tok": 4}  # in bf16 no rounding sends a token e
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 
-class TestGptOss(FamilyTests):
+class TestGptOss(ExpertFamilyTests):
     module = gpt_oss
     cases: ClassVar = {
         "gqa": GptOssConfig(**ALL),
@@ -62,46 +60,6 @@ class TestGptOss(FamilyTests):
         "quantization_config": {**SHAPE, "quantization_config": {"quant_method": "mxfp4"}},
     }
     counts: ClassVar = {"openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829_156_672}
-
-    def test_positions_far_away_in_bf16(self, case, directory):
-        """With every expert active: else a rounding may send a token elsewhere, and the two are far apart."""
-
-        def use_all(module, _):
-            if isinstance(module, self.module.Router):
-                module.n_active = len(module.weight)
-
-        with torch.nn.modules.module.register_module_forward_pre_hook(use_all):
-            super().test_positions_far_away_in_bf16(case, directory)
-
-    @pytest.mark.parametrize("padded", [False, True])
-    def test_training_loss_and_gradients_with_the_balance_loss(self, case, padded, directory):
-        config = type(self.cases[case])(**{**self.cases[case].to_dict(), "router_aux_loss_coef": 0.7})
-        theirs = reference(config)
-        model, (tokens, labels) = load_model(directory(theirs), torch.float32).train(), batch(3)
-        real = torch.arange(T).expand(3, T) < torch.tensor([T, 40, 7] if padded else [T] * 3)[:, None]
-        labels = labels.masked_fill(~real, -100)
-        mask = real.long() if padded else None
-        output = theirs.train()(tokens, attention_mask=mask, output_router_logits=True, use_cache=False)
-        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
-        loss = cross_entropy + 0.7 * output.aux_loss
-        loss.backward()
-        loss_sum, n_targets = model(tokens, documents=mask, labels=labels)
-        assert_close(loss_sum / n_targets, loss)
-        (loss_sum / n_targets).backward()
-        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
-        with torch.no_grad():  # evaluation is cross entropy alone
-            alone, _ = model.eval()(tokens, documents=mask, labels=labels)
-        assert_close(alone / n_targets, cross_entropy.detach())
-
-    def test_activation_checkpointing_gives_the_same_gradients(self, case, directory):
-        model, (tokens, labels) = load_model(directory(reference(self.cases[case])), torch.float32).train(), batch()
-        gradients = []
-        for _ in range(2):
-            model.zero_grad()
-            model(tokens, labels=labels)[0].backward()
-            gradients.append([p.grad for p in model.parameters()])
-            checkpoint_activations(model)
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.fixture

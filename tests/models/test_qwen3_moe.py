@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_close, assert_gradients_close, assert_rounds_alike
-from parity import SMALL, FamilyTests, T, batch, reference
+from numerics import assert_close, assert_rounds_alike
+from parity import SMALL, ExpertFamilyTests, batch, reference
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock
 
@@ -17,13 +17,12 @@ from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters, linears
 from litmini.models import qwen3_moe
-from litmini.training.low_memory import checkpoint_activations
 
 MOE = {**SMALL, "moe_intermediate_size": 32, "num_experts": 8, "num_key_value_heads": 2, "head_dim": 24}
 MOE |= {"num_experts_per_tok": 3, "norm_topk_prob": True}
 
 
-class TestQwen3Moe(FamilyTests):
+class TestQwen3Moe(ExpertFamilyTests):
     module: ClassVar[ModuleType] = qwen3_moe
     cases: ClassVar[dict[str, Any]] = {
         "gqa": Qwen3MoeConfig(**MOE),
@@ -74,48 +73,6 @@ class TestQwen3Moe(FamilyTests):
             else:
                 gradients[name + experts + kind] = gradient
         return gradients
-
-    def test_positions_far_away_in_bf16(self, case, directory):
-        """With every expert active: else a rounding may send a token elsewhere, and the two are far apart."""
-
-        def use_all(module, _):
-            if isinstance(module, self.module.Router):
-                module.n_active = len(module.weight)
-
-        with torch.nn.modules.module.register_module_forward_pre_hook(use_all):
-            super().test_positions_far_away_in_bf16(case, directory)
-
-    @pytest.mark.parametrize("padded", [False, True])
-    def test_training_loss_and_gradients_with_the_balance_loss(self, case, padded, directory):
-        config = type(self.cases[case])(**{**self.cases[case].to_dict(), "router_aux_loss_coef": 0.7})
-        theirs = reference(config)
-        model, (tokens, labels) = load_model(directory(theirs), torch.float32).train(), batch(3)
-        real = torch.arange(T).expand(3, T) < torch.tensor([T, 40, 7] if padded else [T] * 3)[:, None]
-        labels = labels.masked_fill(~real, -100)
-        output = theirs.train()(
-            tokens, attention_mask=real.long() if padded else None, output_router_logits=True, use_cache=False
-        )
-        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
-        loss = cross_entropy + 0.7 * output.aux_loss
-        loss.backward()
-        loss_sum, n_targets = model(tokens, documents=real.long() if padded else None, labels=labels)
-        assert_close(loss_sum / n_targets, loss)
-        (loss_sum / n_targets).backward()
-        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
-        with torch.no_grad():  # evaluation is cross entropy alone
-            alone, _ = model.eval()(tokens, documents=real.long() if padded else None, labels=labels)
-        assert_close(alone / n_targets, cross_entropy.detach())
-        assert (loss - cross_entropy).detach() > 0.5  # the balance loss is near to n_active, at least
-
-    def test_activation_checkpointing_gives_the_same_gradients(self, case, directory):
-        model, (tokens, labels) = load_model(directory(reference(self.cases[case])), torch.float32).train(), batch()
-        gradients = []
-        for _ in range(2):
-            model.zero_grad()
-            model(tokens, labels=labels)[0].backward()
-            gradients.append([p.grad for p in model.parameters()])
-            checkpoint_activations(model)
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
     def test_autocast_computes_experts_in_bf16(self, case, directory):
         theirs = reference(self.cases[case])

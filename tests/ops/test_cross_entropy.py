@@ -184,7 +184,7 @@ class Shapes(TorchDispatchMode):
         super().__init__()
         self.seen: list[tuple[int, ...]] = []
         self.operations: list[str] = []
-        self.in_fp32: list[tuple[int, ...]] = []  # what is made anew, not in place
+        self.in_fp32: list[tuple[int, ...]] = []  # what is allocated, not computed in place
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -239,7 +239,7 @@ def test_the_gradient_of_a_head_is_in_memory_once():
 
 
 def test_all_chunks_use_the_same_memory():
-    """On a CPU, getting so much anew from the system costs more than the softmax."""
+    """On a CPU, allocating so much memory again costs more than the softmax."""
     hidden, head, labels = problem(torch.bfloat16)
     head.requires_grad_(False)
     with Shapes() as shapes:

@@ -19,7 +19,7 @@ OWN_FILE = ROOT / "scripts/examples/llama_gelu.py"
 
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
-    """Each test registers its families anew."""
+    """Each test registers its families again."""
     monkeypatch.setattr(litmini.models, "FAMILIES", dict(litmini.models.FAMILIES))
 
 

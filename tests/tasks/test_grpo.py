@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import re
 import runpy
 import shutil
 import sys
@@ -28,7 +30,6 @@ from litmini.runs.run import read_samples
 from litmini.tasks import grpo_rewards
 from litmini.tasks.grpo_completions import Completion, learning_batches
 from litmini.tasks.grpo_rewards import load_rewards
-from litmini.tasks.json_schema import check_schema, is_valid
 from litmini.tokenizer import Tokenizer
 from litmini.training.setup import Feed
 
@@ -343,17 +344,36 @@ SCHEMA = {
         ({"item": "mug", "tags": ["a"] * 3}, False), ({"item": "mug", "x": None}, True), ({"item": "mug", "x": 3}, False),
     ],
 )  # fmt: skip
-def test_json_schemas(value, expected):
-    check_schema(SCHEMA, "here")
-    assert is_valid(value, SCHEMA) is expected
+def test_json_schemas(tmp_path, value, expected):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    assert reward("json_schema", json.dumps(value), schema_file=str(file)) == expected
 
 
 @pytest.mark.parametrize(
-    "schema", [3, {"$ref": "#/a"}, {"type": "text"}, {"items": {"format": "date"}}, {"pattern": "("}]
+    ("schema", "message"),
+    [
+        (3, "is 3, expected a JSON schema"),
+        ({"type": "text"}, "is no JSON schema: 'text'"),
+        ({"required": 1}, "1 is not of type"),
+    ],
 )
-def test_schemas_that_are_not_implemented_are_refused(schema):
-    with pytest.raises(UserError, match="^here"):
-        check_schema(schema, "here")
+def test_what_is_no_schema_is_refused(tmp_path, schema, message):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    with pytest.raises(UserError, match=f"schema.json.*{re.escape(message)}"):
+        reward("json_schema", "1", schema_file=str(file))
+
+
+def test_schemas_fetch_nothing(monkeypatch):
+    """A reference to elsewhere is a failure of the reward; without jsonschema, an error says what to install."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it was fetched"))
+    found = reward("json_schema", "1", schema={"$ref": "http://127.0.0.1:9/a.json"})
+    assert found is not None and math.isnan(found)
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    rewards, _ = load_rewards(RewardsConfig(["json_schema"]))
+    rewards.score([(Prompt("a.jsonl:1", "q", {"schema": {}}), "1")])
+    assert "needs jsonschema: pip install" in rewards.failures["json_schema"][1]
 
 
 # Prompts and completions

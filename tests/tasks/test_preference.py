@@ -124,7 +124,7 @@ def test_a_pair_is_two_documents_of_which_the_completions_are_supervised(tiny_di
         range(7)
     )
     starts = (batch["positions"] == 0) & (batch["documents"] > 0)
-    assert int(starts.sum()) == 6, "positions begin anew in each document"
+    assert int(starts.sum()) == 6, "positions begin again in each document"
 
 
 SAME = {"prompt": "How many?", "chosen": "Two.", "rejected": "Many."}

@@ -363,7 +363,7 @@ def test_full_state_is_of_this_model(fabric, tiny_dir, tmp_path):
 
 
 def test_memory_of_a_step_is_kept_for_the_next():
-    """Else the system clears each page anew. 64 MiB are 16,384 pages; counted in a fresh process, in the third use."""
+    """Else the system clears each page again. 64 MiB are 16,384 pages; counted in a fresh process, in the third use."""
     code = """
 import ctypes, resource, sys
 from litmini.distributed.fabric import keep_memory
