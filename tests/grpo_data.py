@@ -1,5 +1,5 @@
 """Writes the prompts of config_hub/quickstart_grpo.yaml: in which country a city lies, yes or no; some
-countries are held out.
+countries are for validation only.
 
     python tests/grpo_data.py
 """
@@ -30,11 +30,11 @@ Sanaa, Zambia Lusaka, Zimbabwe Harare
 """
 QUESTION = "Is {} in {}? Yes or no?"
 EVERY = 4
-"""One of so many countries is held out."""
+"""One of so many countries is for validation."""
 
 
 def records() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return the records for training and those held out: for each country its capital and another one's."""
+    """Return the records for training and for validation: for each country its capital and another one's."""
     pairs = [line.strip().partition(" ") for line in CAPITALS.replace("\n", " ").split(",")]
     capitals = [(country, city.strip()) for country, _, city in pairs]
     found: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
