@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from grpo_data import records
 from grpo_parts import prompts_file
 from numerics import difference
 from safetensors.torch import load_file
+from script_runs import run_script, without_charts
 from two import command, run_two, values
 
 from litmini.checkpoints.hf import load_model
@@ -82,19 +82,11 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Charts, and the measurement of what the CPU can do, take longer than the rest of a run."""
-    monkeypatch.setattr("litmini.runs.report.plot_metrics", lambda directory, _: (directory / "loss.png").touch())
-    monkeypatch.setattr("litmini.training.flops.peak_flops", lambda *_: (1e12, "assumed"))
+    without_charts(monkeypatch)
 
 
 def run(capfd: Any, *arguments: object, status: int = 0) -> str:
-    capfd.readouterr()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["finetune_grpo", *map(str, arguments)])
-        runpy.run_path(str(ROOT / "scripts/finetune_grpo.py"), run_name="__main__")
-    out, err = capfd.readouterr()
-    assert end.value.code == status, out + err
-    return err if status else out
+    return run_script(capfd, "finetune_grpo", *arguments, status=status)
 
 
 def words(
@@ -154,6 +146,18 @@ def test_rewards_rise(tiny_dir, files, tmp_path, capfd, more):
 
 
 EVERYTHING = ("--grpo.epsilon", 1e-3, "--grpo.num_iterations", 2, "--grpo.beta", 0.1, "--train.eval_every", 3)
+
+
+def test_a_prompt_gets_other_completions_in_another_step(tiny_dir, files, tmp_path, capfd):
+    """Also where nothing is learned in between."""
+    data = prompts_file(tmp_path / "one.jsonl", 1)
+    more = ["--data.path", data, "--optim.lr", 0, "--train.global_batch_size", 4]
+    run(capfd, *words(tiny_dir, files, tmp_path / "run", *more, steps=2))
+    found = [
+        {row["prediction"] for row in read_samples(tmp_path / "run") if row["step"] == step and "advantage" in row}
+        for step in (1, 2)
+    ]
+    assert found[0] and found[1] and found[0].isdisjoint(found[1])
 
 
 def test_two_processes_equal_one(tiny_dir, files, tmp_path, capfd):
