@@ -120,10 +120,9 @@ def _ranks_and_alphas(
     ranks = {n: pattern_value(config.rank_pattern, n, config.rank) for n in names}
     max_rank = {n: min(existing[n].in_features, existing[n].out_features) for n in names}
     # beside large modules, small ones may have a rank that is above their size, as in PEFT
-    allowed = 0 if config.init == "pissa" else max(max_rank.values())
-    if too_large := [
-        n for n in names if ranks[n] > (max_rank[n] if ranks[n] != config.rank else max(allowed, max_rank[n]))
-    ]:
+    largest = max(max_rank.values())
+    shared = {n for n in names if ranks[n] == config.rank <= largest and config.init != "pissa"}
+    if too_large := [n for n in names if ranks[n] > max_rank[n] and n not in shared]:
         n = min(too_large, key=lambda name: max_rank[name])
         raise UserError(f"lora.rank {ranks[n]} is outside 1..{max_rank[n]}, the smaller size of {n}.")
     return ranks, {n: pattern_value(config.alpha_pattern, n, config.alpha) for n in names}
