@@ -20,6 +20,7 @@ from transformers import Qwen3_5TextConfig  # noqa: E402
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet  # noqa: E402
 from work import hardware, versions  # noqa: E402
 
+from litmini.distributed.fabric import keep_memory  # noqa: E402
 from litmini.models import qwen3_5  # noqa: E402
 from litmini.ops.linear_attention import make_runs  # noqa: E402
 
@@ -27,6 +28,7 @@ LENGTHS, ROUNDS = (512, 2048, 8192), 5
 
 
 def main() -> None:
+    keep_memory()  # as in a training run, for both: else pages that the system clears take most of the time
     config = qwen3_5.PRESETS["Qwen/Qwen3.5-0.8B"]
     text: Any = Qwen3_5TextConfig(**qwen3_5.config_to_hf(config))
     theirs = Qwen3_5GatedDeltaNet(text, 0)
