@@ -40,6 +40,7 @@ def main(config: ChatConfig) -> None:
     import contextlib
 
     from litmini.generation.generate import open_model, stream_text
+    from litmini.generation.packed_linear import pack_linears
     from litmini.generation.prompts import check_text
     from litmini.generation.request import Request
     from litmini.system import has_colors
@@ -50,6 +51,7 @@ def main(config: ChatConfig) -> None:
         raise UserError("standard input is closed; expected a terminal to read your turns from.")
     before = start(config)
     model, tokenizer = open_model(config)
+    pack_linears(model)
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.directory} has no chat template; give one with --chat_template FILE.jinja")
     bold, plain = ("\033[1m", "\033[0m") if has_colors(sys.stderr) else ("", "")

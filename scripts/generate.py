@@ -60,6 +60,7 @@ def main(config: GenerateConfig) -> None:
 
     from litmini.files import check_new_file
     from litmini.generation.generate import open_model, stream_text
+    from litmini.generation.packed_linear import pack_linears
     from litmini.generation.prompts import check_text, describe
     from litmini.generation.request import Request
     from litmini.tokenizer import Message
@@ -67,6 +68,7 @@ def main(config: GenerateConfig) -> None:
     if config.out is not None:
         check_new_file(config.out, "--out")
     model, tokenizer = open_model(config)
+    pack_linears(model)
     if config.prompts is not None:
         complete_file(config, model, tokenizer)
         return
@@ -94,12 +96,14 @@ def make_draft(config: GenerateConfig, tokenizer):  # type: ignore[no-untyped-de
     from dataclasses import replace
 
     from litmini.generation.generate import open_model
+    from litmini.generation.packed_linear import pack_linears
     from litmini.generation.speculative import DraftModel, PromptLookup
 
     if config.prompt_lookup is not None:
         return PromptLookup(config.prompt_lookup)
     if config.draft_dir is not None:
         model, own = open_model(replace(config, checkpoint_dir=config.draft_dir, adapter_dir=None))
+        pack_linears(model)
         ids = tokenizer.fast.get_vocab()
         if any(ids.get(token, i) != i for token, i in own.fast.get_vocab().items()):
             raise UserError(

@@ -85,6 +85,7 @@ def main(config: ServeConfig) -> None:
     from litmini.generation.defaults import describe_sampling, sampling_defaults
     from litmini.generation.generate import open_model
     from litmini.generation.multi_adapter import MultiLoRA
+    from litmini.generation.packed_linear import pack_linears
     from litmini.system import has_colors
     from litmini.tokenizer import Tokenizer
 
@@ -102,6 +103,8 @@ def main(config: ServeConfig) -> None:
         }
         defaults = {n: sampling_defaults(*own, config.checkpoint_dir) for n, own in directories.items()}
         multi_lora = MultiLoRA(model) if config.adapters else None
+        if multi_lora is None:
+            pack_linears(model)
         for name, directory in config.adapters.items():
             if name in tokenizers:
                 raise UserError(f"adapter {name} has the name of the model itself; give it another.")

@@ -4,6 +4,7 @@ A step adds a token to each request; on a GPU several, as the host need not wait
 """
 
 import contextlib
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -15,8 +16,9 @@ from litmini.errors import UserError, counted
 from litmini.generation.decoding import AHEAD, Decoding, finite_tokens, is_gpu
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
+from litmini.generation.sampling import Sampler
 from litmini.generation.speculative import Draft
-from litmini.ops.cross_entropy import IGNORE
+from litmini.methods.heads import head_name
 from litmini.ops.kv_cache import CHUNK, KVCache
 
 NOT_FINITE = (
@@ -29,7 +31,7 @@ class Batch:
     """Requests in progress over one cache.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. One thread at a time may use it.
         draft: proposes tokens for speculative decoding of a single greedy request.
         chunk: most tokens of a prompt in one forward.
         multi_lora: the adapters that requests name.
@@ -50,7 +52,9 @@ class Batch:
         self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode
 
     def add(self, requests: list[Request]) -> None:
-        """Add requests: their prompts are read together, in one forward for each chunk of tokens.
+        """Add requests: their prompts are read together, in one forward for each chunk of tokens, and give the first tokens.
+
+        Requests that this token completes do not join the batch.
 
         Raises:
             UserError: a prompt is empty, or fills the model's context.
@@ -70,11 +74,17 @@ class Batch:
         tokens = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests], device=self.device)
         lengths = torch.tensor([[len(r.prompt)] for r in requests], device=self.device)  # (B, 1)
         positions = torch.arange(longest, device=self.device) - (longest - lengths)  # (B, T), below 0: padding
-        rows = [(cache, i, len(r.prompt) - 1) for i, r in enumerate(requests)]
+        settings, generators = [r.sampling for r in requests], [r.generator for r in requests]
+        sampler = Sampler(settings, [r.prompt for r in requests], generators, self.device)
         with self._without_gradients():
             with self._adapters(requests):
-                prefill(self.model, tokens[:, :-1], positions[:, :-1], cache)
-            self._gather(self._rows() + rows, [*self.requests, *requests])
+                logits = prefill(self.model, tokens, positions, cache)
+            chosen = finite_tokens(sampler.choose(logits), logits).tolist()  # CPU-GPU sync point
+            for request, token, row in zip(requests, chosen, logits, strict=True):
+                _push(request, token, row)
+            going = [(i, r) for i, r in enumerate(requests) if r.finish is None]
+            rows = [(cache, i, len(r.tokens) - 1) for i, r in going]
+            self._gather(self._rows() + rows, [*self.requests, *(r for _, r in going)])
         if self.draft is not None:
             self.draft.begin(cache.capacity)
 
@@ -202,8 +212,31 @@ def _check_draft(requests: list[Request]) -> None:
         raise UserError("a draft is for one prompt at a time, with temperature 0 and without repetition penalty.")
 
 
-def prefill(model: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
-    """Read tokens (B, T) at positions (B, T) into the cache, in parts. No label is a target, so no logits are computed."""
-    for part, where in zip(tokens.split(cache.chunk, 1), positions.split(cache.chunk, 1), strict=True):
-        if part.numel():
-            model(part, where, cache=cache, labels=torch.full_like(part, IGNORE))
+def prefill(model: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """Read prompts (B, T) at positions (B, T) into the cache, in parts.
+
+    Returns:
+        The logits (B, vocab) fp32 of the tokens that follow; the head reads the last positions only.
+    """
+    parts = list(zip(tokens.split(cache.chunk, 1), positions.split(cache.chunk, 1), strict=True))
+    for part, where in parts[:-1]:
+        with _head_reads(model, 0):
+            model(part, where, cache=cache)
+    with _head_reads(model, 1):
+        logits: Any = model(*parts[-1], cache=cache)
+    return logits[:, -1].float()  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _head_reads(model: nn.Module, count: int) -> Iterator[None]:
+    """Let the output head read only the last `count` positions."""
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        last = args[0][:, args[0].shape[1] - count :]
+        return last.clone(memory_format=torch.contiguous_format), *args[1:]  # with the strides of a single token
+
+    hook = model.get_submodule(head_name(model)).register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()

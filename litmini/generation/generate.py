@@ -103,11 +103,13 @@ def stream_text(model: nn.Module, request: Request, draft: Draft | None = None) 
     """Yield pieces of the text of one request as they come."""
     batch = Batch(model, draft)
     batch.add([request])
-    while batch.requests:
-        with _native_gemv(batch):
-            batch.step()
+    while True:
         if piece := request.take():
             yield piece
+        if not batch.requests:
+            break
+        with _native_gemv(batch):
+            batch.step()
     raise_first([request])
 
 

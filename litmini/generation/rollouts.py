@@ -86,12 +86,14 @@ def _sample_together(
     batch.add(list(requests))
     order: list[_RolloutRequest] = []
     scores: list[Tensor] = []
-    while batch.requests:
-        batch.step()
+    while True:
         if seen:
             order += [request for request, _ in seen]
             scores.append(_log_probs(seen, temperature or 1.0))
             seen.clear()
+        if not batch.requests:
+            break
+        batch.step()
     raise_first(list(requests))
     values: dict[int, list[float]] = {id(request): [] for request in requests}
     for request, value in zip(order, torch.cat(scores).tolist(), strict=True):  # the CPU-GPU sync point

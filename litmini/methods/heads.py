@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litmini.errors import UserError
-from litmini.methods.base_layer import AdapterLayer
 from litmini.ops.cross_entropy import CHUNK, UNFUSED, OutputHead, Targets, rows_at_once
 from litmini.ops.log_probs import frozen_log_probs
 
@@ -100,7 +99,7 @@ def head_name(model: nn.Module) -> str:
     """
     children = dict(model.named_children())
     names = [name for name, module in children.items() if isinstance(module, OutputHead)]
-    bases = {name: module.base if isinstance(module, AdapterLayer) else module for name, module in children.items()}
+    bases: dict[str, Any] = {name: getattr(module, "base", module) for name, module in children.items()}
     names = names or [name for name, module in bases.items() if isinstance(module, nn.Linear)]
     if len(names) != 1:
         raise UserError(

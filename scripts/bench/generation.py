@@ -15,10 +15,15 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
 
     from litmini.config.generate import SamplingConfig
     from litmini.generation.generate import finish_all, open_model
+    from litmini.generation.packed_linear import pack_linears
     from litmini.generation.request import Request
 
     model, _ = open_model(config)
     settings: Any = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not settings.tied:  # decoding reads one row of an untied embedding
+        weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
+    pack_linears(model)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(
         0, settings.vocab_size, (config.batch_size, config.prompt_tokens), generator=generator
@@ -42,9 +47,6 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
                 for rows in (1, config.batch_size):
                     seconds = timed(partial(run, count, rows))
                     times[name, count, rows] = min(times.get((name, count, rows), float("inf")), seconds)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not settings.tied:  # decoding reads one row of an untied embedding
-        weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
     found: dict[str, Any] = {"weights_bytes": weights, "bandwidth_bytes_per_second": bandwidth}
     found["bound_tokens_per_second"] = bandwidth / weights
     for name in engines:

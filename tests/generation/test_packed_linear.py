@@ -1,0 +1,59 @@
+import pytest
+import torch
+from numerics import assert_as_accurate
+from torch import nn
+
+from litmini.config.generate import SamplingConfig
+from litmini.generation.generate import finish_all
+from litmini.generation.packed_linear import PackedLinear, can_pack, pack_linears
+from litmini.generation.request import Request
+from litmini.methods.lora import LoRALinear
+from litmini.models import llama
+
+needs_avx512 = pytest.mark.skipif(not can_pack(nn.Linear(8, 8)), reason="weights are packed for AVX512 only")
+
+
+def completions(model: nn.Module) -> list[list[int]]:
+    requests = [Request(list(range(3, n)), SamplingConfig(max_new_tokens=12, ignore_eos=True), []) for n in (9, 5)]
+    finish_all(model, requests)
+    return [request.ids for request in requests]
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_is_that_of_the_linear(dtype, bias):
+    linear = nn.Linear(96, 80, bias=bias).to(dtype)
+    packed = PackedLinear(linear)
+    exact = linear.double()(x := torch.randn(3, 40, 96).to(dtype).double())
+    linear, x = linear.to(dtype), x.to(dtype)
+    with torch.inference_mode():
+        assert_as_accurate(packed(x), linear(x), exact)
+        assert_as_accurate(packed(x[:1, :1]), linear(x[:1, :1]), exact[:1, :1])
+        assert packed(x[:, :0]).shape == (3, 0, 80) and packed(x[:, :0]).dtype == dtype
+
+
+@needs_avx512
+def test_a_packed_model_generates_the_same_and_holds_each_weight_once():
+    model = llama.Model(llama.PRESETS["tiny"]).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    expected = completions(model)
+    names = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    pack_linears(model)
+    assert names and {name for name, module in model.named_modules() if isinstance(module, PackedLinear)} == names
+    assert {name for name, _ in model.named_parameters() if "norm" not in name} == {"model.embed_tokens.weight"}
+    assert completions(model) == expected
+
+
+@needs_avx512
+def test_linears_under_adapters_and_of_other_dtypes_stay():
+    model = nn.Sequential(LoRALinear(nn.Linear(16, 16), rank=2, alpha=4), nn.Linear(16, 16).half(), nn.Linear(16, 16))
+    pack_linears(model)
+    assert [type(m) for m in (model[0].base, model[1], model[2])] == [nn.Linear, nn.Linear, PackedLinear]
+
+
+def test_other_processors_keep_plain_linears(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = nn.Sequential(nn.Linear(16, 16))
+    pack_linears(model)
+    assert type(model[0]) is nn.Linear
