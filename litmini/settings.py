@@ -62,6 +62,7 @@ def describe(kind: Any) -> str:
     words |= {dict[str, int]: "names and numbers such as '{q_proj: 8}'", dict[str, float]: "such as '{q_proj: 8.0}'"}
     words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
     words |= {dict[str, Any]: "names and values such as '{enable_thinking: false}'"}
+    words |= {list[int]: "a list of whole numbers such as '[0, 1]'"}
     words |= {Text: "text", list[float]: "a list of numbers such as '[1.0, 2.0]'"}
     return words.get(kind) or str(kind)
 

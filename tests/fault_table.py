@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny, make_tokenizer
+from tiny import make_family, make_tiny, make_tokenizer
 from two import Ended, command, run_two
 
 from litmini.files import CHECKSUMS
@@ -41,6 +41,7 @@ SCRIPTS = (
     "finetune_preference",
     "finetune_reward",
     "finetune_grpo",
+    "finetune_distill",
     "pretrain",
 )
 PHASES = ("start", "tokenising", "step", "evaluation", "save", "final export", "report")
@@ -75,6 +76,7 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
     from litmini.data.prompts import load_prompts
     from litmini.runs.run import Run
     from litmini.tasks import measure, setup
+    from litmini.tasks.distill_teacher import remember_teacher
     from litmini.training import loop
 
     entries = {
@@ -82,6 +84,7 @@ def watch(moment: Moment | None, act: Callable[[], object]) -> dict[str, int]:
         load_labelled: "tokenising",
         load_preferences: "tokenising",
         load_prompts: "tokenising",
+        remember_teacher: "tokenising",
         loop.fit: "step",
         loop.evaluate: "evaluation",
         Run.checkpoint: "save",
@@ -237,6 +240,11 @@ class Place:
             file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         return file
 
+    def teacher(self) -> Path:
+        """A model with the same tokenizer and other weights."""
+        teacher = self.directory / "teacher"
+        return teacher if teacher.exists() else make_family("qwen3", teacher, self.directory / "tokenizer")
+
     def poisoned(self) -> tuple[Path, Path, int]:
         """A base that gives NaN for one token, and data in which one line has that token: (base, data, line)."""
         base, data, line = self.directory / "poisoned", self.directory / "poisoned.jsonl", 8
@@ -288,9 +296,10 @@ class Place:
                 4,
             ]
         else:
+            words += ["--distill.teacher_dir", self.teacher()] * (script == "finetune_distill")
             words += ["--checkpoint_dir", self.base, "--data.path", self.data, "--data.max_seq_len", 128]
             words += ["--data.val_path", self.directory / "held_out.jsonl"]
-        if script in ("finetune_lora", "finetune_qlora", "finetune_dora", "finetune_classifier"):
+        if script in ("finetune_lora", "finetune_qlora", "finetune_dora", "finetune_classifier", "finetune_distill"):
             words += ["--lora.dropout", 0.2, "--lora.rank", 4]
         return list(map(str, [*words, *more]))
 

@@ -56,10 +56,10 @@ ROOMS = {
     "importers": "checkpoints models tokenizer templates side_files",
     "generation": "checkpoints models methods ops distributed config tokenizer compiler templates",
     "runs": "training checkpoints distributed config tokenizer",
-    "evaluation": "generation data training runs methods checkpoints models ops config tokenizer",
+    "evaluation": "serving generation data training runs methods checkpoints models ops config tokenizer",
     "serving": "generation config tokenizer templates",
-    "tasks": "evaluation generation runs data training importers checkpoints models methods ops distributed config tokenizer "
-    "compiler",
+    "tasks": "evaluation serving generation runs data training importers checkpoints models methods ops distributed config "
+    "tokenizer compiler",
 }
 BASE = "errors files hub_errors staging system"
 

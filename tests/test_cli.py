@@ -16,6 +16,7 @@ import yaml
 
 from litmini.cli import command, parse
 from litmini.config.classify import FinetuneClassifierConfig
+from litmini.config.distill import FinetuneDistillConfig
 from litmini.config.finetune import (
     FinetuneConfig,
     FinetuneDoraConfig,
@@ -302,6 +303,7 @@ def test_config_hub(path):
         "preference": FinetunePreferenceConfig,
         "reward": FinetuneRewardConfig,
         "grpo": FinetuneGrpoConfig,
+        "distill": FinetuneDistillConfig,
         "classifier": FinetuneClassifierConfig,
     }
     config_class = kinds.get(path.stem.rpartition("_")[2], FinetuneLoraConfig)

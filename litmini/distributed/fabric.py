@@ -86,8 +86,8 @@ def make_fabric(config: RunConfig) -> Fabric:
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=strategy,
-            precision={"bf16-mixed": "bf16-mixed", "16-mixed": None}.get(config.precision, "32-true"),  # type: ignore[arg-type]
-            plugins=loss_scaling("cuda") if config.precision == "16-mixed" else None,
+            precision=None if config.precision.endswith("mixed") else "32-true",
+            plugins=mixed_precision(config.precision, _accelerator()) if config.precision.endswith("mixed") else None,
         )
         fabric.launch()
     join(fabric)
@@ -124,16 +124,25 @@ def keep_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all allocations are in the heap
 
 
-def loss_scaling(device: str) -> Any:
-    """Return Lightning's 16-mixed plugin, extended to clip gradients with fused optimizers, which unscale by themselves."""
+def _accelerator() -> str:
+    """Return the kind of device that Fabric chooses."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def mixed_precision(precision: Any, device: str) -> Any:
+    """Return Lightning's plugin of 16-mixed or bf16-mixed, extended to clip gradients with fused optimizers, which unscale by
+    themselves, and to leave inputs as they are: it would write into the frozen dataclasses among them."""
     from lightning_fabric.plugins import MixedPrecision
 
-    class LossScaling(MixedPrecision):
-        def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-            assert self.scaler is not None
-            self.scaler.unscale_(optimizer)
+    class Autocast(MixedPrecision):
+        def convert_input(self, data: Any) -> Any:
+            return data
 
-    return LossScaling("16-mixed", device)
+        def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+
+    return Autocast(precision, device)  # type: ignore[arg-type]
 
 
 def load_device(fabric: Fabric) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from litmini.data.labels import MULTI, REGRESSION, SINGLE
 from litmini.errors import UserError
-from litmini.evaluation.rewards import wilson
+from litmini.evaluation.intervals import wilson
 
 BINS = 15
 COLUMNS = {

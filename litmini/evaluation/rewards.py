@@ -15,6 +15,7 @@ from litmini.data.preference_records import Preference
 from litmini.data.preference_tokens import encode_documents
 from litmini.data.preferences import PreferenceSequences, load_preferences
 from litmini.errors import UserError
+from litmini.evaluation.intervals import wilson
 from litmini.files import read_json
 from litmini.generation.generate import usable_device
 from litmini.methods.heads import ScoreHead
@@ -22,8 +23,6 @@ from litmini.models import use_model_file
 from litmini.ops.cross_entropy import IGNORE
 from litmini.tokenizer import Message, Tokenizer
 from litmini.training.setup import on_device
-
-Z = 1.959964  # of a 95% interval
 
 
 def rank(config: ModelConfig, file: str, limit: int | None, batch_size: int) -> dict[str, Any]:
@@ -133,11 +132,3 @@ class RewardModel:
             for i, value in zip(part, scores[:, 0].tolist(), strict=True):
                 found[i] = value
         return found
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95% interval of a probability of which `successes` of n were seen (Wilson, 1927): within 0 and 1."""
-    p, z2 = successes / n, Z * Z / n
-    middle = (p + z2 / 2) / (1 + z2)
-    half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,11 @@ class Rollout:
     """Of each of them, at the temperature of sampling."""
     truncated: bool
     """Whether it ended with the longest length, and not by itself."""
+
+
+def completion_seed(*numbers: int) -> int:
+    """Return a seed, below 2^63, that differs for other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class _RolloutRequest(Request):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from litmini.config.classify import FinetuneClassifierConfig
+from litmini.config.distill import FinetuneDistillConfig
 from litmini.config.finetune import (
     FinetuneDoraConfig,
     FinetuneFullConfig,
@@ -38,6 +39,7 @@ SCRIPTS: dict[type[RunConfig], str] = {
     FinetunePreferenceConfig: "finetune_preference",
     FinetuneRewardConfig: "finetune_reward",
     FinetuneGrpoConfig: "finetune_grpo",
+    FinetuneDistillConfig: "finetune_distill",
     PretrainConfig: "pretrain",
 }
 """Settings of a run -> the script whose steps it takes."""

@@ -23,7 +23,7 @@ from litmini.distributed.fsdp import is_sharded
 from litmini.distributed.host_arrays import gather_on_host, sum_array_on_host
 from litmini.errors import UserError
 from litmini.files import write_text
-from litmini.generation.rollouts import sample
+from litmini.generation.rollouts import completion_seed, sample
 from litmini.methods.reference import at_start
 from litmini.ops.cross_entropy import original_head
 from litmini.tasks.grpo_completions import Completion, learning_batches, micro_batches, n_groups
@@ -115,7 +115,7 @@ class Sampling:
             rollouts = sample(
                 module,
                 [prompts[slot // n].ids for slot in slots],
-                [_seed(self.config.seed, step, slot) for slot in slots],
+                [completion_seed(self.config.seed, step, slot) for slot in slots],
                 self.tokenizer.stop_ids,
                 grpo.temperature if temperature is None else temperature,
                 grpo.max_completion_length,
@@ -258,8 +258,3 @@ class Sampling:
         mine = [a for a in completions if a.slot // group % fabric.world_size == fabric.global_rank]
         assert found["first"] == first, (found["first"], first)
         return mine
-
-
-def _seed(*numbers: int) -> int:
-    """Return a seed, below 2^63, that differs for other numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

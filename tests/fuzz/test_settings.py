@@ -132,8 +132,13 @@ def test_settings_of_command_lines_and_files(script: Path, tmp_path: Path, capsy
         r = random.Random(f"{script.stem} {seed}")
         pairs = [(some(r, types), r.choice(WORDS)) for _ in range(r.choice([0, 1, 1, 2]))]
         pairs += [(name, valid(r, types[name])) for name in r.sample(list(types), min(len(types), r.randint(0, 4)))]
-        wanted = [n for n in types if n in needed or (n in ("data.path", "prompt", "perplexity") and r.random() < 0.9)]
-        pairs += [(n, "[x]" if types[n] == list[str] else "x") for n in wanted if n not in dict(pairs)]
+        wanted = [
+            n
+            for n in types
+            if n in needed or (n in ("data.path", "distill.teacher_dir", "prompt", "perplexity") and r.random() < 0.9)
+        ]
+        lists = {list[str]: "[x]", list[int]: "[1]"}
+        pairs += [(n, lists.get(types[n], "x")) for n in wanted if n not in dict(pairs)]
         pairs += [("lrs", "{lora: [1e-3]}")] * (script.stem == "compare_methods")
         pairs += [("rewards.functions", "[length]")] * (
             script.stem == "finetune_grpo" and "rewards.functions" not in dict(pairs)

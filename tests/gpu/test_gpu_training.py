@@ -82,11 +82,11 @@ def setup_of(device: torch.device, steps: int, precision: str = "32-true", **opt
     from lightning_fabric import Fabric
     from training_parts import make_setup
 
-    from litmini.distributed.fabric import loss_scaling
+    from litmini.distributed.fabric import mixed_precision
     from litmini.training.optimizer import make_optimizer
 
     config = OptimConfig(lr=1e-2, schedule="constant", **optim)
-    plugins = loss_scaling("cuda") if precision == "16-mixed" else None
+    plugins = mixed_precision(precision, device.type) if precision.endswith("mixed") else None
     fabric = Fabric(accelerator=device.type, devices=1, plugins=plugins, precision=None if plugins else precision)
     model = adapted("lora", torch.bfloat16 if precision == "32-true" else torch.float32)
     wrapped = fabric.setup_module(model)
@@ -153,6 +153,12 @@ def test_compiled_equals_uncompiled_and_compiles_once(device, monkeypatch):
     for other in data[1:]:
         loss_and_gradients(model, other)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_bf16_mixed(device):
+    """Batches reach the model as they are."""
+    losses = trained(device, 4, precision="bf16-mixed")[0]
+    assert losses[-1] < losses[0]
 
 
 def test_16_mixed(device):

@@ -109,7 +109,10 @@ def test_an_adapter_is_merged_into_the_base_first(run, tmp_path, tiny_dir):
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("script", ["finetune_preference", "finetune_reward", "finetune_classifier", "finetune_grpo"])
+@pytest.mark.parametrize(
+    "script",
+    ["finetune_preference", "finetune_reward", "finetune_classifier", "finetune_grpo", "finetune_distill"],
+)
 def test_other_objectives_start_from_a_merged_adapter(run, tmp_path, tiny_dir, script, adapters):
     assert run("first")[0] == 0
     data = tmp_path / "data.jsonl"
@@ -120,6 +123,9 @@ def test_other_objectives_start_from_a_merged_adapter(run, tmp_path, tiny_dir, s
     words = ["--data.path", data, "--adapter_dir", tmp_path / "first/final", *([] if adapters else ["--lora", "null"])]
     if script == "finetune_grpo":
         words += ["--rewards.functions", "[length]", "--grpo.num_generations", 2, "--grpo.max_completion_length", 4]
+    if script == "finetune_distill":
+        words[1] = ROOT / "config_hub/quickstart/heldout.jsonl"
+        words += ["--distill.teacher_dir", tiny_dir]
     status, _, error = run("second", *words, "--dry_run", script=script)
     assert status == 0 and not (tmp_path / "second").exists(), error
     if script == "finetune_preference":  # its reference, which is kept on disk, must not serve the next run
@@ -131,7 +137,7 @@ def test_other_objectives_start_from_a_merged_adapter(run, tmp_path, tiny_dir, s
     if script == "finetune_preference":  # the reference is what the first run has made
         with (tmp_path / "second/metrics.csv").open() as file:
             assert float(next(csv.DictReader(file))["loss"]) == pytest.approx(math.log(2), rel=1e-6)
-    elif adapters and script != "finetune_grpo":
+    elif adapters and script not in ("finetune_grpo", "finetune_distill"):
         assert f"--checkpoint_dir {base} --adapter_dir {final}" in out
     if adapters:
         assert read_json(final / "adapter_config.json")["base_model_name_or_path"] == str(base)

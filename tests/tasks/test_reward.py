@@ -26,7 +26,8 @@ from litmini.checkpoints.hf import load_model
 from litmini.config.finetune import LoraConfig
 from litmini.config.preference import FinetuneRewardConfig, RewardConfig, RewardDataConfig
 from litmini.errors import UserError
-from litmini.evaluation.rewards import RewardModel, wilson
+from litmini.evaluation.intervals import wilson
+from litmini.evaluation.rewards import RewardModel
 from litmini.methods.adapters import add_adapters
 from litmini.methods.heads import use_scores
 from litmini.tasks.classify import save_classifier, with_score

@@ -12,7 +12,7 @@ from training_parts import Listening, make_setup
 
 from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig
 from litmini.config.training import OptimConfig, TrainConfig
-from litmini.distributed.fabric import loss_scaling, make_fabric
+from litmini.distributed.fabric import make_fabric, mixed_precision
 from litmini.errors import UserError
 from litmini.models import llama
 from litmini.runs.training_state import load_state, save_state
@@ -144,7 +144,7 @@ def test_losses_are_scaled_in_fp16(tmp_path):
     """On the CPU, where it is slow; it is for GPUs, where we have not run it."""
     rows = {}
     for name in ("bf16", "fp16", "too large"):
-        precision = loss_scaling("cpu") if name != "bf16" else None
+        precision = mixed_precision("16-mixed", "cpu") if name != "bf16" else None
         fabric = Fabric(accelerator="cpu", devices=1, **({"plugins": precision} if precision else {}))
         if name == "too large":
             precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
@@ -163,7 +163,7 @@ def test_the_scale_is_saved_and_restored():
     saved = []
     state = {"scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3, "_growth_tracker": 2}
     for start in (None, state):
-        fabric, model = Fabric(accelerator="cpu", devices=1, plugins=loss_scaling("cpu")), tiny()
+        fabric, model = Fabric(accelerator="cpu", devices=1, plugins=mixed_precision("16-mixed", "cpu")), tiny()
         wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
         recorder = Listening(checkpoint=lambda progress: saved.append(progress.loss_scale))
         batches, train = [[full_rows(1, 8, 512)]], TrainConfig(save_every=1)

@@ -1,0 +1,195 @@
+"""Judges of pairs of answers: a model behind an OpenAI-compatible endpoint, or a reward model."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from litmini.config.judge import JudgeConfig
+from litmini.errors import UserError, counted
+from litmini.evaluation.answers import Pair
+from litmini.evaluation.verdicts import Verdict
+from litmini.files import existing_file
+from litmini.serving.openai_client import Client, ServerError
+
+ORDERS = ("ab", "ba")
+MOST_FAILURES = 5
+"""Requests that may fail one after the other; then the endpoint is not asked any more."""
+PROMPT = """Two assistants have answered the question of a user. Decide which answer is better: more correct, more helpful, \
+and closer to what was asked. Do not let the order of the answers, their length or their style decide.
+
+[Question]
+{question}
+[End of question]
+
+[Answer A]
+{first}
+[End of answer A]
+
+[Answer B]
+{second}
+[End of answer B]
+
+Say in one or two sentences why. Then end with a line of its own that holds your verdict: [[A]] if answer A is better, [[B]] \
+if answer B is better, [[C]] if they are equally good."""
+PLACES = ("question", "first", "second")
+
+
+def read_template(file: str | None) -> str:
+    """Return the prompt of a file, or the default.
+
+    Raises:
+        UserError: it lacks one of the `PLACES`.
+    """
+    text = PROMPT if file is None else existing_file(file, "judge prompt").read_text(encoding="utf-8")
+    if missing := [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in text]:
+        raise UserError(f"{file} lacks {', '.join(missing)}; expected all of {', '.join(f'{{{n}}}' for n in PLACES)}.")
+    return text
+
+
+def question(template: str, pair: Pair, order: str) -> str:
+    """Return what a judge is asked about a pair. What stands in answers is not read as a place."""
+    first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
+    values = {"question": pair.question, "first": first, "second": second}
+    return re.sub(r"\{(question|first|second)\}", lambda match: values[match[1]], template)
+
+
+def read_verdict(reply: str, order: str) -> str | None:
+    """Return whom a reply prefers: a, b or tie; None: it says neither.
+
+    The last [[A]], [[B]] or [[C]] counts, or a letter alone.
+    """
+    named = re.findall(r"\[\[\s*([ABC]|tie)\s*\]\]", reply, re.IGNORECASE)
+    alone = re.fullmatch(r"\W*([ABC]|tie)\W*", reply.strip(), re.IGNORECASE)
+    said = (named[-1] if named else alone[1] if alone else "").upper()
+    if said in ("C", "TIE"):
+        return "tie"
+    return {"A": order[0], "B": order[1]}.get(said)
+
+
+class LLMJudge:
+    """Asks an endpoint about pairs, several at once, and about each in both orders.
+
+    Raises:
+        UserError: the endpoint cannot be reached, or has several models and none is named.
+    """
+
+    orders = ORDERS
+
+    def __init__(self, config: JudgeConfig) -> None:
+        assert config.base_url is not None
+        self.config, self.template = config, read_template(config.prompt)
+        self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
+        if not config.model:
+            names = self.client.models()
+            if len(names) != 1:
+                raise UserError(
+                    f"{config.base_url} has the models {', '.join(names) or '(none)'}: name one, --judge.model NAME."
+                )
+            self.client.model = names[0]
+        self.failures: list[str] = []
+        """Requests without a reply, as text."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the verdicts depend on."""
+        c = self.config
+        return {"judge": self.client.model, "prompt": self.template, "temperature": c.temperature, "max_tokens": c.max_tokens,
+                "body": c.body}  # fmt: skip
+
+    def judge(self, wanted: list[tuple[Pair, str]]) -> Iterator[Verdict]:
+        """Yield a verdict about each pair in its order, as they come. What fails is in `failures`.
+
+        Raises:
+            UserError: `MOST_FAILURES` requests in a row failed; all verdicts there are were yielded.
+        """
+        tasks, results = SimpleQueue[tuple[Pair, str]](), SimpleQueue[Verdict | Exception | None]()
+        for one in wanted:
+            tasks.put(one)
+        in_row, problem, lock, stop = 0, "", threading.Lock(), threading.Event()
+
+        def work() -> None:
+            nonlocal in_row, problem
+            while not stop.is_set():
+                try:
+                    results.put(self._ask(*tasks.get_nowait()))
+                    in_row = 0
+                except Empty:
+                    break
+                except ServerError as error:
+                    results.put(error)
+                    with lock:
+                        in_row += 1
+                        if in_row == MOST_FAILURES:
+                            problem = f"{counted(in_row, 'request')} in a row failed, the last: {error}"
+                            stop.set()
+                except Exception as error:
+                    results.put(error)
+            results.put(None)
+
+        # daemons: Ctrl-C does not wait for replies
+        running = min(self.config.concurrency, len(wanted))
+        for _ in range(running):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            while running:
+                result = results.get()
+                if result is None:
+                    running -= 1
+                elif isinstance(result, Verdict):
+                    yield result
+                elif isinstance(result, ServerError):
+                    self.failures.append(str(result))
+                else:
+                    raise result
+        finally:
+            stop.set()
+        if problem:
+            raise UserError(f"{problem} The verdicts so far are kept: repeat the command to continue.")
+
+    def _ask(self, pair: Pair, order: str) -> Verdict:
+        messages = [{"role": "user", "content": question(self.template, pair, order)}]
+        settings = {"max_tokens": self.config.max_tokens, "temperature": self.config.temperature, **self.config.body}
+        reply = self.client.chat(messages, **settings)
+        return Verdict(
+            pair.number, order, read_verdict(reply.text, order), reply.text, reply.prompt_tokens, reply.completion_tokens,
+            messages,
+        )  # fmt: skip
+
+
+class RewardJudge:
+    """Compares the scores of a reward model, which sees one answer at a time.
+
+    Args:
+        tie_margin: scores that differ by no more than this are a tie.
+    """
+
+    orders = ("none",)
+    batch = 8  # pairs
+
+    def __init__(self, directory: str, base: str | None, device: str, tie_margin: float = 0.0) -> None:
+        from litmini.evaluation.rewards import RewardModel
+
+        self.model, self.directory, self.tie_margin = RewardModel(directory, base, device), directory, tie_margin
+        self.failures: list[str] = []
+        """Pairs without scores, as text."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the verdicts depend on."""
+        return {"judge": self.directory, "tie_margin": self.tie_margin}
+
+    def judge(self, wanted: list[tuple[Pair, str]]) -> Iterator[Verdict]:
+        """Yield a verdict about each pair; what does not fit into the model's context is in `failures`."""
+        for start in range(0, len(wanted), self.batch):
+            pairs = [pair for pair, _ in wanted[start : start + self.batch]]
+            scores = self.model.score([(pair.prompt, text) for pair in pairs for text in (pair.a, pair.b)])
+            for pair, a, b in zip(pairs, scores[::2], scores[1::2], strict=True):
+                if a is None or b is None or a != a or b != b:  # NaN
+                    self.failures.append(f"pair {pair.number + 1}: an answer is beyond the reward model's context")
+                    continue
+                winner = "tie" if abs(a - b) <= self.tie_margin else "a" if a > b else "b"
+                yield Verdict(pair.number, "none", winner, scores=[a, b])
