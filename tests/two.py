@@ -49,7 +49,9 @@ def run_two(
     started = []
     for rank in range(devices * nodes):
         ours, theirs = zip(*(CONTEXT.Pipe(duplex=False) for _ in range(3)), strict=True)
-        process = CONTEXT.Process(target=_start, args=(theirs, rank, devices, nodes, port, work, arguments))
+        process = CONTEXT.Process(
+            target=_start, args=(theirs, rank, devices, nodes, port, dict(os.environ), work, arguments)
+        )
         process.start()
         for end in theirs:
             end.close()
@@ -97,9 +99,11 @@ def _start(
     devices: int,
     nodes: int,
     port: int,
+    environment: dict[str, str],
     work: Callable[..., Any],
     arguments: Any,
 ) -> None:
+    os.environ.update(environment)  # the server's is that of the first test
     for number in (1, 2):
         os.dup2(pipes[number].fileno(), number)
         pipes[number].close()

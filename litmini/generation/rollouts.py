@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from litmini.config.generate import SamplingConfig
+from litmini.distributed.lockstep import in_lockstep
 from litmini.generation.batch import Batch
 from litmini.generation.generate import raise_first
 from litmini.generation.request import Request
@@ -59,7 +60,7 @@ def sample(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Rollout]:
-    """Return a completion to each prompt, `batch_size` of them at a time.
+    """Return a completion to each prompt, `batch_size` of them at a time. Where processes hold shards, all of them call this.
 
     A completion depends on its prompt, its seed and the model: not on its neighbours, but for rounding. The cache is freed
     before this returns.
@@ -74,9 +75,11 @@ def sample(
         UserError: a prompt fills the model's context, or logits are not finite.
     """
     found: list[Rollout] = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        found += _sample_together(model, prompts[part], seeds[part], stop_ids, temperature, max_new_tokens)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad(), in_lockstep(model, lambda: model(token)):
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            found += _sample_together(model, prompts[part], seeds[part], stop_ids, temperature, max_new_tokens)
     return found
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from litmini.config.distill import FinetuneDistillConfig
 from litmini.data.distill import PromptSequences, plain
 from litmini.data.prompts import completion_batch
-from litmini.distributed.fsdp import is_sharded
 from litmini.generation.rollouts import Rollout, completion_seed, sample
 from litmini.ops.cross_entropy import original_head
 from litmini.tokenizer import Tokenizer
@@ -46,9 +45,8 @@ class StudentSampling:
         fabric, micro = self._setup.fabric, self.config.train.micro_batch_size
         rank, world = fabric.global_rank, fabric.world_size
         mine = list(numbers[rank::world])
-        prompts = {n: self.sequences.prompt(self.sequences.sequence(n)[0]) for n in numbers}
-        # where each process holds a shard of the model, all sample all completions
-        rollouts = self._sample(step, prompts, list(numbers) if is_sharded(self._setup.module) else mine)
+        prompts = {n: self.sequences.prompt(self.sequences.sequence(n)[0]) for n in mine}
+        rollouts = self._sample(step, prompts, mine)
         mine.sort(key=lambda n: (len(prompts[n]) + len(rollouts[n].ids), n))  # those of like lengths together
         self.numbers = mine
         self._objective.add_completions([rollouts[n] for n in mine])

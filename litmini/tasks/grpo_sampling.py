@@ -19,7 +19,6 @@ from torch import Tensor
 
 from litmini.config.grpo import FinetuneGrpoConfig
 from litmini.data.prompts import Prompt, Prompts
-from litmini.distributed.fsdp import is_sharded
 from litmini.distributed.host_arrays import gather_on_host, sum_array_on_host
 from litmini.errors import UserError
 from litmini.files import write_text
@@ -84,7 +83,7 @@ class Sampling:
         n, groups = grpo.num_generations, n_groups(self.config)
         first = step // grpo.num_iterations * groups
         mine = range(fabric.global_rank, groups, fabric.world_size)
-        completions = self._completions({g: self.prompts.prompt(first + g) for g in range(groups)}, list(mine), n, step)
+        completions = self._completions({g: self.prompts.prompt(first + g) for g in mine}, n, step)
         if grpo.num_iterations > 1 or grpo.beta:
             self._add_log_probs(completions)
         if grpo.beta and grpo.loss_type == "rloo":
@@ -98,17 +97,16 @@ class Sampling:
         return completions
 
     def _completions(
-        self, prompts: dict[int, Prompt], mine: list[int], n: int, step: int, temperature: float | None = None
+        self, prompts: dict[int, Prompt], n: int, step: int, temperature: float | None = None
     ) -> list[Completion]:
-        """Return n completions to each of the prompts `mine`.
+        """Return n completions to each of this process's prompts.
 
         Args:
-            prompts: number -> prompt, of all processes: where each holds a shard of the model, all sample all completions.
+            prompts: number in the step -> prompt.
             temperature: None: that of training.
         """
         grpo, module = self.config.grpo, self._setup.module
-        numbers = sorted(prompts) if is_sharded(module) else mine
-        slots = [number * n + i for number in numbers for i in range(n)]
+        slots = [number * n + i for number in prompts for i in range(n)]
         training = module.training
         module.eval()
         with self._fabric.autocast(), original_head(module):
@@ -122,12 +120,11 @@ class Sampling:
                 grpo.sample_batch_size,
             )
         module.train(training)
-        own = [(slot, rollout) for slot, rollout in zip(slots, rollouts, strict=True) if slot // n in set(mine)]
-        texts = [self.tokenizer.decode(rollout.ids) for _, rollout in own]
+        texts = [self.tokenizer.decode(rollout.ids) for rollout in rollouts]
         rank = self._fabric.global_rank
         log = self._setup.recorder.directory / ("rewards.log" if not rank else f"rewards-rank-{rank}.log")
         with kept_output(self.rewards, log):
-            given = [(prompts[slot // n], text) for (slot, _), text in zip(own, texts, strict=True)]
+            given = [(prompts[slot // n], text) for slot, text in zip(slots, texts, strict=True)]
             rewards = self.rewards.score(given)
         self._say_failures()
         return [
@@ -135,7 +132,7 @@ class Sampling:
                 slot, prompt.where, prompt.ids, rollout.ids, rollout.log_probs, rollout.truncated, text, each,
                 self.rewards.total(each),
             )
-            for (slot, rollout), (prompt, text), each in zip(own, given, rewards, strict=True)
+            for slot, rollout, (prompt, text), each in zip(slots, rollouts, given, rewards, strict=True)
         ]  # fmt: skip
 
     def _compare(self, completions: list[Completion], rewards: Tensor) -> None:
@@ -195,8 +192,8 @@ class Sampling:
         rank, world = self._fabric.global_rank, self._fabric.world_size
         size = self.config.grpo.sample_batch_size * world
         for start in range(0, len(val), size):
-            prompts = {i: val.prompts[i] for i in range(start, min(start + size, len(val)))}
-            completions = self._completions(prompts, list(prompts)[rank::world], 1, 0, temperature=0.0)
+            mine = range(start, min(start + size, len(val)))[rank::world]
+            completions = self._completions({i: val.prompts[i] for i in mine}, 1, 0, temperature=0.0)
             self._objective.add_completions(completions, 0, 0, [])
             rewards = torch.tensor([completion.reward for completion in completions])
             yield {"tokens": torch.zeros(len(completions), 1, dtype=torch.int64), "rewards": rewards}
