@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from litmini.config.finetune import DataConfig
+from litmini.config.judge import JudgeConfig
 from litmini.config.optional_adapters import OptionalAdaptersConfig
 from litmini.config.training import OptimConfig
 from litmini.errors import UserError, check
@@ -89,12 +90,40 @@ class GrpoConfig:
 
 
 @dataclass
+class SamplerConfig:
+    """Sampler: a server that samples completions in this program's place."""
+
+    base_url: str | None = None
+    """Address of an OpenAI-compatible server that loads LoRA adapters while it runs, such as http://127.0.0.1:8000/v1 of
+    vLLM. None: the model that is trained samples itself."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key; without it, none is sent."""
+    concurrency: int = 64
+    """Requests at once, of each process."""
+    timeout: float = 600.0
+    """Seconds that one try of a request may take."""
+    max_weight: float = 3.0
+    """The server computes log-probabilities a little differently: each token is weighted by how much more probable it is here,
+    at most by this (truncated importance sampling)."""
+
+    def __post_init__(self) -> None:
+        check(
+            "sampler.",
+            self,
+            concurrency=0 < self.concurrency <= 1024,
+            timeout=0 < self.timeout < 1e6,
+            max_weight=0 < self.max_weight < math.inf,
+        )
+
+
+@dataclass
 class RewardsConfig:
     """Rewards: what makes a completion good."""
 
     functions: list[str] = field(default_factory=list)
     """Any of FILE.py:FUNCTION, which is called with prompt, completion and record; exact_match, number_match, regex,
-    json_schema or length; and the directory of a reward model from finetune_reward.py."""
+    json_schema or length; judge, a model that rates completions (see --judge.base_url); and the directory of a reward model
+    from finetune_reward.py."""
     weights: list[float] | None = None
     """Weight of each of them in the sum. None: 1."""
     answer: str = "answer"
@@ -143,6 +172,8 @@ class FinetuneGrpoConfig(OptionalAdaptersConfig):
     data: GrpoDataConfig
     rewards: RewardsConfig
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="constant"))
 
     @property
@@ -161,6 +192,16 @@ class FinetuneGrpoConfig(OptionalAdaptersConfig):
             raise UserError(
                 f"train.max_steps {self.train.max_steps}: expected a multiple of grpo.num_iterations "
                 f"{self.grpo.num_iterations}, the steps on the same completions."
+            )
+        if self.sampler.base_url is not None and self.lora is None:
+            raise UserError(
+                "sampler.base_url: the server gets adapters in each step, but with lora null every weight is trained. Leave "
+                "out lora null, or leave out sampler.base_url."
+            )
+        if ("judge" in self.rewards.functions) != (self.judge.base_url is not None):
+            raise UserError(
+                "the reward judge and --judge.base_url, the address of the model that rates completions, go together: "
+                "give both or neither."
             )
         if self.grpo.beta and self.lora is None:
             raise UserError(

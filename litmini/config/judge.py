@@ -18,8 +18,9 @@ class JudgeConfig:
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; without it, none is sent. A key never stands on a command line."""
     prompt: str | None = None
-    """File of the prompt, with {question}, {first} and {second} where these belong; it asks for [[A]], [[B]] or [[C]], a
-    tie. Default: that of docs/judging.md."""
+    """File of the prompt. Of judge.py: with {question}, {first} and {second} where these belong, and asking for [[A]], [[B]]
+    or [[C]], a tie; as a reward: with {question} and {answer}, and asking for [[0]] to [[10]]. Default: those of
+    docs/judging.md and docs/grpo.md."""
     max_tokens: int = 512
     """Longest reply in tokens."""
     temperature: float | None = 0.0

@@ -84,12 +84,7 @@ class LLMJudge:
         self.config, self.template = config, read_template(config.prompt)
         self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
         if not config.model:
-            names = self.client.models()
-            if len(names) != 1:
-                raise UserError(
-                    f"{config.base_url} has the models {', '.join(names) or '(none)'}: name one, --judge.model NAME."
-                )
-            self.client.model = names[0]
+            self.client.model = self.client.only_model("--judge.model")
         self.failures: list[str] = []
         """Requests without a reply, as text."""
 

@@ -82,7 +82,11 @@ class Client:
         Raises:
             ServerError: the server refuses the request, or all tries failed.
         """
-        return self._request(path, json.dumps(body).encode())
+        return self._parsed(path, self._request(path, json.dumps(body).encode()))
+
+    def tell(self, path: str, body: dict[str, Any]) -> None:
+        """`post`, where nothing but success is expected in the reply."""
+        self._request(path, json.dumps(body).encode())
 
     def chat(self, messages: list[dict[str, Any]], **settings: Any) -> Reply:
         """Return the reply to messages. `settings` go into the body: max_tokens, temperature and others; None: left out.
@@ -108,10 +112,24 @@ class Client:
         Raises:
             ServerError: the request failed.
         """
-        found = self._request("/models", None).get("data")
+        found = self._parsed("/models", self._request("/models", None)).get("data")
         return [str(one.get("id")) for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
-    def _request(self, path: str, data: bytes | None) -> dict[str, Any]:
+    def only_model(self, setting: str) -> str:
+        """Return the name of the server's model.
+
+        Args:
+            setting: that names one, for the error.
+
+        Raises:
+            UserError: it has none, or several.
+        """
+        names = self.models()
+        if len(names) != 1:
+            raise UserError(f"{self.base_url} has the models {', '.join(names) or '(none)'}: name one, {setting} NAME.")
+        return names[0]
+
+    def _request(self, path: str, data: bytes | None) -> bytes:
         problem = ""
         for number in range(self.tries):
             wait: float | None = None
@@ -135,7 +153,7 @@ class Client:
                 time.sleep(wait if wait is not None else min(LONGEST_WAIT, 2.0**number))
         raise ServerError(f"{self.base_url}{path} failed, tried {number + 1} times: {self._hidden(problem)}")
 
-    def _once(self, path: str, data: bytes | None) -> dict[str, Any]:
+    def _once(self, path: str, data: bytes | None) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "litmini"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -152,6 +170,9 @@ class Client:
             wanted = response.headers.get("Content-Length")
         if wanted is not None and wanted.isdigit() and len(content) < int(wanted):
             raise http.client.IncompleteRead(content, int(wanted) - len(content))
+        return content
+
+    def _parsed(self, path: str, content: bytes) -> dict[str, Any]:
         try:
             found = json.loads(content)
         except ValueError:

@@ -52,7 +52,7 @@ def prepare_data(fabric: Fabric, config: FinetuneGrpoConfig, began: datetime | N
     """
     tokenizer, _ = open_base(fabric, config, began)
     device = "cpu" if fabric.device.type == "cpu" else str(fabric.device)
-    rewards, hashes = load_rewards(config.rewards, device)
+    rewards, hashes = load_rewards(config.rewards, device, config.judge)
     train, val = load_prompts(config.data, tokenizer, config.grpo.max_completion_length, config.seed)
     group, devices = config.grpo.num_generations, config.devices * config.num_nodes
     if config.train.global_batch_size is None:

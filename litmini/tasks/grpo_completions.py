@@ -38,6 +38,8 @@ class Completion:
     """Log-probabilities under the model that sampled it, as the trainer computes them; of several steps on it."""
     reference: list[float] = field(default_factory=list)
     """The same under the model at the start, if the loss needs them."""
+    weights: list[float] = field(default_factory=list)
+    """Importance weights of its tokens, if a server sampled them."""
 
 
 def n_groups(config: FinetuneGrpoConfig) -> int:
@@ -66,6 +68,7 @@ def learning_batches(
     """Yield the same with what the loss needs: advantages, and log-probabilities of several models."""
     grpo = config.grpo
     needed = {"sampled": True, "old": grpo.num_iterations > 1, "reference": grpo.beta > 0 and grpo.loss_type != "rloo"}
+    needed["weights"] = config.sampler.base_url is not None
     for rows, batch in micro_batches(completions, config, world):
         batch["advantages"] = torch.tensor([row.advantage for row in rows] or [0.0])
         firsts = [len(row.prompt_ids) - 1 for row in rows]

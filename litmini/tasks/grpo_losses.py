@@ -93,7 +93,8 @@ def policy_loss(
         mask: (n, T) bool, where the tokens of completions are.
         advantage: (n,) fp32.
         reference: l_ref, (n, T); needed if `beta` is above 0, but for rloo, which has its KL divergence in the rewards.
-        weights: what the loss of each token is multiplied with, (n, T); None: 1.
+        weights: what the loss of each token is multiplied with, (n, T), for rloo that of each completion with their mean;
+            None: 1.
     """
     inside, A = mask.float(), advantage[:, None]
     counts = inside.sum(1, keepdim=True).clamp(min=1)  # (n, 1)
@@ -107,6 +108,8 @@ def policy_loss(
     clipped = ((ratio < 1 - config.epsilon) & (A < 0)) | ((ratio > 1 + config.high) & (A > 0))
     if config.loss_type == "rloo":
         some = (inside.sum(1, keepdim=True) > 0).float()
+        if weights is not None:
+            some = (weights * inside).sum(1, keepdim=True) / counts
         return TokenLoss((each * some).sum(), (clipped * inside).sum(), inside.new_zeros(()))
     if weights is not None:
         each = each * weights

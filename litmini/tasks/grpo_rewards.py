@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from litmini.config.grpo import RewardsConfig, reward_name
+from litmini.config.judge import JudgeConfig
 from litmini.data.prompts import Prompt
 from litmini.errors import UserError
 from litmini.files import content_hash, existing_file
 from litmini.system import end_after
+from litmini.tasks.grpo_judge import JudgeReward
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d[\d,]*)?|-?\.\d+")
 FAILED = math.nan
@@ -50,7 +52,7 @@ class Rewards:
     names: tuple[str, ...]
     functions: list[Reward]
     models: dict[int, Any] = field(default_factory=dict)
-    """Number of a reward -> the reward model in its place."""
+    """Number of a reward -> the reward model, or judge, in its place."""
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)
     output: io.StringIO = field(default_factory=io.StringIO)
 
@@ -63,10 +65,18 @@ class Rewards:
         columns: list[list[float | None]] = []
         for number, name in enumerate(self.names):
             if number in self.models:
-                columns.append(self.models[number].score([(prompt.prompt, text) for prompt, text in completions]))
+                columns.append(self._score(name, self.models[number], completions))
             else:
                 columns.append([self._call(name, self.functions[number], prompt, text) for prompt, text in completions])
         return [list(row) for row in zip(*columns, strict=True)]
+
+    def _score(self, name: str, model: Any, completions: list[tuple[Prompt, str]]) -> list[float | None]:
+        judge = isinstance(model, JudgeReward)
+        found: list[float | None] = model.score(completions if judge else [(p.prompt, text) for p, text in completions])
+        for (prompt, _), value in zip(completions, found, strict=True):
+            if value is not None and math.isnan(value):
+                self._failed(name, model.problem if judge else "is not finite", prompt)
+        return found
 
     def total(self, values: list[float | None]) -> float:
         """Return the weighted sum of a completion's rewards that apply; NaN if one failed, or none applies."""
@@ -98,11 +108,14 @@ class Rewards:
         return FAILED
 
 
-def load_rewards(config: RewardsConfig, device: str = "cpu") -> tuple[Rewards, dict[str, str]]:
+def load_rewards(
+    config: RewardsConfig, device: str = "cpu", judge: JudgeConfig | None = None
+) -> tuple[Rewards, dict[str, str]]:
     """Return the rewards that `rewards.functions` names, and the sha256 of each file that they come from.
 
     Args:
         device: for reward models.
+        judge: settings of the reward judge.
 
     Raises:
         UserError: one does not exist, or is none.
@@ -115,6 +128,9 @@ def load_rewards(config: RewardsConfig, device: str = "cpu") -> tuple[Rewards, d
         if path.endswith(".py"):
             hashes[path] = content_hash(existing_file(path, "reward file"))
             functions.append(_own_function(path, function, config.time_limit))
+        elif name == "judge":
+            models[number] = JudgeReward(judge or JudgeConfig())
+            functions.append(lambda prompt, text: None)
         elif name in BUILTIN:
             functions.append(BUILTIN[name](config))
         elif Path(name).is_dir():
@@ -125,8 +141,10 @@ def load_rewards(config: RewardsConfig, device: str = "cpu") -> tuple[Rewards, d
         else:
             raise UserError(
                 f"rewards.functions: {name!r} is not there; expected FILE.py:FUNCTION, the directory of a reward model, or "
-                f"one of {', '.join(BUILTIN)}."
+                f"one of {', '.join(BUILTIN)}, judge."
             )
+    if judge is not None and judge.prompt:
+        hashes[judge.prompt] = content_hash(existing_file(judge.prompt, "judge prompt"))
     if config.schema:
         hashes[config.schema] = content_hash(existing_file(config.schema, "schema"))
     return Rewards(config, tuple(reward_name(one) for one in config.functions), functions, models), hashes

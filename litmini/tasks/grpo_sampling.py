@@ -22,12 +22,13 @@ from litmini.data.prompts import Prompt, Prompts
 from litmini.distributed.host_arrays import gather_on_host, sum_array_on_host
 from litmini.errors import UserError
 from litmini.files import write_text
-from litmini.generation.rollouts import completion_seed, sample
+from litmini.generation.rollouts import Rollout, completion_seed, sample
 from litmini.methods.reference import at_start
 from litmini.ops.cross_entropy import original_head
 from litmini.tasks.grpo_completions import Completion, learning_batches, micro_batches, n_groups
 from litmini.tasks.grpo_losses import advantages, equal_groups, nanstd
 from litmini.tasks.grpo_rewards import Rewards, kept_output
+from litmini.tasks.grpo_server import SamplingServer, importance_weights
 from litmini.tasks.preference import INPUTS
 from litmini.tokenizer import Tokenizer
 from litmini.training.display import say
@@ -50,6 +51,7 @@ class Sampling:
         self._first = -1  # the step that they were sampled in
         self._batches: list[Batch] = []
         self._setup: Any = None
+        self._server: SamplingServer | None = None
         self._warned: set[str] = set()
 
     @property
@@ -61,6 +63,8 @@ class Sampling:
         """Take the model from now on, and the objective that reports what is sampled."""
         self._setup, self._objective, self._fabric = setup, objective, setup.fabric
         setup.prefetch = False  # the completions of the next step come from its weights
+        if self.config.sampler.base_url is not None:
+            self._server = SamplingServer(self.config, setup.recorder.directory)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of this process in an optimizer step; as many in each process."""
@@ -83,9 +87,14 @@ class Sampling:
         n, groups = grpo.num_generations, n_groups(self.config)
         first = step // grpo.num_iterations * groups
         mine = range(fabric.global_rank, groups, fabric.world_size)
+        if self._server:
+            self._server.update(fabric, self._setup.module, step)
         completions = self._completions({g: self.prompts.prompt(first + g) for g in mine}, n, step)
-        if grpo.num_iterations > 1 or grpo.beta:
+        if grpo.num_iterations > 1 or grpo.beta or self._server:
             self._add_log_probs(completions)
+        if self._server:
+            for one in completions:
+                one.weights = importance_weights(one.old, one.log_probs, self.config)
         if grpo.beta and grpo.loss_type == "rloo":
             for completion in completions:
                 completion.reward -= grpo.beta * (sum(completion.old) - sum(completion.reference))
@@ -105,21 +114,15 @@ class Sampling:
             prompts: number in the step -> prompt.
             temperature: None: that of training.
         """
-        grpo, module = self.config.grpo, self._setup.module
+        grpo = self.config.grpo
         slots = [number * n + i for number in prompts for i in range(n)]
-        training = module.training
-        module.eval()
-        with self._fabric.autocast(), original_head(module):
-            rollouts = sample(
-                module,
-                [prompts[slot // n].ids for slot in slots],
-                [completion_seed(self.config.seed, step, slot) for slot in slots],
-                self.tokenizer.stop_ids,
-                grpo.temperature if temperature is None else temperature,
-                grpo.max_completion_length,
-                grpo.sample_batch_size,
-            )
-        module.train(training)
+        asked = (
+            [prompts[slot // n].ids for slot in slots],
+            [completion_seed(self.config.seed, step, slot) for slot in slots],
+            self.tokenizer.stop_ids,
+            grpo.temperature if temperature is None else temperature,
+        )
+        rollouts = self._server.sample(*asked) if self._server else self._sample_here(*asked)
         texts = [self.tokenizer.decode(rollout.ids) for rollout in rollouts]
         rank = self._fabric.global_rank
         log = self._setup.recorder.directory / ("rewards.log" if not rank else f"rewards-rank-{rank}.log")
@@ -134,6 +137,19 @@ class Sampling:
             )
             for slot, rollout, (prompt, text), each in zip(slots, rollouts, given, rewards, strict=True)
         ]  # fmt: skip
+
+    def _sample_here(
+        self, prompts: list[list[int]], seeds: list[int], stop_ids: list[int], temperature: float
+    ) -> list[Rollout]:
+        grpo, module = self.config.grpo, self._setup.module
+        training = module.training
+        module.eval()
+        with self._fabric.autocast(), original_head(module):
+            found = sample(
+                module, prompts, seeds, stop_ids, temperature, grpo.max_completion_length, grpo.sample_batch_size
+            )
+        module.train(training)
+        return found
 
     def _compare(self, completions: list[Completion], rewards: Tensor) -> None:
         """Give completions their advantages, and leave out those without a reward or, if asked for, of equal groups.
@@ -191,6 +207,8 @@ class Sampling:
         """Yield the rewards of a greedy completion to each validation prompt of this process."""
         rank, world = self._fabric.global_rank, self._fabric.world_size
         size = self.config.grpo.sample_batch_size * world
+        if self._server:
+            self._server.update(self._fabric, self._setup.module, self._setup.progress.step)
         for start in range(0, len(val), size):
             mine = range(start, min(start + size, len(val)))[rank::world]
             completions = self._completions({i: val.prompts[i] for i in mine}, 1, 0, temperature=0.0)

@@ -1,0 +1,87 @@
+"""A reward by a model behind an OpenAI-compatible endpoint that rates completions (RL from AI feedback)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from litmini.config.judge import JudgeConfig
+from litmini.data.prompts import Prompt
+from litmini.errors import UserError
+from litmini.files import existing_file
+from litmini.serving.openai_client import Client, ServerError
+
+MOST = 10
+"""The best rating."""
+PROMPT = """Rate the answer of an assistant to the request of a user: is it correct, helpful, and what was asked for?
+
+[Request]
+{question}
+[End of request]
+
+[Answer]
+{answer}
+[End of answer]
+
+Say in one sentence why. Then end with a line of its own that holds your rating between [[0]], useless, and [[10]], perfect."""
+PLACES = ("question", "answer")
+
+
+class JudgeReward:
+    """Rates completions from 0 to 1, several at once."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        """
+        Raises:
+            UserError: the address is none, it has several models and none is named, or the prompt's file lacks a place.
+        """
+        assert config.base_url is not None
+        self.config, self.problem = config, ""
+        self.template = PROMPT
+        if config.prompt is not None:
+            self.template = existing_file(config.prompt, "judge prompt").read_text(encoding="utf-8")
+        if missing := [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in self.template]:
+            raise UserError(f"{config.prompt} lacks {' and '.join(missing)}; expected {{question}} and {{answer}}.")
+        self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
+        if not config.model:
+            self.client.model = self.client.only_model("--judge.model")
+
+    def score(self, completions: list[tuple[Prompt, str]]) -> list[float | None]:
+        """Return the rating of each completion; NaN where there is none, and `problem` then says why."""
+        with ThreadPoolExecutor(self.config.concurrency, "judge") as threads:
+            return list(threads.map(self._rate, completions))
+
+    def _rate(self, completion: tuple[Prompt, str]) -> float | None:
+        prompt, text = completion
+        values = {"question": _conversation(prompt), "answer": text}
+        asked = re.sub(r"\{(question|answer)\}", lambda match: values[match[1]], self.template)
+        settings: dict[str, Any] = {"max_tokens": self.config.max_tokens, "temperature": self.config.temperature}
+        try:
+            reply = self.client.chat([{"role": "user", "content": asked}], **settings, **self.config.body)
+        except ServerError as error:
+            self.problem = f"has no rating: {error}"
+            return math.nan
+        rating = read_rating(reply.text)
+        if rating is None:
+            self.problem = f"has no rating [[0]] to [[{MOST}]] in the reply {json.dumps(reply.text[-200:])}"
+            return math.nan
+        return rating / MOST
+
+
+def read_rating(reply: str) -> float | None:
+    """Return the last rating [[0]] to [[10]] of a reply, or a number alone; None: it has none."""
+    named = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", reply)
+    alone = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*", reply)
+    value = float(named[-1] if named else alone[1] if alone else "nan")
+    return value if 0 <= value <= MOST else None
+
+
+def _conversation(prompt: Prompt) -> str:
+    """Return a prompt as a judge reads it: a single turn as it is, several with their roles."""
+    if isinstance(prompt.prompt, str):
+        return prompt.prompt
+    turns = [(str(m.get("role", "")), str(m.get("content") or "")) for m in prompt.prompt]
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)
