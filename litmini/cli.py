@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from litmini.distributed.processes import alone, first_to_fail, is_first, leave
@@ -23,7 +23,11 @@ T = TypeVar("T")
 
 
 def parse(
-    config_class: type[T], doc: str | None, argv: Sequence[str] | None = None, positional: Sequence[str] = ()
+    config_class: type[T],
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    positional: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> T:
     """Read a command line into `config_class`. The command line overrides `--config FILE`, which overrides the defaults.
 
@@ -34,6 +38,7 @@ def parse(
         doc: the script's docstring, shown by `--help`.
         argv: the arguments after the script's name; those of this process by default.
         positional: the fields that are positional arguments, in order.
+        renamed: names on the command line -> names of settings, where they differ.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     settings = Settings(config_class)
@@ -42,7 +47,7 @@ def parse(
         sys.exit(0)
     try:
         switches = {f"--{name}" for name, kind in settings.types.items() if bool in forms(kind)}
-        given, show = _arrange(words, switches, positional)
+        given, show = _arrange(words, switches, positional, renamed or {})
         for name, word in given:
             if isinstance(word, list):
                 settings.put(name, word)
@@ -75,7 +80,7 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _arrange(
-    words: list[str], switches: Collection[str], positional: Sequence[str]
+    words: list[str], switches: Collection[str], positional: Sequence[str], renamed: Mapping[str, str]
 ) -> tuple[list[tuple[str, str | list[str]]], bool]:
     """Return (name, word) of the arguments, config files first, so that the rest overrides them; and whether to print them.
 
@@ -98,6 +103,7 @@ def _arrange(
                 extra.append(word)
             continue
         name, is_pair, value = word[2:].partition("=")
+        name = renamed.get(name, name)
         if name == "print_config":
             show = True
             continue
@@ -117,11 +123,15 @@ def _arrange(
 
 
 def command(
-    main: Callable[[T], object], config_class: type[T], doc: str | None, positional: Sequence[str] = ()
+    main: Callable[[T], object],
+    config_class: type[T],
+    doc: str | None,
+    positional: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> NoReturn:
     """Run a script: parse, call `main`, print errors that the user can fix in a line on stderr, and set the exit status."""
     repair_streams()
-    config = parse(config_class, doc, positional=positional)
+    config = parse(config_class, doc, positional=positional, renamed=renamed)
     # oneDNN caches up to a MiB of compiled code for each shape of a matmul, by default for 1,024 shapes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if not is_first():

@@ -47,14 +47,24 @@ class CompareConfig:
 
 
 def main(config: CompareConfig) -> None:
+    from litmini.runs.sweep import Outcome, is_finished, read_outcome, run_all, starting_words
+
     directory = Path(config.out_dir)
-    rows = []
+    given: list[tuple[Outcome, list[str]]] = []
     for method, rates in config.lrs.items():
         for rate in rates:
-            out = directory / f"{method}-{rate:g}"
-            if not (out / "report.html").exists():  # the last file that a run writes
-                train(config, method, rate, out)
-            rows.append({"method": method, "lr": rate, **read(out)})
+            outcome = Outcome(f"{method}-{rate:g}", len(given), {"method": method, "optim.lr": rate}, None)
+            out = directory / outcome.name
+            if is_finished(out):
+                read_outcome(outcome, out, "val_loss")
+            words = ["--config", config.settings, "--out_dir", str(out), "--optim.lr", str(rate), *METHODS[method][1]]
+            given.append((outcome, starting_words(words, out)))
+    for outcome in run_all(given, directory, "val_loss", [{}], train):
+        if outcome.status == "failed":
+            raise UserError(
+                f"{outcome.name} failed (see above, {outcome.why}); repeat the command to continue from there."
+            )
+    rows = [{"method": o.choice["method"], "lr": o.choice["optim.lr"], **read(directory / o.name)} for o, _ in given]
     best = [min((r for r in rows if r["method"] == m), key=lambda r: r["val_loss_after"]) for m in config.lrs]
     print(table := markdown(best, rows))
     (directory / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -62,14 +72,24 @@ def main(config: CompareConfig) -> None:
     plot(directory / "comparison.png", rows)
 
 
-def train(config: CompareConfig, method: str, rate: float, out: Path) -> None:
-    script, more = METHODS[method]
-    resume = ["--resume", "auto"] if (out / "config.yaml").exists() else []
-    words = ["--config", config.settings, "--out_dir", str(out), "--optim.lr", str(rate), *more, *resume]
-    print(f"--- {method} at {rate:g}", flush=True)
-    done = subprocess.run([sys.executable, str(Path(__file__).parent / script), *words])
-    if done.returncode:
-        raise UserError(f"{method} at {rate:g} failed (see above); repeat the command to continue from there.")
+class Ended:
+    """A run that has ended."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def poll(self) -> int:
+        return self.status
+
+    def terminate(self) -> None:
+        pass
+
+
+def train(outcome: Any, words: list[str], environment: dict[str, str]) -> Ended:
+    """Run a method to its end; what it prints is shown."""
+    print(f"--- {outcome.choice['method']} at {outcome.choice['optim.lr']:g}", flush=True)
+    script = Path(__file__).parent / METHODS[outcome.choice["method"]][0]
+    return Ended(subprocess.run([sys.executable, str(script), *words]).returncode)
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -106,14 +126,15 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from litmini.runs.sweep_report import loss_by_number
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a target token)")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = sorted((r["lr"], r["val_loss_after"]) for r in rows if r["method"] == method)
-        axes.plot(*zip(*mine, strict=True), "o-", label=method)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes = figure.add_subplot(xscale="log")
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for row in rows:
+        lines.setdefault(row["method"], []).append((row["lr"], [row["val_loss_after"]]))
+    loss_by_number(axes, lines, "learning rate", "validation loss (nats a target token)")
     figure.savefig(file, dpi=120)
 
 

@@ -140,6 +140,8 @@ def test_settings_of_command_lines_and_files(script: Path, tmp_path: Path, capsy
         lists = {list[str]: "[x]", list[int]: "[1]"}
         pairs += [(n, lists.get(types[n], "x")) for n in wanted if n not in dict(pairs)]
         pairs += [("lrs", "{lora: [1e-3]}")] * (script.stem == "compare_methods")
+        pairs += [("grid", "{optim.lr: [1e-3]}")] * (script.stem == "sweep" and r.random() < 0.7)
+        pairs += [("reward_model", "x")] * (script.stem == "judge" and r.random() < 0.7)
         pairs += [("rewards.functions", "[length]")] * (
             script.stem == "finetune_grpo" and "rewards.functions" not in dict(pairs)
         )

@@ -1,0 +1,232 @@
+"""What a sweep runs: choices of settings, and the command line of each run, checked before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from litmini.config.pretrain import PretrainConfig
+from litmini.config.sweep import SweepConfig
+from litmini.config.training import RunConfig
+from litmini.errors import UserError
+from litmini.tasks.from_python import SCRIPTS
+
+LONGEST_NAME = 80  # characters of the name of a run's directory
+ROOT = Path(__file__).parents[2]
+Choice = dict[str, Any]
+"""Setting -> value."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    name: str
+    """Of its directory."""
+    number: int
+    """Of its choice; runs with several seeds have it in common."""
+    choice: Choice
+    seed: int | None
+    words: list[str] = field(default_factory=list)
+    """Its command line, after the script's name."""
+
+
+def config_class(script: str) -> type[RunConfig]:
+    """Return the settings of a training script.
+
+    Raises:
+        UserError: there is no such script.
+    """
+    found = {name: kind for kind, name in SCRIPTS.items()}
+    if script not in found:
+        raise UserError(f"no training script {script!r}; expected one of {', '.join(found)}.")
+    return found[script]
+
+
+def word_of(value: Any) -> str:
+    """Return a value as a word of a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def make_run(config: SweepConfig, number: int, choice: Choice, seed: int | None) -> Run:
+    """Return a run of a choice; its directory is named by the settings that differ."""
+    parts = [f"{key.rpartition('.')[2]}-{word_of(value)}" for key, value in choice.items()]
+    name = re.sub(r"[^\w.+-]+", "-", "_".join(parts)).strip("-.") or "run"
+    if len(name) > LONGEST_NAME or name != "_".join(parts):
+        key = hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{name[:LONGEST_NAME]}-{key}"
+    name += f"_seed-{seed}" if seed is not None else ""
+    return Run(name, number, choice, seed, command_words(config, choice, seed, str(Path(config.out_dir) / name)))
+
+
+def command_words(config: SweepConfig, choice: Choice, seed: int | None, out_dir: str) -> list[str]:
+    """Return the words of a run after the script's name."""
+    words = ["--config", config.settings] if config.settings else []
+    settings = {**config.set, **choice, **({} if seed is None else {"seed": seed}), "out_dir": out_dir}
+    for name, value in settings.items():
+        word = word_of(value)
+        words += [f"--{name}={word}"] if word.startswith("--") else [f"--{name}", word]
+    return words
+
+
+class Sampler(Protocol):
+    """Chooses settings, one choice after the other."""
+
+    def choose(self, number: int) -> Choice | None:
+        """Return choice `number`, asked for in order; None: there are no more."""
+        ...
+
+    def tell(self, number: int, value: float | None, pruned: tuple[int, float] | None = None) -> None:
+        """Learn what came of a choice; None: it failed, or was stopped at `pruned`, a step and its validation loss."""
+        ...
+
+
+class Listed:
+    """All choices of a grid, or choices at random: known from the start."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        if config.sampler == "grid":
+            self.choices = [
+                dict(zip(config.grid, values, strict=True)) for values in itertools.product(*config.grid.values())
+            ]
+        else:
+            self.choices = [random_choice(config, number) for number in range(config.trials)]
+
+    def choose(self, number: int) -> Choice | None:
+        return self.choices[number] if number < len(self.choices) else None
+
+    def tell(self, number: int, value: float | None, pruned: tuple[int, float] | None = None) -> None:
+        pass
+
+
+def random_choice(config: SweepConfig, number: int) -> Choice:
+    """Return choice `number` at random: a function of `sampler_seed` and the number."""
+    random = np.random.default_rng((config.sampler_seed, number))
+    found: Choice = {}
+    for name, values in config.space.items():
+        if isinstance(values, list):
+            found[name] = values[int(random.integers(len(values)))]
+            continue
+        low, high = values["min"], values["max"]
+        whole = isinstance(low, int) and isinstance(high, int)
+        if values.get("log"):
+            value = math.exp(random.uniform(math.log(low), math.log(high + whole)))
+        else:
+            value = random.uniform(low, high + whole)
+        found[name] = min(int(value), high) if whole else _short(value)
+    return found
+
+
+def _short(value: float) -> float:
+    """Return a value of three digits, as people write it."""
+    return float(f"{value:.3g}")
+
+
+class Tpe:
+    """Choices by Optuna's TPE. It learns from what earlier choices came to, also from those before the sweep was continued.
+
+    Args:
+        known: choices that were made before.
+    """
+
+    def __init__(self, config: SweepConfig, known: list[Choice]) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise UserError('sampler optuna needs Optuna: pip install -e ".[sweep]"') from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.config, self.known = config, known
+        sampler = optuna.samplers.TPESampler(seed=config.sampler_seed + len(known))
+        self.study = optuna.create_study(direction="maximize" if config.maximize else "minimize", sampler=sampler)
+        self._optuna, self._trials = optuna, dict[int, Any]()
+
+    def choose(self, number: int) -> Choice | None:
+        if number >= self.config.trials:
+            return None
+        if number < len(self.known):
+            self.study.enqueue_trial(_as_params(self.known[number], self.config.space))
+        trial = self._trials[number] = self.study.ask()
+        found: Choice = {}
+        for name, values in self.config.space.items():
+            if isinstance(values, list):
+                words = [word_of(value) for value in values]
+                found[name] = values[words.index(trial.suggest_categorical(name, words))]
+            elif isinstance(values["min"], int) and isinstance(values["max"], int):
+                found[name] = trial.suggest_int(name, values["min"], values["max"], log=values.get("log", False))
+            else:
+                value = trial.suggest_float(name, values["min"], values["max"], log=values.get("log", False))
+                found[name] = min(max(_short(value), values["min"]), values["max"])
+        return self.known[number] if number < len(self.known) else found
+
+    def tell(self, number: int, value: float | None, pruned: tuple[int, float] | None = None) -> None:
+        state, trial = self._optuna.trial.TrialState, self._trials[number]
+        if value is None and pruned is not None:
+            trial.report(pruned[1], pruned[0])
+            self.study.tell(trial, state=state.PRUNED)
+        else:
+            self.study.tell(trial, value, state=state.FAIL if value is None else None)
+
+
+def _as_params(choice: Choice, space: dict[str, Any]) -> dict[str, Any]:
+    return {name: word_of(value) if isinstance(space[name], list) else value for name, value in choice.items()}
+
+
+def make_sampler(config: SweepConfig, known: list[Choice]) -> Sampler:
+    """Return the sampler of a sweep; `known` are the choices that it made before it was interrupted."""
+    return Tpe(config, known) if config.sampler == "optuna" else Listed(config)
+
+
+def check_settings(config: SweepConfig, choices: list[Choice]) -> RunConfig:
+    """Build the settings of all choices, before anything runs; return those of the first.
+
+    A setting that is unknown or out of range is printed, with the nearest known one, and ends the process with status 2.
+
+    Raises:
+        UserError: runs would not measure what is compared.
+    """
+    from litmini.cli import parse
+
+    kind = config_class(config.script)  # from here on, errors are those of the runs' own command lines
+    first: RunConfig | None = None
+    for choice in choices:
+        built = parse(
+            kind, None, argv=command_words(config, choice, config.seeds[0] if config.seeds else None, config.out_dir)
+        )
+        first = first or built
+    assert first is not None
+    validated = isinstance(first, PretrainConfig) or first.data.val_path or first.data.val_fraction  # type: ignore[attr-defined]
+    if config.metric == "val_loss" and not validated:
+        raise UserError(
+            "runs without validation data have no val_loss to compare: --set '{data.val_fraction: 0.05}', or another --metric."
+        )
+    if config.seeds and not isinstance(first, PretrainConfig) and first.data.val_fraction:  # type: ignore[attr-defined]
+        print(
+            "warning: with data.val_fraction, each seed validates on other examples: compare seeds with data.val_path."
+        )
+    if config.prune and not first.train.eval_every:
+        raise UserError(
+            "prune compares validation losses during training: --set '{train.eval_every: 20}', for example."
+        )
+    return first
+
+
+def corners(config: SweepConfig) -> list[Choice]:
+    """Return choices that have every value of a list, and both ends of every range, at least once."""
+    if config.sampler == "grid":
+        return Listed(config).choices
+    ends = {
+        name: values if isinstance(values, list) else [values["min"], values["max"]]
+        for name, values in config.space.items()
+    }
+    return [
+        {name: values[min(i, len(values) - 1)] for name, values in ends.items()}
+        for i in range(max(map(len, ends.values())))
+    ]
