@@ -129,6 +129,7 @@ STYLES = {
     "qwen2 deepseek-r1": (R1, "{{ bos_token }}" + TAGS, "", True, True),
     "qwen3": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
     "qwen3_5": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
+    "qwen3_5_moe": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
     "qwen3_moe": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
     "smollm3": ({"bos_token": None, "eos_token": "<|im_end|>"}, CHATML, "<|im_start|> <|end_of_text|>", False, False),
 }

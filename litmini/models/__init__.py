@@ -49,6 +49,7 @@ FAMILIES = {
     "phi3": "litmini.models.phi3",
     "qwen2": "litmini.models.qwen2",
     "qwen3": "litmini.models.qwen3",
+    "qwen3_5_moe_text": "litmini.models.qwen3_5_moe",
     "qwen3_5_text": "litmini.models.qwen3_5",
     "qwen3_moe": "litmini.models.qwen3_moe",
     "smollm3": "litmini.models.smollm3",

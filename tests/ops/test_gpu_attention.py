@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import varlen_kernel
-from numerics import assert_as_accurate, assert_close, assert_gradients_close
+from numerics import ULPS, assert_as_accurate, assert_close, assert_gradients_close
 from packed_batch import packed_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,7 +72,8 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
     loss, gradients = loss_and_gradients(model, with_kernel(data, "varlen"))
     expected, expected_gradients = loss_and_gradients(model, data)
     assert_close(loss, expected)
-    assert_gradients_close(gradients, expected_gradients)
+    amplified = 4 if attention_layers(model) < model.config.n_layers else 1  # rounding, by recurrent layers
+    assert_gradients_close(gradients, expected_gradients, amplified * ULPS)
 
 
 def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
