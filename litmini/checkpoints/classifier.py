@@ -18,7 +18,7 @@ from litmini.tokenizer import Tokenizer
 
 SCORED = ("gemma3", "qwen3_5")
 """Multimodal checkpoints of which transformers has a `...ForSequenceClassification`."""
-UNSCORED = ("qwen3_5_moe_text",)
+UNSCORED = ("granitemoehybrid", "mamba2", "qwen3_5_moe_text")
 """Families of which it has none."""
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from litmini.models.hf_config import Table, read_fields, read_rope, read_value, refuse, write_fields, write_rope
 from litmini.ops.attention import Mask, advance, attend, document_ids, make_mask
 from litmini.ops.cross_entropy import linear_cross_entropy
-from litmini.ops.experts import Groups, balance_loss, group_experts
+from litmini.ops.experts import Groups, aligned, balance_loss, group_experts
 from litmini.ops.initialize import initialize
 from litmini.ops.linear_attention import Runs, causal_conv, gated_delta_rule, make_runs
 from litmini.ops.norms import rms_norm, rms_norm_llama, swiglu
@@ -435,7 +435,7 @@ def expert_groups(config: Config) -> Groups:
 def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield Hugging Face's tensors as the model has them: grouped experts, whether files hold them so or one by one."""
     stacks = tuple(f".experts.{name}" for name in expert_groups(config))
-    named = ((f"{name}.weight" if name.endswith(stacks) else name, tensor) for name, tensor in tensors)
+    named = ((f"{name}.weight", aligned(t)) if name.endswith(stacks) else (name, t) for name, t in tensors)
     return group_experts(named, "mlp.experts", expert_groups(config), config.n_experts)
 
 

@@ -143,7 +143,7 @@ def is_right(path: tuple[Any, ...], value: Any, raw: dict[str, Any]) -> bool:
             and value == {"rope_type": at(raw, ("rope_parameters", "full_attention", "rope_type"))}
         )
         or (key == "attn_config" and isinstance(value, dict))
-        or (kind in ("gpt2", "mpt") and key in ("rope_scaling", "attention_dropout"))
+        or (kind in ("gpt2", "mamba2", "mpt") and key in ("rope_scaling", "attention_dropout"))
         or (key in ("sliding_window", "max_window_layers") and not raw.get("use_sliding_window") and type(value) is int)
         or (key == "use_sliding_window" and value is True and raw.get("sliding_window") is None)
         or (kind == "phi3" and key == "original_max_position_embeddings" and type(value) is int)

@@ -70,6 +70,8 @@ class TestQwen35Moe(ExpertFamilyTests):
         "Qwen/Qwen3.5-397B-A17B": 396_346_350_336,
     }
 
+    amplified = 4.0
+
     @pytest.fixture
     def directory(self, tmp_path, tokenizer_dir):
         """Write a reference model as the published ones are, with stacked experts."""

@@ -64,15 +64,16 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
     varlen_kernel.calls.clear()
     with torch.no_grad(), record_kernels() as kernels:
         ours = model.eval()(**with_kernel({**data, "labels": None}, None))
-    assert kernels == {"varlen"} and len(varlen_kernel.calls) == attention_layers(model)
-    assert {call["documents"] for call in varlen_kernel.calls} == {13}
+    layers = attention_layers(model)
+    assert kernels == ({"varlen"} if layers else set()) and len(varlen_kernel.calls) == layers
+    assert {call["documents"] for call in varlen_kernel.calls} <= {13}
     with torch.no_grad():
         theirs = model(**{**data, "labels": None})
     assert_close(ours[real], theirs[real])
     loss, gradients = loss_and_gradients(model, with_kernel(data, "varlen"))
     expected, expected_gradients = loss_and_gradients(model, data)
     assert_close(loss, expected)
-    amplified = 4 if attention_layers(model) < model.config.n_layers else 1  # rounding, by recurrent layers
+    amplified = 4 if layers < model.config.n_layers else 1  # rounding, by recurrent layers
     assert_gradients_close(gradients, expected_gradients, amplified * ULPS)
 
 
