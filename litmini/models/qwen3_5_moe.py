@@ -435,7 +435,9 @@ def expert_groups(config: Config) -> Groups:
 def from_hf(tensors: Iterable[tuple[str, Tensor]], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield Hugging Face's tensors as the model has them: grouped experts, whether files hold them so or one by one."""
     stacks = tuple(f".experts.{name}" for name in expert_groups(config))
-    named = ((f"{name}.weight", aligned(t)) if name.endswith(stacks) else (name, t) for name, t in tensors)
+    rounded = (*stacks, ".shared_expert_gate.weight")  # by their address
+    at = ((name, aligned(tensor) if name.endswith(rounded) else tensor) for name, tensor in tensors)
+    named = ((f"{name}.weight" if name.endswith(stacks) else name, tensor) for name, tensor in at)
     return group_experts(named, "mlp.experts", expert_groups(config), config.n_experts)
 
 

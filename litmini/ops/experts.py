@@ -36,7 +36,8 @@ def balance_loss(routing: list[Tensor], n_active: int, real: Tensor) -> Tensor:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return grouped experts at an address that no file decides: on a CPU, grouped matmuls round by the address."""
+    """Return a weight at an address that no file decides: on a CPU, matmuls of grouped experts, or of a single row, round by
+    the address."""
     return tensor if tensor.is_meta or tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 

@@ -264,6 +264,19 @@ def test_what_is_trained_has_the_layout_of_its_base(base, tmp_path):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_logits_do_not_depend_on_where_a_file_has_its_tensors(single, tmp_path):
+    """safetensors files hold them at any multiple of 8 bytes."""
+    source, _ = single
+    convert(source, tmp_path / "base")
+    tensors, tokens = load_file(tmp_path / "base/model.safetensors"), batch()[0]
+    found = []
+    for size in range(8):  # so that the header has other lengths
+        save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt", "note": "x" * 8 * size})
+        with torch.no_grad():
+            found.append(load_model(tmp_path / "base", torch.float32)(tokens))
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
 def test_all_linear_covers_the_shared_expert_and_says_what_is_left_out():
     model = qwen3_5_moe.Model(qwen3_5_moe.PRESETS["tiny"])
     names = add_adapters(model, LoraConfig(rank=2, targets=["all-linear"]))
