@@ -18,7 +18,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import Float64, assert_as_accurate, assert_close, assert_gradients_as_accurate, assert_gradients_close
+from numerics import (
+    ULPS,
+    Float64,
+    assert_as_accurate,
+    assert_close,
+    assert_gradients_as_accurate,
+    assert_gradients_close,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -235,6 +242,9 @@ class FamilyTests:
 class ExpertFamilyTests(FamilyTests):
     """What families with experts must show as well; their `Router` has `n_active`."""
 
+    amplified: ClassVar[float] = 1.0
+    """By how much recurrent layers amplify the rounding of gradients."""
+
     def test_positions_far_away_in_bf16(self, case, directory):
         """With every expert active: else a rounding may send a token elsewhere, and the two are far apart."""
 
@@ -260,7 +270,7 @@ class ExpertFamilyTests(FamilyTests):
         loss_sum, n_targets = model(tokens, documents=mask, labels=labels)
         assert_close(loss_sum / n_targets, loss)
         (loss_sum / n_targets).backward()
-        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs))
+        assert_gradients_close(self.our_gradients(model), self.their_gradients(theirs), self.amplified * ULPS)
         with torch.no_grad():  # evaluation is cross entropy alone
             alone, _ = model.eval()(tokens, documents=mask, labels=labels)
         assert_close(alone / n_targets, cross_entropy.detach())

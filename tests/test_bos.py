@@ -67,6 +67,11 @@ PHI3 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
+GRANITE = (
+    "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+
 END = "<|endoftext|>"
 NO_BOS = {"bos_token": END, "eos_token": END}
 S = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
@@ -101,6 +106,13 @@ STYLES = {
         False,
         False,
     ),
+    "granite_hybrid": (
+        {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>", "tokenizer_class": "GPT2Tokenizer"},
+        GRANITE,
+        "<|start_of_role|> <|end_of_role|>",
+        False,
+        False,
+    ),
     "llama 2": ({**S, "tokenizer_class": "LlamaTokenizer"}, INST, "", True, True),
     "llama 3": (
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
@@ -112,6 +124,13 @@ STYLES = {
     "llama mistral": ({**S, "tokenizer_class": "LlamaTokenizer"}, MISTRAL, "", True, True),
     "llama tinyllama": ({**S, "tokenizer_class": "LlamaTokenizer"}, TAGS, "", False, True),
     "llama smollm2": ({**NO_BOS, "eos_token": "<|im_end|>"}, CHATML, "<|im_start|> <|im_end|>", False, False),
+    "mamba2": (
+        {**NO_BOS, "tokenizer_class": "GPTNeoXTokenizer", "add_bos_token": False},
+        None,
+        "",
+        False,
+        False,
+    ),
     "ministral3": ({"bos_token": "<s>", "eos_token": "</s>"}, TEKKEN, "[INST] [/INST]", True, True),
     "mixtral": ({**S, "tokenizer_class": "LlamaTokenizer"}, MISTRAL, "", True, True),
     "mpt chat": ({**NO_BOS, "tokenizer_class": "GPTNeoXTokenizer"}, CHATML, "<|im_start|> <|im_end|>", False, False),
@@ -129,6 +148,7 @@ STYLES = {
     "qwen2 deepseek-r1": (R1, "{{ bos_token }}" + TAGS, "", True, True),
     "qwen3": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
     "qwen3_5": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
+    "qwen3_5_moe": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
     "qwen3_moe": (QWEN, CHATML, f"<|im_start|> {END}", False, False),
     "smollm3": ({"bos_token": None, "eos_token": "<|im_end|>"}, CHATML, "<|im_start|> <|end_of_text|>", False, False),
 }

@@ -9,12 +9,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from litmini.checkpoints.adapter import Adapter
-from litmini.checkpoints.config import read_config
+from litmini.checkpoints.config import is_multimodal, read_config
 from litmini.checkpoints.scores import give_scores_of_adapter
 from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.methods.heads import head_name
 from litmini.tokenizer import Tokenizer
+
+SCORED = ("gemma3", "qwen3_5")
+"""Multimodal checkpoints of which transformers has a `...ForSequenceClassification`."""
+UNSCORED = ("granitemoehybrid", "mamba2", "qwen3_5_moe_text")
+"""Families of which it has none."""
+
+
+def check_scored(directory: Path) -> None:
+    """Check that transformers could load the classifier, or the reward model, that a checkpoint becomes.
+
+    Raises:
+        UserError: it could not.
+    """
+    raw = read_json(directory / "config.json")
+    kind, what, expected = str(raw.get("model_type")), "model", "one of another family"
+    refused = kind in UNSCORED
+    if is_multimodal(raw):
+        what, expected = "multimodal model", f"a text model, or one of: {', '.join(SCORED)}"
+        refused = kind not in SCORED
+    if refused:
+        raise UserError(
+            f"{directory} is a {what} of model_type '{kind}', of which transformers has no sequence classifier, so the result "
+            f"could not be loaded; expected {expected}."
+        )
 
 
 def label_names(directory: str | Path, count: int) -> tuple[list[str], str | None]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards, weight_map
 from litmini.errors import UserError
-from litmini.files import read_json
 from litmini.methods.base_layer import PREFIX, ModulesToSaveLayer
 from litmini.models import FAMILIES, family
 from litmini.models.hf_config import towers_of
@@ -44,8 +43,6 @@ IN_TEXT = {"vocab_size": True, "pad_token_id": True, "tie_word_embeddings": Fals
 """Settings of the text part that a result changes -> whether transformers reads them in `text_config` only."""
 NOT_CAUSAL = {"paligemma": "attends to its prompt in both directions"}
 """Wrappers whose language model computes something else than its family does alone."""
-SCORED = ("gemma3", "qwen3_5")
-"""Wrappers of which transformers has a `...ForSequenceClassification`."""
 
 
 class TextPart(ModuleType):
@@ -238,17 +235,3 @@ def to_own_names(adapter: Any, in_model: str) -> None:
             pairs = ((in_model, BODY), (body, BODY), (head, HEAD))
             owns = [new + f"{name}.".removeprefix(old) for old, new in pairs if f"{name}.".startswith(old)]
             tensors[owns[0][:-1] if owns else name] = tensors.pop(name)
-
-
-def check_scored(directory: Path) -> None:
-    """Check that transformers could load the classifier that a multimodal checkpoint becomes.
-
-    Raises:
-        UserError: it could not.
-    """
-    kind = str(read_json(directory / "config.json").get("model_type"))
-    if kind not in SCORED:
-        raise UserError(
-            f"{directory} is a multimodal model of model_type '{kind}', of which transformers has no sequence classifier, so "
-            f"the result could not be loaded; expected a text model, or one of: {', '.join(SCORED)}."
-        )

@@ -43,7 +43,11 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
     if layer is not None and config.init != "zero":
         raise UserError(f"lora.init {config.init} goes with plain LoRA only.")
     existing = linears(model)
-    inner = {name for name in existing if "." in name}  # a linear that hangs on the model itself is its head
+    without = getattr(model, "unadapted", ())
+    if refused := sorted({*without} & {*config.targets}):
+        raise UserError(f"lora.targets {', '.join(refused)}: PEFT has no LoRA there in this family; leave it out.")
+    # a linear that hangs on the model itself is its head
+    inner = {name for name in existing if "." in name and module_name(name) not in without}
     existing |= grouped_experts(model)
     names = _targets(existing, inner, config.targets)
     ranks, alphas = _ranks_and_alphas(names, existing, config)
@@ -59,13 +63,20 @@ def add_adapters(model: nn.Module, config: LoraConfig, layer: Callable[..., nn.M
 
 
 def experts_left_out(model: nn.Module) -> str:
-    """Return how many parameters of experts no adapter of `model` covers, as a sentence; empty: all are, or it has none."""
-    experts = {name: one for name, one in grouped_experts(model).items() if not name.endswith(".base")}
-    if not experts or not adapters(model):
+    """Return how many parameters of experts no adapter of `model` covers, as a sentence; empty: all are, or it has none.
+
+    The same where a family has no LoRA over some linears.
+    """
+    if not adapters(model):
         return ""
-    names = ", ".join(sorted({module_name(name) for name in experts}))
-    number = sum(math.prod(shape(one)) for one in experts.values())
-    return f"no adapter covers the experts ({names}), {number:,} parameters: name them in lora.targets to adapt them"
+    experts = {name: one for name, one in grouped_experts(model).items() if not name.endswith(".base")}
+    bare = {name: one for name, one in linears(model).items() if module_name(name) in getattr(model, "unadapted", ())}
+    names = ", ".join(sorted({module_name(name) for name in bare or experts}))
+    number = sum(math.prod(shape(one)) for one in (bare or experts).values())
+    if bare:
+        return f"no adapter covers {names}, {number:,} parameters, as PEFT has none there"
+    text = f"no adapter covers the experts ({names}), {number:,} parameters: name them in lora.targets to adapt them"
+    return text if experts else ""
 
 
 def keep_casts(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

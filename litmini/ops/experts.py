@@ -35,6 +35,12 @@ def balance_loss(routing: list[Tensor], n_active: int, real: Tensor) -> Tensor:
     return len(tokens) * (tokens / rows * (probability / rows)).sum()
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a weight at an address that no file decides: on a CPU, matmuls of grouped experts, or of a single row, round by
+    the address."""
+    return tensor if tensor.is_meta or tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
 def group_experts(
     tensors: Iterable[tuple[str, Tensor]], module: str, groups: Groups, n_experts: int
 ) -> Iterator[tuple[str, Tensor]]:

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litmini.ops.attention import Documents, document_ids
+from litmini.ops.chunks import chunk_decays, split_chunks
+from litmini.ops.recurrent_kernels import delta_rule_kernel
 
 if TYPE_CHECKING:
     from litmini.ops.kv_cache import KVCache
-
-CHUNK = 64
-"""Tokens that are computed together, by matmuls; from chunk to chunk goes a state."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Runs:
     """(B, T) int64; below 0: padding."""
     ids: Tensor | None = None
     """(B, T) int64, one id per document, whose tokens are contiguous; None: one document per sequence."""
+    bounds: Tensor | None = None
+    """(n + 1,) int64: the first of the B * T tokens of each document, then B * T; None where the host does not know them."""
     padded: bool = False
     """With a cache: some of the tokens may be padding, which stands on the left."""
 
@@ -39,18 +40,22 @@ def make_runs(positions: Tensor, documents: Tensor | Documents | None, cache: KV
     if cache is not None:
         return Runs(positions, padded=cache.static or cache.ragged)
     if documents is not None:
-        return Runs(positions, document_ids(documents))
+        bounds = documents.bounds.long() if isinstance(documents, Documents) else None
+        return Runs(positions, document_ids(documents), bounds)
     padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # CPU-GPU sync point, not in training
     return Runs(positions, (positions >= 0).long() if padded else None)
 
 
-def causal_conv(x: Tensor, weight: Tensor, runs: Runs, tail: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def causal_conv(
+    x: Tensor, weight: Tensor, runs: Runs, tail: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return the causal depthwise convolution of x over the tokens of each document, (B, T, C) in x's dtype.
 
     Args:
         x: (B, T, C).
         weight: (C, 1, K); its last column is that of the token itself.
         tail: (B, K - 1, C), the inputs before x, with a cache.
+        bias: (C,), added to the convolution.
 
     Returns:
         The convolution, computed in fp32; with a tail, the last K - 1 inputs.
@@ -58,18 +63,18 @@ def causal_conv(x: Tensor, weight: Tensor, runs: Runs, tail: Tensor | None = Non
     K = weight.shape[-1]
     weight = weight[:, 0].mT  # (K, C)
     if tail is None:
-        return _conv(F.pad(x, (0, 0, K - 1, 0)), weight, runs.ids), None
+        return _conv(F.pad(x, (0, 0, K - 1, 0)), weight, bias, runs.ids), None
     inputs = torch.cat((tail.to(x.dtype), x), 1)  # (B, K - 1 + T, C)
     if runs.padded:  # the tail moves to the first token
         n_padding = (runs.positions < 0).sum(1, keepdim=True)  # (B, 1)
         at = torch.arange(inputs.shape[1], device=x.device)
         at = torch.where(at < n_padding + K - 1, (at - n_padding).clamp(min=0), at)  # (B, K - 1 + T)
         inputs = inputs.gather(1, at[..., None].expand_as(inputs))
-    return _conv(inputs, weight, None), inputs[:, inputs.shape[1] - (K - 1) :]
+    return _conv(inputs, weight, bias, None), inputs[:, inputs.shape[1] - (K - 1) :]
 
 
-def _conv(inputs: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
-    y: Tensor = _Conv.apply(inputs, weight, ids)
+def _conv(inputs: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
+    y: Tensor = _Conv.apply(inputs, weight, bias, ids)
     return y
 
 
@@ -85,14 +90,19 @@ class _Conv(torch.autograd.Function):
     """Keeps its inputs only: autograd would keep one masked copy of them for each row of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight, ids)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         K = len(weight)
         T = inputs.shape[1] - K + 1
         y = inputs[:, K - 1 :].float() * weight[-1].float()
         for j, tap in enumerate(_taps(K, ids)[:-1]):
             term = inputs[:, j : j + T].float() * weight[j].float()
             y += term if tap is None else term * tap
+        if bias is not None:
+            y += bias.float()
         return y.to(inputs.dtype)
 
     @staticmethod
@@ -106,7 +116,8 @@ class _Conv(torch.autograd.Function):
             d_inputs[:, j : j + T] += own * weight[j].float()
             if ctx.needs_input_grad[1]:
                 d_weight.append((own * inputs[:, j : j + T].float()).sum((0, 1)))
-        return d_inputs.to(inputs.dtype), torch.stack(d_weight).to(weight.dtype) if d_weight else None, None
+        d_bias = grad.sum((0, 1)).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return d_inputs.to(inputs.dtype), torch.stack(d_weight).to(weight.dtype) if d_weight else None, d_bias, None
 
 
 def gated_delta_rule(
@@ -125,7 +136,8 @@ def gated_delta_rule(
         state: (B, n_v_heads, d_k, d_v) fp32, with a cache; None: 0.
 
     Returns:
-        (B, T, n_v_heads, d_v) in v's dtype, and the state after the last token.
+        (B, T, n_v_heads, d_v) in v's dtype, and the state after the last token; empty, where none came in and a kernel of
+        `recurrent_kernels.py` ran.
     """
     if torch.compiler.is_compiling():  # the loop over chunks would be unrolled
         from litmini.ops.uncompiled import call_uncompiled  # imports torch._dynamo
@@ -137,6 +149,8 @@ def gated_delta_rule(
 def _gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: Runs, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if state is None and (of_kernel := delta_rule_kernel(q, k, v, decay, beta, runs)) is not None:
+        return of_kernel, of_kernel.new_empty(0)
     B, _, n_v_heads, d_v = v.shape
     n_k_heads, d_k = k.shape[2:]
     groups = n_v_heads // n_k_heads
@@ -187,29 +201,8 @@ def _chunks(
         (B, T, n_k_heads, groups, d_v), and the state after the last token.
     """
     T = v.shape[1]
-    size = min(CHUNK, T)
-
-    def split(x: Tensor) -> Tensor:
-        """(B, T, n_k_heads, g, ...) -> (B, n_k_heads, g, n_chunks, size, ...); what is added at the end changes no state."""
-        x = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, -T % size)).unflatten(1, (-1, size))
-        return x.movedim((1, 2), (3, 4))
-
-    q, k, v, decay, beta = map(split, (q, k, v, decay, beta))
-    # decay since the chunk began, in two parts: the difference of large ones must be exact
-    exact = decay.double().cumsum(-1)  # (B, n_k_heads, groups, n_chunks, size)
-    total = exact.float()
-    rest = (exact - total).float().detach()
-    later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
-    from_state, last = total.exp(), total[..., -1].exp()
-    to_state = (total[..., -1:] - total + (rest[..., -1:] - rest)).exp()
-    if ids is not None:
-        ids = torch.cat((ids, ids[:, -1:].expand(-1, -T % size)), 1).unflatten(1, (-1, size))[:, None, None]
-        later = later | (ids[..., None] != ids[..., None, :])  # (B, 1, 1, n_chunks, size, size)
-        follows = ids == F.pad(ids[..., :-1, -1:], (0, 0, 1, 0), value=-1)  # the last token of the chunk before
-        from_state, to_state = from_state * follows, to_state * (ids == ids[..., -1:])
-        last = last * follows[..., -1]
-    pairs = total[..., None] - total[..., None, :] + (rest[..., None] - rest[..., None, :])  # (.., size, size)
-    pairs = pairs.masked_fill(later, float("-inf")).exp()
+    q, k, v, decay, beta = map(split_chunks, (q, k, v, decay, beta))
+    from_state, to_state, between, pairs = chunk_decays(decay, ids)
     system = k @ k.mT * beta[..., None] * pairs  # its diagonal counts as ones
     read = k * from_state[..., None]  # (B, n_k_heads, groups, n_chunks, size, d_k)
     rows = torch.cat((v, read), -1) * beta[..., None]
@@ -220,6 +213,6 @@ def _chunks(
     for i in range(v.shape[3]):
         delta = new[..., i, :, :] - read[..., i, :, :] @ state  # (B, n_k_heads, groups, size, d_v)
         outputs.append(q[..., i, :, :] @ state + within[..., i, :, :] @ delta)
-        state = state * last[..., i, None, None] + k[..., i, :, :].mT @ delta
+        state = state * between[..., i, None, None] + k[..., i, :, :].mT @ delta
     y = torch.stack(outputs, 1).movedim(4, 2)  # (B, n_chunks, size, n_k_heads, groups, d_v)
     return y.flatten(1, 2)[:, :T], state

@@ -40,8 +40,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
-    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if cast else None
+    device = "cpu" if x.is_meta else x.device.type
+    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else None
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps, round_first, dtype)  # type: ignore[no-any-return]
     return _rms_norm(x, weight, eps, round_first, dtype)[0]

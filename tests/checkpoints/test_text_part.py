@@ -13,6 +13,7 @@ import transformers
 from numerics import assert_close
 from safetensors.torch import load_file, save_file
 
+from litmini.checkpoints.classifier import check_scored
 from litmini.checkpoints.config import empty_model
 from litmini.checkpoints.export import export
 from litmini.checkpoints.extend import extend_vocabulary
@@ -20,7 +21,6 @@ from litmini.checkpoints.hf import load_model, save_trained
 from litmini.checkpoints.load import load
 from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.checkpoints.safetensors_io import read_tensors, shards
-from litmini.checkpoints.text_part import check_scored
 from litmini.config.finetune import Ia3Config, LoraConfig
 from litmini.errors import UserError
 from litmini.evaluation.verify import check_bits

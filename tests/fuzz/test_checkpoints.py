@@ -143,13 +143,13 @@ def is_right(path: tuple[Any, ...], value: Any, raw: dict[str, Any]) -> bool:
             and value == {"rope_type": at(raw, ("rope_parameters", "full_attention", "rope_type"))}
         )
         or (key == "attn_config" and isinstance(value, dict))
-        or (kind in ("gpt2", "mpt") and key in ("rope_scaling", "attention_dropout"))
+        or (kind in ("gpt2", "mamba2", "mpt") and key in ("rope_scaling", "attention_dropout"))
         or (key in ("sliding_window", "max_window_layers") and not raw.get("use_sliding_window") and type(value) is int)
         or (key == "use_sliding_window" and value is True and raw.get("sliding_window") is None)
         or (kind == "phi3" and key == "original_max_position_embeddings" and type(value) is int)
         or (kind == "phi3" and (value == "yarn" or path[-2:] == ("rope_parameters", "type")))  # longrope's first names
         or (kind == "gemma3_text" and key == "sliding_window_pattern" and type(value) is int)  # layer_types says it
-        or (kind == "qwen3_5_text" and key == "full_attention_interval" and type(value) is int)  # so does it here
+        or (kind.startswith("qwen3_5") and key == "full_attention_interval" and type(value) is int)  # so does it here
         or (kind == "gemma3_text" and key == "factor" and value == 1)
         or (key == "layer_types" and len(set(map(str, value))) == 1)
         or (key in ("alibi", "no_bias", "parallel_attn", "attention_bias") and truth)

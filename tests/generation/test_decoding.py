@@ -66,7 +66,8 @@ def test_requests_are_completed_as_on_a_cpu(model, monkeypatch, request):
         key for key in SETTINGS if not same(together[key], expected[key]) or not same(coming[key], expected[key])
     ]
     assert not different
-    assert "varlen" in kernels or name.rpartition(".")[2] in FLEX or model.config.window
+    has_states_only = name.rpartition(".")[2] == "mamba2"
+    assert "varlen" in kernels or has_states_only or name.rpartition(".")[2] in FLEX or model.config.window
     assert bool(cuda_graph.graphs) == (name not in HOST_TENSORS)
     assert max((graph.replays for graph in cuda_graph.graphs), default=8) >= 8
 

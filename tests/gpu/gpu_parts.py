@@ -24,6 +24,7 @@ from litmini.training.setup import on_device
 ON = os.environ["LITMINI_GPU_TESTS_ON"]  # set in tests/conftest.py: cuda, cpu, or a few tests on the CPU
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
 FLEX = ("gemma2", "gpt_oss", "mpt")  # softcap, sinks, ALiBi
+STATES_ONLY = ("mamba2",)  # no attention, so no kernel of it
 REPEATED = 0.0 if ON != "cuda" else 1e-2
 """Relative difference of the same training, twice: FlashAttention's backward pass sums in any order on a GPU."""
 NAMES = ["llama", "gemma2", "mixtral"] if ON == "short" else list(MODULES)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import varlen_kernel
-from numerics import assert_as_accurate, assert_close, assert_gradients_close
+from numerics import ULPS, assert_as_accurate, assert_close, assert_gradients_close
 from packed_batch import packed_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
 from litmini.models import FAMILIES, family
-from litmini.ops import linear_attention, varlen
+from litmini.ops import chunks, varlen
 from litmini.ops.attention import Documents, record_kernels
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
@@ -64,15 +64,17 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
     varlen_kernel.calls.clear()
     with torch.no_grad(), record_kernels() as kernels:
         ours = model.eval()(**with_kernel({**data, "labels": None}, None))
-    assert kernels == {"varlen"} and len(varlen_kernel.calls) == attention_layers(model)
-    assert {call["documents"] for call in varlen_kernel.calls} == {13}
+    layers = attention_layers(model)
+    assert kernels == ({"varlen"} if layers else set()) and len(varlen_kernel.calls) == layers
+    assert {call["documents"] for call in varlen_kernel.calls} <= {13}
     with torch.no_grad():
         theirs = model(**{**data, "labels": None})
     assert_close(ours[real], theirs[real])
     loss, gradients = loss_and_gradients(model, with_kernel(data, "varlen"))
     expected, expected_gradients = loss_and_gradients(model, data)
     assert_close(loss, expected)
-    assert_gradients_close(gradients, expected_gradients)
+    amplified = 4 if layers < model.config.n_layers else 1  # rounding, by recurrent layers
+    assert_gradients_close(gradients, expected_gradients, amplified * ULPS)
 
 
 def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
@@ -155,7 +157,7 @@ SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.masked_s
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in FLEX])
 def test_a_training_step_makes_no_mask_and_waits_for_nothing(name, monkeypatch):
     """Of what runs for a batch with its bounds known, nothing reads a value on the host, and nothing has T x T values."""
-    monkeypatch.setattr(linear_attention, "CHUNK", 16)  # of fewer tokens than the batch has
+    monkeypatch.setattr(chunks, "CHUNK", 16)  # of fewer tokens than the batch has
     model, data = tiny(name, torch.bfloat16), with_kernel(batch(), "varlen")
     with Operators() as seen:
         model(**{**data, "labels": None}).sum().backward()

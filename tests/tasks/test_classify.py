@@ -13,16 +13,20 @@ import peft
 import pytest
 import torch
 import transformers
+from lightning_fabric import Fabric
 from numerics import assert_close, assert_gradients_close, difference, ulps
 from safetensors.torch import load_file
 from script_runs import run_script
 from tiny import make_family
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from two import command, run_two, values
 
+from litmini.checkpoints.classifier import UNSCORED
 from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import load_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
 from litmini.config.finetune import LoraConfig
+from litmini.config.preference import FinetuneRewardConfig, RewardDataConfig
 from litmini.data.labelled import load_labelled
 from litmini.data.packing import PackedDataset
 from litmini.errors import UserError
@@ -30,6 +34,7 @@ from litmini.methods.adapters import add_adapters
 from litmini.methods.heads import use_scores
 from litmini.models import FAMILIES
 from litmini.ops.cross_entropy import IGNORE
+from litmini.tasks import classify, reward
 from litmini.tasks.classify import Classification, save_classifier, with_score
 from litmini.tokenizer import Tokenizer
 from litmini.training.setup import on_device
@@ -260,6 +265,13 @@ def test_every_family_gives_the_scores_of_transformers(model_type, tokenizer_dir
     if model_type in ("mistral", "olmo3"):
         pytest.skip("no tiny preset of its own: the same file as another")
     base = make_family(model_type, tmp_path / "base", tokenizer_dir)
+    assert (model_type in UNSCORED) == (model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    if model_type in UNSCORED:
+        pairs: Any = FinetuneRewardConfig(checkpoint_dir=str(base), out_dir="x", data=RewardDataConfig("x"))
+        for prepare, config in ((classify.prepare_data, settings_of(base)), (reward.prepare_data, pairs)):
+            with pytest.raises(UserError, match=f"'{model_type}', of which transformers has no sequence classifier"):
+                prepare(Fabric(accelerator="cpu", devices=1), config)
+        return
     model, given = load_model(base, torch.float32), padded()
     use_scores(model, 3)
     moved(model)

@@ -96,7 +96,8 @@ def theirs(name: str, method: str, documents: int) -> int:
         transformers.AutoConfig.for_model(**config), dtype=torch.float32 if full else torch.bfloat16
     ).train()
     if not full:
-        options = {"r": RANK, "target_modules": "all-linear", "use_dora": method == "dora", "task_type": "CAUSAL_LM"}
+        targets = ["in_proj"] if name == "mamba2" else "all-linear"  # where PEFT refuses out_proj
+        options = {"r": RANK, "target_modules": targets, "use_dora": method == "dora", "task_type": "CAUSAL_LM"}
         model = peft.get_peft_model(model, peft.LoraConfig(**options))
     tokens = torch.arange(documents * 32).view(documents, 32) % config["vocab_size"]
     with torch.autocast("cpu", torch.bfloat16, enabled=full):
