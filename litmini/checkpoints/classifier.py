@@ -9,12 +9,33 @@ from typing import Any
 from torch import Tensor, nn
 
 from litmini.checkpoints.adapter import Adapter
-from litmini.checkpoints.config import read_config
+from litmini.checkpoints.config import is_multimodal, read_config
 from litmini.checkpoints.scores import give_scores_of_adapter
 from litmini.errors import UserError
 from litmini.files import read_json
 from litmini.methods.heads import head_name
 from litmini.tokenizer import Tokenizer
+
+SCORED = ("gemma3", "qwen3_5")
+"""Multimodal models of which transformers has a `...ForSequenceClassification`."""
+UNSCORED = ("gemma4_text",)
+"""Text models of which it has none."""
+
+
+def check_scored(directory: Path) -> None:
+    """Check that transformers could load the classifier that a checkpoint becomes.
+
+    Raises:
+        UserError: it could not.
+    """
+    raw = read_json(directory / "config.json")
+    kind, wrapped = str(raw.get("model_type")), is_multimodal(raw)
+    if (wrapped and kind not in SCORED) or kind in UNSCORED:
+        raise UserError(
+            f"{directory} is a {'multimodal' if wrapped else 'text'} model of model_type '{kind}', of which transformers has "
+            f"no sequence classifier, so the result could not be loaded; expected a text model that is none of: "
+            f"{', '.join(UNSCORED)}; or one of: {', '.join(SCORED)}."
+        )
 
 
 def label_names(directory: str | Path, count: int) -> tuple[list[str], str | None]:

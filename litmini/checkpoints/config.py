@@ -52,16 +52,16 @@ def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None 
     try:
         if not is_multimodal(raw):
             module = family(str(raw.get("model_type", "")))
-            config = module.config_from_hf(raw)
-            if not hasattr(module, "CARRIED"):
-                return module, config
+            if not hasattr(module, "carried"):
+                return module, module.config_from_hf(raw)
             from litmini.checkpoints.text_part import CarriedParts
 
-            return CarriedParts(module), config
+            carrying = CarriedParts(module)
+            return carrying, carrying.read_config(raw)
         from litmini.checkpoints.text_part import open_text_part
 
         part, text = open_text_part(raw, file, names)
-        return part, part.config_from_hf(text)
+        return part, part.read_config(text)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}.") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:

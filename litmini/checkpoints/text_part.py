@@ -14,7 +14,6 @@ from torch import Tensor
 
 from litmini.checkpoints.safetensors_io import read_empty, read_tensors, shards, weight_map
 from litmini.errors import UserError
-from litmini.files import read_json
 from litmini.methods.base_layer import PREFIX, ModulesToSaveLayer
 from litmini.models import FAMILIES, family
 from litmini.models.hf_config import towers_of
@@ -44,8 +43,6 @@ IN_TEXT = {"vocab_size": True, "pad_token_id": True, "tie_word_embeddings": Fals
 """Settings of the text part that a result changes -> whether transformers reads them in `text_config` only."""
 NOT_CAUSAL = {"paligemma": "attends to its prompt in both directions"}
 """Wrappers whose language model computes something else than its family does alone."""
-SCORED = ("gemma3", "qwen3_5")
-"""Wrappers of which transformers has a `...ForSequenceClassification`."""
 
 
 class TextPart(ModuleType):
@@ -54,13 +51,22 @@ class TextPart(ModuleType):
     def __init__(self, module: ModuleType, layout: Layout) -> None:
         super().__init__(module.__name__)
         self.module, self.layout = module, layout
+        self.carried: tuple[str, ...] = ()
+        """How the names of tensors of the family begin that it does not load, but carries through."""
+
+    def read_config(self, raw: dict[str, Any]) -> Any:
+        """Return the `Config` of a config.json of the family."""
+        config = self.module.config_from_hf(raw)
+        self.carried = self.module.carried(config) if hasattr(self.module, "carried") else ()
+        return config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
     def owns(self, name: str) -> bool:
         """Whether a tensor of the files belongs to the text part."""
-        return name.startswith(self.layout[:2]) or name.startswith("score.")
+        own = name.startswith(self.layout[:2]) or name.startswith("score.")
+        return own and not self._renamed(name, disk=False).startswith(self.carried)
 
     def from_hf(self, tensors: Tensors, config: Any) -> Tensors:
         """Convert the text part's tensors to the names and shapes of the family's model, and leave out all others."""
@@ -89,13 +95,13 @@ class TextPart(ModuleType):
 
 
 class CarriedParts(TextPart):
-    """A text model whose files have tensors beside it that its family does not load, and names in `CARRIED`."""
+    """A text model whose files may have tensors beside it that its family does not load, and names in `carried`."""
 
     def __init__(self, module: ModuleType) -> None:
         super().__init__(module, Layout(BODY, HEAD, BODY))
 
     def owns(self, name: str) -> bool:
-        return not name.startswith(self.module.CARRIED)
+        return not name.startswith(self.carried)
 
 
 def open_text_part(
@@ -238,17 +244,3 @@ def to_own_names(adapter: Any, in_model: str) -> None:
             pairs = ((in_model, BODY), (body, BODY), (head, HEAD))
             owns = [new + f"{name}.".removeprefix(old) for old, new in pairs if f"{name}.".startswith(old)]
             tensors[owns[0][:-1] if owns else name] = tensors.pop(name)
-
-
-def check_scored(directory: Path) -> None:
-    """Check that transformers could load the classifier that a multimodal checkpoint becomes.
-
-    Raises:
-        UserError: it could not.
-    """
-    kind = str(read_json(directory / "config.json").get("model_type"))
-    if kind not in SCORED:
-        raise UserError(
-            f"{directory} is a multimodal model of model_type '{kind}', of which transformers has no sequence classifier, so "
-            f"the result could not be loaded; expected a text model, or one of: {', '.join(SCORED)}."
-        )

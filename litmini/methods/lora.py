@@ -206,8 +206,8 @@ class LoRALinear(AdapterLayer):
 
 def _layer_and_weight(name: str) -> tuple[str, str]:
     """`model.layers.0` and `experts.down_proj` of `model.layers.0.mlp.experts.down_proj`."""
-    parts = name.split(".")
-    return ".".join(parts[:-3]), ".".join(parts[-2:])
+    layer = re.match(r"(.*\.\d+)?", name)
+    return layer[0] if layer else "", ".".join(name.split(".")[-2:])
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -35,6 +35,7 @@ FAMILIES = {
     "gemma": "litmini.models.gemma",
     "gemma2": "litmini.models.gemma2",
     "gemma3_text": "litmini.models.gemma3",
+    "gemma4_text": "litmini.models.gemma4",
     "gpt2": "litmini.models.gpt2",
     "gpt_neox": "litmini.models.gpt_neox",
     "gpt_oss": "litmini.models.gpt_oss",

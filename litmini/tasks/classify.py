@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litmini.checkpoints.classifier import classifier_config
-from litmini.checkpoints.config import changed_config, is_multimodal
+from litmini.checkpoints.classifier import check_scored, classifier_config
+from litmini.checkpoints.config import changed_config
 from litmini.checkpoints.hf import save_trained
 from litmini.checkpoints.peft import save_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
@@ -118,10 +118,7 @@ def prepare_data(fabric: Fabric, config: FinetuneClassifierConfig) -> Classifica
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, None)
-    if is_multimodal(read_json(Path(config.base) / "config.json")):
-        from litmini.checkpoints.text_part import check_scored
-
-        check_scored(Path(config.base))
+    check_scored(Path(config.base))
     train, val = load_labelled(config.data, tokenizer, config.seed, config.classes.problem_type)
     plain = {f.name: f.default for f in dataclasses.fields(LabelledDataConfig)}
     unused = ["train_on", "max_dropped"]

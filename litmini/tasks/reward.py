@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litmini.checkpoints.classifier import check_scored
 from litmini.config.preference import FinetuneRewardConfig, RewardConfig, RewardDataConfig
 from litmini.data.preferences import PreferenceSequences, load_preferences
 from litmini.tasks.plan import open_base, plan
@@ -76,6 +78,7 @@ def prepare_data(fabric: Fabric, config: FinetuneRewardConfig, began: datetime |
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
     tokenizer, base = open_base(fabric, config, began)
+    check_scored(Path(config.base))
     train, val, _ = load_preferences(config.data, tokenizer, config.seed, "scored")
     plain = {f.name: f.default for f in dataclasses.fields(RewardDataConfig)}
     ineffective = {"data.train_on": config.data.train_on != plain["train_on"]}

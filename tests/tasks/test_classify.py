@@ -19,6 +19,7 @@ from script_runs import run_script
 from tiny import make_family
 from two import command, run_two, values
 
+from litmini.checkpoints.classifier import UNSCORED, check_scored
 from litmini.checkpoints.hf import load_model
 from litmini.checkpoints.peft import load_adapter
 from litmini.config.classify import FinetuneClassifierConfig, LabelledDataConfig
@@ -260,6 +261,15 @@ def test_every_family_gives_the_scores_of_transformers(model_type, tokenizer_dir
     if model_type in ("mistral", "olmo3"):
         pytest.skip("no tiny preset of its own: the same file as another")
     base = make_family(model_type, tmp_path / "base", tokenizer_dir)
+    if model_type in UNSCORED:
+        with pytest.raises(
+            UserError, match=f"text model of model_type '{model_type}', of which transformers has no seq"
+        ):
+            check_scored(base)
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(base)
+        return
+    check_scored(base)
     model, given = load_model(base, torch.float32), padded()
     use_scores(model, 3)
     moved(model)
