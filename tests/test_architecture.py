@@ -208,7 +208,7 @@ SAME = {
     "rotary": ["mixtral", "falcon", "gemma", "gemma2", "qwen3_moe"],
     "rotary of a part": ["gpt_neox", "phi", "qwen3_5"],
     "rotary with yarn": ["ministral3", "qwen2", "qwen3", "smollm3"],
-    "RMSNorm": ["llama", "ministral3", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"],
+    "RMSNorm": ["deepseek_v3", "llama", "ministral3", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"],
     "RMSNorm in fp32": ["gemma4", "gpt_oss"],
     "RMSNorm of 1 + weight": ["gemma", "gemma2", "gemma3", "qwen3_5"],
     "MLP": ["ministral3", "qwen2", "qwen3", "olmo2", "smollm3", "qwen3_5"],
@@ -217,8 +217,8 @@ SAME = {
     "Block": ["llama", "gemma", "phi3", "qwen2", "qwen3"],
     "Block of experts": ["gpt_oss", "qwen3_moe"],
     "Block with four norms": ["gemma2", "gemma3"],
-    "GroupedLinear": ["gemma4", "gpt_oss", "mixtral", "qwen3_moe"],
-    "Experts": ["mixtral", "qwen3_moe"],
+    "GroupedLinear": ["deepseek_v3", "gemma4", "gpt_oss", "mixtral", "qwen3_moe"],
+    "Experts": ["deepseek_v3", "mixtral", "qwen3_moe"],
     "SparseMoE": ["mixtral", "qwen3_moe"],
 }
 

@@ -87,6 +87,7 @@ R1 = {
 # Family and checkpoints -> tokenizer_config.json, chat template, further special tokens, and whether BOS is before a
 # conversation and before raw text
 STYLES = {
+    "deepseek_v3": (R1, "{{ bos_token }}" + TAGS, "", True, True),
     "falcon 7b": (NO_BOS, None, "", False, False),
     "gemma": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),
     "gemma2": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),

@@ -18,7 +18,7 @@ from litmini.tokenizer import Tokenizer
 
 SCORED = ("gemma3", "qwen3_5")
 """Multimodal models of which transformers has a `...ForSequenceClassification`."""
-UNSCORED = ("gemma4_text",)
+UNSCORED = ("gemma4_text", "glm4_moe_lite")
 """Text models of which it has none."""
 
 

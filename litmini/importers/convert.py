@@ -13,6 +13,7 @@ from torch import Tensor
 from litmini.checkpoints.config import (
     changed_config,
     disk_tensors,
+    dtype_of,
     model_tensors,
     parameter_names,
     parse_model,
@@ -103,7 +104,9 @@ def convert(
         inside = ((name, t) for name, t in model_tensors(module, config, tensors) if name in names)
         return disk_tensors(module, config, inside)
 
-    empty = [(name, like if dtype is None else like.to(dtype)) for name, like in to_disk(existing)]
+    empty = [
+        (name, like if dtype is None else like.to(dtype_of(module, name, dtype))) for name, like in to_disk(existing)
+    ]
     stream = to_disk(opened.read(False))
     final, present = dict(empty), {name: like.shape for name, like in existing}
     if all(present.get(name) == like.shape for name, like in empty):  # Hugging Face's layout already: keep its order

@@ -379,10 +379,10 @@ class LayerScalar(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.detach()
+        return x * self.weight
 
 
 class Block(nn.Module):
