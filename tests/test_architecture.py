@@ -195,6 +195,7 @@ SAME = {
         "gemma",
         "gemma2",
         "gemma3",
+        "gemma4",
         "gpt_oss",
         "granite_hybrid",
         "ministral3",
@@ -209,6 +210,7 @@ SAME = {
     "rotary of a part": ["gpt_neox", "phi", "qwen3_5", "qwen3_5_moe"],
     "rotary with yarn": ["ministral3", "qwen2", "qwen3", "smollm3"],
     "RMSNorm": [
+        "deepseek_v3",
         "llama",
         "granite_hybrid",
         "mamba2",
@@ -220,6 +222,7 @@ SAME = {
         "qwen3_moe",
         "smollm3",
     ],
+    "RMSNorm in fp32": ["gemma4", "gpt_oss"],
     "RMSNorm of 1 + weight": ["gemma", "gemma2", "gemma3", "qwen3_5", "qwen3_5_moe"],
     "MLP": ["ministral3", "qwen2", "qwen3", "olmo2", "smollm3", "qwen3_5"],
     "MLP with gelu": ["gemma", "gemma2", "gemma3"],
@@ -232,8 +235,8 @@ SAME = {
     "GatedRMSNorm": ["qwen3_5", "qwen3_5_moe"],
     "GatedRMSNorm of groups": ["granite_hybrid", "mamba2"],
     "Mamba2": ["granite_hybrid", "mamba2"],
-    "GroupedLinear": ["gpt_oss", "granite_hybrid", "mixtral", "qwen3_5_moe", "qwen3_moe"],
-    "Experts": ["granite_hybrid", "mixtral", "qwen3_5_moe", "qwen3_moe"],
+    "GroupedLinear": ["deepseek_v3", "gemma4", "gpt_oss", "granite_hybrid", "mixtral", "qwen3_5_moe", "qwen3_moe"],
+    "Experts": ["deepseek_v3", "granite_hybrid", "mixtral", "qwen3_5_moe", "qwen3_moe"],
     "SparseMoE": ["mixtral", "qwen3_moe"],
 }
 

@@ -62,6 +62,11 @@ TURNS = (
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+TURNS4 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<turn|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
@@ -87,10 +92,12 @@ R1 = {
 # Family and checkpoints -> tokenizer_config.json, chat template, further special tokens, and whether BOS is before a
 # conversation and before raw text
 STYLES = {
+    "deepseek_v3": (R1, "{{ bos_token }}" + TAGS, "", True, True),
     "falcon 7b": (NO_BOS, None, "", False, False),
     "gemma": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),
     "gemma2": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),
     "gemma3": (GEMMA, TURNS, "<start_of_turn> <end_of_turn>", True, True),
+    "gemma4": (GEMMA, TURNS4, "<|turn> <turn|>", True, True),
     "gpt2": ({"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "bos_token": END}, None, "", False, False),
     "gpt_oss": (
         {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},

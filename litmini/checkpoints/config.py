@@ -52,16 +52,16 @@ def parse_config(raw: dict[str, Any], file: Path, names: Collection[str] | None 
     try:
         if not is_multimodal(raw):
             module = family(str(raw.get("model_type", "")))
-            config = module.config_from_hf(raw)
-            if not hasattr(module, "CARRIED"):
-                return module, config
+            if not hasattr(module, "carried"):
+                return module, module.config_from_hf(raw)
             from litmini.checkpoints.text_part import CarriedParts
 
-            return CarriedParts(module), config
+            carrying = CarriedParts(module)
+            return carrying, carrying.read_config(raw)
         from litmini.checkpoints.text_part import open_text_part
 
         part, text = open_text_part(raw, file, names)
-        return part, part.config_from_hf(text)
+        return part, part.read_config(text)
     except KeyError as error:
         raise UserError(f"{file} lacks the key {error}.") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -75,6 +75,8 @@ def parse_model(raw: dict[str, Any], file: Path, names: Collection[str] | None =
         model = meta_model(module, config)
         if is_multimodal(raw):
             model.in_whole_model = module.layout.in_model  # adapters are found under other names there
+        if hasattr(module, "expert_groups"):  # which PEFT means by these names, even where others have them, too
+            model.expert_linears = {one for linears, _ in module.expert_groups(config).values() for one in linears}
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} describes an impossible model: {error}.") from None
     if "ForSequenceClassification" in str(raw.get("architectures")):
@@ -158,6 +160,11 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
 def model_tensors(module: ModuleType, config: Any, tensors: Tensors) -> Tensors:
     """Convert the tensors of a checkpoint's files to the names and shapes of the family's model."""
     return module.from_hf(tensors, config) if hasattr(module, "from_hf") else tensors
+
+
+def dtype_of(module: ModuleType, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a tensor in a model in `dtype`: fp32, if its family says so in `FP32`."""
+    return torch.float32 if name.endswith(getattr(module, "FP32", ())) else dtype
 
 
 def parts_beside(module: ModuleType, directory: Path) -> tuple[Tensors, Tensors] | None:

@@ -16,6 +16,7 @@ from litmini.checkpoints.classifier import put_scores_of_adapter, with_scores
 from litmini.checkpoints.config import (
     changed_config,
     disk_tensors,
+    dtype_of,
     empty_model,
     model_tensors,
     parameter_names,
@@ -101,7 +102,7 @@ def export(
         if (Path(adapter_dir) / "tokenizer.json").is_file():  # with the chat template of its training
             tokenizer = Tokenizer(adapter_dir)
     if dtype is not None:
-        empty = [(name, like.to(dtype)) for name, like in empty]
+        empty = [(name, like.to(dtype_of(module, name, dtype))) for name, like in empty]
     with write_atomically(target, new=True) as aside:
         beside = parts_beside(module, source)
         save_model(aside, raw, tensors, source, max_shard_bytes, empty=empty, beside=beside)

@@ -18,6 +18,7 @@ from litmini.checkpoints.config import (
     Tensors,
     changed_config,
     disk_tensors,
+    dtype_of,
     empty_model,
     model_tensors,
     parameter_names,
@@ -133,7 +134,8 @@ def load_model(
         if wrong := wrong_dtype(name, tensor):
             problems += wrong
         elif name in names and tensor.shape == shapes[name]:
-            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype))
+            own_dtype, trains = dtype_of(module, name, dtype), model.get_parameter(name).requires_grad
+            parameter = nn.Parameter(tensor.to(device=device, dtype=own_dtype), requires_grad=trains)
             for same in names[name]:
                 owner, _, last = same.rpartition(".")
                 setattr(model.get_submodule(owner), last, parameter)

@@ -101,6 +101,7 @@ def _named_modules(
     return (
         dict.fromkeys(names, "target_modules")
         | dict.fromkeys((name for name in experts if _matches(name, parameters)), "target_parameters")
+        | dict.fromkeys((name for name in linears if _matches(f"{name}.weight", parameters)), "target_parameters")
         | dict.fromkeys(whole, "modules_to_save")
     )
 

@@ -51,13 +51,22 @@ class TextPart(ModuleType):
     def __init__(self, module: ModuleType, layout: Layout) -> None:
         super().__init__(module.__name__)
         self.module, self.layout = module, layout
+        self.carried: tuple[str, ...] = ()
+        """How the names of tensors of the family begin that it does not load, but carries through."""
+
+    def read_config(self, raw: dict[str, Any]) -> Any:
+        """Return the `Config` of a config.json of the family."""
+        config = self.module.config_from_hf(raw)
+        self.carried = self.module.carried(config) if hasattr(self.module, "carried") else ()
+        return config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
     def owns(self, name: str) -> bool:
         """Whether a tensor of the files belongs to the text part."""
-        return name.startswith(self.layout[:2]) or name.startswith("score.")
+        own = name.startswith(self.layout[:2]) or name.startswith("score.")
+        return own and not self._renamed(name, disk=False).startswith(self.carried)
 
     def from_hf(self, tensors: Tensors, config: Any) -> Tensors:
         """Convert the text part's tensors to the names and shapes of the family's model, and leave out all others."""
@@ -86,13 +95,13 @@ class TextPart(ModuleType):
 
 
 class CarriedParts(TextPart):
-    """A text model whose files have tensors beside it that its family does not load, and names in `CARRIED`."""
+    """A text model whose files may have tensors beside it that its family does not load, and names in `carried`."""
 
     def __init__(self, module: ModuleType) -> None:
         super().__init__(module, Layout(BODY, HEAD, BODY))
 
     def owns(self, name: str) -> bool:
-        return not name.startswith(self.module.CARRIED)
+        return not name.startswith(self.carried)
 
 
 def open_text_part(

@@ -13,7 +13,7 @@ from torch import Tensor
 from litmini.checkpoints.config import (
     changed_config,
     disk_tensors,
-    is_multimodal,
+    dtype_of,
     model_tensors,
     parameter_names,
     parse_model,
@@ -90,7 +90,7 @@ def convert(
         module, model = parse_model(raw, opened.config_file, all_names)
     config = model.config
     beside: tuple[Tensors, Tensors] | None = None
-    if is_multimodal(raw):
+    if hasattr(module, "owns"):  # only a part of the tensors is loaded
         parts = [(name, like) for name, like in existing if not module.owns(name)]
         beside = parts, ((name, tensor) for name, tensor in opened.read(False) if not module.owns(name))
         existing = [(name, like) for name, like in existing if module.owns(name)]
@@ -104,7 +104,9 @@ def convert(
         inside = ((name, t) for name, t in model_tensors(module, config, tensors) if name in names)
         return disk_tensors(module, config, inside)
 
-    empty = [(name, like if dtype is None else like.to(dtype)) for name, like in to_disk(existing)]
+    empty = [
+        (name, like if dtype is None else like.to(dtype_of(module, name, dtype))) for name, like in to_disk(existing)
+    ]
     stream = to_disk(opened.read(False))
     final, present = dict(empty), {name: like.shape for name, like in existing}
     if all(present.get(name) == like.shape for name, like in empty):  # Hugging Face's layout already: keep its order

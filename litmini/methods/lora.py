@@ -14,7 +14,6 @@ from litmini.errors import UserError
 from litmini.methods.base_layer import (
     AdapterLayer,
     dense,
-    grouped_experts,
     is_plain_linear,
     matmul,
     module_name,
@@ -24,7 +23,6 @@ from litmini.methods.lora_matmul import LoRAMatmul, is_autocast
 from litmini.ops.norms import gate_factors
 from litmini.system import time_limit
 
-GROUPED = ("gate_up_proj", "down_proj")  # experts' weights, in the order in which PEFT wraps them
 NEUTRAL: dict[str, Any] = {  # PEFT's settings that are implemented for this value only, and unset
     "bias": "none",
     "lora_bias": False,
@@ -124,16 +122,23 @@ class LoRALinear(AdapterLayer):
 
     @classmethod
     def from_peft(cls, base: Any, name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterLayer:
-        rank = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
-        alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        as_parameter = f"{name}.weight".endswith(tuple(f".{one}" for one in config.get("target_parameters") or ()))
+        key = f"{name}.weight" if as_parameter else name  # which PEFT's patterns mean
+        rank = pattern_value(config.get("rank_pattern") or {}, key, config["r"])
+        alpha = pattern_value(config.get("alpha_pattern") or {}, key, config["lora_alpha"])
         return cls(base, rank, float(alpha), rank_stabilized=bool(config.get("use_rslora")))
 
     @classmethod
     def peft_config(cls, layers: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        parameters: dict[str, str] = {}  # of layers that PEFT names by their parameter
+        if "expert_linears" in vars(model) or any(layer.lora_A.dim() == 3 for layer in layers.values()):
+            from litmini.methods.experts_in_peft import parameters_in_peft
+
+            parameters = parameters_in_peft(layers, vars(model).get("expert_linears", ()))
+        names = [parameters.get(name, name) for name in layers]
         ranks, alphas = zip(*(layer.peft_rank_and_alpha() for layer in layers.values()), strict=True)
-        rank, rank_pattern = _pattern(dict(zip(layers, ranks, strict=True)))
-        alpha, alpha_pattern = _pattern(dict(zip(layers, alphas, strict=True)))
-        grouped = {name for name, layer in layers.items() if layer.lora_A.dim() == 3}
+        rank, rank_pattern = _pattern(dict(zip(names, ranks, strict=True)))
+        alpha, alpha_pattern = _pattern(dict(zip(names, alphas, strict=True)))
         first = next(iter(layers.values()))
         return {
             "peft_type": "LORA",
@@ -144,9 +149,9 @@ class LoRALinear(AdapterLayer):
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
-            "lora_dropout": first.dropout.p,
-            "target_modules": sorted({module_name(name) for name in layers.keys() - grouped}),
-            "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in grouped}) or None,
+            "lora_dropout": 0.0 if parameters else first.dropout.p,  # which PEFT refuses over parameters
+            "target_modules": sorted({module_name(name) for name in layers.keys() - parameters.keys()}),
+            "target_parameters": sorted({".".join(name.split(".")[-2:]) for name in parameters.values()}) or None,
             "use_dora": False,
             "use_rslora": first.rank_stabilized,
         }
@@ -181,33 +186,19 @@ class LoRALinear(AdapterLayer):
 
     @classmethod
     def names_in_peft(cls, layers: dict[str, Any]) -> dict[str, str]:
-        """PEFT wraps the module that holds the experts once for each of their weights: the last one is outermost."""
-        holders = {n: n.rpartition(".")[0] for n, layer in layers.items() if layer.lora_A.dim() == 3}
-        names, depths = {}, Counter[str]()
-        for name, holder in reversed(holders.items()):
-            names[name] = holder + ".base_layer" * depths[holder]
-            depths[holder] += 1
-        return names
+        if not any(layer.lora_A.dim() == 3 for layer in layers.values()):
+            return {}
+        from litmini.methods.experts_in_peft import names_in_peft
+
+        return names_in_peft(layers)
 
     @classmethod
     def names_in_model(cls, names: list[str], config: dict[str, Any], model: nn.Module) -> dict[str, str]:
-        targets = {module_name(target) for target in config.get("target_parameters") or ()}
-        wrapped = [kind for kind in GROUPED if kind in targets]
-        # transformers 5 gave the module that holds the experts another name: layers and weights say which is meant
-        experts = {_layer_and_weight(name): name for name in grouped_experts(model)}
-        result = {}
-        for name in names:
-            holder = name.removesuffix(".base_layer")
-            if wrapped and (holder != name or module_name(holder) == "experts"):
-                full_name = f"{holder}.{wrapped[0] if holder != name else wrapped[-1]}"
-                result[name] = experts.get(_layer_and_weight(full_name), full_name)
-        return result
+        if not config.get("target_parameters"):
+            return {}
+        from litmini.methods.experts_in_peft import names_in_model
 
-
-def _layer_and_weight(name: str) -> tuple[str, str]:
-    """`model.layers.0` and `experts.down_proj` of `model.layers.0.mlp.experts.down_proj`."""
-    parts = name.split(".")
-    return ".".join(parts[:-3]), ".".join(parts[-2:])
+        return names_in_model(names, config, model)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -170,6 +170,8 @@ def add_tokens(model: nn.Module, ids: list[int], known: int) -> None:
             f"cannot follow them. The tokenizer does not belong to this model."
         )
     if count := sum(i >= known for i in ids):
+        if name := next((n for n, m in model.named_modules() if type(m).__name__ == "PerLayerEmbedding"), None):
+            raise UserError(f"new tokens would need rows in {name}, too, which is not implemented.")
         grow_vocabulary(model, known, count)
     if not adapters(model):
         return

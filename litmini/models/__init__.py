@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 FAMILIES = {
+    "deepseek_v3": "litmini.models.deepseek_v3",
     "falcon": "litmini.models.falcon",
     "gemma": "litmini.models.gemma",
     "gemma2": "litmini.models.gemma2",
     "gemma3_text": "litmini.models.gemma3",
+    "gemma4_text": "litmini.models.gemma4",
+    "glm4_moe_lite": "litmini.models.deepseek_v3",
     "gpt2": "litmini.models.gpt2",
     "gpt_neox": "litmini.models.gpt_neox",
     "gpt_oss": "litmini.models.gpt_oss",

@@ -98,8 +98,6 @@ IMPLEMENTED = {  # key: the values that this file implements; False stands for 0
     "attention_dropout": False,
     "attn_output_gate": True,
 }
-CARRIED = ("mtp.",)
-"""How the names of tensors begin that are not loaded, but written as they are."""
 
 
 def config_from_hf(hf: dict[str, Any]) -> Config:
@@ -127,6 +125,11 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
     }
+
+
+def carried(config: Config) -> tuple[str, ...]:
+    """Return how the names of tensors begin that are not loaded, but written as they are."""
+    return ("mtp.",)
 
 
 def layer_types(n_layers: int, full_every: int) -> list[str]:

@@ -224,7 +224,7 @@ def choose_kernel(
         "explicit": True,
     }
     wanted = mask.packed.kernel if mask.packed else None
-    if wanted == ESTIMATE and changed:
+    if wanted == ESTIMATE and (changed or q.shape[-1] > varlen.HEAD_DIM):
         return "varlen"
     if wanted in (None, ESTIMATE):
         return next(name for name, can in can_compute.items() if can)

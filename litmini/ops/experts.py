@@ -82,7 +82,7 @@ def split_experts(tensors: Iterable[tuple[str, Tensor]], groups: Groups) -> Iter
     """Yield a model's tensors with grouped experts split into single ones, as views: the inverse of `group_experts`."""
     for name, tensor in tensors:
         head, *last = name.rsplit(".", 2)
-        if len(last) < 2 or last[0] not in groups or last[1] != "weight":
+        if len(last) < 2 or last[0] not in groups or last[1] != "weight" or tensor.dim() < 3:  # of an MLP beside them
             yield name, tensor
             continue
         linears, (out_features, _) = groups[last[0]]

@@ -90,8 +90,26 @@ def smolvlm() -> transformers.PreTrainedModel:
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
+def gemma4() -> transformers.PreTrainedModel:
+    text = TEXT | {"model_type": "gemma4_text", "num_hidden_layers": 4, "sliding_window": 8, "pad_token_id": 0}
+    text |= {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 32,
+    }
+    text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "use_double_wide_mlp": True}
+    text |= {"use_bidirectional_attention": "vision", "final_logit_softcapping": 30.0}
+    vision = {
+        key: VISION[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
+    vision |= {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16}
+    ids = {"image_token_id": IMAGE, "boi_token_id": 501, "eoi_token_id": 502}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **ids)
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
 KINDS = {"gemma3": gemma3, "gemma3, names of transformers 5": gemma3, "mistral3": mistral3, "smolvlm": smolvlm}
-KINDS |= {"mistral3 around ministral3": ministral3}
+KINDS |= {"mistral3 around ministral3": ministral3, "gemma4": gemma4}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters, merge_adapters
-from litmini.models import FAMILIES, llama, mixtral, olmo2, phi3, qwen2, qwen3
+from litmini.models import FAMILIES, deepseek_v3, llama, mixtral, olmo2, phi3, qwen2, qwen3
 from litmini.models import family as family_of
 from litmini.models.hf_config import Yarn
 
@@ -53,6 +53,7 @@ def config_files() -> dict[str, dict[str, Any]]:
             llama.PRESETS["tiny"], rope_scaling=llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
         ),
         "linear": dataclasses.replace(llama.PRESETS["tiny"], rope_scaling=llama.RopeScaling("linear", 2.0)),
+        "glm": dataclasses.replace(deepseek_v3.PRESETS["tiny"], yarn=None, mscale=0.0, model_type="glm4_moe_lite"),
         "mistral": dataclasses.replace(llama.PRESETS["tiny"], window=16, model_type="mistral"),
         "mixtral-window": dataclasses.replace(mixtral.PRESETS["tiny"], window=16),
         "qwen2-yarn": dataclasses.replace(qwen2.PRESETS["tiny"], yarn=yarn),

@@ -46,7 +46,7 @@ def with_kernel(data: dict, kernel: str | None) -> dict:
 def loss_and_gradients(model: torch.nn.Module, data: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss, _ = model.train()(**data)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return loss.detach(), gradients
 

@@ -15,7 +15,7 @@ from litmini.config.finetune import LoraConfig
 from litmini.config.training import OptimConfig
 from litmini.methods.adapters import add_adapters
 from litmini.methods.nf4 import quantize_linears
-from litmini.models import gemma2, llama, mixtral
+from litmini.models import gemma2, gemma4, llama, mixtral
 from litmini.system import mapped_files
 from litmini.tasks.dry_run import resident_weights
 from litmini.training.gpus import (
@@ -209,6 +209,15 @@ def test_softcaps_take_what_flex_attention_keeps_and_not_scores():
     on_cpu, gpu = (estimate(model, batch, OptimConfig(), "bf16-true", gpu_memory=n) for n in (0, SMALLEST))
     scores = model.config.n_layers * model.config.n_heads * 2048**2 * 2
     assert gpu.total < scores / 2 < on_cpu.total
+
+
+def test_heads_of_512_take_what_flex_attention_keeps_and_no_mask():
+    """Linear in the length of sequences."""
+    model = gemma4.Model(replace(gemma4.PRESETS["tiny"], global_head_dim=512)).bfloat16()
+    short, long = (
+        estimate(model, full_rows(1, T, 512), OptimConfig(), "bf16-true", gpu_memory=SMALLEST) for T in (4096, 8192)
+    )
+    assert long.activations == pytest.approx(2 * short.activations, rel=0.01)
 
 
 def test_a_dense_mask_is_counted_and_not_made():
