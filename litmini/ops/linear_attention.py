@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litmini.ops.attention import Documents, document_ids
+from litmini.ops.chunks import chunk_decays, split_chunks
+from litmini.ops.recurrent_kernels import delta_rule_kernel
 
 if TYPE_CHECKING:
     from litmini.ops.kv_cache import KVCache
-
-CHUNK = 64
-"""Tokens that are computed together, by matmuls; from chunk to chunk goes a state."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Runs:
     """(B, T) int64; below 0: padding."""
     ids: Tensor | None = None
     """(B, T) int64, one id per document, whose tokens are contiguous; None: one document per sequence."""
+    bounds: Tensor | None = None
+    """(n + 1,) int64: the first of the B * T tokens of each document, then B * T; None where the host does not know them."""
     padded: bool = False
     """With a cache: some of the tokens may be padding, which stands on the left."""
 
@@ -39,7 +40,8 @@ def make_runs(positions: Tensor, documents: Tensor | Documents | None, cache: KV
     if cache is not None:
         return Runs(positions, padded=cache.static or cache.ragged)
     if documents is not None:
-        return Runs(positions, document_ids(documents))
+        bounds = documents.bounds.long() if isinstance(documents, Documents) else None
+        return Runs(positions, document_ids(documents), bounds)
     padded = not positions.is_meta and bool((positions[:, 0] < 0).any())  # CPU-GPU sync point, not in training
     return Runs(positions, (positions >= 0).long() if padded else None)
 
@@ -134,7 +136,8 @@ def gated_delta_rule(
         state: (B, n_v_heads, d_k, d_v) fp32, with a cache; None: 0.
 
     Returns:
-        (B, T, n_v_heads, d_v) in v's dtype, and the state after the last token.
+        (B, T, n_v_heads, d_v) in v's dtype, and the state after the last token; empty, where none came in and a kernel of
+        `recurrent_kernels.py` ran.
     """
     if torch.compiler.is_compiling():  # the loop over chunks would be unrolled
         from litmini.ops.uncompiled import call_uncompiled  # imports torch._dynamo
@@ -146,6 +149,8 @@ def gated_delta_rule(
 def _gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: Runs, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if state is None and (of_kernel := delta_rule_kernel(q, k, v, decay, beta, runs)) is not None:
+        return of_kernel, of_kernel.new_empty(0)
     B, _, n_v_heads, d_v = v.shape
     n_k_heads, d_k = k.shape[2:]
     groups = n_v_heads // n_k_heads
@@ -211,54 +216,3 @@ def _chunks(
         state = state * between[..., i, None, None] + k[..., i, :, :].mT @ delta
     y = torch.stack(outputs, 1).movedim(4, 2)  # (B, n_chunks, size, n_k_heads, groups, d_v)
     return y.flatten(1, 2)[:, :T], state
-
-
-def split_chunks(x: Tensor) -> Tensor:
-    """(B, T, n_heads, groups, ...) -> (B, n_heads, groups, n_chunks, size, ...); zeros at the end change no state."""
-    size = min(CHUNK, x.shape[1])
-    x = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, -x.shape[1] % size)).unflatten(1, (-1, size))
-    return x.movedim((1, 2), (3, 4))
-
-
-def chunk_decays(decay: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what is left of a state after the decay of tokens, all of it in fp32: nothing in another document.
-
-    Args:
-        decay: (B, n_heads, groups, n_chunks, size), at most 0.
-        ids: (B, T) of documents.
-
-    Returns:
-        From the state before a chunk to each of its tokens, and from each token to the state after the chunk, (.., n_chunks,
-        size) each; from state to state, (.., n_chunks); from each token, the last dimension, to each later one, (.., n_chunks,
-        size, size).
-    """
-    size = decay.shape[-1]
-    # decay since the chunk began, in two parts: the difference of large ones must be exact
-    exact = decay.double().cumsum(-1)
-    total = exact.float()
-    rest = (exact - total).float().detach()
-    later = torch.ones(size, size, dtype=torch.bool, device=decay.device).triu(1)
-    from_state, between = total.exp(), total[..., -1].exp()
-    to_state = (total[..., -1:] - total + (rest[..., -1:] - rest)).exp()
-    if ids is not None:
-        ids = torch.cat((ids, ids[:, -1:].expand(-1, -ids.shape[1] % size)), 1).unflatten(1, (-1, size))[:, None, None]
-        later = later | (ids[..., None] != ids[..., None, :])  # (B, 1, 1, n_chunks, size, size)
-        follows = ids == F.pad(ids[..., :-1, -1:], (0, 0, 1, 0), value=-1)  # the last token of the chunk before
-        from_state, to_state = from_state * follows, to_state * (ids == ids[..., -1:])
-        between = between * follows[..., -1]
-    pairs: Tensor = _Differences.apply(exact)
-    return from_state, to_state, between, pairs.masked_fill(later, float("-inf")).exp()
-
-
-class _Differences(torch.autograd.Function):
-    """x (.., n) fp64 -> x_i - x_j (.., n, n) in fp32, whose gradients are summed in fp64: large ones cancel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        first = x.float()
-        rest = (x - first).float()
-        return first[..., None] - first[..., None, :] + (rest[..., None] - rest[..., None, :])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.sum(-1, dtype=torch.float64) - grad.sum(-2, dtype=torch.float64)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from litmini.ops.linear_attention import Runs, chunk_decays, split_chunks
+from litmini.ops.chunks import chunk_decays, split_chunks
+from litmini.ops.linear_attention import Runs
+from litmini.ops.recurrent_kernels import scan_kernel
 
 
 def state_space_scan(
@@ -28,7 +30,8 @@ def state_space_scan(
         state: (B, n_heads, d_state, head_dim) fp32, with a cache; None: 0.
 
     Returns:
-        (B, T, n_heads, head_dim) in x's dtype, and the state after the last token.
+        (B, T, n_heads, head_dim) in x's dtype, and the state after the last token; empty, where none came in and a kernel of
+        `recurrent_kernels.py` ran.
     """
     if torch.compiler.is_compiling():  # the loop over chunks would be unrolled
         from litmini.ops.uncompiled import call_uncompiled  # imports torch._dynamo
@@ -40,6 +43,8 @@ def state_space_scan(
 def _state_space_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, runs: Runs, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if state is None and (of_kernel := scan_kernel(x, dt, a, b, c, d, runs)) is not None:
+        return of_kernel, of_kernel.new_empty(0)
     B, T, n_heads, head_dim = x.shape
     n_groups, d_state = b.shape[2:]
     heads = (n_groups, n_heads // n_groups)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
 from litmini.models import FAMILIES, family
-from litmini.ops import linear_attention, varlen
+from litmini.ops import chunks, varlen
 from litmini.ops.attention import Documents, record_kernels
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
@@ -157,7 +157,7 @@ SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.masked_s
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in FLEX])
 def test_a_training_step_makes_no_mask_and_waits_for_nothing(name, monkeypatch):
     """Of what runs for a batch with its bounds known, nothing reads a value on the host, and nothing has T x T values."""
-    monkeypatch.setattr(linear_attention, "CHUNK", 16)  # of fewer tokens than the batch has
+    monkeypatch.setattr(chunks, "CHUNK", 16)  # of fewer tokens than the batch has
     model, data = tiny(name, torch.bfloat16), with_kernel(batch(), "varlen")
     with Operators() as seen:
         model(**{**data, "labels": None}).sum().backward()
