@@ -2,21 +2,16 @@
 `flash-linear-attention` for the gated delta rule, that of `mamba-ssm` for the scan of Mamba2. Not run on a GPU yet.
 
 They compute what `linear_attention.py` and `state_space.py` compute, in 16 bits where those do so in fp32, and without a
-cache only: prompts and single tokens go the plain way.
+cache only: prompts and single tokens go the plain way. `runs` are those of `linear_attention.py`.
 """
-
-from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from litmini.ops.linear_attention import Runs
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -25,7 +20,7 @@ MOST_SCANNED = 32_768
 """Longest sequence for `mamba-ssm`: from about 61,000 tokens on, its offsets overflow silently (state-spaces/mamba #1015)."""
 
 
-def delta_rule_kernel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: Runs) -> Tensor | None:
+def delta_rule_kernel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: Any) -> Tensor | None:
     """Return what `gated_delta_rule` returns first, (B, T, n_v_heads, d_v); None: not installed, or not for these tensors.
 
     With documents, once a forward, the kernel's host code waits for their bounds.
@@ -47,7 +42,7 @@ def delta_rule_kernel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tens
     return y.view_as(v)  # type: ignore[no-any-return]
 
 
-def scan_kernel(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, runs: Runs) -> Tensor | None:
+def scan_kernel(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, runs: Any) -> Tensor | None:
     """Return what `state_space_scan` returns first, (B, T, n_heads, head_dim); None: not installed, or not for these."""
     name = "mamba_chunk_scan_combined"
     scan = _find("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", name) if _is_for(x, runs) else None
@@ -58,7 +53,7 @@ def scan_kernel(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tenso
     return scan(x, dt.float(), a.float(), b, c, SCAN_CHUNK, D=d.float(), seq_idx=ids)  # type: ignore[no-any-return]
 
 
-def _is_for(x: Tensor, runs: Runs) -> bool:
+def _is_for(x: Tensor, runs: Any) -> bool:
     """Whether the kernels compute with such tensors: on a GPU, in 16 bits, without padding that a state must pass."""
     return x.device.type in DEVICES and x.dtype in DTYPES and not runs.padded
 
