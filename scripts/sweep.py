@@ -8,8 +8,11 @@ A run that fails does not end the sweep. If you repeat the command, it continues
 interrupted is resumed, and what failed is tried again. Writes OUT_DIR/sweep.md, .json and .png, and a log beside each run.
 """
 
+from typing import Any
+
 from litmini.cli import command
 from litmini.config.sweep import SweepConfig
+from litmini.config.training import RunConfig
 
 
 def main(config: SweepConfig) -> None:
@@ -17,7 +20,6 @@ def main(config: SweepConfig) -> None:
     from collections.abc import Iterator
     from functools import partial
     from pathlib import Path
-    from typing import Any
 
     from litmini.errors import UserError, counted
     from litmini.files import content_hash, existing_file, read_json, write_json, write_text
@@ -34,7 +36,7 @@ def main(config: SweepConfig) -> None:
     from litmini.runs.sweep import starting_words as to_continue
     from litmini.runs.sweep_report import describe, plot, rows_of, table
     from litmini.system import lock
-    from litmini.tasks.sweep import ROOT, check_settings, command_words, corners, make_run, make_sampler
+    from litmini.tasks.sweep import ROOT, command_words, corners, make_run, make_sampler
 
     # 1. Every choice, checked before anything runs
     first = check_settings(config, corners(config))
@@ -109,6 +111,43 @@ def main(config: SweepConfig) -> None:
     )
     if failed := sum(one.status == "failed" for one in outcomes):
         print(f"{counted(failed, 'run')} failed; the logs are {out_dir}/*.log. Repeat the command to try again.")
+
+
+def check_settings(config: SweepConfig, choices: list[dict[str, Any]]) -> RunConfig:
+    """Build the settings of all choices, before anything runs; return those of the first.
+
+    A setting that is unknown or out of range is printed, with the nearest known one, and ends the process with status 2.
+
+    Raises:
+        UserError: runs would not measure what is compared.
+    """
+    from litmini.cli import parse
+    from litmini.config.pretrain import PretrainConfig
+    from litmini.errors import UserError
+    from litmini.tasks.sweep import command_words, config_class
+
+    kind = config_class(config.script)  # from here on, errors are those of the runs' own command lines
+    first: RunConfig | None = None
+    for choice in choices:
+        built = parse(
+            kind, None, argv=command_words(config, choice, config.seeds[0] if config.seeds else None, config.out_dir)
+        )
+        first = first or built
+    assert first is not None
+    validated = isinstance(first, PretrainConfig) or first.data.val_path or first.data.val_fraction  # type: ignore[attr-defined]
+    if config.metric == "val_loss" and not validated:
+        raise UserError(
+            "runs without validation data have no val_loss to compare: --set '{data.val_fraction: 0.05}', or another --metric."
+        )
+    if config.seeds and not isinstance(first, PretrainConfig) and first.data.val_fraction:  # type: ignore[attr-defined]
+        print(
+            "warning: with data.val_fraction, each seed validates on other examples: compare seeds with data.val_path."
+        )
+    if config.prune and not first.train.eval_every:
+        raise UserError(
+            "prune compares validation losses during training: --set '{train.eval_every: 20}', for example."
+        )
+    return first
 
 
 def _begin(out_dir, script, start, outcome, words, environment):  # type: ignore[no-untyped-def]

@@ -87,7 +87,7 @@ def make_fabric(config: RunConfig) -> Fabric:
             num_nodes=config.num_nodes,
             strategy=strategy,
             precision=None if config.precision.endswith("mixed") else "32-true",
-            plugins=mixed_precision(config.precision, _accelerator()) if config.precision.endswith("mixed") else None,
+            plugins=mixed_precision(config.precision) if config.precision.endswith("mixed") else None,
         )
         fabric.launch()
     join(fabric)
@@ -124,15 +124,16 @@ def keep_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all allocations are in the heap
 
 
-def _accelerator() -> str:
-    """Return the kind of device that Fabric chooses."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def mixed_precision(precision: Any, device: str | None = None) -> Any:
+    """Return Lightning's plugin, extended to clip gradients with fused optimizers, which unscale by themselves, and to leave
+    inputs as they are: it would write into the frozen dataclasses among them.
 
-
-def mixed_precision(precision: Any, device: str) -> Any:
-    """Return Lightning's plugin of 16-mixed or bf16-mixed, extended to clip gradients with fused optimizers, which unscale by
-    themselves, and to leave inputs as they are: it would write into the frozen dataclasses among them."""
+    Args:
+        device: None: the kind that Fabric chooses.
+    """
     from lightning_fabric.plugins import MixedPrecision
+
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
     class Autocast(MixedPrecision):
         def convert_input(self, data: Any) -> Any:

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from litmini.checkpoints.config import empty_model, read_config
 from litmini.checkpoints.scores import refuse_scores
 from litmini.config.distill import FinetuneDistillConfig
-from litmini.data.dataset import Examples
+from litmini.data.dataset import Example, Examples
 from litmini.data.distill import PromptSequences, TaughtSequences, prompt_size
 from litmini.errors import UserError, counted
 from litmini.generation.rollouts import Rollout
 from litmini.methods.teacher_head import HiddenHead, TeacherTargets, TopKTargets, with_teacher
 from litmini.ops.cross_entropy import IGNORE, Targets
 from litmini.runs.manifest import weights_hash
+from litmini.tasks import sft
 from litmini.tasks.distill_sampling import StudentSampling
 from litmini.tasks.plan import plan
 from litmini.tasks.preference import INPUTS
 from litmini.tasks.setup import Data
-from litmini.tasks.sft import prepare_examples
 from litmini.tokenizer import Tokenizer
 from litmini.training.objective import Batch
 
@@ -152,8 +152,22 @@ def prepare_data(fabric: Fabric, config: FinetuneDistillConfig, began: datetime 
     Raises:
         UserError: the vocabularies differ, a context is too short, or the data cannot be read.
     """
-    tokenizer, base, examples = prepare_examples(fabric, config, began)
-    train, val, val_examples = examples
+    data = sft.prepare_data(fabric, config, began, _plan)
+    assert isinstance(data, DistillData)
+    teacher = filter(None, (config.distill.teacher_dir, config.distill.teacher_adapter_dir))
+    return dataclasses.replace(data, hashes=data.hashes | {name: weights_hash(Path(name)) for name in teacher})
+
+
+def _plan(
+    fabric: Fabric,
+    config: FinetuneDistillConfig,
+    tokenizer: Tokenizer,
+    base: Any,
+    train: Examples,
+    val: Examples | None,
+    val_examples: list[Example],
+) -> DistillData:
+    """`plan`, with the teacher's vocabulary and context."""
     teacher = _open_teacher(fabric, config, tokenizer)
     vocab = min(base.vocab_size, teacher.vocab_size)
     context = min(base.max_positions, teacher.max_positions)
@@ -165,7 +179,7 @@ def prepare_data(fabric: Fabric, config: FinetuneDistillConfig, began: datetime 
         )
     if config.distill.mode == "offline":
         data = plan(fabric, config, tokenizer, base, train, val, val_examples, TaughtSequences)
-        return _with_hash(DistillData(**vars(data), vocab=vocab), config)
+        return DistillData(**vars(data), vocab=vocab)
     count = sum(p.numel() for p in empty_model(Path(config.distill.teacher_dir))[1].parameters())
     bits = 32 if config.precision == "32-true" and config.distill.teacher_bits == 16 else config.distill.teacher_bits
     fabric.print(f"each process holds the teacher, too: {count:,} parameters, in {bits} bits")
@@ -174,13 +188,7 @@ def prepare_data(fabric: Fabric, config: FinetuneDistillConfig, began: datetime 
     assert isinstance(data.train, PromptSequences)
     data.train.longest_completion = config.distill.max_completion_length
     sampling = StudentSampling(config, tokenizer, data.train)
-    return _with_hash(DistillData(**vars(data), vocab=vocab, sampling=sampling), config)
-
-
-def _with_hash(data: DistillData, config: FinetuneDistillConfig) -> DistillData:
-    """Return the data with the hashes of the teacher: a run is not resumed with another one."""
-    teacher = filter(None, (config.distill.teacher_dir, config.distill.teacher_adapter_dir))
-    return dataclasses.replace(data, hashes=data.hashes | {name: weights_hash(Path(name)) for name in teacher})
+    return DistillData(**vars(data), vocab=vocab, sampling=sampling)
 
 
 def _open_teacher(fabric: Fabric, config: FinetuneDistillConfig, tokenizer: Tokenizer) -> Any:

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litmini.checkpoints.scores import refuse_scores
 from litmini.config.finetune import FinetuneConfig
-from litmini.data.dataset import Example, Examples, load_data
+from litmini.data.dataset import load_data
 from litmini.errors import UserError
 from litmini.tasks.plan import open_base, plan
 from litmini.tasks.setup import Data
-from litmini.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def prepare_data(fabric: Fabric, config: FinetuneConfig, began: datetime | None = None) -> Data:
+def prepare_data(
+    fabric: Fabric, config: FinetuneConfig, began: datetime | None = None, make: Callable[..., Data] = plan
+) -> Data:
     """Download the checkpoint if it is missing, tokenise the data, and plan the run.
 
     Args:
         began: the time that chat templates write, of a run that is resumed; None: the current time.
+        make: plans it, with the arguments of `plan`.
 
     Raises:
         UserError: the sequences are longer than the model's context, or the data cannot be read.
     """
-    tokenizer, base, examples = prepare_examples(fabric, config, began)
-    return plan(fabric, config, tokenizer, base, *examples)
-
-
-def prepare_examples(
-    fabric: Fabric, config: FinetuneConfig, began: datetime | None
-) -> tuple[Tokenizer, Any, tuple[Examples, Examples | None, list[Example]]]:
-    """Return tokenizer and `Config` of the base, and the examples of `load_data`; arguments and errors as `prepare_data`."""
     tokenizer, base = open_base(fabric, config, began)
     refuse_scores(config.base, config.starts_from)
     to_complete = None if config.eval.exact_match else config.eval.samples
     failed: UserError | None = None
     with fabric.rank_zero_first(local=True):  # the other ranks read its tokens from the cache
         try:
-            examples = load_data(config.data, tokenizer, config.seed, to_complete)
+            train, val, val_examples = load_data(config.data, tokenizer, config.seed, to_complete)
         except UserError as error:  # all ranks raise it, but after this block: rank 0 would leave the others waiting
             failed = error
     if failed:
         raise failed
-    return tokenizer, base, examples
+    return make(fabric, config, tokenizer, base, train, val, val_examples)

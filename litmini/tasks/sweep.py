@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from litmini.config.pretrain import PretrainConfig
 from litmini.config.sweep import SweepConfig
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
@@ -182,40 +181,6 @@ def _as_params(choice: Choice, space: dict[str, Any]) -> dict[str, Any]:
 def make_sampler(config: SweepConfig, known: list[Choice]) -> Sampler:
     """Return the sampler of a sweep; `known` are the choices that it made before it was interrupted."""
     return Tpe(config, known) if config.sampler == "optuna" else Listed(config)
-
-
-def check_settings(config: SweepConfig, choices: list[Choice]) -> RunConfig:
-    """Build the settings of all choices, before anything runs; return those of the first.
-
-    A setting that is unknown or out of range is printed, with the nearest known one, and ends the process with status 2.
-
-    Raises:
-        UserError: runs would not measure what is compared.
-    """
-    from litmini.cli import parse
-
-    kind = config_class(config.script)  # from here on, errors are those of the runs' own command lines
-    first: RunConfig | None = None
-    for choice in choices:
-        built = parse(
-            kind, None, argv=command_words(config, choice, config.seeds[0] if config.seeds else None, config.out_dir)
-        )
-        first = first or built
-    assert first is not None
-    validated = isinstance(first, PretrainConfig) or first.data.val_path or first.data.val_fraction  # type: ignore[attr-defined]
-    if config.metric == "val_loss" and not validated:
-        raise UserError(
-            "runs without validation data have no val_loss to compare: --set '{data.val_fraction: 0.05}', or another --metric."
-        )
-    if config.seeds and not isinstance(first, PretrainConfig) and first.data.val_fraction:  # type: ignore[attr-defined]
-        print(
-            "warning: with data.val_fraction, each seed validates on other examples: compare seeds with data.val_path."
-        )
-    if config.prune and not first.train.eval_every:
-        raise UserError(
-            "prune compares validation losses during training: --set '{train.eval_every: 20}', for example."
-        )
-    return first
 
 
 def corners(config: SweepConfig) -> list[Choice]:
