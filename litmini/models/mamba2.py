@@ -24,7 +24,8 @@ from litmini.ops.attention import advance
 from litmini.ops.cross_entropy import linear_cross_entropy
 from litmini.ops.initialize import initialize
 from litmini.ops.linear_attention import Runs, causal_conv, make_runs
-from litmini.ops.norms import rms_norm, rms_norm_llama, swiglu
+from litmini.ops.norms import rms_norm_llama
+from litmini.ops.recompute import recomputed
 from litmini.ops.state_space import state_space_scan
 
 
@@ -138,8 +139,13 @@ class GatedRMSNorm(nn.Module):
         self.n_groups, self.eps = n_groups, eps
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        h = swiglu(gate.float(), x.float()).unflatten(-1, (self.n_groups, -1))
-        return self.weight * rms_norm(h, h.new_ones(1), self.eps).flatten(-2).to(x.dtype)
+        y: Tensor = recomputed(self._norm, x, gate, self.weight)
+        return y
+
+    def _norm(self, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        h = (x.float() * F.silu(gate.float())).unflatten(-1, (self.n_groups, -1))  # (B, T, n_groups, dim / n_groups)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return weight * h.flatten(-2).to(x.dtype)
 
 
 class Mamba2(nn.Module):

@@ -6,11 +6,14 @@ so that no token knows anything of another document.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from litmini.ops.chunks import chunk_decays, split_chunks
 from litmini.ops.linear_attention import Runs
+from litmini.ops.recompute import recomputed
 from litmini.ops.recurrent_kernels import scan_kernel
 
 
@@ -45,6 +48,13 @@ def _state_space_scan(
 ) -> tuple[Tensor, Tensor]:
     if state is None and (of_kernel := scan_kernel(x, dt, a, b, c, d, runs)) is not None:
         return of_kernel, of_kernel.new_empty(0)
+    return recomputed(functools.partial(_scan, runs), x, dt, a, b, c, d, state)  # type: ignore[no-any-return]
+
+
+def _scan(
+    runs: Runs, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `state_space_scan` returns."""
     B, T, n_heads, head_dim = x.shape
     n_groups, d_state = b.shape[2:]
     heads = (n_groups, n_heads // n_groups)
@@ -60,7 +70,7 @@ def _state_space_scan(
         if state is None:
             state = values.new_zeros(B, n_heads, d_state, head_dim)
         state = state.unflatten(1, heads)
-        compute = _step if T == 1 and not torch.is_grad_enabled() else _chunks
+        compute = _step if T == 1 else _chunks
         y, state = compute(values, decay, b, c, runs.ids, state)
         y = y + inputs * d.float().view(*heads, 1)
     return y.flatten(2, 3).to(x.dtype), state.flatten(1, 2)

@@ -11,7 +11,7 @@ import torch
 from numerics import assert_close, assert_rounds_alike
 from parity import SMALL, FamilyTests, batch, reference
 from transformers import AutoModelForCausalLM, Mamba2Config
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
 from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import load_model
@@ -21,6 +21,7 @@ from litmini.errors import UserError
 from litmini.methods.adapters import add_adapters, experts_left_out
 from litmini.methods.ia3 import add_ia3
 from litmini.models import mamba2
+from litmini.ops.linear_attention import make_runs
 
 SHAPE = {key: value for key, value in SMALL.items() if key != "num_attention_heads"} | {"pad_token_id": None}
 SHAPE |= {"num_heads": 8, "head_dim": 16, "state_size": 24, "n_groups": 2}
@@ -189,6 +190,29 @@ def test_lora_over_out_proj_is_refused_as_peft_refuses_it(base):
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
         peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["out_proj"], task_type="CAUSAL_LM"))
+
+
+def kept(run) -> int:
+    """The bytes that are kept for the backward pass, each storage once."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+def test_a_layer_keeps_little_for_the_backward_pass():
+    """Inputs only: not what tokens do to one another in a chunk, nor the states between chunks."""
+    config = replace(mamba2.PRESETS["AntonV/mamba2-130m-hf"], n_layers=1)
+    ours = mamba2.Mamba2(config).bfloat16().requires_grad_(False)
+    theirs = Mamba2Mixer(Mamba2Config(**mamba2.config_to_hf(config)), 0).bfloat16().requires_grad_(False)
+    runs, x = make_runs(torch.arange(512)[None], None, None), torch.randn(1, 512, 768).bfloat16().requires_grad_()
+    mine, reference = kept(lambda: ours(x, runs, None)), kept(lambda: theirs(x))
+    assert mine < 40 * 512 * 1024 and mine < 0.25 * reference
 
 
 def test_the_residual_stream_is_in_fp32(base):
