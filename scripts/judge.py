@@ -105,7 +105,7 @@ def main(config: JudgePairsConfig) -> None:
     )
     if new_pairs is not None:
         records = preferences(pairs, verdicts)
-        write_text(new_pairs, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text(new_pairs, "".join(json.dumps(record) + "\n" for record in records))
         print(f"written: {new_pairs}, {counted(len(records), 'pair')} for scripts/finetune_preference.py")
     if judge.failures:
         raise UserError(

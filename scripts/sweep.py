@@ -17,26 +17,15 @@ from litmini.config.training import RunConfig
 
 def main(config: SweepConfig) -> None:
     import shlex
-    from collections.abc import Iterator
     from functools import partial
     from pathlib import Path
 
     from litmini.errors import UserError, counted
     from litmini.files import content_hash, existing_file, read_json, write_json, write_text
-    from litmini.runs.sweep import (
-        Curves,
-        Outcome,
-        environments,
-        is_finished,
-        read_outcome,
-        run_all,
-        start,
-        visible_gpus,
-    )
-    from litmini.runs.sweep import starting_words as to_continue
+    from litmini.runs.sweep import Curves, Outcome, environments, run_all, start, visible_gpus
     from litmini.runs.sweep_report import describe, plot, rows_of, table
     from litmini.system import lock
-    from litmini.tasks.sweep import ROOT, command_words, corners, make_run, make_sampler
+    from litmini.tasks.sweep import ROOT, Schedule, command_words, corners
 
     # 1. Every choice, checked before anything runs
     first = check_settings(config, corners(config))
@@ -49,67 +38,34 @@ def main(config: SweepConfig) -> None:
     before = read_json(file) if file.is_file() else {}
     if changed := [name for name in fixed if before and before["fixed"].get(name) != fixed[name]]:
         raise UserError(f"{out_dir} has a sweep with other settings ({', '.join(changed)}): choose another --out_dir.")
-    earlier = {one["name"]: Outcome(**one) for one in before.get("runs", [])}
-    known = {one.number: one.choice for one in earlier.values()}
-    sampler = make_sampler(config, [known[number] for number in sorted(known)] if config.sampler == "optuna" else [])
+    schedule = Schedule(config, {one["name"]: Outcome(**one) for one in before.get("runs", [])})
     out_dir.mkdir(parents=True, exist_ok=True)
     lock(out_dir)
 
-    outcomes: list[Outcome] = []
-    seeds: list[int | None] = [*config.seeds] or [None]
-
-    def wanted() -> Iterator[tuple[Outcome, list[str]]]:
-        number = 0
-        while (choice := sampler.choose(number)) is not None:
-            for seed in seeds:
-                run = make_run(config, number, choice, seed)
-                outcome = earlier.get(run.name)
-                if outcome is None or not (outcome.status == "pruned" and config.prune):
-                    outcome = Outcome(run.name, number, choice, seed)
-                outcome.number = number
-                if is_finished(out_dir / run.name):
-                    read_outcome(outcome, out_dir / run.name, config.metric)
-                outcomes.append(outcome)
-                yield outcome, to_continue(run.words, out_dir / run.name)
-            number += 1
-
-    def tell(number: int) -> None:
-        """Let the sampler know what came of a choice, once all of its runs have ended."""
-        mine = [one for one in outcomes if one.number == number]
-        if len(mine) < len(seeds) or any(one.status in ("waiting", "running") for one in mine):
-            return
-        values = [one.value for one in mine if one.status == "done" and one.value is not None]
-        pruned = [(one.step or 0, one.value or 0.0) for one in mine if one.status == "pruned"]
-        sampler.tell(
-            number, sum(values) / len(values) if len(values) == len(mine) else None, pruned[0] if pruned else None
-        )
-
     # 3. The runs
     environment = environments(config.jobs, first.devices, visible_gpus())
-    script = ROOT / "scripts" / f"{config.script}.py"
-    begin = partial(_begin, out_dir, script, start)
+    begin = partial(_begin, out_dir, ROOT / "scripts" / f"{config.script}.py", start)
     curves = Curves(config.prune_after) if config.prune else None
-    for outcome in run_all(wanted(), out_dir, config.metric, environment, begin, curves):
+    for outcome in run_all(schedule, out_dir, config.metric, environment, begin, curves):
         if outcome.status not in ("waiting", "running"):
             said = f"{outcome.value:.4f}" if outcome.value is not None else outcome.why
             print(f"{outcome.name}: {outcome.status} {said}", flush=True)
-            tell(outcome.number)
-        write_json(file, {"fixed": fixed, "runs": [one.as_dict() for one in outcomes]})
+            schedule.learn(outcome.number)
+        write_json(file, {"fixed": fixed, "runs": [one.as_dict() for one in schedule.outcomes]})
 
     # 4. What they found
-    rows = rows_of(outcomes, config.maximize)
+    rows = rows_of(schedule.outcomes, config.maximize)
     text = table(rows, config.metric)
     write_text(out_dir / "sweep.md", text)
     plot(out_dir / "sweep.png", rows, config.metric)
-    print(f"\n{describe(outcomes)}\n\n{text}")
+    print(f"\n{describe(schedule.outcomes)}\n\n{text}")
     done = [row for row in rows if row.is_done]
     if not done:
         raise UserError(f"no choice has a result; the logs are {out_dir}/*.log. Repeat the command to try again.")
     words = command_words(config, done[0].choice, None, str(out_dir / "best"))
-    print(
-        f"the best, {config.metric} {done[0].mean:.4f}:\n  {shlex.join(['python', f'scripts/{config.script}.py', *words])}"
-    )
-    if failed := sum(one.status == "failed" for one in outcomes):
+    best = shlex.join(["python", f"scripts/{config.script}.py", *words])
+    print(f"the best, {config.metric} {done[0].mean:.4f}:\n  {best}")
+    if failed := sum(one.status == "failed" for one in schedule.outcomes):
         print(f"{counted(failed, 'run')} failed; the logs are {out_dir}/*.log. Repeat the command to try again.")
 
 

@@ -42,9 +42,12 @@ def read_template(file: str | None) -> str:
     """Return the prompt of a file, or the default.
 
     Raises:
-        UserError: it lacks one of the `PLACES`.
+        UserError: it is no text, or lacks one of the `PLACES`.
     """
-    text = PROMPT if file is None else existing_file(file, "judge prompt").read_text(encoding="utf-8")
+    try:
+        text = PROMPT if file is None else existing_file(file, "judge prompt").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}.") from None
     if missing := [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in text]:
         raise UserError(f"{file} lacks {', '.join(missing)}; expected all of {', '.join(f'{{{n}}}' for n in PLACES)}.")
     return text

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 from litmini.config.sweep import SweepConfig
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
+from litmini.runs.sweep import Outcome, is_finished, read_outcome, starting_words
 from litmini.tasks.from_python import SCRIPTS
 
 LONGEST_NAME = 80  # characters of the name of a run's directory
@@ -195,3 +197,44 @@ def corners(config: SweepConfig) -> list[Choice]:
         {name: values[min(i, len(values) - 1)] for name, values in ends.items()}
         for i in range(max(map(len, ends.values())))
     ]
+
+
+class Schedule:
+    """The runs of a sweep in their order; those that an earlier command has run are read.
+
+    Args:
+        earlier: outcomes of an earlier command by name.
+    """
+
+    def __init__(self, config: SweepConfig, earlier: dict[str, Outcome]) -> None:
+        known = {one.number: one.choice for one in earlier.values()}
+        self.config, self.earlier, self.out_dir = config, earlier, Path(config.out_dir)
+        self.sampler = make_sampler(config, [known[number] for number in sorted(known)])
+        self.seeds: list[int | None] = [*config.seeds] or [None]
+        self.outcomes: list[Outcome] = []
+
+    def __iter__(self) -> Iterator[tuple[Outcome, list[str]]]:
+        """Yield each run with its words. Choices are made as they are asked for, by what came of those before."""
+        number = 0
+        while (choice := self.sampler.choose(number)) is not None:
+            for seed in self.seeds:
+                run = make_run(self.config, number, choice, seed)
+                directory, outcome = self.out_dir / run.name, self.earlier.get(run.name)
+                if outcome is None or outcome.status != "pruned" or not self.config.prune:
+                    outcome = Outcome(run.name, number, choice, seed)
+                outcome.number = number
+                if is_finished(directory):
+                    read_outcome(outcome, directory, self.config.metric)
+                self.outcomes.append(outcome)
+                yield outcome, starting_words(run.words, directory)
+            number += 1
+
+    def learn(self, number: int) -> None:
+        """Let the sampler know what came of a choice, once all of its runs have ended."""
+        mine = [one for one in self.outcomes if one.number == number]
+        if len(mine) < len(self.seeds) or any(one.status in ("waiting", "running") for one in mine):
+            return
+        values = [one.value for one in mine if one.status == "done" and one.value is not None]
+        pruned = [(one.step or 0, one.value or 0.0) for one in mine if one.status == "pruned"]
+        mean = sum(values) / len(values) if len(values) == len(mine) else None
+        self.sampler.tell(number, mean, pruned[0] if pruned else None)

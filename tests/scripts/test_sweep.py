@@ -310,6 +310,19 @@ def test_optuna(place, capfd):
     assert all(1e-4 <= rate <= 0.2 for rate in rates) and len(set(rates)) > 8
 
 
+def test_optuna_is_told_the_mean_of_the_seeds(place, capfd, monkeypatch):
+    """Of a choice whose runs have all ended; nothing of one that failed."""
+    told: list[tuple[int, float | None]] = []
+    monkeypatch.setattr(Tpe, "tell", lambda _, number, value, pruned: told.append((number, value)))
+    words = ("--sampler", "optuna", "--trials", 3, "--space", "{optim.lr: [0.01, 0.5]}", "--seeds", "[1, 3]")
+    sweep(capfd, place, *words)
+    choices = {
+        one["number"]: one["choice"]["optim.lr"] for one in json.loads((place / "out/sweep.json").read_text())["runs"]
+    }
+    expected = [(i, pytest.approx(0.02) if choices[i] == 0.01 else None) for i in range(3)]
+    assert told == expected and len(choices) == 3
+
+
 def test_optuna_learns():
     known = [{"optim.lr": 10.0**-i, "lora.rank": 4, "lora.dropout": 0.1} for i in (1, 2, 3, 4)] * 4
     tpe = Tpe(config(sampler="optuna", trials=40), known)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,18 @@ from two import command, run_two, values
 
 from litmini.checkpoints.hf import load_model
 from litmini.config.distill import DistillConfig
+from litmini.config.finetune import DataConfig
+from litmini.data.dataset import Examples, load_data
 from litmini.data.distill import PromptSequences, TaughtSequences, prompt_size, row_starts
 from litmini.data.prompts import completion_batch
+from litmini.generation.rollouts import completion_seed, sample
 from litmini.methods.teacher_head import use_hidden_head, use_student_head
 from litmini.ops.cross_entropy import IGNORE, original_head
 from litmini.ops.divergence import generalized_jsd, top_k_divergence, top_k_log_probs
 from litmini.tasks import distill_teacher
 from litmini.tasks.distill import Distillation
+from litmini.tasks.distill_sampling import StudentSampling
+from litmini.tokenizer import Tokenizer
 
 trl_jsd = GKDTrainer.generalized_jsd_loss
 
@@ -334,6 +340,36 @@ def test_a_preview(tiny_dir, teacher_dir, data, tmp_path, capfd):
     assert "ineffective settings: distill.beta, distill.max_completion_length\n" in out
 
 
+def test_completions_of_a_step(teacher_dir, data, tokenizer_dir):
+    """Each is that of its own prompt, and those of like lengths are together; another step has others."""
+    model = load_model(teacher_dir, torch.float32).train()
+    tokenizer = Tokenizer(tokenizer_dir)
+    examples, _, _ = load_data(DataConfig(str(data), max_seq_len=64), tokenizer, 0)
+    sequences = PromptSequences(examples, 64, False, 0)
+    settings = config_of(mode="on_policy", max_completion_length=5)
+    settings.train, settings.seed = SimpleNamespace(micro_batch_size=2), 3
+    found: list[Any] = []
+    sampling = StudentSampling(settings, tokenizer, sequences)
+    assert not sampling.is_due(0), "there is no model yet"
+    fabric = SimpleNamespace(global_rank=0, world_size=1, autocast=nullcontext)
+    sampling.begin(SimpleNamespace(module=model, fabric=fabric), SimpleNamespace(add_completions=found.extend))
+    batches = sampling.batches(7, range(4, 9))
+    assert [len(batch["tokens"]) for batch in batches] == [2, 2, 1] and len(found) == 5 and model.training
+    rows = [
+        (tokens, labels) for batch in batches for tokens, labels in zip(batch["tokens"], batch["labels"], strict=True)
+    ]
+    lengths = []
+    for n, (tokens, labels) in zip(sampling.numbers, rows, strict=True):
+        prompt = sequences.prompt(sequences.sequence(n)[0])
+        (alone,) = sample(model.eval(), [prompt], [completion_seed(3, 7, n)], tokenizer.stop_ids, 1.0, 5, 1)
+        whole = prompt + alone.ids
+        assert tokens[: len(whole) - 1].tolist() == whole[:-1] and labels[labels != IGNORE].tolist() == alone.ids
+        lengths.append(len(whole))
+    assert lengths == sorted(lengths)
+    other = sampling.batches(8, range(4, 9))
+    assert any(a["labels"].tolist() != b["labels"].tolist() for a, b in zip(batches, other, strict=True))
+
+
 # What the teacher expects, on disk
 
 
@@ -398,8 +434,6 @@ def test_the_longest_batch_has_completions_of_full_length():
     arrays = [(np.arange(8, dtype=np.int32), np.array([IGNORE, IGNORE, IGNORE, 4, 5, 6, 7, 8], np.int32))]
     entry = np.zeros(1, [("set", int), ("start", int), ("size", int), ("file", int)])
     entry["size"] = 8
-    from litmini.data.dataset import Examples
-
     sequences = PromptSequences(Examples(arrays, entry), 8, False, 0)
     assert sequences.prompt(0) == [0, 1, 2, 3]
     assert sequences.longest_batch(2)["tokens"].shape == (1, 8)
