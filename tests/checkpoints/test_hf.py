@@ -129,8 +129,8 @@ def test_a_broken_config_is_named(tiny, content):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "DROP"}, "model_type '' is not implemented; there are: falcon, gemma, gemma2"),
-        ({"model_type": "gpt9"}, "model_type 'gpt9' is not implemented; there are: falcon, gemma, gemma2"),
+        ({"model_type": "DROP"}, "model_type '' is not implemented; there are: deepseek_v3, falcon, gemma"),
+        ({"model_type": "gpt9"}, "model_type 'gpt9' is not implemented; there are: deepseek_v3, falcon, gemma"),
         ({"model_type": ["llama"]}, "config.json"),
         (
             {"vision_config": {}, "audio_config": {"a": 1}},
