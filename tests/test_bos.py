@@ -120,6 +120,13 @@ STYLES = {
         False,
         False,
     ),
+    "lfm2": (
+        {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>"},
+        "{{ bos_token }}" + CHATML,
+        "<|im_start|> <|im_end|>",
+        True,
+        True,
+    ),
     "llama 2": ({**S, "tokenizer_class": "LlamaTokenizer"}, INST, "", True, True),
     "llama 3": (
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},

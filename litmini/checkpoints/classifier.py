@@ -18,7 +18,7 @@ from litmini.tokenizer import Tokenizer
 
 SCORED = ("gemma3", "qwen3_5")
 """Multimodal checkpoints of which transformers has a `...ForSequenceClassification`."""
-UNSCORED = ("gemma4_text", "glm4_moe_lite", "granitemoehybrid", "mamba2", "qwen3_5_moe_text")
+UNSCORED = ("gemma4_text", "glm4_moe_lite", "granitemoehybrid", "lfm2", "mamba2", "qwen3_5_moe_text")
 """Families of which it has none."""
 
 

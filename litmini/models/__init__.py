@@ -42,6 +42,7 @@ FAMILIES = {
     "gpt_neox": "litmini.models.gpt_neox",
     "gpt_oss": "litmini.models.gpt_oss",
     "granitemoehybrid": "litmini.models.granite_hybrid",
+    "lfm2": "litmini.models.lfm2",
     "llama": "litmini.models.llama",
     "mamba2": "litmini.models.mamba2",
     "ministral3": "litmini.models.ministral3",

@@ -11,7 +11,7 @@ from litmini.generation.batch import Batch
 from litmini.generation.generate import finish_all
 from litmini.generation.request import Request
 from litmini.generation.speculative import Draft, DraftModel, PromptLookup
-from litmini.models import gemma2, gemma3, granite_hybrid, llama, mamba2, olmo2, phi3, qwen3_5
+from litmini.models import gemma2, gemma3, granite_hybrid, lfm2, llama, mamba2, olmo2, phi3, qwen3_5
 
 CONFIGS = {
     "mistral": replace(llama.PRESETS["tiny"], window=6, model_type="mistral", max_positions=2048),
@@ -21,10 +21,11 @@ CONFIGS = {
     "olmo2": replace(olmo2.PRESETS["tiny"], max_positions=2048),
     "qwen3_5": replace(qwen3_5.PRESETS["tiny"], max_positions=2048),
     "granite_hybrid": replace(granite_hybrid.PRESETS["tiny"], max_positions=2048),
+    "lfm2": replace(lfm2.PRESETS["tiny"], max_positions=2048),
     "mamba2": replace(mamba2.PRESETS["tiny"], max_positions=2048),
 }
 MODULES = {"mistral": llama, "phi3": phi3, "gemma2": gemma2, "gemma3": gemma3, "olmo2": olmo2, "qwen3_5": qwen3_5}
-MODULES |= {"granite_hybrid": granite_hybrid, "mamba2": mamba2}
+MODULES |= {"granite_hybrid": granite_hybrid, "lfm2": lfm2, "mamba2": mamba2}
 
 
 class Truth:
