@@ -53,13 +53,13 @@ def keep_layers(
     kinds = [_kinds(module, old)[i] for i in layers]
     try:
         new_module, new = parse_model(raw, source / "config.json", ())
-        fits = _kinds(new_module, new.config) == kinds
-    except UserError:
-        fits = False
+        fits, why = _kinds(new_module, new.config) == kinds, ""
+    except UserError as error:
+        fits, why = False, f" ({error})"
     if not fits:
         raise UserError(
             f"layers {list(layers)} are of the kinds {', '.join(map(str, kinds))}, an order that models of this family do not "
-            f"have: choose layers whose kinds follow each other as those of the checkpoint do."
+            f"have{why}: choose layers whose kinds follow each other as those of the checkpoint do."
         )
     name = next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == old.n_layers)
     places = {old: new for new, old in enumerate(layers)}

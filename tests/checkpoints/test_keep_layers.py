@@ -15,11 +15,13 @@ from litmini.checkpoints.keep_layers import keep_layers
 from litmini.errors import UserError
 from litmini.models import FAMILIES
 
-REPEATED = {"gemma2", "gemma3_text", "gpt_oss", "qwen3_5_text", "smollm3"}
+REPEATED = {"gemma2", "gemma3_text", "gpt_oss", "qwen3_5_moe_text", "qwen3_5_text", "smollm3"}
 """Families whose layers are of kinds that follow each other."""
+OTHERS = {"gemma4_text", "glm4_moe_lite", "mistral", "olmo3"}
+"""Where the last layers have keys and values of earlier ones; and families whose files have other tiny models."""
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mistral", "olmo3"}))  # their files have other tiny ones
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - OTHERS))
 def test_layers_of_every_family(family, tmp_path, tokenizer_dir):
     """The first and the last, or, where kinds follow each other, the first two; then transformers agrees."""
     source = make_family(family, tmp_path / "source", tokenizer_dir)
@@ -37,7 +39,7 @@ def test_layers_of_every_family(family, tmp_path, tokenizer_dir):
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype=torch.float32).eval()
-        assert_close(model(tokens), theirs(tokens).logits, 10 * 256)
+        assert_close(model(tokens), theirs(tokens, use_cache=False).logits, 10 * 256)
     assert (tmp_path / "kept/tokenizer.json").is_file()
 
 
@@ -76,6 +78,13 @@ def test_kinds_in_another_order_are_refused(family, tmp_path, tokenizer_dir):
         (source / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in keys}))
         with pytest.raises(UserError, match="an order that models of this family do not have"):
             keep_layers(source, tmp_path / "kept", [1])
+
+
+def test_layers_that_need_others_are_refused(tmp_path, tokenizer_dir):
+    """In Gemma 4 the last layers have the keys and values of earlier ones."""
+    source = make_family("gemma4_text", tmp_path / "source", tokenizer_dir)
+    with pytest.raises(UserError, match=r"do not have \(.*leaves no keys and values to some"):
+        keep_layers(source, tmp_path / "kept", [0, 3])
 
 
 def test_a_directory_that_exists(tiny_dir, tmp_path):

@@ -262,10 +262,10 @@ def last_only(tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_gives_the_scores_of_transformers(model_type, tokenizer_dir, tmp_path):
-    if model_type in ("mistral", "olmo3"):
+    assert (model_type in UNSCORED) == (model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    if model_type in ("glm4_moe_lite", "mistral", "olmo3"):
         pytest.skip("no tiny preset of its own: the same file as another")
     base = make_family(model_type, tmp_path / "base", tokenizer_dir)
-    assert (model_type in UNSCORED) == (model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
     if model_type in UNSCORED:
         pairs: Any = FinetuneRewardConfig(checkpoint_dir=str(base), out_dir="x", data=RewardDataConfig("x"))
         for prepare, config in ((classify.prepare_data, settings_of(base)), (reward.prepare_data, pairs)):
