@@ -13,7 +13,6 @@ from torch import Tensor
 from litmini.checkpoints.config import (
     changed_config,
     disk_tensors,
-    is_multimodal,
     model_tensors,
     parameter_names,
     parse_model,
@@ -90,7 +89,7 @@ def convert(
         module, model = parse_model(raw, opened.config_file, all_names)
     config = model.config
     beside: tuple[Tensors, Tensors] | None = None
-    if is_multimodal(raw):
+    if hasattr(module, "owns"):
         parts = [(name, like) for name, like in existing if not module.owns(name)]
         beside = parts, ((name, tensor) for name, tensor in opened.read(False) if not module.owns(name))
         existing = [(name, like) for name, like in existing if module.owns(name)]
