@@ -27,7 +27,8 @@ def check_compiler(model: nn.Module, dtype: torch.dtype) -> None:
 
 def compilable(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether torch.compile knows all of the model's matmuls, in `dtype`: grouped ones have no fp32 in torch 2.13."""
-    return dtype != torch.float32 or all(p.ndim < 3 for block in blocks(model) for p in block.parameters())
+    modules = (module for block in blocks(model) for module in block.modules() if not isinstance(module, nn.Conv1d))
+    return dtype != torch.float32 or all(p.ndim < 3 for module in modules for p in module.parameters(recurse=False))
 
 
 def has_cxx() -> bool:

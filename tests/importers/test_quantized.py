@@ -223,6 +223,31 @@ def test_a_multimodal_checkpoint_in_fp8_as_ministral_3_is_published(tmp_path, to
     assert_close(logits(load_model(out, torch.float32)), logits(theirs.eval()))
 
 
+def test_experts_in_fp8_one_by_one_as_qwen_3_5_is_published(tmp_path, tokenizer_dir):
+    """The bf16 checkpoints have them stacked, and so has the result; what is carried through is dequantised as well."""
+    shape = {key: SHAPE[key] for key in SHAPE if key != "intermediate_size"} | {"num_hidden_layers": 2, "head_dim": 32}
+    shape |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+    shape |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
+    shape |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
+    torch.manual_seed(0)
+    model = tf.Qwen3_5MoeForCausalLM(tf.Qwen3_5MoeTextConfig(**shape, num_experts_per_tok=2))
+    source = fp8(tmp_path / "fp8", tokenizer_dir, [16, 32], model)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert tensors[name].dtype == torch.float8_e4m3fn and tensors[f"{name}_scale_inv"].shape == (4, 1)
+    carried = {f"mtp.{key}": tensors[key].clone() for key in (name, f"{name}_scale_inv")}
+    save_file(tensors | carried, source / "model.safetensors", metadata={"format": "pt"})
+    out = convert(source, tmp_path / "out")
+    after = load_file(out / "model.safetensors")
+    assert not any("scale" in key or ".experts.3." in key for key in after if not key.startswith("mtp."))
+    stacked = after["model.layers.0.mlp.experts.down_proj"]
+    assert stacked.shape == (4, 64, 32) and torch.equal(stacked[3], after[f"mtp.{name}"])
+    settings = tf.FineGrainedFP8Config(weight_block_size=[16, 32], dequantize=True, activation_scheme="static")
+    theirs = tf.AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.bfloat16)
+    assert torch.equal(theirs.model.layers[0].mlp.experts.down_proj, stacked)
+    assert_close(logits(load_model(out, torch.float32)), logits(theirs.float()))
+
+
 def test_raw_fp8_is_refused_everywhere(tmp_path, tokenizer_dir):
     source = fp8(tmp_path / "fp8", tokenizer_dir)
     tensors = {n: t for n, t in load_file(source / "model.safetensors").items() if "scale" not in n}

@@ -24,6 +24,7 @@ from litmini.checkpoints.hf import load_model, save_trained
 from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
+from litmini.importers.convert import convert
 from litmini.methods.adapters import add_adapters
 from litmini.models import qwen3_5
 
@@ -174,7 +175,12 @@ def test_multi_token_prediction_is_carried_through(base, tmp_path):
     export(base, tmp_path / "merged", adapter, dtype=torch.float32)
     (tmp_path / "full").mkdir()
     save_trained(load_model(base, torch.float32), tmp_path / "full", base)
-    for directory, changed in ((tmp_path / "merged", True), (tmp_path / "full", False)):
+    convert(base, tmp_path / "converted")
+    for directory, changed in (
+        (tmp_path / "merged", True),
+        (tmp_path / "full", False),
+        (tmp_path / "converted", False),
+    ):
         after = read_all(directory)
         assert after.keys() == before.keys()
         for name, tensor in before.items():

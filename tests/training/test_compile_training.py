@@ -22,7 +22,7 @@ from litmini.errors import UserError
 from litmini.generation.compile import compile_decoding
 from litmini.methods.adapters import add_adapters
 from litmini.methods.lora import LoRALinear
-from litmini.models import gemma2, llama, mixtral, qwen3_moe
+from litmini.models import gemma2, llama, mamba2, mixtral, qwen3_5, qwen3_moe
 from litmini.tasks import setup
 from litmini.training import compile as training_compile
 from litmini.training.compile import COMPILE_THRESHOLD, compile_training, is_worth_compiling
@@ -60,7 +60,8 @@ def test_stacked_experts_compile_in_bf16_alone(family):
     for compile_ in (compile_decoding, lambda model: compile_training(model, torch.float32)):
         with pytest.raises(UserError, match="experts in bf16, but not in fp32"):
             compile_(model)
-    assert compilable(llama.Model(llama.PRESETS["tiny"]), torch.float32)
+    for other in (llama, mamba2, qwen3_5):  # convolutions are no experts
+        assert compilable(other.Model(other.PRESETS["tiny"]), torch.float32)
 
 
 def test_auto_compiles_long_runs_where_it_can(monkeypatch):
