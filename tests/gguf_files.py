@@ -25,7 +25,10 @@ TEXTS = [
     "<|im_start|>user\nHi<|im_end|>\n<think>x</think>",
     "I'M we'll\r\n\r\n  indented 12345678",
 ]
-ARCHITECTURES = {"gemma3_text": "gemma3"}  # Hugging Face's model_type -> GGUF's name, where they differ
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+}  # Hugging Face's model_type -> GGUF's name, where they differ
 
 
 def train_tokenizer(split: pre_tokenizers.PreTokenizer, **options) -> Tokenizer:
@@ -54,6 +57,9 @@ def randomize(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         norm = "norm" in name or ".ln_" in name
         torch.nn.init.normal_(parameter.data, 1.0 if norm and name.endswith("weight") else 0.0, 0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.8)
     return model.eval()
 
 
@@ -71,6 +77,8 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def add_settings(writer: gguf.GGUFWriter, config) -> None:
+    if config.model_type == "gemma4_text":
+        return add_gemma4(writer, config)
     gpt2 = config.model_type == "gpt2"
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -103,6 +111,42 @@ def add_settings(writer: gguf.GGUFWriter, config) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def add_gemma4(writer: gguf.GGUFWriter, config) -> None:
+    """What is another value, or a list, in place of the settings of Gemma 3."""
+    types, n_layers = config.layer_types, config.num_hidden_layers
+    full, local = (config.per_layer_config[types.index(f"{kind}_attention")] for kind in ("full", "sliding"))
+    writer.add_block_count(n_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_float32("gemma4.rope.freq_base_swa", config.rope_parameters["sliding_attention"]["rope_theta"])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])
+    for add, kind in ((writer.add_key_length, full), (writer.add_value_length, full)):
+        add(kind.head_dim)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(local.head_dim)
+    writer.add_rope_dimension_count(full.head_dim)
+    wide = [1 + (config.use_double_wide_mlp and mode == "reuse") for mode in config.kv_sharing_modes]
+    widths = [config.intermediate_size * factor for factor in wide]
+    writer.add_feed_forward_length(widths if config.use_double_wide_mlp else widths[0])
+    heads = [full if kind == "full_attention" else local for kind in types]
+    counts = [one.num_key_value_heads for one in heads]
+    writer.add_head_count_kv(counts if len(set(counts)) > 1 else counts[0])
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    rotated = int(full.head_dim * config.rope_parameters["full_attention"]["partial_rotary_factor"] / 2)
+    divisors = [1.0] * rotated + [1e30] * (full.head_dim // 2 - rotated)
+    writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
+
+
 def add_bpe(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str) -> None:
     vocab, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
     writer.add_tokenizer_model("gpt2")
@@ -125,10 +169,24 @@ def hf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
             array = permute(array, model.config.num_attention_heads if q else model.config.num_key_value_heads)
         elif model.config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
             array = np.ascontiguousarray(array.T)
-        elif "gemma" in model.config.model_type and name.endswith("norm.weight"):
+        elif model.config.model_type in ("gemma", "gemma2", "gemma3_text") and name.endswith("norm.weight"):
             array = array + 1
         tensors[name] = array
-    return tensors
+    return gemma4_names(model, tensors) if model.config.model_type == "gemma4_text" else tensors
+
+
+def gemma4_names(model: PreTrainedModel, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What has no `.weight` gets one, or the name that the converter gives it; keys that no layer uses are there, too."""
+    scalars = {name: b for name, b in model.named_buffers() if name.endswith("layer_scalar")}
+    named = {f"{name}.weight": scalar.numpy() for name, scalar in scalars.items()}
+    for name, array in tensors.items():
+        layer = name.partition("layers.")[2].partition(".")[0]
+        scales = {"router.scale": "ffn_gate_inp", "router.per_expert_scale": "ffn_down_exps"}
+        scale = next((new for end, new in scales.items() if name.endswith(end)), None)
+        named[f"blk.{layer}.{scale}.scale" if scale else name + ".weight" * (".experts." in name)] = array
+    modes = model.config.kv_sharing_modes
+    unused = [f"blk.{i}.attn_k.weight" for i, mode in enumerate(modes) if mode == "reuse"]
+    return named | {name: np.ones((4, 64), dtype=np.float32) for name in unused}
 
 
 def write_gguf(

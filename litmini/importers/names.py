@@ -11,13 +11,15 @@ def pattern(name: str) -> str:
 
 
 def rename(name: str, names: dict[str, str]) -> str:
-    """A tensor's new name, by a table of patterns; the old one if no pattern is its own."""
-    new = names.get(pattern(name))
+    """A tensor's new name, by a table of patterns, of a module or of a whole name; the old one if no pattern is its own."""
+    end = name.rpartition(".")[2]
+    whole = names.get(f"{pattern(name)}.{end}")
+    new = names.get(pattern(name)) if whole is None else whole
     if new is None:
         return name
     for number in re.findall(r"\.(\d+)(?=\.)", name):
         new = new.replace("*", number, 1)
-    return f"{new}.{name.rpartition('.')[2]}"
+    return f"{new}.{end}" if whole is None else new
 
 
 def half_split(rows: Tensor, head_dim: int) -> Tensor:

@@ -38,10 +38,11 @@ def sentencepiece_like(
     scheme: str | None = None,
     before: Sequence[Any] = (),
     after: Sequence[Any] = (),
+    merges: list[tuple[str, str]] | None = None,
 ) -> tuple[Tokenizer, list[str]]:
     """Return a BPE over characters with byte fallback, as in Llama 1 and 2 and in Gemma.
 
-    Its merges are not stored anywhere: each token is what joining two others gives, and earlier tokens are joined first.
+    Where its merges are not stored: each token is what joining two others gives, and earlier tokens are joined first.
     Scores say the same, but converters overwrite those of added tokens, so the order decides.
 
     Args:
@@ -57,7 +58,8 @@ def sentencepiece_like(
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ValueError(f"of {len(tokens)} tokens only {len(vocab)} differ")
-    merges = _merges(vocab, [t for t, kind in zip(tokens, types, strict=True) if kind in (NORMAL, ADDED)])
+    if merges is None:
+        merges = _merges(vocab, [t for t, kind in zip(tokens, types, strict=True) if kind in (NORMAL, ADDED)])
     bpe = models.BPE(vocab, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=BYTE in types)
     tokenizer = Tokenizer(bpe)
     replace = normalizers.Replace(" ", SPACE)

@@ -105,6 +105,7 @@ PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, dense_ffn_dim, ffn_d
     "tiny": Config(  # for tests
         *(512, 64, 3, 4, 128, 64, 256, 8, 2),
         n_groups=2,
+        n_active_groups=2,
         q_rank=64,
         kv_rank=64,
         nope_dim=16,

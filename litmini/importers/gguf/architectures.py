@@ -14,7 +14,7 @@ import numpy as np
 
 from litmini.errors import UserError
 from litmini.importers.gguf.reader import Metadata, StoredTensor
-from litmini.models import gemma, gemma2, gemma3, gpt2, llama, qwen2, qwen3
+from litmini.models import gemma, gemma2, gemma3, gemma4, gpt2, llama, qwen2, qwen3
 from litmini.models.hf_config import MAX_INT, MAX_LAYERS
 
 
@@ -39,6 +39,21 @@ class Settings:
         if kind in (int, float) and not 0 < value <= most:  # NaN is not
             raise UserError(f"{self.metadata.file}: metadata {full_name} is {value:,}; expected above 0, to {most:,}.")
         return value
+
+    def count(self, key: str) -> int:
+        """Return a number that may be zero, as it is where it is missing."""
+        value = self.metadata.optional(f"{self.architecture}.{key}", 0)
+        return self.need(key) if value else value
+
+    def layers(self, key: str, n_layers: int) -> list[int]:
+        """Return a number of each layer, of which there may be one for all."""
+        self.read.add(key)
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(value, list):
+            return [self.need(key)] * n_layers
+        if len(value) != n_layers:
+            raise ValueError(f"{key} has {len(value)} numbers for {n_layers} layers")
+        return [int(one) for one in value]
 
     def expect(self, **implied: Any) -> None:
         """Allow settings with this value only; __ stands for the dot in a name."""
@@ -157,6 +172,57 @@ def _gemma3(s: Settings) -> gemma3.Config:
     )
 
 
+def _gemma4(s: Settings) -> gemma4.Config:
+    """Whatever differs by layer is a list: Config says it in a few numbers, and then both must agree."""
+    n_layers, n_shared = s.need("block_count"), s.count("attention.shared_kv_layers")
+    is_local = s.layers("attention.sliding_window_pattern", n_layers)
+    widths, heads = (s.layers(key, n_layers) for key in ("feed_forward_length", "attention.head_count_kv"))
+    head_dim, global_head_dim = s.need("attention.key_length_swa"), s.need("attention.key_length")
+    s.expect(attention__value_length_swa=head_dim, attention__value_length=global_head_dim)
+    s.expect(rope__dimension_count_swa=head_dim, rope__dimension_count=global_head_dim)
+    first = is_local.index(0)
+    local_heads = heads[is_local.index(1)] if 1 in is_local else heads[first]
+    divisors = s.tensors["rope_freqs.weight"].read(0, 1)[0] if "rope_freqs.weight" in s.tensors else np.ones(1)
+    experts = {"n_experts": "expert_count", "n_active": "expert_used_count", "expert_dim": "expert_feed_forward_length"}
+    config = gemma4.Config(
+        vocab_size=s.tensors["token_embd.weight"].shape[0],
+        dim=s.need("embedding_length"),
+        n_layers=n_layers,
+        n_heads=s.need("attention.head_count"),
+        n_kv_heads=local_heads,
+        ffn_dim=widths[0],
+        max_positions=s.need("context_length"),
+        window=s.need("attention.sliding_window"),
+        global_every=first + 1,
+        head_dim=head_dim,
+        global_head_dim=global_head_dim,
+        n_global_kv_heads=None if heads[first] == local_heads else heads[first],
+        k_eq_v=f"blk.{first}.attn_v.weight" not in s.tensors,
+        n_shared=n_shared,
+        double_wide=n_shared > 0 and widths[-1] == 2 * widths[0],
+        ple_dim=s.count("embedding_length_per_layer_input"),
+        logit_softcap=s.need("final_logit_softcapping", float),
+        rope_theta=s.get("rope.freq_base", 1_000_000.0),
+        rotary_pct=float((divisors == 1).mean()),  # the other frequencies are divided by 1e30
+        rope_local_theta=s.get("rope.freq_base_swa", 10_000.0),
+        norm_eps=s.need("attention.layer_norm_rms_epsilon", float),
+        tied="output.weight" not in s.tensors,
+        **{field: s.count(key) for field, key in experts.items()},
+    )
+    kinds = [config.is_global(i) for i in range(n_layers)]
+    implied = {
+        "sliding_window_pattern": (is_local, [int(not kind) for kind in kinds]),
+        "head_count_kv": (heads, [heads[first] if kind else local_heads for kind in kinds]),
+        "feed_forward_length": (
+            widths,
+            [widths[0] * (1 + (config.double_wide and config.source(i) != i)) for i in range(n_layers)],
+        ),
+    }
+    if wrong := [key for key, (found, expected) in implied.items() if found != expected]:
+        raise ValueError(f"{', '.join(wrong)} of its layers is not implemented: {implied[wrong[0]][0]}")
+    return config
+
+
 def _gpt2(s: Settings) -> gpt2.Config:
     n_heads = s.need("attention.head_count")
     s.expect(attention__head_count_kv=n_heads)
@@ -194,6 +260,22 @@ FOUR_NORMS = {  # ffn_norm is not what it is in Llama
     "blk.*.post_attention_norm": "model.layers.*.post_attention_layernorm",
     "blk.*.ffn_norm": "model.layers.*.pre_feedforward_layernorm",
     "blk.*.post_ffw_norm": "model.layers.*.post_feedforward_layernorm",
+}
+GEMMA4_NAMES = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+    "blk.*.inp_gate": "model.layers.*.per_layer_input_gate",
+    "blk.*.proj": "model.layers.*.per_layer_projection",
+    "blk.*.post_norm": "model.layers.*.post_per_layer_input_norm",
+    "blk.*.layer_output_scale": "model.layers.*.layer_scalar",
+    "blk.*.ffn_gate_inp": "model.layers.*.router",
+    "blk.*.ffn_gate_up_exps": "model.layers.*.experts.gate_up_proj",
+    "blk.*.ffn_down_exps": "model.layers.*.experts.down_proj",
+    "blk.*.ffn_down_exps.scale": "model.layers.*.router.per_expert_scale",
+    "blk.*.post_ffw_norm_1": "model.layers.*.post_feedforward_layernorm_1",
+    "blk.*.pre_ffw_norm_2": "model.layers.*.pre_feedforward_layernorm_2",
+    "blk.*.post_ffw_norm_2": "model.layers.*.post_feedforward_layernorm_2",
 }
 GPT2_NAMES = {
     "token_embd": "transformer.wte",
@@ -234,5 +316,8 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", _gemma, NAMES, norms_plus_one=True),
     "gemma2": Architecture("gemma2", _gemma2, NAMES | FOUR_NORMS, norms_plus_one=True),
     "gemma3": Architecture("gemma3_text", _gemma3, NAMES | HEAD_NORMS | FOUR_NORMS, norms_plus_one=True),
+    "gemma4": Architecture(
+        "gemma4_text", _gemma4, NAMES | HEAD_NORMS | FOUR_NORMS | GEMMA4_NAMES, consumed=("rope_freqs.weight",)
+    ),
     "gpt2": Architecture("gpt2", _gpt2, GPT2_NAMES),
 }

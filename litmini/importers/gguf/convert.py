@@ -62,7 +62,8 @@ def import_gguf(
             model = module.Model(config)
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{file}: its metadata and tensors make no {name} model ({error}).") from None
-    kept = _fitting(tensors, architecture, model, file)
+    carried = module.carried(config) if hasattr(module, "carried") else ()
+    kept = _fitting(tensors, architecture, model, file, carried)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for old, new in kept.items():
@@ -100,12 +101,21 @@ def _values(tensor: StoredTensor, dtype: torch.dtype, minus: float) -> Tensor:
 
 
 def _fitting(
-    tensors: dict[str, StoredTensor], architecture: Architecture, model: nn.Module, file: Path
+    tensors: dict[str, StoredTensor],
+    architecture: Architecture,
+    model: nn.Module,
+    file: Path,
+    carried: tuple[str, ...],
 ) -> dict[str, str]:
-    """Return GGUF's names -> the model's, of all tensors to keep; one error reports all that does not fit `model`."""
+    """Return GGUF's names -> the model's, of all tensors to keep; one error reports all that does not fit `model`.
+
+    Args:
+        carried: how the model's names of tensors begin that no model uses; they are left out.
+    """
     if unsupported := [f"{t.name} is {t.kind.name}" for t in tensors.values() if t.kind.name not in TYPES]:
         raise UserError(f"{file}: {', '.join(unsupported[:3])}; supported types: {', '.join(TYPES)}.")
     kept = {old: rename(old, architecture.names) for old in tensors if old not in architecture.consumed}
+    kept = {old: new for old, new in kept.items() if not new.startswith(carried)}
     expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     shapes = {new: tensors[old].shape for old, new in kept.items()}
     if problems := [f"{key} is missing" for key in expected if key not in shapes] + [

@@ -87,10 +87,18 @@ def _build_tokenizer(
         unknown = ids.get("unknown", 0)  # as llama.cpp has it
         tokenizer, tokens = sentencepiece_like(tokens, types, unknown, space_prefix=prefix is not False)
         return tokenizer, tokens, True
+    if kind == "gemma4":  # the same with its merges, in which a space is no character
+        stored = [
+            (one[0] + a, b)
+            for one in metadata.need("tokenizer.ggml.merges", list)
+            for a, _, b in [one[1:].partition(" ")]
+        ]
+        tokenizer, tokens = sentencepiece_like(tokens, types, ids.get("unknown", 0), bool(prefix), merges=stored)
+        return tokenizer, tokens, True
     if kind != "gpt2":
         raise UserError(
-            f"{file}: tokenizer model '{kind}' is not supported; supported are: gpt2 (byte-level BPE) and llama "
-            f"(like SentencePiece)."
+            f"{file}: tokenizer model '{kind}' is not supported; supported are: gpt2 (byte-level BPE), llama (like "
+            f"SentencePiece) and gemma4."
         )
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"{file}: pre-tokenizer '{pre}' is not supported; supported are: {', '.join(PRE_TOKENIZERS)}.")

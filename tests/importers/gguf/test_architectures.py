@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from pathlib import Path
 
 import gguf
@@ -13,7 +14,7 @@ from gguf.quants import dequantize, quantize
 from gguf_files import TEXTS, randomize, tiny_llama, train_tokenizer, write_gguf
 from numerics import assert_close, ulps
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import litmini.importers.gguf.convert
 from litmini.checkpoints.hf import load_model
@@ -36,6 +37,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 GEMMA3 = {**SHAPE, "num_hidden_layers": 7, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+KINDS = ["sliding_attention", "full_attention"]
+GEMMA4 = {**SHAPE, "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 30.0}
+GEMMA4 |= {"layer_types": KINDS * 2, "num_hidden_layers": 4, "vocab_size_per_layer_input": 320, "pad_token_id": None}
+E2B = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+LARGE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 4, "moe_intermediate_size": 32}
 CASES = {
     "qwen2": tf.Qwen2Config(**SHAPE, rope_parameters=ROPE),
     "qwen2-yarn-tied": tf.Qwen2Config(**SHAPE, rope_parameters=YARN, tie_word_embeddings=True),
@@ -47,6 +54,8 @@ CASES = {
     "gemma3-linear": tf.Gemma3TextConfig(
         **GEMMA3, rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL}
     ),
+    "gemma4-e2b": tf.Gemma4TextConfig(**GEMMA4, **E2B),
+    "gemma4-26b": tf.Gemma4TextConfig(**GEMMA4, **LARGE, **EXPERTS),
     "gpt2": tf.GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128, tie_word_embeddings=True),
 }
 SENTENCEPIECE = [
@@ -251,6 +260,53 @@ def test_sentencepiece_like_tokenizer(prefix: bool, tmp_path: Path, out: Path) -
     theirs = tf.AutoTokenizer.from_pretrained(out)
     assert theirs("the cat sat").input_ids == ours.encode("the cat sat") and theirs.bos_token == "<bos>"
     assert "\u2581\u2581" in theirs.get_vocab() and "  " not in theirs.get_vocab()
+
+
+def test_tokenizer_of_gemma4(tmp_path: Path, out: Path) -> None:
+    """Like SentencePiece's, with the merges that the file has, whose order is not that of tokens."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    trained.train_from_iterator(TEXTS[:3] * 3, trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    special, bytes_ = ["<pad>", "<eos>", "<bos>", "<unk>"], [f"<0x{n:02X}>" for n in range(256)]
+    tokens = [*special, *bytes_, *sorted(trained.get_vocab())]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    theirs = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    theirs.normalizer = normalizers.Replace(" ", "\u2581")
+    settings: dict[str, object] = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens}
+    settings |= {"tokenizer.ggml.token_type": [3, 3, 3, 2] + [6] * 256 + [1] * (len(tokens) - 260)}
+    settings |= {"tokenizer.ggml.merges": [" ".join(merge) for merge in merges], "tokenizer.ggml.add_bos_token": True}
+    settings |= {"tokenizer.ggml.scores": [-1000.0] * len(tokens), "tokenizer.ggml.add_space_prefix": False}
+    for role, number in (("bos", 2), ("eos", 1), ("unknown", 3), ("padding", 0)):
+        settings[f"tokenizer.ggml.{role}_token_id"] = number
+    import_gguf(write_gguf(tmp_path / "a.gguf", tiny_llama(len(tokens)), settings=settings), out)
+    ours = OurTokenizer(out)
+    for text in TEXTS:
+        assert ours.encode(text, special=False) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text, special=False)) == text
+    assert ours.encode("the cat")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gemma4.attention.sliding_window_pattern": [True, False, False, False]}, "sliding_window_pattern"),
+        ({"gemma4.feed_forward_length": [96, 96, 192, 96]}, "feed_forward_length of its layers is not implemented"),
+        ({"gemma4.attention.head_count_kv": [2, 2]}, "head_count_kv has 2 numbers for 4 layers"),
+        ({"gemma4.attention.head_count_kv": [2, 2, 2, 1]}, "head_count_kv of its layers is not implemented"),
+        ({"gemma4.attention.logit_softcapping": 20.0}, "not implemented for GGUF architecture 'gemma4'"),
+    ],
+)
+def test_layers_that_gemma4_has_not_are_refused(
+    change: dict, message: str, tmp_path: Path, out: Path, tokenizer
+) -> None:
+    file = write_gguf(tmp_path / "a.gguf", make("gemma4-e2b"), tokenizer, pre="gpt-2")
+    metadata, tensors = read_gguf(file)
+    metadata.fields.update(change)
+    with pytest.raises((UserError, ValueError), match=message):
+        settings = Settings(metadata, tensors, "gemma4")
+        ARCHITECTURES["gemma4"].config(settings)
+        settings.refuse_the_rest()
 
 
 def test_tokens_that_occur_twice(tmp_path: Path, out: Path) -> None:
