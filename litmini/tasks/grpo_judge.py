@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from litmini.config.judge import JudgeConfig
-from litmini.data.prompts import Prompt
 from litmini.errors import UserError
 from litmini.files import existing_file
 from litmini.serving.openai_client import Client, ServerError
+from litmini.tokenizer import Message
 
 MOST = 10
 """The best rating."""
@@ -49,12 +49,12 @@ class JudgeReward:
         if not config.model:
             self.client.model = self.client.only_model("--judge.model")
 
-    def score(self, completions: list[tuple[Prompt, str]]) -> list[float | None]:
-        """Return the rating of each completion; NaN where there is none, and `problem` then says why."""
+    def score(self, completions: list[tuple[list[Message] | str, str]]) -> list[float | None]:
+        """Return the rating of each (prompt, completion); NaN where there is none, and `problem` then says why."""
         with ThreadPoolExecutor(self.config.concurrency, "judge") as threads:
             return list(threads.map(self._rate, completions))
 
-    def _rate(self, completion: tuple[Prompt, str]) -> float | None:
+    def _rate(self, completion: tuple[list[Message] | str, str]) -> float:
         prompt, text = completion
         values = {"question": _conversation(prompt), "answer": text}
         asked = re.sub(r"\{(question|answer)\}", lambda match: values[match[1]], self.template)
@@ -79,9 +79,9 @@ def read_rating(reply: str) -> float | None:
     return value if 0 <= value <= MOST else None
 
 
-def _conversation(prompt: Prompt) -> str:
+def _conversation(prompt: list[Message] | str) -> str:
     """Return a prompt as a judge reads it: a single turn as it is, several with their roles."""
-    if isinstance(prompt.prompt, str):
-        return prompt.prompt
-    turns = [(str(m.get("role", "")), str(m.get("content") or "")) for m in prompt.prompt]
+    if isinstance(prompt, str):
+        return prompt
+    turns = [(str(message.get("role", "")), str(message.get("content") or "")) for message in prompt]
     return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)

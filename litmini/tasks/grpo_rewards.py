@@ -71,11 +71,11 @@ class Rewards:
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _score(self, name: str, model: Any, completions: list[tuple[Prompt, str]]) -> list[float | None]:
-        judge = isinstance(model, JudgeReward)
-        found: list[float | None] = model.score(completions if judge else [(p.prompt, text) for p, text in completions])
+        found: list[float | None] = model.score([(prompt.prompt, text) for prompt, text in completions])
+        why = model.problem if isinstance(model, JudgeReward) else "is not finite"
         for (prompt, _), value in zip(completions, found, strict=True):
             if value is not None and math.isnan(value):
-                self._failed(name, model.problem if judge else "is not finite", prompt)
+                self._failed(name, why, prompt)
         return found
 
     def total(self, values: list[float | None]) -> float:

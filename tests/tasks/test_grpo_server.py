@@ -21,6 +21,7 @@ from two import command, run_two, values
 import litmini
 from litmini.config.grpo import GrpoConfig
 from litmini.config.judge import JudgeConfig
+from litmini.errors import UserError
 from litmini.generation.rollouts import sample
 from litmini.tasks.grpo_judge import PROMPT, JudgeReward, read_rating
 from litmini.tasks.grpo_losses import policy_loss
@@ -201,13 +202,10 @@ def test_a_judge_and_its_address_go_together(tiny_dir, files, tmp_path, capfd):
 
 def test_a_judge_sees_what_is_asked_and_answered(tmp_path):
     """What stands in a completion is not read as a place; an own prompt lacks none."""
-    from litmini.data.prompts import Prompt
-    from litmini.errors import UserError
-
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why {answer}?"}]
     with serving(lambda body, number: said("[[5]]")) as asked:
         judge = JudgeReward(JudgeConfig(base_url=asked.url, model="m"))
-        assert judge.score([(Prompt("f:1", messages, {}), "{question}"), (Prompt("f:2", "Hi", {}), "ho")]) == [0.5, 0.5]
+        assert judge.score([(messages, "{question}"), ("Hi", "ho")]) == [0.5, 0.5]
         texts = sorted((body["messages"][0]["content"] for _, body, _ in asked.requests), key=len)
         assert texts[0] == PROMPT.replace("{question}", "Hi").replace("{answer}", "ho")
         assert "system: Be brief.\n\nuser: Why {answer}?" in texts[1] and "[Answer]\n{question}\n" in texts[1]
