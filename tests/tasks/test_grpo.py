@@ -30,6 +30,7 @@ from litmini.runs.run import read_samples
 from litmini.tasks import grpo_rewards
 from litmini.tasks.grpo_completions import Completion, learning_batches
 from litmini.tasks.grpo_rewards import load_rewards
+from litmini.tasks.grpo_sampling import Sampling
 from litmini.tokenizer import Tokenizer
 from litmini.training.setup import Feed
 
@@ -158,6 +159,25 @@ def test_a_prompt_gets_other_completions_in_another_step(tiny_dir, files, tmp_pa
         for step in (1, 2)
     ]
     assert found[0] and found[1] and found[0].isdisjoint(found[1])
+
+
+def test_the_divergence_of_rloo_is_in_the_rewards(tiny_dir, files, tmp_path, capfd, monkeypatch):
+    """beta (l_old - l_ref), summed over a completion, where l_ref is that of the base alone."""
+    seen: list[list[Completion]] = []
+    compare = Sampling._compare
+    monkeypatch.setattr(Sampling, "_compare", lambda *given: seen.append(given[1]) or compare(*given))
+    more = ("--grpo.loss_type", "rloo", "--grpo.beta", 0.5, "--optim.lr", 1e-2)
+    run(capfd, *words(tiny_dir, files, tmp_path / "run", *more, steps=2))
+    base, differences = load_model(tiny_dir, torch.float32), []
+    for completion in seen[1]:
+        tokens = torch.tensor([completion.prompt_ids + completion.ids])
+        with torch.no_grad():
+            log_probs = base(tokens[:, :-1]).log_softmax(-1)[0, len(completion.prompt_ids) - 1 :]
+        reference = log_probs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert completion.reference == pytest.approx(reference.tolist(), abs=1e-4)
+        differences.append(sum(completion.old) - float(reference.sum()))
+        assert completion.reward == pytest.approx(completion.rewards[0] - 0.5 * differences[-1], abs=1e-3)
+    assert max(map(abs, differences)) > 0.05
 
 
 def test_two_processes_equal_one(tiny_dir, files, tmp_path, capfd):
