@@ -103,7 +103,7 @@ class Config:
 _YARN = Yarn(40.0, 4096, 1.0)
 PRESETS = {  # columns: vocab_size, dim, n_layers, n_heads, dense_ffn_dim, ffn_dim, max_positions, n_experts, n_active
     "tiny": Config(  # for tests
-        *(512, 64, 3, 4, 128, 64, 256, 8, 2),
+        *(512, 64, 2, 4, 128, 64, 256, 8, 2),
         n_groups=2,
         n_active_groups=2,
         q_rank=64,

@@ -490,7 +490,7 @@ def test_what_is_missing_is_the_default_of_transformers(kind):
         ({"n_groups": 8}, "n_experts 8 in n_groups 8: expected two or more in each"),
         ({"n_active_groups": 3}, r"n_active_groups 3 is outside 1..n_groups 2"),
         ({"n_active": 5, "n_active_groups": 1}, r"n_active 5 is outside 1..4, the experts of n_active_groups"),
-        ({"n_dense": 4}, r"n_dense 4 is outside 0..n_layers 3"),
+        ({"n_dense": 3}, r"n_dense 3 is outside 0..n_layers 2"),
     ],
 )
 def test_impossible_values_raise(change, message):
