@@ -45,6 +45,7 @@ ROOMS = {
     "yaml_values": "errors",
     "settings": "errors files yaml_values",
     "interrupts": "",
+    "openai_client": "errors",
     "cli": "errors files system distributed settings interrupts",
     "ops": "errors",
     "models": "errors files ops",
@@ -56,10 +57,10 @@ ROOMS = {
     "importers": "checkpoints models tokenizer templates side_files",
     "generation": "checkpoints models methods ops distributed config tokenizer compiler templates",
     "runs": "training checkpoints distributed config tokenizer",
-    "evaluation": "serving generation data training runs methods checkpoints models ops config tokenizer",
+    "evaluation": "openai_client generation data training runs methods checkpoints models ops config tokenizer",
     "serving": "generation config tokenizer templates",
-    "tasks": "evaluation serving generation runs data training importers checkpoints models methods ops distributed config "
-    "tokenizer compiler",
+    "tasks": "evaluation generation runs data training importers checkpoints models methods ops distributed config "
+    "tokenizer compiler openai_client",
 }
 BASE = "errors files hub_errors staging system"
 

@@ -13,7 +13,7 @@ from litmini.errors import UserError, counted
 from litmini.evaluation.answers import Pair
 from litmini.evaluation.verdicts import Verdict
 from litmini.files import existing_file
-from litmini.serving.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError
 
 ORDERS = ("ab", "ba")
 MOST_FAILURES = 5

@@ -1,1 +1,1 @@
-"""A server that speaks OpenAI's protocol, and a client of such servers."""
+"""A server that speaks OpenAI's protocol."""

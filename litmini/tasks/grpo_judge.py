@@ -11,7 +11,7 @@ from typing import Any
 from litmini.config.judge import JudgeConfig
 from litmini.errors import UserError
 from litmini.files import existing_file
-from litmini.serving.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError
 from litmini.tokenizer import Message
 
 MOST = 10

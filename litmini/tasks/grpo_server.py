@@ -15,7 +15,7 @@ from litmini.config.grpo import FinetuneGrpoConfig
 from litmini.distributed.host_arrays import gather_on_host
 from litmini.errors import UserError
 from litmini.generation.rollouts import Rollout
-from litmini.serving.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError
 
 
 class SamplingServer:

@@ -12,12 +12,12 @@ import pytest
 from openai_server import Asked, said, serving
 from script_runs import ROOT, run_script
 
+from litmini import openai_client
 from litmini.data.preference_records import read_preferences
 from litmini.evaluation import judge as judges
 from litmini.evaluation.answers import Pair, read_human, read_pairs
 from litmini.evaluation.judge import question, read_template, read_verdict
 from litmini.evaluation.verdicts import Verdict, summarize, winners
-from litmini.serving import openai_client
 
 GOOD = {0, 1, 2, 5}
 """Pairs in which the answer of a is good; that of b is in 3 and 4, and both are in 6 and 7."""

@@ -5,9 +5,9 @@ import threading
 import pytest
 from openai_server import said, serving
 
+from litmini import openai_client
 from litmini.errors import UserError
-from litmini.serving import openai_client
-from litmini.serving.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError
 
 KEY = "sk-secret-1"
 HELLO = [{"role": "user", "content": "hello"}]
