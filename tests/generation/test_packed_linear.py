@@ -7,6 +7,7 @@ from litmini.config.generate import SamplingConfig
 from litmini.generation.generate import finish_all
 from litmini.generation.packed_linear import PackedLinear, can_pack, pack_linears
 from litmini.generation.request import Request
+from litmini.methods.base_layer import ModulesToSaveLayer
 from litmini.methods.lora import LoRALinear
 from litmini.models import llama
 
@@ -50,6 +51,45 @@ def test_linears_under_adapters_and_of_other_dtypes_stay():
     model = nn.Sequential(LoRALinear(nn.Linear(16, 16), rank=2, alpha=4), nn.Linear(16, 16).half(), nn.Linear(16, 16))
     pack_linears(model)
     assert [type(m) for m in (model[0].base, model[1], model[2])] == [nn.Linear, nn.Linear, PackedLinear]
+
+
+@needs_avx512
+def test_modules_trained_beside_adapters_stay():
+    linear = nn.Linear(16, 24, bias=False).bfloat16()
+    layer = ModulesToSaveLayer(linear)
+    model, x = nn.Sequential(layer), torch.randn(3, 16).bfloat16()
+    expected = model(x)
+    pack_linears(model)
+    assert type(layer.full) is nn.Linear and torch.equal(model(x), expected)
+
+
+class OwnHead(llama.Model):
+    """A researcher's model that multiplies by the head's weight itself, and has a second linear beside it."""
+
+    def __init__(self, config: llama.Config) -> None:
+        super().__init__(config)
+        self.value_head = nn.Linear(config.dim, 1)
+
+    def forward(self, tokens, positions=None, documents=None, cache=None, labels=None):
+        hidden = []
+        hook = self.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+        super().forward(tokens, positions, documents, cache)
+        hook.remove()
+        return nn.functional.linear(hidden[0], self.lm_head.weight)
+
+
+@needs_avx512
+def test_a_model_may_read_the_weight_of_a_packed_linear():
+    models = [kind(llama.PRESETS["tiny"]).eval() for kind in (llama.Model, OwnHead)]
+    for model in models:
+        model.init_weights(torch.Generator().manual_seed(0))
+    models[1].load_state_dict(models[0].state_dict(), strict=False)
+    expected = completions(models[0])
+    assert completions(models[1]) == expected
+    weight = models[1].lm_head.weight.detach().clone()
+    pack_linears(models[1])
+    assert type(models[1].lm_head) is PackedLinear and torch.equal(models[1].lm_head.weight, weight)
+    assert completions(models[1]) == expected
 
 
 def test_other_processors_keep_plain_linears(monkeypatch):
