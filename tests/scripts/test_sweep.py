@@ -142,6 +142,7 @@ def test_runs_that_fail_do_not_end_it(place, capfd):
         ("{lora.rank: []}", "lora.rank has no values"),
         ("{out_dir: [a]}", "the sweep chooses it for each run"),
         ("{lora.rank: 4}", "lora.rank has no values"),
+        ("rank", "grid is rank; expected names and lists of values such as"),
         ("{lora.rank: [4, 8, 4]}", "lora.rank has a value twice"),
     ],
 )
