@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses after which the same request may succeed later."""
@@ -152,7 +152,9 @@ class Client:
                 break
             if number + 1 < self.tries:
                 time.sleep(wait if wait is not None else min(LONGEST_WAIT, 2.0**number))
-        raise ServerError(f"{self.base_url}{path} failed, tried {number + 1} times: {self._hidden(problem)}{hint}")
+        raise ServerError(
+            f"{self.base_url}{path} failed, tried {counted(number + 1, 'time')}: {self._hidden(problem)}{hint}"
+        )
 
     def _once(self, path: str, data: bytes | None) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "litmini"}
@@ -207,7 +209,7 @@ class Client:
             hint = " Does base_url end as the server wants it, with /v1 for example, and has it this model?"
         elif 300 <= error.code < 400:
             hint = f" It redirects to {error.headers.get('Location')}, which is not followed: give that address."
-        return self._hidden(f"{self.base_url} answers {error.code}: {_short(said)}{hint}")
+        return self._hidden(f"{self.base_url} answers {error.code}: {_short(said)}{'.' if hint else ''}{hint}")
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text

@@ -158,7 +158,7 @@ def test_what_a_server_may_lack(tiny_dir, files, tmp_path, capfd, monkeypatch):
         (lambda body, number: tokens([5, 9999]), "id 9999, but the model has the rows 0 to 511"),
         (lambda body, number: tokens([-1]), "id -1, but the model has the rows 0 to 511"),
         (lambda body, number: tokens([5] * 7), "a completion has 7 tokens; asked for 6 at most"),
-        (lambda body, number: (404, {"detail": "Not Found"}, {}), "/v1 answers 404: Not Found Does base_url end"),
+        (lambda body, number: (404, {"detail": "Not Found"}, {}), "/v1 answers 404: Not Found. Does base_url end"),
         (lambda body, number: (200, b"<html>", {}), "is this the address of an OpenAI-compatible server"),
     ):
         with serving(answer) as asked:
