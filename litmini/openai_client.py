@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from litmini.errors import UserError
+from litmini.errors import UserError, counted
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses after which the same request may succeed later."""
@@ -88,7 +88,7 @@ class Client:
         """`post`, where nothing but success is expected in the reply."""
         self._request(path, json.dumps(body).encode())
 
-    def chat(self, messages: list[dict[str, Any]], **settings: Any) -> Reply:
+    def chat(self, messages: list[dict[str, Any]], /, **settings: Any) -> Reply:
         """Return the reply to messages. `settings` go into the body: max_tokens, temperature and others; None: left out.
 
         Raises:
@@ -102,7 +102,7 @@ class Client:
             tokens = [int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
             if not isinstance(text, str):
                 raise TypeError(text)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
             raise ServerError(f"{self.base_url}: no chat completion in the reply: {_short(found)}") from None
         return Reply(text, str(choice.get("finish_reason") or ""), tokens[0], tokens[1], choice)
 
@@ -132,7 +132,7 @@ class Client:
     def _request(self, path: str, data: bytes | None) -> bytes:
         problem = ""
         for number in range(self.tries):
-            wait: float | None = None
+            wait, hint = None, ""
             try:
                 return self._once(path, data)
             except urllib.error.HTTPError as error:
@@ -146,12 +146,15 @@ class Client:
                 reason = getattr(error, "reason", error)
                 late = isinstance(reason, TimeoutError)
                 problem = f"no reply within {self.timeout:g} seconds" if late else f"{reason or type(error).__name__}"
+                hint = ". Does the server run, and is this its address?"
             if wait is not None and wait > LONGEST_WAIT:
                 problem += f"; it asks to come back in {wait:,.0f} seconds"
                 break
             if number + 1 < self.tries:
                 time.sleep(wait if wait is not None else min(LONGEST_WAIT, 2.0**number))
-        raise ServerError(f"{self.base_url}{path} failed, tried {number + 1} times: {self._hidden(problem)}")
+        raise ServerError(
+            f"{self.base_url}{path} failed, tried {counted(number + 1, 'time')}: {self._hidden(problem)}{hint}"
+        )
 
     def _once(self, path: str, data: bytes | None) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "litmini"}
@@ -175,7 +178,7 @@ class Client:
     def _parsed(self, path: str, content: bytes) -> dict[str, Any]:
         try:
             found = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise ServerError(
@@ -206,7 +209,7 @@ class Client:
             hint = " Does base_url end as the server wants it, with /v1 for example, and has it this model?"
         elif 300 <= error.code < 400:
             hint = f" It redirects to {error.headers.get('Location')}, which is not followed: give that address."
-        return self._hidden(f"{self.base_url} answers {error.code}: {_short(said)}{hint}")
+        return self._hidden(f"{self.base_url} answers {error.code}: {_short(said)}{'.' if hint else ''}{hint}")
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text

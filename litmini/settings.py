@@ -58,11 +58,18 @@ def describe(kind: Any) -> str:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(describe(part) for part in get_args(kind))
+    if get_origin(kind) is list and get_origin(get_args(kind)[0]) is Literal:
+        return f"a list of {describe(get_args(kind)[0])}, such as '[{get_args(get_args(kind)[0])[0]}]'"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
     words |= {dict[str, int]: "names and numbers such as '{q_proj: 8}'", dict[str, float]: "such as '{q_proj: 8.0}'"}
     words |= {list[str]: "a list such as '[a, b]'", tuple[float, float]: "two numbers such as '[0.9, 0.95]'"}
     words |= {dict[str, Any]: "names and values such as '{enable_thinking: false}'"}
-    words |= {list[int]: "a list of whole numbers such as '[0, 1]'"}
+    words |= {dict[str, list[Any]]: "names and lists of values such as '{optim.lr: [1e-4, 3e-4]}'"}
+    words |= {dict[str, list[float]]: "names and lists of numbers such as '{lora: [1e-4, 3e-4]}'"}
+    words |= {
+        dict[str, str]: "names and texts such as '{mine: out/NAME/final}'",
+        list[int]: "a list of whole numbers such as '[0, 1]'",
+    }
     words |= {Text: "text", list[float]: "a list of numbers such as '[1.0, 2.0]'"}
     return words.get(kind) or str(kind)
 

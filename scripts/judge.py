@@ -114,7 +114,10 @@ def main(config: JudgePairsConfig) -> None:
         )
     if not summary["judged"]:
         replies = [one.reply for one in verdicts if one.winner is None]
-        raise UserError(f"the judge named no winner in any of its replies; the first: {replies[0][:200]!r}")
+        raise UserError(
+            f"the judge named no winner in any of its replies; the first: {replies[0][:200]!r}. Give "
+            f"it more --judge.max_tokens, or name another --judge.model or --judge.prompt, with another --out_dir."
+        )
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ def main(config: SweepConfig) -> None:
     from pathlib import Path
 
     from litmini.errors import UserError, counted
-    from litmini.files import content_hash, existing_file, read_json, write_json, write_text
-    from litmini.runs.sweep import Curves, Outcome, environments, run_all, start, visible_gpus
+    from litmini.files import content_hash, existing_file, write_json, write_text
+    from litmini.runs.sweep import Curves, environments, run_all, start, visible_gpus
     from litmini.runs.sweep_report import describe, plot, rows_of, table
     from litmini.system import lock
-    from litmini.tasks.sweep import ROOT, Schedule, command_words, corners
+    from litmini.tasks.sweep import ROOT, Schedule, command_words, corners, read_earlier
 
     # 1. Every choice, checked before anything runs
     first = check_settings(config, corners(config))
@@ -35,10 +35,7 @@ def main(config: SweepConfig) -> None:
     fixed |= {name: getattr(config, name) for name in ("sampler", "space", "sampler_seed")} if config.space else {}
 
     # 2. What an earlier command has run
-    before = read_json(file) if file.is_file() else {}
-    if changed := [name for name in fixed if before and before["fixed"].get(name) != fixed[name]]:
-        raise UserError(f"{out_dir} has a sweep with other settings ({', '.join(changed)}): choose another --out_dir.")
-    schedule = Schedule(config, {one["name"]: Outcome(**one) for one in before.get("runs", [])})
+    schedule = Schedule(config, read_earlier(file, fixed, [*config.grid, *config.space]))
     out_dir.mkdir(parents=True, exist_ok=True)
     lock(out_dir)
 

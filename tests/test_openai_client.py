@@ -53,8 +53,8 @@ def test_busy_servers_are_asked_again_later(waits):
     [
         ((429, {"error": {"message": "quota used up"}}, {}), 3, "tried 3 times: .* answers 429: quota used up"),
         ((429, {}, {"Retry-After": "86400"}), 1, "asks to come back in 86,400 seconds"),
-        ((401, {"error": {"message": f"wrong key {KEY}"}}, {}), 1, r"401: wrong key \*\*\* .*JUDGE_KEY"),
-        ((404, b"<html>nothing</html>", {}), 1, "404: <html>nothing</html> Does base_url end"),
+        ((401, {"error": {"message": f"wrong key {KEY}"}}, {}), 1, r"401: wrong key \*\*\*\. .*JUDGE_KEY"),
+        ((404, b"<html>nothing</html>", {}), 1, "404: <html>nothing</html>. Does base_url end"),
         ((302, b"", {"Location": "http://elsewhere/v1"}), 1, "redirects to http://elsewhere/v1"),
         ((200, b"<html>hello</html>", {}), 1, "is this the address of an OpenAI-compatible server"),
         ((200, {"choices": []}, {}), 1, "no chat completion in the reply"),

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from litmini.errors import check
+from litmini.errors import UserError, check
 
 
 @dataclass
@@ -45,3 +45,13 @@ class JudgeConfig:
             tries=self.tries > 0,
             concurrency=0 < self.concurrency <= 256,
         )
+        if wrong := [key for key in self.body if not isinstance(key, str) or key in ("messages", "model", "stream")]:
+            raise UserError(
+                f"judge.body has the entry {wrong[0]}; expected names of further entries, such as '{{seed: 1}}'. The model is "
+                f"--judge.model, what it is asked --judge.prompt."
+            )
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Entries of each request beside model and messages; None: left out."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, **self.body}

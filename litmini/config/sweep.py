@@ -62,6 +62,8 @@ class SweepConfig:
             raise UserError(f"sampler {self.sampler} takes its settings from --{given}; expected it, and no --{other}.")
         if empty := [name for name, values in self.grid.items() if not isinstance(values, list) or not values]:
             raise UserError(f"grid: {empty[0]} has no values; expected a list such as [1, 2].")
+        if twice := [name for name, values in self.grid.items() if len(set(map(repr, values))) < len(values)]:
+            raise UserError(f"grid: {twice[0]} has a value twice; expected each once.")
         for name, values in self.space.items():
             _check_space(name, values)
         varied = {*self.grid, *self.space}

@@ -38,18 +38,18 @@ if answer B is better, [[C]] if they are equally good."""
 PLACES = ("question", "first", "second")
 
 
-def read_template(file: str | None) -> str:
+def read_template(file: str | None, default: str = PROMPT, places: tuple[str, ...] = PLACES) -> str:
     """Return the prompt of a file, or the default.
 
     Raises:
-        UserError: it is no text, or lacks one of the `PLACES`.
+        UserError: it is no text, or lacks one of the `places`.
     """
     try:
-        text = PROMPT if file is None else existing_file(file, "judge prompt").read_text(encoding="utf-8")
+        text = default if file is None else existing_file(file, "judge prompt").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error}.") from None
-    if missing := [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in text]:
-        raise UserError(f"{file} lacks {', '.join(missing)}; expected all of {', '.join(f'{{{n}}}' for n in PLACES)}.")
+    if missing := [f"{{{name}}}" for name in places if f"{{{name}}}" not in text]:
+        raise UserError(f"{file} lacks {', '.join(missing)}; expected all of {', '.join(f'{{{n}}}' for n in places)}.")
     return text
 
 
@@ -150,8 +150,7 @@ class LLMJudge:
 
     def _ask(self, pair: Pair, order: str) -> Verdict:
         messages = [{"role": "user", "content": question(self.template, pair, order)}]
-        settings = {"max_tokens": self.config.max_tokens, "temperature": self.config.temperature, **self.config.body}
-        reply = self.client.chat(messages, **settings)
+        reply = self.client.chat(messages, **self.config.request)
         return Verdict(
             pair.number, order, read_verdict(reply.text, order), reply.text, reply.prompt_tokens, reply.completion_tokens,
             messages,

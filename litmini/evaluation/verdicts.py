@@ -61,10 +61,10 @@ class VerdictFile:
         directory.mkdir(parents=True, exist_ok=True)
         lock(directory)
         write_json(directory / SETTINGS, settings)
-        self.verdicts = [Verdict(**one) for one in self._whole_lines()]
+        self.verdicts = self._whole_lines()
         self._out: TextIO = self._file.open("a", encoding="utf-8")
 
-    def _whole_lines(self) -> list[dict[str, Any]]:
+    def _whole_lines(self) -> list[Verdict]:
         """Return the verdicts on disk; a line that a crash has cut off is removed."""
         if not self._file.is_file():
             return []
@@ -73,8 +73,8 @@ class VerdictFile:
         if len(whole) < len(content):
             os.truncate(self._file, len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+            return [Verdict(**json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self._file} is damaged: {error}. Remove its broken line to ask for that verdict again."
             ) from None

@@ -18,7 +18,7 @@ from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
 from litmini.generation.sampling import Sampler
 from litmini.generation.speculative import Draft
-from litmini.methods.heads import head_name
+from litmini.methods.heads import possible_heads
 from litmini.ops.kv_cache import CHUNK, KVCache
 
 NOT_FINITE = (
@@ -229,13 +229,16 @@ def prefill(model: nn.Module, tokens: Tensor, positions: Tensor, cache: KVCache)
 
 @contextlib.contextmanager
 def _head_reads(model: nn.Module, count: int) -> Iterator[None]:
-    """Let the output head read only the last `count` positions."""
+    """Let the output head read only the last `count` positions. A user's model whose head is not found reads all."""
+    if len(names := possible_heads(model)) != 1:
+        yield
+        return
 
     def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         last = args[0][:, args[0].shape[1] - count :]
         return last.clone(memory_format=torch.contiguous_format), *args[1:]  # with the strides of a single token
 
-    hook = model.get_submodule(head_name(model)).register_forward_pre_hook(narrow)
+    hook = model.get_submodule(names[0]).register_forward_pre_hook(narrow)
     try:
         yield
     finally:

@@ -20,18 +20,23 @@ def can_pack(linear: nn.Linear) -> bool:
 
 
 class PackedLinear(nn.Linear):
-    """A linear for inference, without a weight that anything else could read. Only rounding of its outputs may differ.
+    """A linear for inference. Only rounding of its outputs may differ.
 
     Args:
         linear: its bias is shared; its weight is no longer needed.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.register_parameter("weight", None)
+        nn.Module.__init__(self)  # nn.Linear's would register a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (out, in), put in order at each call: a model of a user's own may multiply by it."""
+        return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():  # the head, while a prompt is read
@@ -42,10 +47,11 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module) -> None:
     """Put a `PackedLinear` in the place of each plain linear for which `can_pack` holds.
 
-    The model then gives logits, but no loss. One weight at a time exists twice; that of a head which is tied to the embedding
-    stays so. Linears with adapters beside them are left as they are.
+    The model is then for inference only. One weight at a time exists twice; that of a head which is tied to the embedding
+    stays so. Linears with adapters beside them, and those of adapters, are left as they are.
     """
-    adapted = {module.base for module in model.modules() if isinstance(module, AdapterLayer)}
+    layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
+    adapted = {inner for layer in layers for inner in layer.modules()}
     packed: dict[nn.Module, PackedLinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is nn.Linear and module not in adapted and can_pack(module):

@@ -97,15 +97,20 @@ def head_name(model: nn.Module) -> str:
     Raises:
         UserError: there is none, or more than one.
     """
-    children = dict(model.named_children())
-    names = [name for name, module in children.items() if isinstance(module, OutputHead)]
-    bases: dict[str, Any] = {name: getattr(module, "base", module) for name, module in children.items()}
-    names = names or [name for name, module in bases.items() if isinstance(module, nn.Linear)]
+    names = possible_heads(model)
     if len(names) != 1:
         raise UserError(
             f"expected one output head on the model itself, found {len(names)}: {', '.join(names) or 'none'}."
         )
     return names[0]
+
+
+def possible_heads(model: nn.Module) -> list[str]:
+    """Return the names of what may be a model's output head: one, except in a user's own model file."""
+    children = dict(model.named_children())
+    names = [name for name, module in children.items() if isinstance(module, OutputHead)]
+    bases: dict[str, Any] = {name: getattr(module, "base", module) for name, module in children.items()}
+    return names or [name for name, module in bases.items() if isinstance(module, nn.Linear)]
 
 
 def use_log_probs(model: nn.Module, chunk: int | None = None, temperature: float = 1.0) -> LogProbHead:

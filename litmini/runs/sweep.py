@@ -81,13 +81,14 @@ def starting_words(words: list[str], directory: Path) -> list[str]:
 
 
 def start(script: Path, words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a run whose output goes to `log`."""
+    """Start a run whose output goes to `log`, out of reach of a terminal's Ctrl-C: `run_all` ends it."""
     with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, str(script), *words],
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
+            start_new_session=True,
         )
 
 

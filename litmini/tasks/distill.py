@@ -217,7 +217,8 @@ def _open_teacher(fabric: Fabric, config: FinetuneDistillConfig, tokenizer: Toke
     _, found = read_config(directory)
     if tokenizer.fast.get_vocab_size() > found.vocab_size:
         raise UserError(
-            f"{directory} has {found.vocab_size} rows, and its tokenizer {tokenizer.fast.get_vocab_size()} tokens."
+            f"{directory} has {found.vocab_size} rows, and its tokenizer {tokenizer.fast.get_vocab_size()} tokens; expected a "
+            f"teacher with a row for each token: choose another --distill.teacher_dir."
         )
     return found
 

@@ -15,6 +15,7 @@ from litmini.data.prompts import Prompt, Prompts, load_prompts
 from litmini.errors import counted
 from litmini.tasks.grpo_rewards import load_rewards
 from litmini.tasks.grpo_sampling import Sampling
+from litmini.tasks.grpo_server import check_server
 from litmini.tasks.plan import EXAMPLES, open_base
 from litmini.tasks.setup import Data, ineffective_memory, ineffective_optim, warn
 from litmini.training.objective import Batch
@@ -48,9 +49,11 @@ def prepare_data(fabric: Fabric, config: FinetuneGrpoConfig, began: datetime | N
     """Download the checkpoint if it is missing, read prompts and rewards, and plan the run.
 
     Raises:
-        UserError: prompts, or a reward, cannot be read.
+        UserError: prompts, or a reward, cannot be read, or a sampling server does not answer.
     """
     tokenizer, _ = open_base(fabric, config, began)
+    if not (config.dry_run or config.show_masks):
+        check_server(config)
     device = "cpu" if fabric.device.type == "cpu" else str(fabric.device)
     rewards, hashes = load_rewards(config.rewards, device, config.judge)
     train, val = load_prompts(config.data, tokenizer, config.grpo.max_completion_length, config.seed)

@@ -6,11 +6,9 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from litmini.config.judge import JudgeConfig
-from litmini.errors import UserError
-from litmini.files import existing_file
+from litmini.evaluation.judge import read_template
 from litmini.openai_client import Client, ServerError
 from litmini.tokenizer import Message
 
@@ -40,11 +38,7 @@ class JudgeReward:
         """
         assert config.base_url is not None
         self.config, self.problem = config, ""
-        self.template = PROMPT
-        if config.prompt is not None:
-            self.template = existing_file(config.prompt, "judge prompt").read_text(encoding="utf-8")
-        if missing := [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in self.template]:
-            raise UserError(f"{config.prompt} lacks {' and '.join(missing)}; expected {{question}} and {{answer}}.")
+        self.template = read_template(config.prompt, PROMPT, PLACES)
         self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
         if not config.model:
             self.client.model = self.client.only_model("--judge.model")
@@ -58,9 +52,8 @@ class JudgeReward:
         prompt, text = completion
         values = {"question": _conversation(prompt), "answer": text}
         asked = re.sub(r"\{(question|answer)\}", lambda match: values[match[1]], self.template)
-        settings: dict[str, Any] = {"max_tokens": self.config.max_tokens, "temperature": self.config.temperature}
         try:
-            reply = self.client.chat([{"role": "user", "content": asked}], **settings, **self.config.body)
+            reply = self.client.chat([{"role": "user", "content": asked}], **self.config.request)
         except ServerError as error:
             self.problem = f"has no rating: {error}"
             return math.nan

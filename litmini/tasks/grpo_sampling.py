@@ -64,7 +64,8 @@ class Sampling:
         self._setup, self._objective, self._fabric = setup, objective, setup.fabric
         setup.prefetch = False  # the completions of the next step come from its weights
         if self.config.sampler.base_url is not None:
-            self._server = SamplingServer(self.config, setup.recorder.directory)
+            model: Any = setup.module
+            self._server = SamplingServer(self.config, setup.recorder.directory, model.config.vocab_size)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of this process in an optimizer step; as many in each process."""

@@ -18,22 +18,37 @@ from litmini.generation.rollouts import Rollout
 from litmini.openai_client import Client, ServerError
 
 
+def check_server(config: FinetuneGrpoConfig) -> None:
+    """Ask the sampling server, if there is one, what models it has: before anything is loaded.
+
+    Raises:
+        UserError: the address is none, or nobody answers there.
+    """
+    if config.sampler.base_url is not None:
+        _client(config, tries=3).models()
+
+
+def _client(config: FinetuneGrpoConfig, tries: int = 6) -> Client:
+    sampler = config.sampler
+    assert sampler.base_url is not None
+    return Client(sampler.base_url, "", sampler.key_variable, sampler.timeout, tries)
+
+
 class SamplingServer:
     """Gives a server the adapters of each step, and asks it for completions.
 
     Args:
         directory: that adapters are written to; the server reads it by the same absolute path.
+        vocab_size: rows of the model.
 
     Raises:
         UserError: the address or the key is none.
     """
 
-    def __init__(self, config: FinetuneGrpoConfig, directory: Path) -> None:
-        sampler = config.sampler
-        assert sampler.base_url is not None
-        self.config, self.directory = config, directory.resolve() / "sampler"
+    def __init__(self, config: FinetuneGrpoConfig, directory: Path, vocab_size: int) -> None:
+        self.config, self.directory, self.vocab_size = config, directory.resolve() / "sampler", vocab_size
         self.run = f"litmini-{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}"
-        self.client = Client(sampler.base_url, "", sampler.key_variable, sampler.timeout)
+        self.client = _client(config)
 
     def update(self, fabric: Any, model: Any, step: int) -> None:
         """Let the server sample with the adapters as they are. Every rank calls this.
@@ -70,7 +85,8 @@ class SamplingServer:
         """Return a completion to each prompt; arguments as for `generation.rollouts.sample`.
 
         Raises:
-            UserError: a request failed for good, or a reply lacks token ids or their log-probabilities.
+            UserError: a request failed for good; a reply lacks token ids or their log-probabilities, or has too many tokens,
+                or some that the model does not have.
         """
         body = {
             "model": self.client.model,
@@ -101,6 +117,14 @@ class SamplingServer:
             raise UserError(
                 f"{url}: the reply has no token ids with their log-probabilities (choices[0].token_ids and "
                 f"logprobs.token_logprobs), which the loss needs; vLLM gives them from version 0.10.2 on."
+            )
+        most = self.config.grpo.max_completion_length
+        if len(ids) > most:
+            raise UserError(f"{url}: a completion has {len(ids)} tokens; asked for {most} at most (max_tokens).")
+        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise UserError(
+                f"{url}: a completion has the token id {wrong[0]}, but the model has the rows 0 to {self.vocab_size - 1}; "
+                f"expected a server with the base {self.config.base}."
             )
         return Rollout([int(i) for i in ids], [float(value) for value in log_probs], finish == "length")
 

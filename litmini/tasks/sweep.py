@@ -17,9 +17,11 @@ import numpy as np
 from litmini.config.sweep import SweepConfig
 from litmini.config.training import RunConfig
 from litmini.errors import UserError
+from litmini.files import read_json
 from litmini.runs.sweep import Outcome, is_finished, read_outcome, starting_words
 from litmini.tasks.from_python import SCRIPTS
 
+MOST_ASKED = 50  # choices that Optuna may repeat before there are taken to be no others
 LONGEST_NAME = 80  # characters of the name of a run's directory
 ROOT = Path(__file__).parents[2]
 Choice = dict[str, Any]
@@ -91,7 +93,7 @@ class Sampler(Protocol):
 
 
 class Listed:
-    """All choices of a grid, or choices at random: known from the start."""
+    """All choices of a grid, or choices at random: known from the start, each once."""
 
     def __init__(self, config: SweepConfig) -> None:
         if config.sampler == "grid":
@@ -99,7 +101,8 @@ class Listed:
                 dict(zip(config.grid, values, strict=True)) for values in itertools.product(*config.grid.values())
             ]
         else:
-            self.choices = [random_choice(config, number) for number in range(config.trials)]
+            found = [random_choice(config, number) for number in range(config.trials)]
+            self.choices = list({json.dumps(one, sort_keys=True): one for one in found}.values())
 
     def choose(self, number: int) -> Choice | None:
         return self.choices[number] if number < len(self.choices) else None
@@ -148,14 +151,30 @@ class Tpe:
         sampler = optuna.samplers.TPESampler(seed=config.sampler_seed + len(known))
         self.study = optuna.create_study(direction="maximize" if config.maximize else "minimize", sampler=sampler)
         self._optuna, self._trials = optuna, dict[int, Any]()
+        self._choices, self._values = list[Choice](), dict[int, float | None]()
 
     def choose(self, number: int) -> Choice | None:
         if number >= self.config.trials:
             return None
         if number < len(self.known):
             self.study.enqueue_trial(_as_params(self.known[number], self.config.space))
-        trial = self._trials[number] = self.study.ask()
-        found: Choice = {}
+            trial, _ = self._ask()
+            return self._take(number, self.known[number], trial)
+        for _ in range(MOST_ASKED):
+            trial, found = self._ask()
+            if found not in self._choices:
+                return self._take(number, found, trial)
+            self._tell(trial, self._values.get(self._choices.index(found)))
+        return None
+
+    def _take(self, number: int, choice: Choice, trial: Any) -> Choice:
+        self._trials[number] = trial
+        self._choices.append(choice)
+        return choice
+
+    def _ask(self) -> tuple[Any, Choice]:
+        """Return a trial of Optuna, and its choice."""
+        trial, found = self.study.ask(), Choice()
         for name, values in self.config.space.items():
             if isinstance(values, list):
                 words = [word_of(value) for value in values]
@@ -165,10 +184,14 @@ class Tpe:
             else:
                 value = trial.suggest_float(name, values["min"], values["max"], log=values.get("log", False))
                 found[name] = min(max(_short(value), values["min"]), values["max"])
-        return self.known[number] if number < len(self.known) else found
+        return trial, found
 
     def tell(self, number: int, value: float | None, pruned: tuple[int, float] | None = None) -> None:
-        state, trial = self._optuna.trial.TrialState, self._trials[number]
+        self._values[number] = value
+        self._tell(self._trials[number], value, pruned)
+
+    def _tell(self, trial: Any, value: float | None, pruned: tuple[int, float] | None = None) -> None:
+        state = self._optuna.trial.TrialState
         if value is None and pruned is not None:
             trial.report(pruned[1], pruned[0])
             self.study.tell(trial, state=state.PRUNED)
@@ -197,6 +220,35 @@ def corners(config: SweepConfig) -> list[Choice]:
         {name: values[min(i, len(values) - 1)] for name, values in ends.items()}
         for i in range(max(map(len, ends.values())))
     ]
+
+
+def read_earlier(file: Path, fixed: dict[str, Any], varied: list[str]) -> dict[str, Outcome]:
+    """Return what an earlier command of a sweep has run, by name; `file` is its sweep.json, if there is one.
+
+    Args:
+        fixed: settings that have to be the same.
+        varied: the settings that are varied now.
+
+    Raises:
+        UserError: it is another sweep's, or no sweep's.
+    """
+    if not file.is_file():
+        return {}
+    before = read_json(file)
+    try:
+        runs = [Outcome(**one) for one in before["runs"]]
+        changed = [name for name in fixed if before["fixed"].get(name) != fixed[name]]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is not that of a sweep: choose another --out_dir.") from None
+    if changed:
+        raise UserError(
+            f"{file.parent} has a sweep with other settings ({', '.join(changed)}): choose another --out_dir."
+        )
+    for keys in (list(one.choice) for one in runs):
+        # their directories would have the same names
+        if keys != varied and [key.rpartition(".")[2] for key in keys] == [key.rpartition(".")[2] for key in varied]:
+            raise UserError(f"{file.parent} has a sweep over {', '.join(keys)}: choose another --out_dir.")
+    return {one.name: one for one in runs}
 
 
 class Schedule:

@@ -14,10 +14,11 @@ from script_runs import ROOT, run_script
 
 from litmini import openai_client
 from litmini.data.preference_records import read_preferences
+from litmini.errors import UserError
 from litmini.evaluation import judge as judges
 from litmini.evaluation.answers import Pair, read_human, read_pairs
 from litmini.evaluation.judge import question, read_template, read_verdict
-from litmini.evaluation.verdicts import Verdict, summarize, winners
+from litmini.evaluation.verdicts import Verdict, VerdictFile, summarize, winners
 
 GOOD = {0, 1, 2, 5}
 """Pairs in which the answer of a is good; that of b is in 3 and 4, and both are in 6 and 7."""
@@ -192,6 +193,14 @@ def test_a_judge_that_answers_nonsense(tmp_path, capfd):
         error = run(capfd, server, tmp_path / "other", status=1)
     assert "named no winner in any of its replies; the first: 'Bananas, always.'" in error
     assert len(lines(tmp_path / "other/verdicts.jsonl")) == 16
+
+
+def test_a_line_that_is_no_verdict_is_named(tmp_path):
+    VerdictFile(tmp_path / "out", {}).close()
+    for line in ("[1]", '{"pair": 1}', '{"pair": 1, "order": "ab", "winner": "a", "other": 2}', "{"):
+        (tmp_path / "out/verdicts.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=r"verdicts.jsonl is damaged: .* Remove its broken line"):
+            VerdictFile(tmp_path / "out", {})
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ def is_right(path: tuple[Any, ...], value: Any, raw: dict[str, Any]) -> bool:
             and value == {"rope_type": at(raw, ("rope_parameters", "full_attention", "rope_type"))}
         )
         or (key == "attn_config" and isinstance(value, dict))
+        or (kind == "lfm2" and key == "attention_dropout")  # which it does not have
         or (kind in ("gpt2", "mamba2", "mpt") and key in ("rope_scaling", "attention_dropout"))
         or (key in ("sliding_window", "max_window_layers") and not raw.get("use_sliding_window") and type(value) is int)
         or (key == "use_sliding_window" and value is True and raw.get("sliding_window") is None)

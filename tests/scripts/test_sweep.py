@@ -16,6 +16,7 @@ from script_runs import ROOT, run_script
 from litmini.config.sweep import SweepConfig
 from litmini.errors import UserError
 from litmini.runs.sweep import Curves, Outcome, environments, visible_gpus
+from litmini.runs.sweep import start as real_start
 from litmini.runs.sweep_report import rows_of, table
 from litmini.tasks.sweep import Listed, Tpe, make_run, random_choice
 
@@ -141,6 +142,8 @@ def test_runs_that_fail_do_not_end_it(place, capfd):
         ("{lora.rank: []}", "lora.rank has no values"),
         ("{out_dir: [a]}", "the sweep chooses it for each run"),
         ("{lora.rank: 4}", "lora.rank has no values"),
+        ("rank", "grid is rank; expected names and lists of values such as"),
+        ("{lora.rank: [4, 8, 4]}", "lora.rank has a value twice"),
     ],
 )
 def test_a_grid_that_is_refused(place, capfd, grid, says):
@@ -271,7 +274,9 @@ def config(**more: Any) -> SweepConfig:
 
 def test_choices_at_random():
     found = [random_choice(config(), i) for i in range(300)]
-    assert found == Listed(config(trials=300)).choices and found[0] != random_choice(config(sampler_seed=1), 0)
+    listed = Listed(config(trials=300)).choices
+    assert listed == [one for i, one in enumerate(found) if one not in found[:i]] and len(listed) > 250
+    assert found[0] != random_choice(config(sampler_seed=1), 0)
     rates = [one["optim.lr"] for one in found]
     assert all(1e-4 <= rate <= 0.1 for rate in rates) and 70 < sum(rate < 1e-3 for rate in rates) < 130
     assert {one["lora.rank"] for one in found} == {4, 5, 6} and {one["lora.dropout"] for one in found} == {0.0, 0.1}
@@ -289,6 +294,47 @@ def test_a_random_sweep(place, capfd):
     assert "5 runs: 5 done" in sweep(capfd, place, *words, 5)
     assert len(runs(place)) == 5 and all(len(starts(place, name)) == 1 for name in runs(place))
     assert len(set(runs(place))) == 5 and not any("[" in name for name in runs(place))
+
+
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_a_choice_that_comes_again_is_run_once(place, capfd, monkeypatch, sampler):
+    """Also where the first of them still runs."""
+    monkeypatch.setenv("STEP_SECONDS", "0.05")
+    words = ("--sampler", sampler, "--trials", 9, "--space", "{optim.lr: [0.01, 0.02]}", "--jobs", 2)
+    for _ in range(2):
+        assert "2 runs: 2 done" in sweep(capfd, place, *words)
+    assert runs(place) == ["lr-0.01", "lr-0.02"] and all(len(starts(place, name)) == 1 for name in runs(place))
+
+
+def test_directories_of_other_settings(place, capfd):
+    """Names of runs have the last part of a setting only, so another one could be taken for it."""
+    sweep(capfd, place, *GRID)
+    error = sweep(capfd, place, "--grid", "{optim.weight_decay: [0.1]}", "--set", "{optim.lr: 1}", status=1)
+    assert "other settings (set)" in error
+    file = place / "out/sweep.json"
+    before = file.read_text()
+    file.write_text(before.replace('"optim.lr"', '"other.lr"'))
+    assert "has a sweep over other.lr, lora.rank" in sweep(capfd, place, *GRID, status=1)
+    for broken in (
+        '{"a": 1}',
+        '{"fixed": {"script": "finetune_lora", "set": {}, "settings": 0}, "runs": 1}',
+        "[]",
+        "{",
+    ):
+        file.write_text(broken)
+        assert "sweep.json" in sweep(capfd, place, *GRID, status=1)
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_sweep_alone(place):
+    """A terminal sends it to all processes of a group; runs that get it and SIGTERM would end without saving."""
+    file = place / "sleep.py"
+    file.write_text("import time\ntime.sleep(60)\n")
+    process = real_start(file, [], place / "log", {})
+    try:
+        assert os.getpgid(process.pid) == process.pid != os.getpgrp()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_optuna(place, capfd):
@@ -314,12 +360,13 @@ def test_optuna_is_told_the_mean_of_the_seeds(place, capfd, monkeypatch):
     """Of a choice whose runs have all ended; nothing of one that failed."""
     told: list[tuple[int, float | None]] = []
     monkeypatch.setattr(Tpe, "tell", lambda _, number, value, pruned: told.append((number, value)))
-    words = ("--sampler", "optuna", "--trials", 3, "--space", "{optim.lr: [0.01, 0.5]}", "--seeds", "[1, 3]")
+    words = ("--sampler", "optuna", "--trials", 3, "--space", "{optim.lr: [0.01, 0.5, 0.02]}", "--seeds", "[1, 3]")
     sweep(capfd, place, *words)
     choices = {
         one["number"]: one["choice"]["optim.lr"] for one in json.loads((place / "out/sweep.json").read_text())["runs"]
     }
-    expected = [(i, pytest.approx(0.02) if choices[i] == 0.01 else None) for i in range(3)]
+    means = {0.01: pytest.approx(0.02), 0.02: pytest.approx(0.12), 0.5: None}
+    expected = [(i, means[choices[i]]) for i in range(3)]
     assert told == expected and len(choices) == 3
 
 

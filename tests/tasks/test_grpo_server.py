@@ -71,6 +71,8 @@ def sampling_server(tiny_dir: Path, shift: float = 0.0) -> Iterator[Asked]:
 
     def answer(body: Any, number: int) -> Answer:
         path = asked.requests[number][0].removeprefix("/v1")
+        if path == "/models":
+            return 200, {"data": [{"id": "base"}]}, {}
         with lock:
             if path == "/load_lora_adapter":
                 if body["lora_name"] in adapters:
@@ -146,15 +148,30 @@ def test_weights_of_completions():
 def test_what_a_server_may_lack(tiny_dir, files, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     plain = {"choices": [{"text": "hello", "logprobs": None, "finish_reason": "stop"}]}
+
+    def tokens(ids: list[int]) -> Answer:
+        choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * len(ids)}, "finish_reason": "stop"}
+        return 200, {"choices": [choice]}, {}
+
     for answer, expected in (
-        (lambda body, number: (404, {"detail": "Not Found"}, {}), "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        (lambda body, number: (404 if body else 200, {"detail": "Not Found"}, {}), "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         (lambda body, number: (200, plain, {}), "the reply has no token ids with their log-probabilities"),
+        (lambda body, number: tokens([5, 9999]), "id 9999, but the model has the rows 0 to 511"),
+        (lambda body, number: tokens([-1]), "id -1, but the model has the rows 0 to 511"),
+        (lambda body, number: tokens([5] * 7), "a completion has 7 tokens; asked for 6 at most"),
+        (lambda body, number: (404, {"detail": "Not Found"}, {}), "/v1 answers 404: Not Found. Does base_url end"),
+        (lambda body, number: (200, b"<html>", {}), "is this the address of an OpenAI-compatible server"),
     ):
         with serving(answer) as asked:
             more = ["--sampler.base_url", asked.url]
             place = tmp_path / str(asked.url)[-8:-3]
             out = run_script(capfd, "finetune_grpo", *words(tiny_dir, files, place, *more), status=1)
         assert expected in out and "Traceback" not in out
+        asked_for_models = asked.requests[0][0] == "/v1/models"
+        assert asked_for_models and place.exists() == (len(asked.requests) > 1)  # nothing was made before it answered
+    more = ["--sampler.base_url", "http://localhost:1/v1"]
+    out = run_script(capfd, "finetune_grpo", *words(tiny_dir, files, tmp_path / "x", *more), status=1)
+    assert "Connection refused. Does the server run, and is this its address?" in out and not (tmp_path / "x").exists()
     out = run_script(capfd, "finetune_grpo", *words(tiny_dir, files, tmp_path / "x", "--sampler.base_url", "http://localhost:1/v1",
                      "--lora", "null"), status=2)  # fmt: skip
     assert "sampler.base_url: the server gets adapters in each step" in out
@@ -209,7 +226,16 @@ def test_a_judge_sees_what_is_asked_and_answered(tmp_path):
         texts = sorted((body["messages"][0]["content"] for _, body, _ in asked.requests), key=len)
         assert texts[0] == PROMPT.replace("{question}", "Hi").replace("{answer}", "ho")
         assert "system: Be brief.\n\nuser: Why {answer}?" in texts[1] and "[Answer]\n{question}\n" in texts[1]
+        body = {"max_tokens": None, "max_completion_tokens": 9}
+        judge = JudgeReward(JudgeConfig(base_url=asked.url, model="m", body=body))
+        assert judge.score([("Hi", "ho")]) == [0.5]
+        assert asked.requests[-1][1].keys() == {"model", "messages", "temperature", "max_completion_tokens"}
+        with pytest.raises(UserError, match="judge.body has the entry messages"):
+            JudgeConfig(base_url=asked.url, body={"messages": []})
         file = tmp_path / "prompt.txt"
+        file.write_bytes(b"\xff{question}{answer}")
+        with pytest.raises(UserError, match="is not UTF-8 text"):
+            JudgeReward(JudgeConfig(base_url=asked.url, model="m", prompt=str(file)))
         file.write_text("Rate {answer}")
         with pytest.raises(UserError, match=r"lacks \{question\}"):
             JudgeReward(JudgeConfig(base_url=asked.url, model="m", prompt=str(file)))
