@@ -217,7 +217,7 @@ def test_a_judge_and_its_address_go_together(tiny_dir, files, tmp_path, capfd):
 
 
 def test_a_judge_sees_what_is_asked_and_answered(tmp_path):
-    """What stands in a completion is not read as a place; an own prompt lacks none."""
+    """What stands in a completion is not read as a placeholder; an own prompt lacks none."""
     from litmini.data.prompts import Prompt
     from litmini.errors import UserError
 
