@@ -29,7 +29,8 @@ class SweepConfig:
     trials: int = 20
     """random, optuna: how many choices are run."""
     seeds: list[int] = field(default_factory=list)
-    """Each choice is run with each of these seeds, and its spread is shown. Empty: once, with the seed of the settings."""
+    """Each choice is run with each of these seeds, and their standard deviation is shown. Empty: once, with the seed of
+    the settings."""
     metric: str = "val_loss"
     """What is compared: a result that is measured after training, such as val_loss, exact_match or accuracy."""
     maximize: bool = False

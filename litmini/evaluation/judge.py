@@ -35,26 +35,28 @@ and closer to what was asked. Do not let the order of the answers, their length 
 
 Say in one or two sentences why. Then end with a line of its own that holds your verdict: [[A]] if answer A is better, [[B]] \
 if answer B is better, [[C]] if they are equally good."""
-PLACES = ("question", "first", "second")
+PLACEHOLDERS = ("question", "first", "second")
 
 
-def read_template(file: str | None, default: str = PROMPT, places: tuple[str, ...] = PLACES) -> str:
+def read_template(file: str | None, default: str = PROMPT, placeholders: tuple[str, ...] = PLACEHOLDERS) -> str:
     """Return the prompt of a file, or the default.
 
     Raises:
-        UserError: it is no text, or lacks one of the `places`.
+        UserError: it is no text, or lacks one of the `placeholders`.
     """
     try:
         text = default if file is None else existing_file(file, "judge prompt").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error}.") from None
-    if missing := [f"{{{name}}}" for name in places if f"{{{name}}}" not in text]:
-        raise UserError(f"{file} lacks {', '.join(missing)}; expected all of {', '.join(f'{{{n}}}' for n in places)}.")
+    if missing := [f"{{{name}}}" for name in placeholders if f"{{{name}}}" not in text]:
+        raise UserError(
+            f"{file} lacks {', '.join(missing)}; expected all of {', '.join(f'{{{n}}}' for n in placeholders)}."
+        )
     return text
 
 
 def question(template: str, pair: Pair, order: str) -> str:
-    """Return what a judge is asked about a pair. What stands in answers is not read as a place."""
+    """Return what a judge is asked about a pair. What stands in answers is not read as a placeholder."""
     first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
     values = {"question": pair.question, "first": first, "second": second}
     return re.sub(r"\{(question|first|second)\}", lambda match: values[match[1]], template)

@@ -1,7 +1,7 @@
 """What the teacher of offline distillation expects at each supervised token: computed once, and kept beside the token cache.
 
 A row has the teacher's most probable tokens, their log-probabilities and that of all other tokens together. Rows are written
-as they are computed, and a run that is interrupted goes on where it was.
+as they are computed, and a run that is interrupted resumes after the last of them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ PROMPT = """Rate the answer of an assistant to the request of a user: is it corr
 [End of answer]
 
 Say in one sentence why. Then end with a line of its own that holds your rating between [[0]], useless, and [[10]], perfect."""
-PLACES = ("question", "answer")
+PLACEHOLDERS = ("question", "answer")
 
 
 class JudgeReward:
@@ -34,11 +34,11 @@ class JudgeReward:
     def __init__(self, config: JudgeConfig) -> None:
         """
         Raises:
-            UserError: the address is none, it has several models and none is named, or the prompt's file lacks a place.
+            UserError: the address is none, it has several models and none is named, or the prompt's file lacks a placeholder.
         """
         assert config.base_url is not None
         self.config, self.problem = config, ""
-        self.template = read_template(config.prompt, PROMPT, PLACES)
+        self.template = read_template(config.prompt, PROMPT, PLACEHOLDERS)
         self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
         if not config.model:
             self.client.model = self.client.only_model("--judge.model")

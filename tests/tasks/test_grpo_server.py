@@ -218,7 +218,7 @@ def test_a_judge_and_its_address_go_together(tiny_dir, files, tmp_path, capfd):
 
 
 def test_a_judge_sees_what_is_asked_and_answered(tmp_path):
-    """What stands in a completion is not read as a place; an own prompt lacks none."""
+    """What stands in a completion is not read as a placeholder; an own prompt lacks none."""
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why {answer}?"}]
     with serving(lambda body, number: said("[[5]]")) as asked:
         judge = JudgeReward(JudgeConfig(base_url=asked.url, model="m"))
