@@ -39,6 +39,7 @@ class ChatConfig(SamplingConfig, ModelConfig):
 def main(config: ChatConfig) -> None:
     import contextlib
 
+    from litmini.distributed.fabric import keep_memory
     from litmini.generation.generate import open_model, stream_text
     from litmini.generation.packed_linear import pack_linears
     from litmini.generation.prompts import check_text
@@ -50,8 +51,9 @@ def main(config: ChatConfig) -> None:
     if sys.stdin is None:
         raise UserError("standard input is closed; expected a terminal to read your turns from.")
     before = start(config)
+    keep_memory()
     model, tokenizer = open_model(config)
-    pack_linears(model)
+    pack_linears(model, batched=False)
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.directory} has no chat template; give one with --chat_template FILE.jinja")
     bold, plain = ("\033[1m", "\033[0m") if has_colors(sys.stderr) else ("", "")

@@ -58,6 +58,7 @@ def main(config: GenerateConfig) -> None:
     import sys
     import time
 
+    from litmini.distributed.fabric import keep_memory
     from litmini.files import check_new_file
     from litmini.generation.generate import open_model, stream_text
     from litmini.generation.packed_linear import pack_linears
@@ -67,8 +68,9 @@ def main(config: GenerateConfig) -> None:
 
     if config.out is not None:
         check_new_file(config.out, "--out")
+    keep_memory()
     model, tokenizer = open_model(config)
-    pack_linears(model)
+    pack_linears(model, batched=config.prompts is not None)
     if config.prompts is not None:
         complete_file(config, model, tokenizer)
         return
@@ -103,7 +105,7 @@ def make_draft(config: GenerateConfig, tokenizer):  # type: ignore[no-untyped-de
         return PromptLookup(config.prompt_lookup)
     if config.draft_dir is not None:
         model, own = open_model(replace(config, checkpoint_dir=config.draft_dir, adapter_dir=None))
-        pack_linears(model)
+        pack_linears(model, batched=False)
         ids = tokenizer.fast.get_vocab()
         if any(ids.get(token, i) != i for token, i in own.fast.get_vocab().items()):
             raise UserError(

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from litmini.methods.base_layer import AdapterLayer
 
-LEAST = {torch.bfloat16: 2**19, torch.float32: 0}
-"""Dtype -> values of the smallest weight that is packed: torch multiplies a small one in bf16 by one token faster plainly."""
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Return whether a `PackedLinear` is faster: in bf16 or fp32, on a CPU with AVX512 (where it was measured)."""
-    weight = linear.weight
-    if weight.device.type != "cpu" or weight.numel() < LEAST.get(weight.dtype, float("inf")):
+    """Return whether a linear can be a `PackedLinear`: in bf16 or fp32, on a CPU with AVX512 (where it was measured)."""
+    if linear.weight.device.type != "cpu" or linear.weight.dtype not in DTYPES:
         return False
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
@@ -46,8 +44,12 @@ class PackedLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def pack_linears(model: nn.Module) -> None:
+def pack_linears(model: nn.Module, batched: bool) -> None:
     """Put a `PackedLinear` in the place of each plain linear for which `can_pack` holds.
+
+    Args:
+        batched: whether several sequences are decoded at once. One token by one in bf16, torch's own GEMV is as fast on a
+            plain weight, so that stays.
 
     The model is then for inference only. One weight at a time exists twice; that of a head which is tied to the embedding
     stays so. Linears with adapters beside them, and those of adapters, are left as they are.
@@ -56,7 +58,9 @@ def pack_linears(model: nn.Module) -> None:
     adapted = {inner for layer in layers for inner in layer.modules()}
     packed: dict[nn.Module, PackedLinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear and module not in adapted and can_pack(module):
+        if type(module) is not nn.Linear or module in adapted or not can_pack(module):
+            continue
+        if batched or module.weight.dtype != torch.bfloat16:
             if module not in packed:
                 packed[module] = PackedLinear(module)
             model.set_submodule(name, packed[module])

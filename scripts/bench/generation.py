@@ -3,6 +3,7 @@
 Each figure is the best of all rounds: other processes on the machine can only slow it down.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,16 +15,20 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     import torch
 
     from litmini.config.generate import SamplingConfig
+    from litmini.distributed.fabric import keep_memory
     from litmini.generation.generate import finish_all, open_model
     from litmini.generation.packed_linear import pack_linears
     from litmini.generation.request import Request
 
+    keep_memory()
     model, _ = open_model(config)
     settings: Any = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not settings.tied:  # decoding reads one row of an untied embedding
         weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
-    pack_linears(model)
+    models = {1: model, config.batch_size: copy.deepcopy(model)}
+    for rows, one in models.items():
+        pack_linears(one, batched=rows > 1)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(
         0, settings.vocab_size, (config.batch_size, config.prompt_tokens), generator=generator
@@ -31,7 +36,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
 
     def ours(count: int, rows: int) -> None:
         sampling = SamplingConfig(max_new_tokens=count, ignore_eos=True)
-        finish_all(model, [Request(prompt, sampling, []) for prompt in prompts[:rows]])
+        finish_all(models[rows], [Request(prompt, sampling, []) for prompt in prompts[:rows]])
 
     engines: dict[str, Callable[[int, int], None]] = {"litmini": ours}
     if "transformers" in config.tools and (theirs := reference(config, prompts)) is not None:
@@ -39,7 +44,8 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     times: dict[tuple[str, int, int], float] = {}
     bandwidth = 0.0
     for run in engines.values():
-        run(2, config.batch_size)  # warm-up
+        for rows in models:
+            run(2, rows)  # warm-up
     for _ in range(config.rounds):
         bandwidth = max(bandwidth, read_bandwidth(next(model.parameters()).device))
         for name, run in engines.items():

@@ -47,7 +47,7 @@ def test_a_packed_model_generates_the_same_and_holds_each_weight_once():
     model.init_weights(torch.Generator().manual_seed(0))
     expected = completions(model)
     names = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    pack_linears(model)
+    pack_linears(model, batched=True)
     assert names and {name for name, module in model.named_modules() if isinstance(module, PackedLinear)} == names
     assert {name for name, _ in model.named_parameters() if "norm" not in name} == {"model.embed_tokens.weight"}
     assert completions(model) == expected
@@ -56,7 +56,7 @@ def test_a_packed_model_generates_the_same_and_holds_each_weight_once():
 @needs_avx512
 def test_linears_under_adapters_and_of_other_dtypes_stay():
     model = nn.Sequential(LoRALinear(nn.Linear(16, 16), rank=2, alpha=4), nn.Linear(16, 16).half(), nn.Linear(16, 16))
-    pack_linears(model)
+    pack_linears(model, batched=True)
     assert [type(m) for m in (model[0].base, model[1], model[2])] == [nn.Linear, nn.Linear, PackedLinear]
 
 
@@ -66,7 +66,7 @@ def test_modules_trained_beside_adapters_stay():
     layer = ModulesToSaveLayer(linear)
     model, x = nn.Sequential(layer), torch.randn(3, 16).bfloat16()
     expected = model(x)
-    pack_linears(model)
+    pack_linears(model, batched=True)
     assert type(layer.full) is nn.Linear and torch.equal(model(x), expected)
 
 
@@ -94,7 +94,7 @@ def test_a_model_may_read_the_weight_of_a_packed_linear():
     expected = completions(models[0])
     assert completions(models[1]) == expected
     weight = models[1].lm_head.weight.detach().clone()
-    pack_linears(models[1])
+    pack_linears(models[1], batched=True)
     assert type(models[1].lm_head) is PackedLinear and torch.equal(models[1].lm_head.weight, weight)
     assert completions(models[1]) == expected
 
@@ -140,7 +140,7 @@ def test_adapters_over_linears_and_heads_keep_their_effect(name):
     assert expected != plain
     for pack in (False, True):
         if pack:
-            pack_linears(model)
+            pack_linears(model, batched=True)
         batch = Batch(model, chunk=3)
         requests = [
             Request(p, SamplingConfig(max_new_tokens=n, ignore_eos=True), [])
@@ -156,5 +156,14 @@ def test_adapters_over_linears_and_heads_keep_their_effect(name):
 def test_other_processors_keep_plain_linears(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = nn.Sequential(nn.Linear(16, 16))
-    pack_linears(model)
+    pack_linears(model, batched=True)
     assert type(model[0]) is nn.Linear
+
+
+@needs_avx512
+def test_a_model_that_decodes_one_token_stays_plain_in_bf16():
+    """There torch's own GEMV is as fast."""
+    for dtype, expected in ((torch.bfloat16, nn.Linear), (torch.float32, PackedLinear)):
+        model = nn.Sequential(nn.Linear(16, 16)).to(dtype)
+        pack_linears(model, batched=False)
+        assert type(model[0]) is expected
