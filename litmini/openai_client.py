@@ -5,15 +5,20 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from litmini.errors import UserError, counted
 
+T = TypeVar("T")
+R = TypeVar("R")
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses after which the same request may succeed later."""
 LONGEST_WAIT = 60.0  # seconds between two tries
@@ -213,6 +218,39 @@ class Client:
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def ask_all(ask: Callable[[T], R], items: Sequence[T], concurrency: int) -> Iterator[tuple[int, R]]:
+    """Yield the number of each item and what `ask` returns for it, as they come, some at once.
+
+    An error of `ask` is raised. Who leaves the loop, also by Ctrl-C, waits for no reply.
+    """
+    waiting, results = SimpleQueue[int](), SimpleQueue[tuple[int, R] | BaseException]()
+    for i in range(len(items)):
+        waiting.put(i)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                i = waiting.get_nowait()
+                results.put((i, ask(items[i])))
+            except Empty:
+                return
+            except BaseException as error:
+                results.put(error)
+                return
+
+    for _ in range(min(concurrency, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in items:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        stop.set()
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -7,7 +7,7 @@ from openai_server import said, serving
 
 from litmini import openai_client
 from litmini.errors import UserError
-from litmini.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError, ask_all
 
 KEY = "sk-secret-1"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -24,6 +24,25 @@ def waits(monkeypatch) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr(openai_client.time, "sleep", found.append)
     return found
+
+
+def test_several_at_once_and_an_error_that_waits_for_none():
+    assert dict(ask_all(lambda i: i * i, range(20), 3)) == {i: i * i for i in range(20)} and not list(
+        ask_all(str, [], 3)
+    )
+    replies = threading.Event()
+
+    def ask(i: int) -> int:
+        if i == 2:
+            raise ServerError("no")
+        replies.wait(30)
+        return i
+
+    before = threading.active_count()
+    with pytest.raises(ServerError, match="no"):
+        list(ask_all(ask, range(9), 3))
+    assert all(thread.daemon for thread in threading.enumerate()[before:]) and not replies.is_set()
+    replies.set()
 
 
 def test_a_chat_completion_with_the_key_of_the_variable():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from litmini.config.judge import JudgeConfig
@@ -13,7 +11,7 @@ from litmini.errors import UserError, counted
 from litmini.evaluation.answers import Pair
 from litmini.evaluation.verdicts import Verdict
 from litmini.files import existing_file
-from litmini.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError, ask_all
 
 ORDERS = ("ab", "ba")
 MOST_FAILURES = 5
@@ -56,10 +54,27 @@ def read_template(file: str | None, default: str = PROMPT, placeholders: tuple[s
 
 
 def question(template: str, pair: Pair, order: str) -> str:
-    """Return what a judge is asked about a pair. What stands in answers is not read as a placeholder."""
+    """Return what a judge is asked about a pair."""
     first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
-    values = {"question": pair.question, "first": first, "second": second}
-    return re.sub(r"\{(question|first|second)\}", lambda match: values[match[1]], template)
+    return fill(template, {"question": pair.question, "first": first, "second": second})
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """Return a template with `values` where their names stand in braces. What stands in a value is no placeholder."""
+    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda match: values[match[1]], template)
+
+
+def judge_client(config: JudgeConfig) -> Client:
+    """Return a client of the judge's endpoint.
+
+    Raises:
+        UserError: it has several models, or none, and `model` names none; or it cannot be reached.
+    """
+    assert config.base_url is not None
+    client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
+    if not config.model:
+        client.model = client.only_model("--judge.model")
+    return client
 
 
 def read_verdict(reply: str, order: str) -> str | None:
@@ -85,11 +100,8 @@ class LLMJudge:
     orders = ORDERS
 
     def __init__(self, config: JudgeConfig) -> None:
-        assert config.base_url is not None
         self.config, self.template = config, read_template(config.prompt)
-        self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
-        if not config.model:
-            self.client.model = self.client.only_model("--judge.model")
+        self.client = judge_client(config)
         self.failures: list[str] = []
         """Requests without a reply, as text."""
 
@@ -106,53 +118,27 @@ class LLMJudge:
         Raises:
             UserError: `MOST_FAILURES` requests in a row failed; all verdicts there are were yielded.
         """
-        tasks, results = SimpleQueue[tuple[Pair, str]](), SimpleQueue[Verdict | Exception | None]()
-        for one in wanted:
-            tasks.put(one)
-        in_row, problem, lock, stop = 0, "", threading.Lock(), threading.Event()
+        in_row = 0
+        for _, result in ask_all(self._ask, wanted, self.config.concurrency):
+            if isinstance(result, Verdict):
+                in_row = 0
+                yield result
+                continue
+            self.failures.append(str(result))
+            in_row += 1
+            if in_row == MOST_FAILURES:
+                raise UserError(
+                    f"{counted(in_row, 'request')} in a row failed, the last: {result} The verdicts so far are kept: repeat "
+                    f"the command to continue."
+                )
 
-        def work() -> None:
-            nonlocal in_row, problem
-            while not stop.is_set():
-                try:
-                    results.put(self._ask(*tasks.get_nowait()))
-                    in_row = 0
-                except Empty:
-                    break
-                except ServerError as error:
-                    results.put(error)
-                    with lock:
-                        in_row += 1
-                        if in_row == MOST_FAILURES:
-                            problem = f"{counted(in_row, 'request')} in a row failed, the last: {error}"
-                            stop.set()
-                except Exception as error:
-                    results.put(error)
-            results.put(None)
-
-        # daemons: Ctrl-C does not wait for replies
-        running = min(self.config.concurrency, len(wanted))
-        for _ in range(running):
-            threading.Thread(target=work, daemon=True).start()
-        try:
-            while running:
-                result = results.get()
-                if result is None:
-                    running -= 1
-                elif isinstance(result, Verdict):
-                    yield result
-                elif isinstance(result, ServerError):
-                    self.failures.append(str(result))
-                else:
-                    raise result
-        finally:
-            stop.set()
-        if problem:
-            raise UserError(f"{problem} The verdicts so far are kept: repeat the command to continue.")
-
-    def _ask(self, pair: Pair, order: str) -> Verdict:
+    def _ask(self, asked: tuple[Pair, str]) -> Verdict | ServerError:
+        pair, order = asked
         messages = [{"role": "user", "content": question(self.template, pair, order)}]
-        reply = self.client.chat(messages, **self.config.request)
+        try:
+            reply = self.client.chat(messages, **self.config.request)
+        except ServerError as error:
+            return error
         return Verdict(
             pair.number, order, read_verdict(reply.text, order), reply.text, reply.prompt_tokens, reply.completion_tokens,
             messages,

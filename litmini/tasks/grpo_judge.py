@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 from litmini.config.judge import JudgeConfig
-from litmini.evaluation.judge import read_template
-from litmini.openai_client import Client, ServerError
+from litmini.evaluation.judge import fill, judge_client, read_template
+from litmini.openai_client import ServerError, ask_all
 from litmini.tokenizer import Message
 
 MOST = 10
@@ -36,22 +35,18 @@ class JudgeReward:
         Raises:
             UserError: the address is none, it has several models and none is named, or the prompt's file lacks a placeholder.
         """
-        assert config.base_url is not None
         self.config, self.problem = config, ""
         self.template = read_template(config.prompt, PROMPT, PLACEHOLDERS)
-        self.client = Client(config.base_url, config.model, config.key_variable, config.timeout, config.tries)
-        if not config.model:
-            self.client.model = self.client.only_model("--judge.model")
+        self.client = judge_client(config)
 
     def score(self, completions: list[tuple[list[Message] | str, str]]) -> list[float | None]:
         """Return the rating of each (prompt, completion); NaN where there is none, and `problem` then says why."""
-        with ThreadPoolExecutor(self.config.concurrency, "judge") as threads:
-            return list(threads.map(self._rate, completions))
+        found = dict(ask_all(self._rate, completions, self.config.concurrency))
+        return [found[i] for i in range(len(completions))]
 
     def _rate(self, completion: tuple[list[Message] | str, str]) -> float:
         prompt, text = completion
-        values = {"question": _conversation(prompt), "answer": text}
-        asked = re.sub(r"\{(question|answer)\}", lambda match: values[match[1]], self.template)
+        asked = fill(self.template, {"question": _conversation(prompt), "answer": text})
         try:
             reply = self.client.chat([{"role": "user", "content": asked}], **self.config.request)
         except ServerError as error:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from litmini.config.grpo import FinetuneGrpoConfig
 from litmini.distributed.host_arrays import gather_on_host
 from litmini.errors import UserError
 from litmini.generation.rollouts import Rollout
-from litmini.openai_client import Client, ServerError
+from litmini.openai_client import Client, ServerError, ask_all
 
 
 def check_server(config: FinetuneGrpoConfig) -> None:
@@ -97,11 +96,11 @@ class SamplingServer:
             "return_token_ids": True,
         }
 
-        def ask(prompt: list[int], seed: int) -> Rollout:
-            return self._read(self.client.post("/completions", {**body, "prompt": prompt, "seed": seed}))
+        def ask(i: int) -> Rollout:
+            return self._read(self.client.post("/completions", {**body, "prompt": prompts[i], "seed": seeds[i]}))
 
-        with ThreadPoolExecutor(self.config.sampler.concurrency, "sampler") as threads:
-            return list(threads.map(ask, prompts, seeds))
+        found = dict(ask_all(ask, range(len(prompts)), self.config.sampler.concurrency))
+        return [found[i] for i in range(len(prompts))]
 
     def _read(self, reply: dict[str, Any]) -> Rollout:
         url = self.config.sampler.base_url

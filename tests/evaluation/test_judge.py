@@ -138,7 +138,8 @@ def test_interrupted_and_repeated(tmp_path, capfd, waits):
     with serving(lambda body, number: fair(body) if number < 5 else (503, b"busy", {})) as server:
         error = run(capfd, server, tmp_path / "out", "--judge.tries", 2, "--judge.concurrency", 1, status=1)
     assert "5 requests in a row failed" in error and "503: busy" in error and "repeat the command" in error
-    assert len(lines(tmp_path / "out/verdicts.jsonl")) == 5 and len(server.requests) == 15
+    assert len(lines(tmp_path / "out/verdicts.jsonl")) == 5
+    assert 15 <= len(server.requests) <= 17, "another request may be under way"
     with (tmp_path / "out/verdicts.jsonl").open("a") as file:
         file.write('{"pair": 7, "or')
     with serving(fair) as server:
