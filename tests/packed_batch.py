@@ -2,6 +2,19 @@
 
 import torch
 
+LENGTHS = {
+    "one": [150],
+    "bounds inside a chunk": [30, 1, 1, 2, 3, 60, 70, 1],
+    "bounds between chunks": [64, 128, 1],
+    "shorter than a chunk": [1, 7, 2],
+}
+"""Lengths of documents, for what is computed in chunks of 64 tokens."""
+
+
+def documents_of(lengths: list[int], B: int = 2) -> torch.Tensor:
+    """Return the documents (B, T) of sequences that all have documents of these lengths."""
+    return torch.cat([torch.full((n,), i + 1) for i, n in enumerate(lengths)]).expand(B, -1)
+
 
 def packed_batch(rows: list[list[int]], padding: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return tokens (3 to 499), positions, documents and labels, (B, T) int64 each.

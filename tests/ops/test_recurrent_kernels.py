@@ -3,7 +3,7 @@
 import pytest
 import recurrent_kernel
 import torch
-from test_linear_attention import documents_of
+from packed_batch import documents_of
 from test_linear_attention import inputs as delta_inputs
 from test_state_space import inputs as scan_inputs
 

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from numerics import assert_close, assert_gradients_close, ulps
-from test_linear_attention import LENGTHS, documents_of
+from numerics import assert_close, assert_gradients_close
+from packed_batch import LENGTHS, documents_of
 
-from litmini.models import granite_hybrid, mamba2
-from litmini.ops.kv_cache import KVCache
 from litmini.ops.linear_attention import Runs
 from litmini.ops.state_space import state_space_scan
 
@@ -100,75 +98,3 @@ def test_autocast_leaves_states_in_fp32():
     y, state = state_space_scan(*rounded, runs)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert_close(state, recurrence(*rounded)[1])
-
-
-@pytest.fixture(params=[granite_hybrid, mamba2], ids=["granite_hybrid", "mamba2"])
-def model(request):
-    """A tiny model whose states matter: its tokens are far from forgotten."""
-    module = request.param
-    model = module.Model(module.PRESETS["tiny"])
-    model.init_weights(torch.Generator().manual_seed(0))
-    for name, parameter in model.named_parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        if name.endswith("A_log"):
-            parameter.data.sub_(3)
-    return model.eval()
-
-
-def test_packing_with_padding_on_both_sides(model):
-    """Padding, documents of one token and documents shorter than the kernel; loss and gradients."""
-    lengths = [3, 1, 2, 70, 1, 40]
-    tokens = torch.randint(0, 512, (1, 4 + sum(lengths) + 9))
-    documents = torch.zeros_like(tokens)
-    documents[:, 4:-9] = documents_of(lengths, 1)
-    positions = torch.cat([torch.full((4,), -1), *map(torch.arange, lengths), torch.full((9,), -1)])[None]
-    labels = torch.randint(0, 512, tokens.shape).masked_fill(documents == 0, -100)
-    loss, count = model(tokens, positions, documents, labels=labels)
-    loss.backward()
-    packed = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    apart = [
-        model(t, labels=want)
-        for t, want in zip(tokens[:, 4:-9].split(lengths, 1), labels[:, 4:-9].split(lengths, 1), strict=True)
-    ]
-    assert count == sum(int(n) for _, n in apart)
-    total = sum(one for one, _ in apart)
-    total.backward()
-    assert_close(loss, total)
-    assert_gradients_close(packed, {name: p.grad for name, p in model.named_parameters()})
-
-
-def test_no_gradient_crosses_a_bound(model):
-    """The loss of one document does not depend on the tokens of the others, but for rounding of what cancels."""
-    tokens, lengths = torch.randperm(512)[None, :75], [20, 30, 25]
-    documents, positions = documents_of(lengths, 1), torch.cat([torch.arange(n) for n in lengths])[None]
-    labels = torch.full_like(tokens, -100)
-    labels[:, 20:50] = 7
-    embedding = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
-    if getattr(model.config, "tied", False):
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    loss, _ = model(tokens, positions, documents, labels=labels)
-    loss.backward()
-    norms = embedding.weight.grad.norm(dim=1)[tokens[0]]
-    assert max(norms[:20].max(), norms[50:].max()) < ulps(scale=norms[20:50].min())
-    model.zero_grad()
-    model(tokens, labels=labels)[0].backward()  # as one document, it does
-    assert embedding.weight.grad.norm(dim=1)[tokens[0]][:20].max() > 1e-3 * norms.max()
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_sequences_of_different_lengths_and_padding_after_tokens(model, static):
-    """Padding on the left before a sequence begins, and before it goes on."""
-    tokens = torch.randint(0, 512, (2, 12))
-    cache = KVCache(model.config, 2, 20, torch.float32, static=static)
-    parts = [([0, 1, 2, 3], [-1, -1, -1, 0]), ([4, 5, 6], [-1, 1, 2]), ([7, 8], [-1, -1]), ([9], [3])]
-    found: list[list[torch.Tensor]] = [[], []]
-    with torch.no_grad():
-        for where in parts:
-            positions = torch.tensor(where)
-            ids = tokens.gather(1, positions.clamp(min=0))
-            logits = model(ids, positions, cache=cache)
-            for row in range(2):
-                found[row] += list(logits[row, positions[row] >= 0])
-        for row, expected in enumerate(model(tokens)):
-            assert_close(torch.stack(found[row]), expected[: len(found[row])])
