@@ -3,6 +3,7 @@
 import pytest
 import recurrent_kernel
 import torch
+import varlen_kernel  # noqa: F401  (registers FlashAttention's operator on the CPU)
 from packed_batch import documents_of
 from test_linear_attention import inputs as delta_inputs
 from test_state_space import inputs as scan_inputs
