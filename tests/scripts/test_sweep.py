@@ -18,7 +18,8 @@ from litmini.errors import UserError
 from litmini.runs.sweep import Curves, Outcome, environments, visible_gpus
 from litmini.runs.sweep import start as real_start
 from litmini.runs.sweep_report import rows_of, table
-from litmini.tasks.sweep import Listed, Tpe, make_run, random_choice
+from litmini.tasks.sweep import make_run
+from litmini.tasks.sweep_samplers import Listed, Tpe, random_choice
 
 RUN = """
 import csv, json, os, signal, sys, time
