@@ -452,6 +452,16 @@ def test_a_draft_is_for_plain_greedy_decoding(options):
         Batch(random_model("llama"), PromptLookup(3)).add(requests)
 
 
+def test_the_head_computes_the_logits_of_the_last_position_of_a_prompt_only():
+    model, rows = random_model("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, logits: rows.append(tuple(logits.shape[:2])))
+    batch = Batch(model, chunk=8)
+    batch.add([Request(list(range(3, 3 + n)), SamplingConfig(max_new_tokens=3), []) for n in (20, 5)])
+    assert rows == [(2, 0), (2, 0), (2, 1)] and [len(request.ids) for request in batch.requests] == [1, 1]
+    batch.step()
+    assert rows[3:] == [(2, 1)] and not model.lm_head._forward_pre_hooks
+
+
 # Joining and leaving, memory
 
 
