@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import varlen_kernel  # noqa: F401  (registers FlashAttention's operator on the CPU)
+from adapters_in_peft import assert_same_in_peft_and_merged
 from numerics import assert_close
 from parity import SMALL, FamilyTests, T, batch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import load_model, save_trained
-from litmini.checkpoints.peft import load_adapter, save_adapter
+from litmini.checkpoints.peft import load_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.importers.convert import convert
 from litmini.methods.adapters import adapters, add_adapters
@@ -264,29 +265,10 @@ def test_activation_checkpointing_gives_the_same_gradients(base):
     ],
 )
 def test_adapters_are_the_same_in_peft_and_merged(base, tmp_path, targets):
-    ours = load_model(base, torch.float32)
     ranks = {"shared_experts.up_proj": 2, "o_proj": 3}  # PEFT takes the names of shared experts for those of the others
     ranks = {name: rank for name, rank in ranks.items() if "all-linear" in targets}
-    add_adapters(ours, LoraConfig(4, 8.0, 0.1, targets, rank_pattern=ranks, alpha_pattern={"o_proj": 5.0}))
-    for layer in adapters(ours).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    tokens, _ = batch()
-    with torch.no_grad():
-        expected = ours(tokens)
-        assert (expected - load_model(base, torch.float32)(tokens)).abs().max() > 0.1
-    (tmp_path / "adapter").mkdir()
-    save_adapter(ours, tmp_path / "adapter", str(base))
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert_close(theirs(tokens).logits, expected)
-    theirs.save_pretrained(tmp_path / "again")
-    back = load_model(base, torch.float32)
-    load_adapter(back, tmp_path / "again")
-    merged = export(base, tmp_path / "merged", tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.equal(back(tokens), expected)
-        assert_close(load_model(merged, torch.float32)(tokens), expected)
+    config = LoraConfig(4, 8.0, 0.1, targets, rank_pattern=ranks, alpha_pattern={"o_proj": 5.0})
+    assert_same_in_peft_and_merged(base, tmp_path, config)
 
 
 def test_what_peft_takes_for_experts_is_read_as_such(base, tmp_path):

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import parity
-import peft
 import pytest
 import torch
 import varlen_kernel  # noqa: F401  (registers FlashAttention's operator on the CPU)
+from adapters_in_peft import assert_4_bits, assert_same_in_peft_and_merged
 from numerics import assert_close
 from parity import SMALL, FamilyTests, T, batch
 from safetensors.torch import load_file, save_file
@@ -18,12 +18,9 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts, Gemma4
 
 from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import load_model, save_trained
-from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.importers.convert import convert
-from litmini.methods.adapters import adapters, add_adapters
-from litmini.methods.nf4 import quantize_linears
 from litmini.methods.trainable_tokens import add_tokens
 from litmini.models import gemma4
 from litmini.ops.attention import Documents, record_kernels
@@ -225,43 +222,14 @@ def test_heads_of_512_take_flexattention_where_they_are_global():
     ],
 )
 def test_adapters_are_the_same_in_peft_and_merged(base, tmp_path, targets):
-    ours = load_model(base, torch.float32)
-    add_adapters(ours, LoraConfig(4, 8.0, 0.0, [target.rpartition(".")[2] for target in targets]))
-    for layer in adapters(ours).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    tokens, _ = batch()
-    with torch.no_grad():
-        expected = ours(tokens)
-        assert (expected - load_model(base, torch.float32)(tokens)).abs().max() > 0.1
-    (tmp_path / "adapter").mkdir()
-    save_adapter(ours, tmp_path / "adapter", str(base))
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert_close(theirs(tokens).logits, expected)
-    theirs.save_pretrained(tmp_path / "again")
-    back = load_model(base, torch.float32)
-    load_adapter(back, tmp_path / "again")
-    merged = export(base, tmp_path / "merged", tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.equal(back(tokens), expected)
-        assert_close(load_model(merged, torch.float32)(tokens), expected)
+    names = [target.rpartition(".")[2] for target in targets]
+    assert_same_in_peft_and_merged(base, tmp_path, LoraConfig(4, 8.0, 0.0, names))
 
 
 def test_4_bits_take_linears_and_experts_and_leave_the_rest(base):
-    model, (tokens, labels) = load_model(base, torch.float32), batch()
-    with torch.no_grad():
-        expected = model(tokens)
-    names = quantize_linears(model)
     linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
     linears |= {"per_layer_input_gate", "per_layer_model_projection", "per_layer_projection"}
-    assert {name.rpartition(".")[2] for name in names} == linears
-    with torch.no_grad():
-        error = (model(tokens) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert 0 < error < 0.6
-    add_adapters(model, LoraConfig(rank=2, targets=["all-linear"]))
-    model(tokens, labels=labels)[0].backward()
-    assert all((p.grad is not None) for name, p in model.named_parameters() if "lora" in name)
+    assert_4_bits(base, linears, 0.6)
 
 
 def test_unused_keys_and_values_of_shared_layers_are_carried_through(base, tmp_path):

@@ -4,20 +4,16 @@ import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import peft
 import pytest
 import torch
+from adapters_in_peft import assert_4_bits, assert_same_in_peft_and_merged
 from numerics import assert_close, assert_gradients_close
 from parity import SMALL, ExpertFamilyTests, T, batch, reference
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP, GptOssRMSNorm
 
-from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import load_model
-from litmini.checkpoints.peft import load_adapter, save_adapter
 from litmini.config.finetune import LoraConfig
-from litmini.methods.adapters import adapters, add_adapters
-from litmini.methods.nf4 import quantize_linears
 from litmini.models import gpt_oss
 from litmini.ops.attention import Documents, record_kernels
 
@@ -117,44 +113,12 @@ def test_gradients_of_explicit_matmuls_over_a_packed_mask_equal_those_document_b
 
 @pytest.mark.parametrize("targets", [["experts.gate_up_proj", "experts.down_proj"], ["q_proj", "experts.down_proj"]])
 def test_adapters_over_experts_are_the_same_in_peft_and_merged(base, tmp_path, targets):
-    ours = load_model(base, torch.float32)
     names = [target.rpartition(".")[2] for target in targets]
-    add_adapters(ours, LoraConfig(4, 8.0, 0.0, names))
-    for layer in adapters(ours).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    tokens, _ = batch()
-    with torch.no_grad():
-        expected = ours(tokens)
-        assert (expected - load_model(base, torch.float32)(tokens)).abs().max() > 0.1
-    (tmp_path / "adapter").mkdir()
-    save_adapter(ours, tmp_path / "adapter", str(base))
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert_close(theirs(tokens).logits, expected)
-    theirs.save_pretrained(tmp_path / "again")
-    back = load_model(base, torch.float32)
-    load_adapter(back, tmp_path / "again")
-    merged = export(base, tmp_path / "merged", tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.equal(back(tokens), expected)
-        assert_close(load_model(merged, torch.float32)(tokens), expected)
+    assert_same_in_peft_and_merged(base, tmp_path, LoraConfig(4, 8.0, 0.0, names))
 
 
 def test_4_bits_take_linears_and_experts_and_leave_the_rest(base):
-    model, (tokens, labels) = load_model(base, torch.float32), batch()
-    with torch.no_grad():
-        expected = model(tokens)
-    names = quantize_linears(model)
-    assert sorted({name.rpartition(".")[2] for name in names}) == [
-        "down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"
-    ]  # fmt: skip
-    with torch.no_grad():
-        error = (model(tokens) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert 0 < error < 0.5
-    add_adapters(model, LoraConfig(rank=2, targets=["all-linear"]))
-    model(tokens, labels=labels)[0].backward()
-    assert all((p.grad is not None) for name, p in model.named_parameters() if "lora" in name)
+    assert_4_bits(base, {"down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"}, 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,13 +1,16 @@
 """LFM2 is numerically that of transformers: short convolutions and attention."""
 
+import shutil
 from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
-from parity import SMALL, FamilyTests
+from adapters_in_peft import assert_4_bits, assert_same_in_peft_and_merged
+from parity import SMALL, FamilyTests, reference
 from transformers import Lfm2Config
 
+from litmini.config.finetune import LoraConfig
 from litmini.models import lfm2
 
 SHAPE = {key: value for key, value in SMALL.items() if key != "rms_norm_eps"}
@@ -132,3 +135,19 @@ def test_a_token_sees_three_tokens_in_a_convolution():
     runs = lfm2.make_runs(torch.arange(8)[None], None, None)
     different = (layer(x, runs, None) != layer(changed, runs, None)).any(-1)[0]
     assert different.tolist() == [False, False, True, True, True, False, False, False]
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer_dir):
+    reference(TestLfm2.cases["tied"]).save_pretrained(tmp_path / "base")
+    shutil.copytree(tokenizer_dir, tmp_path / "base", dirs_exist_ok=True)
+    return tmp_path / "base"
+
+
+def test_adapters_are_the_same_in_peft_and_merged(base, tmp_path):
+    assert_same_in_peft_and_merged(base, tmp_path, LoraConfig(4, 8.0, 0.0, ["all-linear"]))
+
+
+def test_4_bits_take_linears_and_leave_convolutions(base):
+    linears = {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"}
+    assert_4_bits(base, linears, 0.6)
