@@ -67,8 +67,10 @@ class BenchmarkConfig(ModelConfig):
     """Tool -> the Python interpreter of its environment."""
     options: dict[str, str] = field(default_factory=dict)
     """Further arguments of litmini's command line: '{litmini: --train.checkpoint_activations true}'."""
+    prefill_tokens: list[int] = field(default_factory=lambda: [128, 512, 2048])
+    """generate: lengths of prompts, each measured until its first token."""
     prompt_tokens: int = 128
-    """generate: length of the prompt."""
+    """generate: length of the prompt before decoding."""
     new_tokens: int = 64
     """generate: tokens to generate."""
     batch_size: int = 8
@@ -100,6 +102,7 @@ class BenchmarkConfig(ModelConfig):
         sizes = ("rounds", "prompt_tokens", "batch_size", "max_seq_len", "micro_batch_size", "packed_len")
         fine = {name: getattr(self, name) > 0 for name in sizes}
         fine |= {"minutes": self.minutes > 0, "lengths": bool(self.lengths) and min(self.lengths) > 8}
+        fine["prefill_tokens"] = all(n > 0 for n in self.prefill_tokens)
         check("", self, new_tokens=self.new_tokens > 1, steps=self.steps > self.warmup_steps >= 0, **fine)
         if unknown := sorted({*self.pythons, *self.options} - set(ABLE)):
             raise UserError(f"unknown tool {', '.join(unknown)}; the tools are: {', '.join(ABLE)}.")

@@ -53,7 +53,7 @@ def main(config: ChatConfig) -> None:
     before = start(config)
     keep_memory()
     model, tokenizer = open_model(config)
-    pack_linears(model, batched=False)
+    pack_linears(model)
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.directory} has no chat template; give one with --chat_template FILE.jinja")
     bold, plain = ("\033[1m", "\033[0m") if has_colors(sys.stderr) else ("", "")

@@ -70,7 +70,7 @@ def main(config: GenerateConfig) -> None:
         check_new_file(config.out, "--out")
     keep_memory()
     model, tokenizer = open_model(config)
-    pack_linears(model, batched=config.prompts is not None)
+    pack_linears(model)
     if config.prompts is not None:
         complete_file(config, model, tokenizer)
         return
@@ -105,7 +105,7 @@ def make_draft(config: GenerateConfig, tokenizer):  # type: ignore[no-untyped-de
         return PromptLookup(config.prompt_lookup)
     if config.draft_dir is not None:
         model, own = open_model(replace(config, checkpoint_dir=config.draft_dir, adapter_dir=None))
-        pack_linears(model, batched=False)
+        pack_linears(model)
         ids = tokenizer.fast.get_vocab()
         if any(ids.get(token, i) != i for token, i in own.fast.get_vocab().items()):
             raise UserError(

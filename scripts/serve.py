@@ -104,7 +104,7 @@ def main(config: ServeConfig) -> None:
         defaults = {n: sampling_defaults(*own, config.checkpoint_dir) for n, own in directories.items()}
         multi_lora = MultiLoRA(model) if config.adapters else None
         if multi_lora is None:
-            pack_linears(model, batched=True)
+            pack_linears(model)
         for name, directory in config.adapters.items():
             if name in tokenizers:
                 raise UserError(f"adapter {name} has the name of the model itself; give it another.")

@@ -10,7 +10,7 @@ from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
 from litmini.methods.base_layer import dense, shape, weight_in, weight_in_own_dtype
 from litmini.methods.lora import LoRALinear
-from litmini.methods.lora_matmul import scaled_delta
+from litmini.methods.lora_matmul import cast_factors, scaled_delta
 
 FLOOR = 1e-6  # smallest norm of a weight's row in DoRA: rows of zeros stay finite
 
@@ -60,7 +60,7 @@ class DoRALinear(LoRALinear):
         return super()._apply(fn, recurse)
 
     def output_delta(self, x: Tensor, *offsets: Tensor) -> Tensor:
-        a, b = self.factors(x.dtype)
+        a, b = cast_factors(self.lora_A, self.lora_B, self.scale, x.dtype)
         y = F.linear(x, weight_in(x.dtype, self.base, self.base.weight))
         return scaled_delta(y, F.linear(self.dropout(x), a), b, self.magnitude_scale())
 

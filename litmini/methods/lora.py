@@ -19,7 +19,7 @@ from litmini.methods.base_layer import (
     module_name,
     shape,
 )
-from litmini.methods.lora_matmul import LoRAMatmul, is_autocast
+from litmini.methods.lora_matmul import LoRAMatmul, cast_factors, is_autocast
 from litmini.ops.norms import gate_factors
 from litmini.system import time_limit
 
@@ -51,7 +51,7 @@ class LoRALinear(AdapterLayer):
         experts, device = shape(base)[:-2], base.weight.device  # (n_experts,) or ()
         self.lora_A = nn.Parameter(torch.empty(*experts, rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, rank, dtype=torch.float32, device=device))
-        self.casts: dict[tuple[int, torch.dtype], Tensor] | None = None  # see `keep_casts`
+        self.casts: dict[torch.dtype, tuple[Tensor, Tensor]] | None = None  # see `keep_casts`
         for matrix in self.lora_A.data.view(-1, rank, base.in_features):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
@@ -61,23 +61,21 @@ class LoRALinear(AdapterLayer):
             return self.base(x, *offsets) + self.output_delta(x, *offsets)
         if is_autocast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        base, flat, factors = self.base, x.flatten(0, -2), gate_factors(x)
+        base, flat = self.base, x.flatten(0, -2)
         dropped = self.dropout(flat) if self.training and self.dropout.p > 0 else None
-        a, b = self.factors(x.dtype)
-        y = LoRAMatmul.apply(flat, dropped, base, base.weight, base.bias, a, b, self.magnitude_scale(), factors)
+        factors = self.lora_A, self.lora_B, self.scale, self._kept_casts(x.dtype)
+        y = LoRAMatmul.apply(
+            flat, dropped, base, base.weight, base.bias, *factors, self.magnitude_scale(), gate_factors(x)
+        )
         return y.unflatten(0, x.shape[:-1])
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A (..., rank, in), and B with the scale in it (..., out, rank), in the dtype of their matmuls."""
+    def _kept_casts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return the factors in the dtype of their matmuls, where they are kept until the next optimizer step."""
         if self.casts is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.lora_A.to(dtype), (self.lora_B * self.scale).to(dtype)
-        return self._kept_cast(self.lora_A, 1.0, dtype), self._kept_cast(self.lora_B, self.scale, dtype)
-
-    def _kept_cast(self, factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        assert self.casts is not None
-        if (cast := self.casts.get((id(factor), dtype))) is None:
-            cast = self.casts[id(factor), dtype] = (factor.detach() * scale).to(dtype)
-        return _Cast.apply(factor, cast, scale)  # type: ignore[no-any-return]
+            return None
+        if dtype not in self.casts:
+            self.casts[dtype] = cast_factors(self.lora_A.detach(), self.lora_B.detach(), self.scale, dtype)
+        return self.casts[dtype]
 
     def magnitude_scale(self) -> Tensor | None:
         """Return what each output is multiplied with, (out,) in fp32: nothing, but in DoRA."""
@@ -85,7 +83,7 @@ class LoRALinear(AdapterLayer):
 
     def output_delta(self, x: Tensor, *offsets: Tensor) -> Tensor:
         """Return what is added to base(x, *offsets)."""
-        a, b = self.factors(x.dtype)
+        a, b = cast_factors(self.lora_A, self.lora_B, self.scale, x.dtype)
         if offsets:  # grouped matmuls want rows of whole 16 bytes
             padding = -a.shape[1] % 8
             a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
@@ -216,19 +214,6 @@ def matches(pattern: str, name: str) -> bool:
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if matches(key, name)), default)
-
-
-class _Cast(torch.autograd.Function):
-    """`(factor * scale).to(dtype)`, where `cast` holds its values already."""
-
-    @staticmethod
-    def forward(ctx, factor: Tensor, cast: Tensor, scale: float) -> Tensor:  # type: ignore[override,no-untyped-def]
-        ctx.scale, ctx.dtype = scale, factor.dtype
-        return cast.detach()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        return grad.to(ctx.dtype) * ctx.scale, None, None
 
 
 def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

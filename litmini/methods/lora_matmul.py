@@ -35,13 +35,16 @@ class LoRAMatmul(torch.autograd.Function):
         base: the linear, plain or in 4 bits.
         weight: how it stores its weight.
         bias: (out,), or None.
-        a, b: A (rank, in), and B (out, rank) with LoRA's scale in it, in x's dtype.
+        lora_a, lora_b: A (rank, in) and B (out, rank).
+        scale: LoRA's, of B.
+        casts: their `cast_factors` in x's dtype, or None.
         magnitude_scale: (out,) fp32 of DoRA, or None.
-        factors: x's `gate_factors`: it is computed again in the backward pass, not kept; or None.
+        gated: x's `gate_factors`: it is computed again in the backward pass, not kept; or None.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, base, weight, bias, a, b, magnitude_scale, factors):  # type: ignore[override,no-untyped-def]
+    def forward(ctx, x, dropped, base, weight, bias, lora_a, lora_b, scale, casts, magnitude_scale, gated):  # type: ignore[override,no-untyped-def]
+        a, b = casts or cast_factors(lora_a, lora_b, scale, x.dtype)
         xa = (x if dropped is None else dropped) @ a.T  # (n, rank)
         w = weight_in(x.dtype, base, weight).T  # (in, out)
         y = None
@@ -56,17 +59,20 @@ class LoRAMatmul(torch.autograd.Function):
         if bias is not None:
             out += bias.to(x.dtype)
         needs_x = dropped is None or weight.requires_grad
-        ctx.base, (ctx.gate_function, gate, up) = base, (factors if needs_x and factors else (None, None, None))
-        kept = x if needs_x and factors is None else None
-        ctx.save_for_backward(kept, dropped, weight, xa, a, b, magnitude_scale, y, gate, up)
+        ctx.base, ctx.scale, ctx.casts = base, scale, casts
+        ctx.gate_function, gate, up, ctx.activated = gated if needs_x and gated else (None, None, None, None)
+        kept = x if needs_x and gated is None else None
+        ctx.save_for_backward(kept, dropped, weight, xa, lora_a, lora_b, magnitude_scale, y, gate, up)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
-        x, dropped, weight, xa, a, b, magnitude_scale, y, gate, up = ctx.saved_tensors
-        wants_x, _, _, wants_weight, wants_bias, _, _, wants_scale, _ = ctx.needs_input_grad
+        x, dropped, weight, xa, lora_a, lora_b, magnitude_scale, y, gate, up = ctx.saved_tensors
+        a, b = ctx.casts or cast_factors(lora_a, lora_b, ctx.scale, grad.dtype)
+        wants_x, _, _, wants_weight, wants_bias, _, _, _, _, wants_scale, _ = ctx.needs_input_grad
         if ctx.gate_function is not None:
-            x = (ctx.gate_function(gate) * up).flatten(0, -2)
+            ctx.activated[:] = [ctx.gate_function(gate)]
+            x = (ctx.activated[0] * up).flatten(0, -2)
         d_bias = grad.sum(0) if wants_bias else None
         d_b = (xa.T @ grad).T  # twice as fast as grad.T @ xa on a CPU
         d_scale = None
@@ -87,7 +93,13 @@ class LoRAMatmul(torch.autograd.Function):
         if wants_weight:
             d_weight = grad.T @ x if magnitude_scale is None else scale_rows(grad.T @ x, magnitude_scale)
         d_a = d_xa.T @ (x if dropped is None else dropped)
-        return d_x, d_dropped, None, d_weight, d_bias, d_a, d_b, d_scale, None
+        d_a, d_b = d_a.to(lora_a.dtype), d_b.to(lora_b.dtype) * ctx.scale
+        return d_x, d_dropped, None, d_weight, d_bias, d_a, d_b, None, None, d_scale, None
+
+
+def cast_factors(lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return A (..., rank, in), and B with LoRA's scale in it (..., out, rank), in the dtype of their matmuls."""
+    return lora_a.to(dtype), (lora_b * scale).to(dtype)
 
 
 def scaled_delta(y: Tensor, xa: Tensor, b: Tensor, magnitude_scale: Tensor) -> Tensor:

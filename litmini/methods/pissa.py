@@ -61,6 +61,6 @@ class _Start(nn.Module):
         if is_autocast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         base, flat = layer.base, x.flatten(0, -2)
-        a, b = layer.start_A.to(x.dtype), (layer.start_B * layer.scale).to(x.dtype)
-        y = LoRAMatmul.apply(flat, None, base, base.weight, base.bias, a, b, None, None)
+        factors = layer.start_A, layer.start_B, layer.scale, None
+        y = LoRAMatmul.apply(flat, None, base, base.weight, base.bias, *factors, None, None)
         return y.unflatten(0, x.shape[:-1])

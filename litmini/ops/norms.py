@@ -3,7 +3,7 @@
 Autograd would keep every intermediate tensor: a fifth of the activations of a Llama block. They are cheap to recompute.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,29 +90,41 @@ def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 def _gated(gate: Tensor, up: Tensor, function: Any, derivative: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        return function(gate) * up  # type: ignore[no-any-return]
-    y: Tensor = _Gated.apply(gate, up, function, derivative)
+        return function(gate).mul_(up)  # type: ignore[no-any-return]
+    activated: list[Tensor] = []
+    y: Tensor = _Gated.apply(gate, up, function, derivative, activated)
     if not torch.compiler.is_compiling():
-        setattr(y, _FACTORS, (function, gate.detach(), up.detach()))
+        setattr(y, _FACTORS, GateFactors(function, gate.detach(), up.detach(), activated))
     return y
 
 
-def gate_factors(y: Tensor) -> tuple[Any, Tensor, Tensor] | None:
-    """Return (function, gate, up) of a gated activation y = function(gate) * up, which the backward pass keeps anyway.
+class GateFactors(NamedTuple):
+    """What a gated activation y = function(gate) * up is computed from."""
 
-    So a linear that needs y in its backward pass may compute it again instead of keeping it. None of other tensors.
+    function: Any
+    gate: Tensor
+    up: Tensor
+    activated: list[Tensor]
+    """function(gate), once a linear has computed it in its backward pass: y's takes it from there."""
+
+
+def gate_factors(y: Tensor) -> GateFactors | None:
+    """Return what a gated activation is computed from, which the backward pass keeps anyway. None of other tensors.
+
+    So a linear that needs y in its backward pass may compute it again instead of keeping it.
     """
     return getattr(y, _FACTORS, None)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, function: Any, derivative: Any) -> Tensor:  # type: ignore[override,no-untyped-def]
+    def forward(ctx, gate: Tensor, up: Tensor, function: Any, derivative: Any, activated: list[Tensor]) -> Tensor:  # type: ignore[override,no-untyped-def]
         ctx.save_for_backward(gate, up)
-        ctx.function, ctx.derivative = function, derivative
-        return function(gate) * up  # type: ignore[no-any-return]
+        ctx.function, ctx.derivative, ctx.activated = function, derivative, activated
+        return function(gate).mul_(up)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Any:  # type: ignore[override,no-untyped-def]
         gate, up = ctx.saved_tensors
-        return ctx.derivative(grad * up, gate), ctx.function(gate).mul_(grad), None, None
+        activated = ctx.activated.pop() if ctx.activated else ctx.function(gate)
+        return ctx.derivative(grad * up, gate), activated.mul_(grad), None, None, None

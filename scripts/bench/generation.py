@@ -3,7 +3,6 @@
 Each figure is the best of all rounds: other processes on the machine can only slow it down.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +10,10 @@ from typing import Any
 
 
 def benchmark_generate(config: Any) -> dict[str, Any]:
-    """Measure tokens per second of prefill and greedy decoding, single and batched, and the bound of memory bandwidth."""
+    """Measure tokens per second of prefill and greedy decoding, single and batched, and the bound of memory bandwidth.
+
+    Prefill is the time from the call to the first token.
+    """
     import torch
 
     from litmini.config.generate import SamplingConfig
@@ -26,42 +28,42 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not settings.tied:  # decoding reads one row of an untied embedding
         weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
-    models = {1: model, config.batch_size: copy.deepcopy(model)}
-    for rows, one in models.items():
-        pack_linears(one, batched=rows > 1)
+    pack_linears(model)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(
-        0, settings.vocab_size, (config.batch_size, config.prompt_tokens), generator=generator
-    ).tolist()
+    texts = [(1, n) for n in config.prefill_tokens] + [(n, config.prompt_tokens) for n in (1, config.batch_size)]
+    prompts = {
+        shape: torch.randint(0, settings.vocab_size, shape, generator=generator).tolist()
+        for shape in dict.fromkeys(texts)
+    }
 
-    def ours(count: int, rows: int) -> None:
+    def ours(prompts: list[list[int]], count: int) -> None:
         sampling = SamplingConfig(max_new_tokens=count, ignore_eos=True)
-        finish_all(models[rows], [Request(prompt, sampling, []) for prompt in prompts[:rows]])
+        finish_all(model, [Request(prompt, sampling, []) for prompt in prompts])
 
-    engines: dict[str, Callable[[int, int], None]] = {"litmini": ours}
-    if "transformers" in config.tools and (theirs := reference(config, prompts)) is not None:
+    engines: dict[str, Callable[[list[list[int]], int], None]] = {"litmini": ours}
+    if "transformers" in config.tools and (theirs := reference(config)) is not None:
         engines["transformers"] = theirs
-    times: dict[tuple[str, int, int], float] = {}
+    times: dict[Any, float] = {}
     bandwidth = 0.0
     for run in engines.values():
-        for rows in models:
-            run(2, rows)  # warm-up
+        for shape in prompts:
+            run(prompts[shape], 2)  # warm-up
+    cases = [(shape, 1) for shape in prompts] + [(shape, config.new_tokens) for shape in texts[-2:]]
     for _ in range(config.rounds):
         bandwidth = max(bandwidth, read_bandwidth(next(model.parameters()).device))
         for name, run in engines.items():
-            for count in (1, config.new_tokens):
-                for rows in (1, config.batch_size):
-                    seconds = timed(partial(run, count, rows))
-                    times[name, count, rows] = min(times.get((name, count, rows), float("inf")), seconds)
+            for shape, count in cases:
+                seconds = timed(partial(run, prompts[shape], count))
+                times[name, shape, count] = min(times.get((name, shape, count), float("inf")), seconds)
     found: dict[str, Any] = {"weights_bytes": weights, "bandwidth_bytes_per_second": bandwidth}
     found["bound_tokens_per_second"] = bandwidth / weights
     for name in engines:
         steps = config.new_tokens - 1
-        decode = {n: times[name, config.new_tokens, n] - times[name, 1, n] for n in (1, config.batch_size)}
+        one, batch = (times[name, shape, config.new_tokens] - times[name, shape, 1] for shape in texts[-2:])
         found[name] = {
-            "prefill_tokens_per_second": config.prompt_tokens / times[name, 1, 1],
-            "decode_tokens_per_second": steps / decode[1],
-            f"batch_{config.batch_size}_tokens_per_second": config.batch_size * steps / decode[config.batch_size],
+            "prefill_tokens_per_second": {str(n): n / times[name, (1, n), 1] for n in config.prefill_tokens},
+            "decode_tokens_per_second": steps / one,
+            f"batch_{config.batch_size}_tokens_per_second": config.batch_size * steps / batch,
         }
     found["litmini"]["seconds_to_first_token"] = min(
         timed(lambda: first_token(config)) for _ in range(min(config.rounds, 3))
@@ -69,7 +71,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
     return found
 
 
-def reference(config: Any, prompts: list[list[int]]) -> Callable[[int, int], None] | None:
+def reference(config: Any) -> Callable[[list[list[int]], int], None] | None:
     """Return the same measurement with transformers, or None if it is not installed."""
     try:
         import torch
@@ -81,8 +83,8 @@ def reference(config: Any, prompts: list[list[int]]) -> Callable[[int, int], Non
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     model = AutoModelForCausalLM.from_pretrained(config.checkpoint_dir, dtype=dtype).eval().to(device)
 
-    def theirs(count: int, rows: int) -> None:
-        tokens = torch.tensor(prompts[:rows], device=device)
+    def theirs(prompts: list[list[int]], count: int) -> None:
+        tokens = torch.tensor(prompts, device=device)
         model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -127,20 +129,21 @@ def first_token(config: Any) -> None:
 def report_generate(results: dict[str, Any]) -> str:
     """Return a Markdown table."""
     found = results["generate"]
-    bound = found["bound_tokens_per_second"]
+    bound, lengths = found["bound_tokens_per_second"], found["litmini"]["prefill_tokens_per_second"]
     lines = [
         f"{results['machine']}, torch {results['torch']}, {results['dtype']}: memory is read at "
         f"{found['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, so at most {bound:.1f} tokens/s "
         f"for {found['weights_bytes'] / 1e6:.0f} MB of weights",
         "",
-        "| | prefill, tokens/s | decode, tokens/s | of the bound | batch, tokens/s | batch / alone |",
+        f"| tokens/s | prompt of {', '.join(lengths)} tokens | decoding | of the bound | batch | batch / alone |",
         "|---|---|---|---|---|---|",
     ]
     for name in ("litmini", "transformers"):
         if name in found:
             prefill, decode, batch, *_ = found[name].values()
+            rates = ", ".join(f"{rate:,.0f}" for rate in prefill.values())
             lines.append(
-                f"| {name} | {prefill:.0f} | {decode:.1f} | {decode / bound:.0%} | {batch:.1f} | {batch / decode:.1f} |"
+                f"| {name} | {rates} | {decode:.1f} | {decode / bound:.0%} | {batch:.1f} | {batch / decode:.1f} |"
             )
     lines += ["", f"from the command to the first token: {found['litmini']['seconds_to_first_token']:.1f} s"]
     return "\n".join(lines)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from numerics import assert_as_accurate
@@ -7,7 +9,7 @@ from litmini.config.finetune import Ia3Config, LoraConfig
 from litmini.config.generate import SamplingConfig
 from litmini.generation.batch import Batch
 from litmini.generation.generate import finish_all, raise_first
-from litmini.generation.packed_linear import PackedLinear, can_pack, pack_linears
+from litmini.generation.packed_linear import PackedLinear, Product, can_pack, pack_linears
 from litmini.generation.request import Request
 from litmini.methods.adapters import add_adapters
 from litmini.methods.base_layer import ModulesToSaveLayer
@@ -32,7 +34,7 @@ def completions(model: nn.Module) -> list[list[int]]:
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_is_that_of_the_linear(dtype, bias):
     linear = nn.Linear(96, 80, bias=bias).to(dtype)
-    packed = PackedLinear(linear)
+    packed = PackedLinear(Product([linear]), 0, linear)
     exact = linear.double()(x := torch.randn(3, 40, 96).to(dtype).double())
     linear, x = linear.to(dtype), x.to(dtype)
     with torch.inference_mode():
@@ -47,7 +49,7 @@ def test_a_packed_model_generates_the_same_and_holds_each_weight_once():
     model.init_weights(torch.Generator().manual_seed(0))
     expected = completions(model)
     names = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    pack_linears(model, batched=True)
+    pack_linears(model)
     assert names and {name for name, module in model.named_modules() if isinstance(module, PackedLinear)} == names
     assert {name for name, _ in model.named_parameters() if "norm" not in name} == {"model.embed_tokens.weight"}
     assert completions(model) == expected
@@ -56,7 +58,7 @@ def test_a_packed_model_generates_the_same_and_holds_each_weight_once():
 @needs_avx512
 def test_linears_under_adapters_and_of_other_dtypes_stay():
     model = nn.Sequential(LoRALinear(nn.Linear(16, 16), rank=2, alpha=4), nn.Linear(16, 16).half(), nn.Linear(16, 16))
-    pack_linears(model, batched=True)
+    pack_linears(model)
     assert [type(m) for m in (model[0].base, model[1], model[2])] == [nn.Linear, nn.Linear, PackedLinear]
 
 
@@ -66,7 +68,7 @@ def test_modules_trained_beside_adapters_stay():
     layer = ModulesToSaveLayer(linear)
     model, x = nn.Sequential(layer), torch.randn(3, 16).bfloat16()
     expected = model(x)
-    pack_linears(model, batched=True)
+    pack_linears(model)
     assert type(layer.full) is nn.Linear and torch.equal(model(x), expected)
 
 
@@ -94,7 +96,7 @@ def test_a_model_may_read_the_weight_of_a_packed_linear():
     expected = completions(models[0])
     assert completions(models[1]) == expected
     weight = models[1].lm_head.weight.detach().clone()
-    pack_linears(models[1], batched=True)
+    pack_linears(models[1])
     assert type(models[1].lm_head) is PackedLinear and torch.equal(models[1].lm_head.weight, weight)
     assert completions(models[1]) == expected
 
@@ -140,7 +142,7 @@ def test_adapters_over_linears_and_heads_keep_their_effect(name):
     assert expected != plain
     for pack in (False, True):
         if pack:
-            pack_linears(model, batched=True)
+            pack_linears(model)
         batch = Batch(model, chunk=3)
         requests = [
             Request(p, SamplingConfig(max_new_tokens=n, ignore_eos=True), [])
@@ -156,14 +158,79 @@ def test_adapters_over_linears_and_heads_keep_their_effect(name):
 def test_other_processors_keep_plain_linears(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = nn.Sequential(nn.Linear(16, 16))
-    pack_linears(model, batched=True)
+    pack_linears(model)
     assert type(model[0]) is nn.Linear
 
 
+class Siblings(nn.Module):
+    """Linears of one input, of different sizes, some with a bias; `inputs` are what each is called with."""
+
+    def __init__(self, inputs: str) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(48, 64), nn.Linear(48, 16), nn.Linear(48, 16, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(48, 32, bias=False) for _ in range(2))
+        self.inputs = inputs
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        other = x.flip(-1) if self.inputs == "two" else x
+        q, k, v = self.q_proj(x), self.k_proj(other), self.v_proj(x)
+        if self.inputs == "again":
+            q, k = self.q_proj(x), self.k_proj(x)
+        gate = self.gate_proj(x)
+        return [q, k, v, gate] if self.inputs == "one of two" else [q, k, v, gate, self.up_proj(x)]
+
+
 @needs_avx512
-def test_a_model_that_decodes_one_token_stays_plain_in_bf16():
-    """There torch's own GEMV is as fast."""
-    for dtype, expected in ((torch.bfloat16, nn.Linear), (torch.float32, PackedLinear)):
-        model = nn.Sequential(nn.Linear(16, 16)).to(dtype)
-        pack_linears(model, batched=False)
-        assert type(model[0]) is expected
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("inputs", ["one", "two", "again", "one of two"])
+def test_linears_of_one_input_are_one_product(dtype, inputs):
+    """Where a model of a user's own gives them others, or leaves one out, each has its own output, too."""
+    torch.manual_seed(0)
+    model = Siblings(inputs).to(dtype)
+    plain = copy.deepcopy(model)
+    pack_linears(model)
+    assert model.q_proj.product is model.k_proj.product is model.v_proj.product
+    assert model.gate_proj.product is model.up_proj.product is not model.q_proj.product
+    assert torch.equal(model.v_proj.weight, plain.v_proj.weight)
+    with torch.inference_mode():
+        for x in torch.randn(3, 2, 5, 48).to(dtype):
+            exact = copy.deepcopy(plain).double()(x.double())
+            for found, expected, true in zip(model(x), plain(x), exact, strict=True):
+                assert_as_accurate(found, expected, true)
+
+
+@needs_avx512
+def test_products_are_counted_and_nothing_stays_of_them(monkeypatch):
+    model = llama.Model(llama.PRESETS["tiny"]).eval()
+    pack_linears(model)
+    inputs = []
+    take = Product.take
+
+    def counted(product: Product, i: int, x: torch.Tensor) -> torch.Tensor:
+        inputs.append(product) if product._input is not x else None
+        return take(product, i, x)
+
+    monkeypatch.setattr(Product, "take", counted)
+    with torch.inference_mode():
+        model(torch.arange(6)[None])
+    assert len(inputs) == 4 * model.config.n_layers + 1  # q, k and v; o; gate and up; down; and the head
+    assert all(product._input is None and not product._waiting for product in inputs)
+
+
+@needs_avx512
+def test_linears_with_an_adapter_beside_them_are_in_no_product():
+    model = llama.Model(llama.PRESETS["tiny"])
+    add_adapters(model, LoraConfig(rank=2, targets=["k_proj", "up_proj"]))
+    pack_linears(model)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert attention.q_proj.product is attention.v_proj.product and type(attention.k_proj.base) is nn.Linear
+    assert mlp.gate_proj.product.sizes == [model.config.ffn_dim]
+
+
+@needs_avx512
+def test_a_linear_in_two_places_is_packed_once():
+    model, linear = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()}), nn.Linear(16, 16)
+    model["a"].q_proj = model["b"].q_proj = linear
+    model["b"].k_proj = nn.Linear(16, 16)
+    pack_linears(model)
+    assert model["a"].q_proj is model["b"].q_proj and type(model["b"].k_proj) is PackedLinear

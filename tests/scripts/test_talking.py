@@ -367,6 +367,7 @@ def test_benchmark_of_generation(tiny_dir, tmp_path):
     words = [
         "--tasks=[generate]",
         "--prompt_tokens=8",
+        "--prefill_tokens=[8,12]",
         "--new_tokens=24",
         "--batch_size=2",
         "--rounds=1",
@@ -377,6 +378,7 @@ def test_benchmark_of_generation(tiny_dir, tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())["generate"]
     assert found["weights_bytes"] == 2 * (sum(p.numel() for p in litmini.load(tiny_dir)[0].parameters()) - 512 * 64)
     for name in ("litmini", "transformers"):
-        assert len(found[name]) >= 3 and found[name]["prefill_tokens_per_second"] > 0
+        prefill = found[name]["prefill_tokens_per_second"]
+        assert len(found[name]) >= 3 and list(prefill) == ["8", "12"] and min(prefill.values()) > 0
         assert f"| {name} | " in printed
     assert 0.1 < found["litmini"]["seconds_to_first_token"] < 100
