@@ -30,12 +30,12 @@ def rms_norm_llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up (arXiv 2002.05202); all have the same shape and dtype."""
+    """Return silu(gate) * up (arXiv 2002.05202) in gate's dtype, which up mostly has; all have the same shape."""
     return _gated(gate, up, F.silu, torch.ops.aten.silu_backward)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return gelu(gate) * up with gelu's tanh approximation (arXiv 2002.05202); all have the same shape and dtype."""
+    """Return gelu(gate) * up, as `swiglu` does, with gelu's tanh approximation (arXiv 2002.05202)."""
     return _gated(gate, up, _gelu, _gelu_backward)
 
 
