@@ -84,6 +84,7 @@ def test_any_part_of_the_graph_any_number_of_times(readers):
     for part in (wanted, {"up": up}, a, {"gate": gate}, wanted):
         for name, found in gradients(loss, part).items():
             assert_close(found, expected[name], what=name)
+    assert gate_factors(y).activated == []
 
 
 def gradients(loss: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
