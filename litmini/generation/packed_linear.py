@@ -39,17 +39,18 @@ class Product:
         ]
         self.bias = torch.cat(biases) if any(linear.bias is not None for linear in linears) else None
         self.sizes = [len(weight) for weight in weights]
-        self._input: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
+        self._kept: tuple[Tensor | None, dict[int, Tensor]] = None, {}
 
     def take(self, i: int, x: Tensor) -> Tensor:
         """Return the output (..., sizes[i]) of linear i. The others' are kept until they are called with the same x."""
-        if x is not self._input or i not in self._waiting:
+        kept, waiting = self._kept
+        if x is not kept or i not in waiting:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-            self._input, self._waiting = x, dict(enumerate(y.split(self.sizes, -1)))
-        y = self._waiting.pop(i)
-        if not self._waiting:
-            self._input = None
+            waiting = dict(enumerate(y.split(self.sizes, -1)))
+            self._kept = x, waiting  # at once: another thread may come between
+        y = waiting.pop(i)
+        if not waiting:
+            self._kept = None, {}
         return y
 
 

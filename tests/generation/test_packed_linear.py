@@ -1,4 +1,6 @@
 import copy
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -207,14 +209,14 @@ def test_products_are_counted_and_nothing_stays_of_them(monkeypatch):
     take = Product.take
 
     def counted(product: Product, i: int, x: torch.Tensor) -> torch.Tensor:
-        inputs.append(product) if product._input is not x else None
+        inputs.append(product) if product._kept[0] is not x else None
         return take(product, i, x)
 
     monkeypatch.setattr(Product, "take", counted)
     with torch.inference_mode():
         model(torch.arange(6)[None])
     assert len(inputs) == 4 * model.config.n_layers + 1  # q, k and v; o; gate and up; down; and the head
-    assert all(product._input is None and not product._waiting for product in inputs)
+    assert all(product._kept == (None, {}) for product in inputs)
 
 
 @needs_avx512
@@ -234,3 +236,39 @@ def test_a_linear_in_two_places_is_packed_once():
     model["b"].k_proj = nn.Linear(16, 16)
     pack_linears(model)
     assert model["a"].q_proj is model["b"].q_proj and type(model["b"].k_proj) is PackedLinear
+
+
+@needs_avx512
+@pytest.mark.parametrize("by", ["another thread", "Ctrl-C"])
+def test_products_may_be_interrupted_at_any_line(by):
+    """By a thread with another input, or for good: the next call may have the same input."""
+    model, x = Siblings("one"), torch.randn(1, 48)
+    pack_linears(model)
+    expected, others = model(x), model(2 * x)
+    lines = []
+
+    def run(at: int) -> list[torch.Tensor]:
+        """Return model(x), interrupted before the line number `at` of all that run in products."""
+        lines.clear()
+
+        def trace(frame: Any, what: str, _: Any) -> Any:
+            if what == "line":
+                lines.append(frame.f_lineno)
+                if len(lines) == at and by == "Ctrl-C":
+                    raise KeyboardInterrupt
+                if len(lines) == at:
+                    assert all(map(torch.equal, model(2 * x), others))
+            return trace if frame.f_code is Product.take.__code__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return model(x)
+        except KeyboardInterrupt:
+            return run(0)
+        finally:
+            sys.settrace(before)
+
+    run(0)
+    for at in range(1, 1 + len(lines)):
+        assert all(map(torch.equal, run(at), expected))
