@@ -1,10 +1,11 @@
 import copy
 import sys
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from numerics import assert_as_accurate
+from numerics import assert_as_accurate, assert_close
 from torch import nn
 
 from litmini.config.finetune import Ia3Config, LoraConfig
@@ -236,6 +237,35 @@ def test_a_linear_in_two_places_is_packed_once():
     model["b"].k_proj = nn.Linear(16, 16)
     pack_linears(model)
     assert model["a"].q_proj is model["b"].q_proj and type(model["b"].k_proj) is PackedLinear
+
+
+@needs_avx512
+def test_linears_of_other_sizes_and_dtypes_are_in_another_product():
+    """As where a user's own model reads keys and values elsewhere."""
+    model = nn.Module()
+    model.q_proj, model.k_proj, model.v_proj = nn.Linear(16, 8), nn.Linear(24, 8), nn.Linear(24, 8).bfloat16()
+    plain, inputs = copy.deepcopy(model), [torch.randn(2, 16), torch.randn(2, 24), torch.randn(2, 24).bfloat16()]
+    pack_linears(model)
+    for found, expected, x in zip(model.children(), plain.children(), inputs, strict=True):
+        assert type(found) is PackedLinear
+        assert_close(found(x), expected(x))
+
+
+@needs_avx512
+def test_what_is_packed_is_let_go_of_before_the_next_product(monkeypatch):
+    model, make = llama.Model(llama.PRESETS["tiny"]), Product.__init__
+    plain = weakref.WeakSet(module for module in model.modules() if type(module) is nn.Linear)
+    waiting = len(plain)
+
+    def counted(product: Product, linears: list[nn.Linear]) -> None:
+        nonlocal waiting
+        assert len(plain) == waiting
+        waiting -= len(linears)
+        make(product, linears)
+
+    monkeypatch.setattr(Product, "__init__", counted)
+    pack_linears(model)
+    assert len(plain) == waiting == 0
 
 
 @needs_avx512
