@@ -14,7 +14,7 @@ from litmini.methods.base_layer import AdapterLayer
 
 DTYPES = (torch.bfloat16, torch.float32)
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of linears in one module that all families give the same input."""
+"""Names of linears in one module that all families give the same input, which must not change in place meanwhile."""
 
 
 def can_pack(linear: nn.Linear) -> bool:

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import sys
 import weakref
 from typing import Any
@@ -21,7 +22,7 @@ from litmini.methods.ia3 import add_ia3
 from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.methods.trainable_tokens import add_tokens
-from litmini.models import llama
+from litmini.models import FAMILIES, llama
 
 needs_avx512 = pytest.mark.skipif(not can_pack(nn.Linear(8, 8)), reason="weights are packed for AVX512 only")
 
@@ -203,11 +204,15 @@ def test_linears_of_one_input_are_one_product(dtype, inputs):
 
 
 @needs_avx512
-def test_products_are_counted_and_nothing_stays_of_them(monkeypatch):
-    model = llama.Model(llama.PRESETS["tiny"]).eval()
+@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())), ids=lambda name: name.rpartition(".")[2])
+def test_a_familys_products_have_one_input_each_and_nothing_stays_of_them(family, monkeypatch):
+    module = importlib.import_module(family)
+    model, tokens = module.Model(module.PRESETS["tiny"]).eval(), torch.arange(12).view(2, 6)
+    model.init_weights(torch.Generator().manual_seed(0))
+    expected = model(tokens)
     pack_linears(model)
-    inputs = []
-    take = Product.take
+    products = {linear.product for linear in model.modules() if isinstance(linear, PackedLinear)}
+    inputs, take = [], Product.take
 
     def counted(product: Product, i: int, x: torch.Tensor) -> torch.Tensor:
         inputs.append(product) if product._kept[0] is not x else None
@@ -215,9 +220,11 @@ def test_products_are_counted_and_nothing_stays_of_them(monkeypatch):
 
     monkeypatch.setattr(Product, "take", counted)
     with torch.inference_mode():
-        model(torch.arange(6)[None])
-    assert len(inputs) == 4 * model.config.n_layers + 1  # q, k and v; o; gate and up; down; and the head
-    assert all(product._kept == (None, {}) for product in inputs)
+        assert_close(model(tokens), expected)
+    assert len(inputs) == len(products) and set(inputs) == products
+    assert all(product._kept == (None, {}) for product in products)
+    if module is llama:  # q, k and v; o; gate and up; down; and the head
+        assert len(products) == 4 * model.config.n_layers + 1
 
 
 @needs_avx512
