@@ -68,7 +68,7 @@ class BenchmarkConfig(ModelConfig):
     options: dict[str, str] = field(default_factory=dict)
     """Further arguments of litmini's command line: '{litmini: --train.checkpoint_activations true}'."""
     prefill_tokens: list[int] = field(default_factory=lambda: [128, 512, 2048])
-    """generate: lengths of prompts, each measured until its first token."""
+    """generate: lengths of prompts, each measured until its first token, if the model's context holds it."""
     prompt_tokens: int = 128
     """generate: length of the prompt before decoding."""
     new_tokens: int = 64

@@ -13,7 +13,7 @@ from litmini.methods.base_layer import AdapterLayer
 
 DTYPES = (torch.bfloat16, torch.float32)
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of linears in one module that all families give the same input."""
+"""Names of linears in one module that all families give the same input, which must not change in place meanwhile."""
 
 
 def can_pack(linear: nn.Linear) -> bool:
@@ -32,23 +32,25 @@ class Product:
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         weights = [linear.weight.detach() for linear in linears]
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         biases = [
             w.new_zeros(len(w)) if n.bias is None else n.bias.detach() for n, w in zip(linears, weights, strict=True)
         ]
         self.bias = torch.cat(biases) if any(linear.bias is not None for linear in linears) else None
         self.sizes = [len(weight) for weight in weights]
-        self._input: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
+        self._kept: tuple[Tensor | None, dict[int, Tensor]] = None, {}
 
     def take(self, i: int, x: Tensor) -> Tensor:
         """Return the output (..., sizes[i]) of linear i. The others' are kept until they are called with the same x."""
-        if x is not self._input or i not in self._waiting:
+        kept, waiting = self._kept
+        if x is not kept or i not in waiting:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-            self._input, self._waiting = x, dict(enumerate(y.split(self.sizes, -1)))
-        y = self._waiting.pop(i)
-        if not self._waiting:
-            self._input = None
+            waiting = dict(enumerate(y.split(self.sizes, -1)))
+            self._kept = x, waiting  # at once: another thread may come between
+        y = waiting.pop(i)
+        if not waiting:
+            self._kept = None, {}
         return y
 
 
@@ -82,26 +84,36 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module) -> None:
     """Put a `PackedLinear` in the place of each plain linear for which `can_pack` holds.
 
-    The model is then for inference only. The weights of one product at a time exist twice; that of a head which is tied to
-    the embedding stays so. Linears with adapters beside them, and those of adapters, are left as they are.
+    The model is then for inference only. The weight of one linear at a time exists twice, those of a product of several three
+    times; that of a head which is tied to the embedding stays so. Linears with adapters beside them, and those of adapters,
+    are left as they are.
     """
+    groups = _linears_of_one_input(model)
+    while groups:
+        _pack(model, groups.pop())  # nothing else holds them
+
+
+def _linears_of_one_input(model: nn.Module) -> list[dict[nn.Linear, list[str]]]:
+    """Return linear -> all its names in the model, for those of one product each."""
     layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
     adapted = {inner for layer in layers for inner in layer.modules()}
-    places: dict[nn.Linear, list[str]] = {}
-    products: dict[tuple[Any, ...], list[nn.Linear]] = {}
+    groups: dict[tuple[Any, ...], dict[nn.Linear, list[str]]] = {}
+    group_of: dict[nn.Linear, dict[nn.Linear, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear or module in adapted or not can_pack(module):
             continue
-        if module not in places:
+        if module not in group_of:
             parent, _, own = name.rpartition(".")
             together = next((names for names in ONE_INPUT if own in names), own)
             key = parent, together, module.in_features, module.weight.dtype
-            products.setdefault(key, []).append(module)
-        places.setdefault(module, []).append(name)
-    while products:
-        linears = products.popitem()[1]
-        product = Product(linears)
-        for i, linear in enumerate(linears):
-            packed = PackedLinear(product, i, linear)
-            for name in places.pop(linear):
-                model.set_submodule(name, packed)
+            group_of[module] = groups.setdefault(key, {})
+        group_of[module].setdefault(module, []).append(name)
+    return list(groups.values())
+
+
+def _pack(model: nn.Module, group: dict[nn.Linear, list[str]]) -> None:
+    product = Product(list(group))
+    for i, (linear, names) in enumerate(group.items()):
+        packed = PackedLinear(product, i, linear)
+        for name in names:
+            model.set_submodule(name, packed)

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from litmini.distributed.fsdp import full_tensor
 from litmini.errors import UserError
-from litmini.methods.base_layer import (
-    AdapterLayer,
-    dense,
-    is_plain_linear,
-    matmul,
-    module_name,
-    shape,
-)
+from litmini.methods.base_layer import AdapterLayer, dense, is_plain_linear, matmul, module_name, shape
 from litmini.methods.lora_matmul import LoRAMatmul, cast_factors, is_autocast
 from litmini.ops.norms import gate_factors
 from litmini.system import time_limit
@@ -63,10 +56,8 @@ class LoRALinear(AdapterLayer):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         base, flat = self.base, x.flatten(0, -2)
         dropped = self.dropout(flat) if self.training and self.dropout.p > 0 else None
-        factors = self.lora_A, self.lora_B, self.scale, self._kept_casts(x.dtype)
-        y = LoRAMatmul.apply(
-            flat, dropped, base, base.weight, base.bias, *factors, self.magnitude_scale(), gate_factors(x)
-        )
+        factors = self.lora_A, self.lora_B, self.scale, self._kept_casts(x.dtype), self.magnitude_scale()
+        y = LoRAMatmul.apply(flat, dropped, base, base.weight, base.bias, *factors, gate_factors(x))
         return y.unflatten(0, x.shape[:-1])
 
     def _kept_casts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

@@ -71,8 +71,10 @@ class LoRAMatmul(torch.autograd.Function):
         a, b = ctx.casts or cast_factors(lora_a, lora_b, ctx.scale, grad.dtype)
         wants_x, _, _, wants_weight, wants_bias, _, _, _, _, wants_scale, _ = ctx.needs_input_grad
         if ctx.gate_function is not None:
-            ctx.activated[:] = [ctx.gate_function(gate)]
-            x = (ctx.activated[0] * up).flatten(0, -2)
+            activated = ctx.gate_function(gate)
+            x = (activated * up).to(grad.dtype).flatten(0, -2)
+            if wants_x:
+                ctx.activated[:] = [activated]
         d_bias = grad.sum(0) if wants_bias else None
         d_b = (xa.T @ grad).T  # twice as fast as grad.T @ xa on a CPU
         d_scale = None

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FACTORS = "gate_factors"
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, rounded to x's dtype (arXiv 1910.07467).
@@ -30,12 +28,12 @@ def rms_norm_llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up (arXiv 2002.05202); all have the same shape and dtype."""
+    """Return silu(gate) * up (arXiv 2002.05202) in gate's dtype, which up mostly has; all have the same shape."""
     return _gated(gate, up, F.silu, torch.ops.aten.silu_backward)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return gelu(gate) * up with gelu's tanh approximation (arXiv 2002.05202); all have the same shape and dtype."""
+    """Return gelu(gate) * up, as `swiglu` does, with gelu's tanh approximation (arXiv 2002.05202)."""
     return _gated(gate, up, _gelu, _gelu_backward)
 
 
@@ -94,7 +92,7 @@ def _gated(gate: Tensor, up: Tensor, function: Any, derivative: Any) -> Tensor:
     activated: list[Tensor] = []
     y: Tensor = _Gated.apply(gate, up, function, derivative, activated)
     if not torch.compiler.is_compiling():
-        setattr(y, _FACTORS, GateFactors(function, gate.detach(), up.detach(), activated))
+        y.gate_factors = GateFactors(function, gate.detach(), up.detach(), activated)  # type: ignore[attr-defined]
     return y
 
 
@@ -113,7 +111,7 @@ def gate_factors(y: Tensor) -> GateFactors | None:
 
     So a linear that needs y in its backward pass may compute it again instead of keeping it.
     """
-    return getattr(y, _FACTORS, None)
+    return getattr(y, "gate_factors", None)
 
 
 class _Gated(torch.autograd.Function):

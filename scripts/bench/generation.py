@@ -30,11 +30,11 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
         weights -= max(p.numel() * p.element_size() for n, p in model.named_parameters() if "lm_head" not in n)
     pack_linears(model)
     generator = torch.Generator().manual_seed(0)
-    texts = [(1, n) for n in config.prefill_tokens] + [(n, config.prompt_tokens) for n in (1, config.batch_size)]
-    prompts = {
-        shape: torch.randint(0, settings.vocab_size, shape, generator=generator).tolist()
-        for shape in dict.fromkeys(texts)
-    }
+    lengths = [n for n in config.prefill_tokens if n < settings.max_positions]
+    if too_long := sorted(set(config.prefill_tokens) - set(lengths)):
+        print(f"prefill_tokens {too_long} left out: the model's context is {settings.max_positions}", file=sys.stderr)
+    texts = [(1, n) for n in lengths] + [(n, config.prompt_tokens) for n in (1, config.batch_size)]
+    prompts = {n: torch.randint(settings.vocab_size, n, generator=generator).tolist() for n in dict.fromkeys(texts)}
 
     def ours(prompts: list[list[int]], count: int) -> None:
         sampling = SamplingConfig(max_new_tokens=count, ignore_eos=True)
@@ -61,7 +61,7 @@ def benchmark_generate(config: Any) -> dict[str, Any]:
         steps = config.new_tokens - 1
         one, batch = (times[name, shape, config.new_tokens] - times[name, shape, 1] for shape in texts[-2:])
         found[name] = {
-            "prefill_tokens_per_second": {str(n): n / times[name, (1, n), 1] for n in config.prefill_tokens},
+            "prefill_tokens_per_second": {str(n): n / times[name, (1, n), 1] for n in lengths},
             "decode_tokens_per_second": steps / one,
             f"batch_{config.batch_size}_tokens_per_second": config.batch_size * steps / batch,
         }

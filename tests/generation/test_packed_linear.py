@@ -1,8 +1,12 @@
 import copy
+import importlib
+import sys
+import weakref
+from typing import Any
 
 import pytest
 import torch
-from numerics import assert_as_accurate
+from numerics import assert_as_accurate, assert_close
 from torch import nn
 
 from litmini.config.finetune import Ia3Config, LoraConfig
@@ -18,7 +22,7 @@ from litmini.methods.ia3 import add_ia3
 from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
 from litmini.methods.trainable_tokens import add_tokens
-from litmini.models import llama
+from litmini.models import FAMILIES, llama
 
 needs_avx512 = pytest.mark.skipif(not can_pack(nn.Linear(8, 8)), reason="weights are packed for AVX512 only")
 
@@ -200,21 +204,27 @@ def test_linears_of_one_input_are_one_product(dtype, inputs):
 
 
 @needs_avx512
-def test_products_are_counted_and_nothing_stays_of_them(monkeypatch):
-    model = llama.Model(llama.PRESETS["tiny"]).eval()
+@pytest.mark.parametrize("family", sorted(set(FAMILIES.values())), ids=lambda name: name.rpartition(".")[2])
+def test_a_familys_products_have_one_input_each_and_nothing_stays_of_them(family, monkeypatch):
+    module = importlib.import_module(family)
+    model, tokens = module.Model(module.PRESETS["tiny"]).eval(), torch.arange(12).view(2, 6)
+    model.init_weights(torch.Generator().manual_seed(0))
+    expected = model(tokens)
     pack_linears(model)
-    inputs = []
-    take = Product.take
+    products = {linear.product for linear in model.modules() if isinstance(linear, PackedLinear)}
+    inputs, take = [], Product.take
 
     def counted(product: Product, i: int, x: torch.Tensor) -> torch.Tensor:
-        inputs.append(product) if product._input is not x else None
+        inputs.append(product) if product._kept[0] is not x else None
         return take(product, i, x)
 
     monkeypatch.setattr(Product, "take", counted)
     with torch.inference_mode():
-        model(torch.arange(6)[None])
-    assert len(inputs) == 4 * model.config.n_layers + 1  # q, k and v; o; gate and up; down; and the head
-    assert all(product._input is None and not product._waiting for product in inputs)
+        assert_close(model(tokens), expected)
+    assert len(inputs) == len(products) and set(inputs) == products
+    assert all(product._kept == (None, {}) for product in products)
+    if module is llama:  # q, k and v; o; gate and up; down; and the head
+        assert len(products) == 4 * model.config.n_layers + 1
 
 
 @needs_avx512
@@ -234,3 +244,68 @@ def test_a_linear_in_two_places_is_packed_once():
     model["b"].k_proj = nn.Linear(16, 16)
     pack_linears(model)
     assert model["a"].q_proj is model["b"].q_proj and type(model["b"].k_proj) is PackedLinear
+
+
+@needs_avx512
+def test_linears_of_other_sizes_and_dtypes_are_in_another_product():
+    """As where a user's own model reads keys and values elsewhere."""
+    model = nn.Module()
+    model.q_proj, model.k_proj, model.v_proj = nn.Linear(16, 8), nn.Linear(24, 8), nn.Linear(24, 8).bfloat16()
+    plain, inputs = copy.deepcopy(model), [torch.randn(2, 16), torch.randn(2, 24), torch.randn(2, 24).bfloat16()]
+    pack_linears(model)
+    for found, expected, x in zip(model.children(), plain.children(), inputs, strict=True):
+        assert type(found) is PackedLinear
+        assert_close(found(x), expected(x))
+
+
+@needs_avx512
+def test_what_is_packed_is_let_go_of_before_the_next_product(monkeypatch):
+    model, make = llama.Model(llama.PRESETS["tiny"]), Product.__init__
+    plain = weakref.WeakSet(module for module in model.modules() if type(module) is nn.Linear)
+    waiting = len(plain)
+
+    def counted(product: Product, linears: list[nn.Linear]) -> None:
+        nonlocal waiting
+        assert len(plain) == waiting
+        waiting -= len(linears)
+        make(product, linears)
+
+    monkeypatch.setattr(Product, "__init__", counted)
+    pack_linears(model)
+    assert len(plain) == waiting == 0
+
+
+@needs_avx512
+@pytest.mark.parametrize("by", ["another thread", "Ctrl-C"])
+def test_products_may_be_interrupted_at_any_line(by):
+    """By a thread with another input, or for good: the next call may have the same input."""
+    model, x = Siblings("one"), torch.randn(1, 48)
+    pack_linears(model)
+    expected, others = model(x), model(2 * x)
+    lines = []
+
+    def run(at: int) -> list[torch.Tensor]:
+        """Return model(x), interrupted before the line number `at` of all that run in products."""
+        lines.clear()
+
+        def trace(frame: Any, what: str, _: Any) -> Any:
+            if what == "line":
+                lines.append(frame.f_lineno)
+                if len(lines) == at and by == "Ctrl-C":
+                    raise KeyboardInterrupt
+                if len(lines) == at:
+                    assert all(map(torch.equal, model(2 * x), others))
+            return trace if frame.f_code is Product.take.__code__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return model(x)
+        except KeyboardInterrupt:
+            return run(0)
+        finally:
+            sys.settrace(before)
+
+    run(0)
+    for at in range(1, 1 + len(lines)):
+        assert all(map(torch.equal, run(at), expected))

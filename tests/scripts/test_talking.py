@@ -367,7 +367,7 @@ def test_benchmark_of_generation(tiny_dir, tmp_path):
     words = [
         "--tasks=[generate]",
         "--prompt_tokens=8",
-        "--prefill_tokens=[8,12]",
+        "--prefill_tokens=[8,12,256]",  # the last fills the context
         "--new_tokens=24",
         "--batch_size=2",
         "--rounds=1",

@@ -20,7 +20,7 @@ from litmini.compiler import compilable
 from litmini.config.finetune import LoraConfig
 from litmini.errors import UserError
 from litmini.generation.compile import compile_decoding
-from litmini.methods.adapters import add_adapters
+from litmini.methods.adapters import add_adapters, keep_casts
 from litmini.methods.lora import LoRALinear
 from litmini.models import gemma2, llama, mamba2, mixtral, qwen3_5, qwen3_moe
 from litmini.tasks import setup
@@ -157,13 +157,18 @@ def test_training_equals_what_is_not_compiled_and_compiles_once(family, recomput
     compile_training(compiled, torch.float32, backend)
     if recompute:
         checkpoint_activations(compiled)
+    models = (plain, compiled)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.0) for m in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        keep_casts(model, optimizer)
     graphs = []
     for seed in range(4):
         found = []
-        for model in (plain, compiled):
+        for model, optimizer in zip(models, optimizers, strict=True):
             loss, _ = model.train()(**packed(seed))
             loss.backward()
             found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad} | {"loss": loss})
+            optimizer.step()
             model.zero_grad()
         assert_gradients_close(found[1], found[0])
         graphs.append(counters["stats"]["unique_graphs"])
