@@ -1,6 +1,8 @@
 """Decoding as on a GPU, with stand-ins: static caches, several tokens before the host looks, graphs of one step."""
 
 import contextlib
+import gc
+import weakref
 
 import cuda_graph
 import pytest
@@ -163,3 +165,116 @@ def test_prompts_of_unequal_length_are_read_by_flash_attention(on_gpu, name):
     assert kernels == {"varlen"}
     # parts of 8, 8 and 3 tokens; sequences that have not begun are padding; then one token
     assert [call["documents"] for call in varlen_kernel.calls[:: model.config.n_layers]] == [3, 4, 4, 3]
+
+
+def test_a_model_that_cannot_be_captured_is_not_tried_again(on_gpu, monkeypatch):
+    """Of a capture that fails, torch keeps memory."""
+    tried = []
+
+    def fails(function, device):
+        tried.append(device)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoding, "capture", fails)
+    model = lively(llama.PRESETS["tiny"])
+    for _ in range(2):
+        batch = Batch(model)
+        batch.add([Request([3, 4, 5], SamplingConfig(max_new_tokens=n), []) for n in (12, 30)])
+        with pytest.warns(UserWarning, match="not permitted") if not tried else contextlib.nullcontext():
+            finish(batch)
+    assert tried == [torch.device("cpu")]
+
+
+class FakeStreams:
+    """`torch.cuda` as far as a capture uses it; `log` says what happened, in order."""
+
+    def __init__(self, monkeypatch, refused: bool = False) -> None:
+        self.log, self.device, self.refused = [], "cuda:0", refused
+        for name, own in {
+            "Stream": lambda device: FakeStream(self, f"side of {device}"),
+            "current_stream": lambda device: FakeStream(self, f"current of {device}"),
+            "stream": self.stream,
+            "CUDAGraph": lambda: self,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, own)
+        decoding._side_stream.cache_clear()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.device = self.device, stream.name
+        yield
+        self.device = before
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.log.append(f"begin on {self.device}")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+        if self.refused:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeStreams, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_capture_is_on_the_device_of_the_model(monkeypatch):
+    """Else nothing of it would be captured, and each replay would give the same logits."""
+    cuda, device = FakeStreams(monkeypatch), torch.device("cuda:1")
+    replay = decoding.capture(lambda: cuda.log.append(f"runs on {cuda.device}") or torch.ones(1), device)
+    assert replay() == 1
+    assert cuda.log == [
+        "side of cuda:1 waits for current of cuda:1",
+        "runs on side of cuda:1",
+        "begin on side of cuda:1",
+        "runs on side of cuda:1",
+        "end",
+        "current of cuda:1 waits for side of cuda:1",
+        "replay",
+    ]
+    assert decoding._side_stream(device, 1) is decoding._side_stream(device, 1)
+    assert decoding._side_stream(device, 1) is not decoding._side_stream(device, 2)
+    decoding._side_stream.cache_clear()
+
+
+def test_a_capture_that_fails_says_why_and_is_waited_for(monkeypatch):
+    """Its first call has changed the states of recurrent layers."""
+    cuda, calls = FakeStreams(monkeypatch, refused=True), []
+
+    def function() -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("what is not permitted")
+        return torch.ones(1)
+
+    with pytest.raises(RuntimeError, match="what is not permitted"):
+        decoding.capture(function, torch.device("cuda:0"))
+    assert cuda.log[-2:] == ["end", "current of cuda:0 waits for side of cuda:0"]
+    decoding._side_stream.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_caches_that_are_no_more_wait_for_no_garbage_collector(device, request):
+    """It knows nothing of the memory of a GPU, so it would come too late."""
+    if device == "gpu":
+        request.getfixturevalue("on_gpu")
+    model, caches = lively(llama.PRESETS["tiny"]), []
+    batch = Batch(model, multi_lora=MultiLoRA(model))
+    gc.disable()
+    try:
+        for prompt in ([3, 4, 5], [6, 7], [8]):
+            batch.add([Request(prompt, SamplingConfig(max_new_tokens=20), [])])
+            batch.step()
+            caches.append(weakref.ref(batch.cache))
+        assert [cache() is None for cache in caches] == [True, True, False]
+        finish(batch)
+        assert caches[-1]() is None
+    finally:
+        gc.enable()
