@@ -20,7 +20,7 @@ from litmini.ops.kv_cache import KVCache
 AHEAD = 8
 """Most tokens that a GPU decodes before the host looks for the ends of requests. A request that ends early wastes the rest."""
 _refused: WeakSet[nn.Module] = WeakSet()
-"""Models that cannot be captured. None is tried again: a capture that fails costs a forward pass, and torch leaks its memory."""
+"""Models that cannot be captured. None is tried again: a capture that fails costs a forward pass, and its memory."""
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -97,7 +97,9 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> Callable[[]
         with torch.cuda.stream(stream):  # and on its device
             function()  # what is made in a first call is not captured
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads of a server may use the GPU meanwhile
+            graph.capture_begin(
+                capture_error_mode="thread_local"
+            )  # other threads of a server may use the GPU meanwhile
             try:
                 output = function()
             except BaseException:

@@ -10,9 +10,10 @@ from packed_batch import packed_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
-from litmini.models import FAMILIES, family
+from litmini.models import FAMILIES, family, llama
 from litmini.ops import chunks, varlen
 from litmini.ops.attention import Documents, record_kernels
+from litmini.ops.kv_cache import KVCache
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
 FLEX = ("gemma2", "gpt_oss", "mpt")
@@ -101,6 +102,22 @@ def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     varlen.parameters.cache_clear()
     varlen.has_flash.cache_clear()
     assert heads == [(4, 4, 4)] * model.config.n_layers
+
+
+def test_heads_that_the_operator_refuses_take_another_kernel(monkeypatch):
+    """Its sizes are multiples of 8; packed, and over a static cache."""
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    model = llama.Model(replace(llama.PRESETS["tiny"], head_dim=12)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    data = {**batch(), "labels": None}
+    real = data["documents"] > 0
+    with torch.no_grad(), record_kernels() as kernels:
+        assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
+        cache = KVCache(model.config, 4, T, torch.float32, static=True)
+        assert_close(model(data["tokens"], cache=cache), model(data["tokens"]))
+    assert kernels == {"sdpa", "documents"}
+    with pytest.raises(UserError, match="--attention varlen cannot compute .* heads of 12"):
+        model(**with_kernel(data, "varlen"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "falcon"])
