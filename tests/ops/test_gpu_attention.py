@@ -1,5 +1,6 @@
 """The attention of GPUs, on a CPU: the varlen operator by its contract, FlexAttention uncompiled, and tensors that pretend."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 import varlen_kernel
 from numerics import ULPS, assert_as_accurate, assert_close, assert_gradients_close
 from packed_batch import packed_batch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
 from litmini.models import FAMILIES, family, llama
-from litmini.ops import chunks, varlen
+from litmini.ops import chunks, flex_attention, varlen
 from litmini.ops.attention import Documents, record_kernels
 from litmini.ops.kv_cache import KVCache
 
@@ -102,6 +104,22 @@ def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     varlen.parameters.cache_clear()
     varlen.has_flash.cache_clear()
     assert heads == [(4, 4, 4)] * model.config.n_layers
+
+
+def test_flex_stays_compiled_for_more_forms_than_torch_allows(monkeypatch):
+    """Uncompiled, it would have the scores of all tokens in memory."""
+    monkeypatch.setattr(flex_attention.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    flex_attention.compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run = flex_attention.compiled(flex_attention.flex_attention)
+        for window in (3, 7):
+            ids = torch.ones(2, 32, dtype=torch.int64)
+            blocks = flex_attention.block_mask(ids, torch.arange(32).expand(2, -1), window)
+            run(*torch.randn(3, 2, 2, 32, 16), block_mask=blocks)
+    flex_attention.compiled.cache_clear()
+    assert counters["frames"] == {"total": 2, "ok": 2}
 
 
 def test_heads_that_the_operator_refuses_take_another_kernel(monkeypatch):
