@@ -19,6 +19,8 @@ import torch
 from shape_models import LORA, Job, packed, preset, random_model, transformers_model
 from torch import Tensor, nn
 
+from litmini.distributed.fabric import fabric_class, mixed_precision
+
 Steps = list[tuple[float, float]]  # seconds and loss of each
 PROMPT, NEW, BATCH = 128, 65, 8  # tokens, and prompts in a batch, of decoding
 RESTART = 3  # the exit status that asks for a new process: CUDA answers with errors only
@@ -26,8 +28,6 @@ RESTART = 3  # the exit status that asks for a new process: CUDA answers with er
 
 def litmini_training(job: Job, device: torch.device, batches: list[dict[str, Tensor]]) -> Steps:
     """Train in litmini's own loop."""
-    from lightning_fabric import Fabric
-
     from litmini.config.training import OptimConfig, TrainConfig
     from litmini.evaluation.verify import BatchList
     from litmini.methods.adapters import add_adapters
@@ -51,7 +51,12 @@ def litmini_training(job: Job, device: torch.device, batches: list[dict[str, Ten
         def log(self, metrics: dict[str, float]) -> None:
             steps.append((batches[0]["tokens"].numel() / metrics["tokens_per_second"], metrics["loss"]))
 
-    fabric = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if full else "32-true")
+    fabric = fabric_class()(
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
+        precision=None if full else "32-true",
+        plugins=mixed_precision("bf16-mixed", device.type) if full else None,
+    )
     optim = OptimConfig(lr=1e-5, schedule="constant")
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
     if job["variant"] == "compiled":
@@ -187,9 +192,16 @@ def run_row(job: Job, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def use(device: torch.device) -> None:
+    """Let what is measured of "the" GPU be of this one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def main(file: Path) -> None:
     plan = json.loads(file.read_text())
     device = torch.device(plan["device"])
+    use(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     with open(plan["results"], "a") as results:
         for job in plan["jobs"]:
