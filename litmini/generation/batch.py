@@ -47,6 +47,8 @@ class Batch:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.on_gpu = is_gpu(self.device)
+        if self.on_gpu and torch.is_autocast_enabled(self.device.type):  # FlashAttention has no fp32
+            self.dtype = torch.get_autocast_dtype(self.device.type)
         self._decoding: Decoding | None = None
         # inference_mode saves a tenth of each operation; weights that FSDP gathers in it could not be trained afterwards
         self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode

@@ -32,8 +32,8 @@ def check_triton(device: torch.device) -> None:
     """Raise a `UserError` for a GPU for which torch.compile cannot make kernels, before it tries."""
     if device.type == "cuda" and not has_triton(device):
         raise UserError(
-            "--compile needs a GPU of compute capability 7.0 or more, Triton, a C compiler and Python's headers, and not all of "
-            "them are there; install gcc and python3-dev, or leave --compile out."
+            "--compile needs a GPU of compute capability 7.0 or more, Triton, a C compiler and Python's headers, and not all "
+            "of them are there; install gcc and python3-dev, or leave --compile out."
         )
 
 

@@ -274,3 +274,16 @@ def test_caches_that_are_no_more_wait_for_no_garbage_collector(device, request):
         assert caches[-1]() is None
     finally:
         gc.enable()
+
+
+def test_under_autocast_the_cache_is_in_16_bits(on_gpu, monkeypatch):
+    """As in training with `bf16-mixed`: FlashAttention has no fp32, and what has takes the keys of each query head apart."""
+    monkeypatch.setattr(varlen, "DTYPES", (torch.bfloat16,))
+    model = lively(llama.PRESETS["tiny"])
+    request = Request([3, 4, 5], SamplingConfig(max_new_tokens=20), [])
+    with torch.autocast("cpu", torch.bfloat16), record_kernels() as kernels:
+        batch = Batch(model)
+        batch.add([request])
+        assert batch.cache[0].keys.dtype == torch.bfloat16
+        finish(batch)
+    assert kernels == {"varlen"} and len(request.ids) == 20 and cuda_graph.graphs
