@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_parts import counted_syncs, device_of_tests, needs_gpu, tiny
+from gpu_parts import counted_syncs, device_of_tests, needs_gpu, needs_grouped_matmuls, tiny
 from numerics import assert_as_accurate
 from torch import nn
 
@@ -67,6 +67,7 @@ def test_greedy_decoding_takes_the_largest_logits(name, lengths, device):
 def test_a_graph_decodes_what_its_kernels_do(name, device, monkeypatch):
     """The same tokens with CUDA graphs and without, sampled and greedy; the host waits once for eight of them."""
     needs_gpu("a CUDA graph")
+    needs_grouped_matmuls(name, device)
     settings = [{}, {"temperature": 1.2, "seed": 1, "top_p": 0.9}, {"repetition_penalty": 1.3}]
 
     def decode() -> tuple[list[list[int]], list[str]]:
