@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
-from litmini.models import FAMILIES, family, llama
+from litmini.models import FAMILIES, family, gemma2, llama
 from litmini.ops import chunks, flex_attention, varlen
 from litmini.ops.attention import Documents, record_kernels
 from litmini.ops.kv_cache import KVCache
@@ -104,6 +104,16 @@ def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     varlen.parameters.cache_clear()
     varlen.has_flash.cache_clear()
     assert heads == [(4, 4, 4)] * model.config.n_layers
+
+
+def test_heads_that_flex_does_not_compile_take_another_kernel():
+    config = replace(gemma2.PRESETS["tiny"], head_dim=8)
+    model, data = gemma2.Model(config).eval(), {**batch(), "labels": None}
+    model.init_weights(torch.Generator().manual_seed(0))
+    real = data["documents"] > 0
+    with torch.no_grad(), record_kernels() as kernels:
+        assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
+    assert kernels == {"explicit", "documents"}
 
 
 def test_flex_stays_compiled_for_more_forms_than_torch_allows(monkeypatch):
