@@ -46,7 +46,7 @@ class Graph(NoWaits):
                     old.copy_(new)
 
 
-def capture(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def capture(function: Callable[[], Tensor], device: torch.device, before: Any = None) -> Callable[[], Tensor]:
     """Do what `litmini.generation.decoding.capture` does."""
     function()
     graph = Graph()

@@ -35,17 +35,25 @@ class Decoding:
         cache: static, if `graph`.
         graph: capture the forward pass in a CUDA graph, so that its kernels cost the host one launch. It must launch the same
             ones each time, on the same tensors.
+        before: a graph whose memory the new one takes again.
     """
 
-    def __init__(self, model: nn.Module, cache: KVCache, requests: list[Request], graph: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        requests: list[Request],
+        graph: bool,
+        before: Captured | None = None,
+    ) -> None:
         self.model, self.cache = model, cache
         self._tokens = torch.tensor([r.tokens[-1:] for r in requests], device=cache.device)  # (B, 1)
         self._positions = torch.tensor([[len(r.tokens) - 1] for r in requests], device=cache.device)
         settings, generators = [r.sampling for r in requests], [r.generator for r in requests]
         self._sampler = Sampler(settings, [r.tokens for r in requests], generators, cache.device)
-        self._graph: Callable[[], Tensor] | None = None
+        self.graph: Captured | None = None
         if graph and model not in _refused:
-            self._capture()
+            self._capture(before)
 
     def run(self, count: int) -> tuple[list[list[int]], Tensor]:
         """Decode `count` tokens of each request.
@@ -56,7 +64,7 @@ class Decoding:
         chosen = []
         for _ in range(count):
             # `_logits` is no attribute: in a cycle, the cache of a batch that is no more would wait for the garbage collector
-            logits = self._logits() if self._graph is None else self._graph()
+            logits = self._logits() if self.graph is None else self.graph()
             chosen.append(finite_tokens(self._sampler.choose(logits), logits))
             self._tokens.copy_(chosen[-1][:, None].clamp(min=0))
             self._positions.add_(1)
@@ -67,9 +75,9 @@ class Decoding:
         logits: Any = self.model(self._tokens, self._positions, cache=self.cache)
         return logits[:, -1].float()  # type: ignore[no-any-return]
 
-    def _capture(self) -> None:
+    def _capture(self, before: Captured | None) -> None:
         try:
-            self._graph = capture(self._logits, self.cache.device)
+            self.graph = capture(self._logits, self.cache.device, before)
         except RuntimeError as error:
             _refused.add(self.model)
             reason = str(error).partition("\n")[0]
@@ -81,12 +89,24 @@ def finite_tokens(tokens: Tensor, logits: Tensor) -> Tensor:
     return torch.where(logits.amax(-1).isfinite(), tokens, -1)
 
 
-def capture(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that launches the kernels of `function` again, as one CUDA graph, and returns the same tensor.
+class Captured:
+    """Kernels that a CUDA graph launches again, and the tensor that they write."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self.graph, self._output = graph, output
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self._output
+
+
+def capture(function: Callable[[], Tensor], device: torch.device, before: Captured | None = None) -> Captured:
+    """Return what launches the kernels of `function` again, as one CUDA graph, and returns the same tensor.
 
     Args:
         function: reads and writes the same tensors each time, and never waits for the GPU. It is called twice.
         device: of these tensors; the thread's current one may be another.
+        before: is not called any more, and gives its memory. Else torch would keep that of every graph there was.
 
     Raises:
         RuntimeError: it does something that cannot be captured.
@@ -97,9 +117,8 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> Callable[[]
         with torch.cuda.stream(stream):  # and on its device
             function()  # what is made in a first call is not captured
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(
-                capture_error_mode="thread_local"
-            )  # other threads of a server may use the GPU meanwhile
+            pool = None if before is None else before.graph.pool()
+            graph.capture_begin(pool, "thread_local")  # other threads of a server may use the GPU meanwhile
             try:
                 output = function()
             except BaseException:
@@ -109,12 +128,7 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> Callable[[]
             graph.capture_end()
     finally:  # the first call has written to the tensors, whatever became of the second
         current.wait_stream(stream)
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
+    return Captured(graph, output)
 
 
 @functools.lru_cache

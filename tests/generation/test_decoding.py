@@ -167,7 +167,7 @@ def test_a_model_that_cannot_be_captured_is_not_tried_again(on_gpu, monkeypatch)
     """Of a capture that fails, torch keeps memory."""
     tried = []
 
-    def fails(function, device):
+    def fails(function, device, before):
         tried.append(device)
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -201,8 +201,11 @@ class FakeStreams:
         yield
         self.device = before
 
-    def capture_begin(self, capture_error_mode: str) -> None:
-        self.log.append(f"begin on {self.device}")
+    def capture_begin(self, pool: int | None, capture_error_mode: str) -> None:
+        self.log.append(f"begin on {self.device} with pool {pool}")
+
+    def pool(self) -> int:
+        return 7
 
     def capture_end(self) -> None:
         self.log.append("end")
@@ -229,12 +232,14 @@ def test_a_capture_is_on_the_device_of_the_model(monkeypatch):
     assert cuda.log == [
         "side of cuda:1 waits for current of cuda:1",
         "runs on side of cuda:1",
-        "begin on side of cuda:1",
+        "begin on side of cuda:1 with pool None",
         "runs on side of cuda:1",
         "end",
         "current of cuda:1 waits for side of cuda:1",
         "replay",
     ]
+    decoding.capture(lambda: torch.ones(1), device, before=replay)
+    assert cuda.log[-3] == "begin on side of cuda:1 with pool 7"
     assert decoding._side_stream(device, 1) is decoding._side_stream(device, 1)
     assert decoding._side_stream(device, 1) is not decoding._side_stream(device, 2)
     decoding._side_stream.cache_clear()
@@ -287,3 +292,20 @@ def test_under_autocast_the_cache_is_in_16_bits(on_gpu, monkeypatch):
         assert batch.cache[0].keys.dtype == torch.bfloat16
         finish(batch)
     assert kernels == {"varlen"} and len(request.ids) == 20 and cuda_graph.graphs
+
+
+def test_a_graph_takes_the_memory_of_the_one_before(on_gpu, monkeypatch):
+    """When requests join or leave; torch would keep that of all until memory is out."""
+    given = []
+
+    def captured(function, device, before):
+        given.append((cuda_graph.capture(function, device), before))
+        return given[-1][0]
+
+    monkeypatch.setattr(decoding, "capture", captured)
+    batch = Batch(lively(llama.PRESETS["tiny"]))
+    for prompt in ([3, 4, 5], [6, 7], [8]):
+        batch.add([Request(prompt, SamplingConfig(max_new_tokens=40), [])])
+        batch.step()
+    graphs = [graph for graph, _ in given]
+    assert [before for _, before in given] == [None, *graphs[:-1]] and len(graphs) == 3

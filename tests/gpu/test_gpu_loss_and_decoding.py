@@ -84,5 +84,5 @@ def test_a_graph_decodes_what_its_kernels_do(name, device, monkeypatch):
 
     captured, syncs = decode()
     assert len(syncs) == 1, syncs
-    monkeypatch.setattr(decoding, "capture", lambda function, device: function)
+    monkeypatch.setattr(decoding, "capture", lambda function, device, before: function)
     assert decode()[0] == captured
