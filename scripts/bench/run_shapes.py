@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from generation import read_bandwidth
 from shape_models import LORA, Job, packed, preset, random_model, transformers_model
 from torch import Tensor, nn
 
@@ -142,7 +143,7 @@ def decode(job: Job, device: torch.device) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not config.tied:  # decoding reads one row of an untied embedding
         weights -= config.vocab_size * config.dim * 2
-    found["of_bandwidth"] = found["tokens_per_second"] * weights / _read_bandwidth(device)
+    found["of_bandwidth"] = found["tokens_per_second"] * weights / read_bandwidth(device)
     return found
 
 
@@ -166,13 +167,6 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _read_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second of a sum over 2 GiB of a GPU's memory, or 256 MiB of a CPU's."""
-    values = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
-    values.sum().item()
-    return values.numel() * 4 / min(_timed(lambda: values.sum().item(), device) for _ in range(3))  # type: ignore[arg-type, return-value]
 
 
 def run_row(job: Job, device: torch.device) -> dict[str, Any]:

@@ -74,6 +74,14 @@ def test_both_tools_decode():
         assert row["tokens_per_second"] > 0 and row["batch_8_tokens_per_second"] > 0 and row["of_bandwidth"] > 0, row
 
 
+def test_bandwidth_is_that_of_memory_and_not_of_a_cache(monkeypatch):
+    made, plain = [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device: made.append((n, str(device))) or plain(8))
+    for device in ("cuda:0", "cpu"):
+        assert run_shapes.read_bandwidth(torch.device(device)) > 0
+    assert made == [(2**29, "cuda:0"), (2**26, "cpu")]
+
+
 def test_a_row_that_fails_is_a_result(monkeypatch):
     row = run_shapes.run_row(job("transformers", "lora", variant="sdpa, liger"), CPU)
     assert row == {"failed": "skipped: liger_kernel is not installed"}
