@@ -78,6 +78,8 @@ class Decoding:
     def _capture(self, before: Captured | None) -> None:
         try:
             self.graph = capture(self._logits, self.cache.device, before)
+        except torch.OutOfMemoryError:  # the next batch may be smaller
+            warnings.warn("decoding without a CUDA graph, for which memory does not suffice", stacklevel=2)
         except RuntimeError as error:
             _refused.add(self.model)
             reason = str(error).partition("\n")[0]

@@ -181,6 +181,24 @@ def test_a_model_that_cannot_be_captured_is_not_tried_again(on_gpu, monkeypatch)
     assert tried == [torch.device("cpu")]
 
 
+def test_memory_that_does_not_suffice_once_may_suffice_for_the_next_batch(on_gpu, monkeypatch):
+    def fails(function, device, before):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    batch = Batch(lively(llama.PRESETS["tiny"]))
+    for _ in range(2):
+        request = Request([3, 4, 5], SamplingConfig(max_new_tokens=12), [])
+        batch.add([request])
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="memory does not suffice"):
+            patch.setattr(decoding, "capture", fails)
+            batch.step()
+        finish(batch)
+        assert len(request.ids) == 12
+    batch.add([Request([3, 4, 5], SamplingConfig(max_new_tokens=12), [])])
+    finish(batch)
+    assert len(cuda_graph.graphs) == 1
+
+
 class FakeStreams:
     """`torch.cuda` as far as a capture uses it; `log` says what happened, in order."""
 
