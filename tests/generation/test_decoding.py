@@ -149,6 +149,17 @@ def test_a_static_cache_of_known_positions_says_when_it_is_full():
             model(torch.ones(1, 3, dtype=torch.int64), cache=cache)
 
 
+def test_caches_are_rearranged_without_reading_numbers(monkeypatch):
+    """A GPU would have the host wait for one of each sequence."""
+    model = lively(llama.PRESETS["tiny"])
+    cache = KVCache(model.config, 3, [9, 8, 7], torch.float32, static=True)
+    with torch.inference_mode():
+        model(torch.ones(3, 4, dtype=torch.int64), cache=cache)
+        monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: pytest.fail("a number is read"))
+        gathered = KVCache.gather(model.config, [(cache, 0, 4), (cache, 2, 3)])
+    assert gathered.capacities.flatten().tolist() == [9, 7] and gathered.capacity == 9
+
+
 @pytest.mark.parametrize("name", ["falcon", "qwen3", "gemma"])
 def test_prompts_of_unequal_length_are_read_by_flash_attention(on_gpu, name):
     """No mask is made, and the keys of each sequence are read where they lie in the cache."""
