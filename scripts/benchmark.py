@@ -182,7 +182,9 @@ def generate(config: BenchmarkConfig) -> list[dict[str, Any]]:
 
     from litmini.files import write_json
 
-    results: dict[str, Any] = {"machine": f"{hardware()['cpu']}, {hardware()['threads']} threads"}
+    found = hardware()
+    machine = f"{found['cpu']}, {found['threads']} threads" if found["device"] == "cpu" else found["device"]
+    results: dict[str, Any] = {"machine": machine}
     results |= {**versions(), "dtype": config.dtype}
     results["generate"] = benchmark_generate(config)
     print(report_generate(results))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,7 +46,7 @@ class Graph(NoWaits):
                     old.copy_(new)
 
 
-def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def capture(function: Callable[[], Tensor], device: torch.device, before: Any = None) -> Callable[[], Tensor]:
     """Do what `litmini.generation.decoding.capture` does."""
     function()
     graph = Graph()

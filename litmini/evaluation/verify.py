@@ -183,7 +183,8 @@ def _train(
     from lightning_fabric import Fabric
 
     device = next(model.parameters()).device
-    fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)
+    on_gpu = device.type == "cuda"
+    fabric = Fabric(accelerator="cuda" if on_gpu else "cpu", devices=[device.index or 0] if on_gpu else 1)
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
     progress = load_state(state, model, optimizer) if state.is_dir() else Progress()
     constant = dataclasses.replace(optim, schedule="constant", warmup_steps=0, max_grad_norm=None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from litmini.distributed.fsdp import is_sharded
 from litmini.errors import UserError, counted
-from litmini.generation.decoding import AHEAD, Decoding, finite_tokens, is_gpu
+from litmini.generation.decoding import AHEAD, Captured, Decoding, finite_tokens, is_gpu
 from litmini.generation.multi_adapter import MultiLoRA
 from litmini.generation.request import Request
 from litmini.generation.sampling import Sampler
@@ -47,7 +47,10 @@ class Batch:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.on_gpu = is_gpu(self.device)
+        if self.on_gpu and torch.is_autocast_enabled(self.device.type):  # FlashAttention has no fp32
+            self.dtype = torch.get_autocast_dtype(self.device.type)
         self._decoding: Decoding | None = None
+        self._captured: Captured | None = None
         # inference_mode saves a tenth of each operation; weights that FSDP gathers in it could not be trained afterwards
         self._without_gradients: Any = torch.no_grad if is_sharded(model) else torch.inference_mode
 
@@ -108,7 +111,8 @@ class Batch:
                 assert self.cache is not None
                 # adapters come and go, and shards are gathered in each forward; a graph costs as much as some tokens
                 graph = self.on_gpu and self.multi_lora is None and not is_sharded(self.model) and remaining >= AHEAD
-                self._decoding = Decoding(self.model, self.cache, self.requests, graph)
+                self._decoding = Decoding(self.model, self.cache, self.requests, graph, self._captured)
+                self._captured = self._decoding.graph or self._captured
             tokens, logits = self._decoding.run(count)
         for request, row, chosen in zip(self.requests, logits, tokens, strict=True):
             for token in chosen:

@@ -16,6 +16,7 @@ from litmini.compiler import check_compiler
 from litmini.distributed.fsdp import blocks
 from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer
+from litmini.ops.fused_loss import check_triton
 
 LARGEST_GROUP = 5
 """Most blocks of a graph. Compiling takes as long as they are many, and 5 of SmolLM2-135M take most of what can be had."""
@@ -45,9 +46,11 @@ def compile_decoding(model: nn.Module) -> None:
     Prompts, whose lengths all differ, are read as without it. One thread at a time may use the model.
 
     Raises:
-        UserError: there is no C++ compiler, or it is a model that cannot be compiled.
+        UserError: there is no compiler, or it is a model that cannot be compiled.
     """
-    check_compiler(model, next(model.parameters()).dtype)
+    parameter = next(model.parameters())
+    check_triton(parameter.device)
+    check_compiler(model, parameter.dtype)
     _swap_linears(model)
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks, windows that are full or not, one row or more
     _CompiledGroups(blocks(model)).install()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 ESTIMATE = (
     "estimate"  # a kernel for estimates of memory: FlexAttention's counts as `varlen`, which keeps the same tensors
 )
+FLEX_HEAD_DIM = 16  # the smallest head that FlexAttention compiles
 _chosen: set[str] | None = None  # while `record_kernels` runs
 
 
@@ -218,8 +219,9 @@ def choose_kernel(
         "varlen": not (changed or dropout)
         and q.dtype in varlen.DTYPES
         and q.shape[-1] <= varlen.HEAD_DIM
+        and q.shape[-1] % varlen.ALIGN == 0
         and mask.flash,
-        "flex": not dropout and mask.blocks is not None,
+        "flex": not dropout and mask.blocks is not None and q.shape[-1] >= FLEX_HEAD_DIM,
         "sdpa": not changed,
         "explicit": True,
     }

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+FORMS = 64
+"""Most compilations of a function: windows or none, sizes, gradients or none, in any combination."""
+
 
 def block_mask(documents: Tensor, positions: Tensor, window: int | None) -> BlockMask:
     """Return which blocks of scores are computed: causal, within a document and a window.
@@ -28,8 +31,8 @@ def block_mask(documents: Tensor, positions: Tensor, window: int | None) -> Bloc
         return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
 
     B, T = documents.shape
-    on_gpu = documents.device.type == "cuda"
-    return create_block_mask(is_seen, B, None, T, T, device=documents.device, _compile=on_gpu)
+    make: Any = compiled(create_block_mask) if documents.device.type == "cuda" else create_block_mask
+    return make(is_seen, B, None, T, T, device=documents.device)
 
 
 def attend_flex(
@@ -55,7 +58,7 @@ def attend_flex(
     changes = None if softcap is None and slopes is None else change
     run: Any = flex_attention
     if q.device.type == "cuda" and not torch.compiler.is_compiling():
-        run = _compiled()
+        run = compiled(flex_attention)
     how = {"score_mod": changes, "block_mask": blocks, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if sinks is None:
         return run(q, k, v, **how)
@@ -64,6 +67,10 @@ def attend_flex(
     return y * torch.sigmoid(aux.lse - sinks[:, None])[..., None].to(y.dtype)
 
 
-@functools.lru_cache(1)
-def _compiled() -> Any:
-    return torch.compile(flex_attention)
+@functools.lru_cache
+def compiled(function: Any) -> Any:
+    """Return `function` compiled for whatever comes: beyond its limit, torch runs it uncompiled, with all scores in memory."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
+    return torch.compile(function)

@@ -96,7 +96,7 @@ class KVCache:
         self.states: dict[int, StateCache] = {}  # of recurrent layers
         self.batch, self.device, self.chunk = batch, torch.device(device), chunk
         capacities = [capacity] * batch if isinstance(capacity, int) else capacity
-        self.capacity = max(capacities)
+        self.capacity, self._on_host = max(capacities), capacities
         self.capacities = torch.tensor(capacities, device=device)[:, None]  # (B, 1)
         self.static = self.device.type == "cuda" if static is None else static
         self.length = 0  # of the longest sequence; if static and the caller gives positions, at most
@@ -174,7 +174,7 @@ class KVCache:
     @staticmethod
     def gather(config: Any, rows: "list[tuple[KVCache, int, int]]") -> "KVCache":
         """Return a new cache of the given sequences, each as (cache, row of that cache, number of tokens to keep)."""
-        capacities = [int(cache.capacities[row]) for cache, row, _ in rows]
+        capacities = [cache._on_host[row] for cache, row, _ in rows]
         first = max((cache for cache, _, _ in rows), key=lambda cache: len(cache._slots))  # one in use, if there is one
         new = KVCache(config, len(rows), capacities, first.layers[0].dtype, first.device, first.chunk, first.static)
         lengths = [length for _, _, length in rows]

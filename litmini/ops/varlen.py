@@ -18,6 +18,7 @@ from torch import Tensor
 from litmini.ops.cpu_attention import expand_heads
 
 HEAD_DIM, DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
+ALIGN = 8  # heads of other sizes would have to be padded to a multiple of it
 
 NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.interface")}
 """Compute capability of a GPU -> the newer FlashAttention for it: torch's name, and the module that torch takes it from."""

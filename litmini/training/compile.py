@@ -44,11 +44,16 @@ def compile_training(
             if another one comes (the last rows of an epoch, or sequences that are not packed); None: on a GPU.
 
     Raises:
-        UserError: there is no C++ compiler, or the model cannot be compiled.
+        UserError: there is no compiler, or the model cannot be compiled.
     """
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        from litmini.ops.fused_loss import check_triton
+
+        check_triton(device)
     check_compiler(model, dtype)
     if static is None:
-        static = next(model.parameters()).device.type == "cuda"
+        static = device.type == "cuda"
     if static:
         import torch.compiler.config as compiler
 

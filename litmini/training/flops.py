@@ -11,6 +11,7 @@ The FLOPs of a step are sums over its tokens; recomputed activations do not coun
     recurrent layers   instead of attention: a state (`state_size` values) is read, changed and read, each as a matrix
 """
 
+import re
 import time
 from typing import Any
 
@@ -109,7 +110,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PUBLISHED.items():
-            if known in name:
+            if re.search(rf"{known}\b", name):  # an L40 is no L4
                 return peak, f"published for {known}"
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, dtype=dtype, device=device)

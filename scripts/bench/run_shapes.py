@@ -16,8 +16,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from generation import read_bandwidth
 from shape_models import LORA, Job, packed, preset, random_model, transformers_model
 from torch import Tensor, nn
+
+from litmini.distributed.fabric import fabric_class, mixed_precision
 
 Steps = list[tuple[float, float]]  # seconds and loss of each
 PROMPT, NEW, BATCH = 128, 65, 8  # tokens, and prompts in a batch, of decoding
@@ -26,8 +29,6 @@ RESTART = 3  # the exit status that asks for a new process: CUDA answers with er
 
 def litmini_training(job: Job, device: torch.device, batches: list[dict[str, Tensor]]) -> Steps:
     """Train in litmini's own loop."""
-    from lightning_fabric import Fabric
-
     from litmini.config.training import OptimConfig, TrainConfig
     from litmini.evaluation.verify import BatchList
     from litmini.methods.adapters import add_adapters
@@ -51,7 +52,12 @@ def litmini_training(job: Job, device: torch.device, batches: list[dict[str, Ten
         def log(self, metrics: dict[str, float]) -> None:
             steps.append((batches[0]["tokens"].numel() / metrics["tokens_per_second"], metrics["loss"]))
 
-    fabric = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if full else "32-true")
+    fabric = fabric_class()(
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
+        precision=None if full else "32-true",
+        plugins=mixed_precision("bf16-mixed", device.type) if full else None,
+    )
     optim = OptimConfig(lr=1e-5, schedule="constant")
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
     if job["variant"] == "compiled":
@@ -137,7 +143,7 @@ def decode(job: Job, device: torch.device) -> dict[str, Any]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not config.tied:  # decoding reads one row of an untied embedding
         weights -= config.vocab_size * config.dim * 2
-    found["of_bandwidth"] = found["tokens_per_second"] * weights / _read_bandwidth(device)
+    found["of_bandwidth"] = found["tokens_per_second"] * weights / read_bandwidth(device)
     return found
 
 
@@ -163,13 +169,6 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _read_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second of a sum over 2 GiB of a GPU's memory, or 256 MiB of a CPU's."""
-    values = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
-    values.sum().item()
-    return values.numel() * 4 / min(_timed(lambda: values.sum().item(), device) for _ in range(3))  # type: ignore[arg-type, return-value]
-
-
 def run_row(job: Job, device: torch.device) -> dict[str, Any]:
     """Return the results of a row, or `failed` with the reason; peak memory is that of the row on a GPU."""
     if device.type == "cuda":
@@ -187,9 +186,16 @@ def run_row(job: Job, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def use(device: torch.device) -> None:
+    """Let what is measured of "the" GPU be of this one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def main(file: Path) -> None:
     plan = json.loads(file.read_text())
     device = torch.device(plan["device"])
+    use(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     with open(plan["results"], "a") as results:
         for job in plan["jobs"]:

@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from litmini.checkpoints.config import disk_tensors
 from litmini.checkpoints.export import export
 from litmini.checkpoints.hf import load_model, save_model
 from litmini.checkpoints.safetensors_io import shards
+from litmini.config.training import OptimConfig
 from litmini.errors import UserError
 from litmini.evaluation.verify import CHECKS, check_accumulation, check_bits, sequences
 from litmini.methods.lora import LoRALinear
@@ -175,3 +177,19 @@ def test_accumulation_is_not_judged_by_a_familys_dropout():
     result = check_accumulation(model, torch.arange(48).reshape(4, 12) * 7 % 512)
     assert result.passed, result
     assert "train" not in vars(model) and model.train().training, "the model itself is left alone"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked"), [("cuda:1", ("cuda", [1])), ("cuda:0", ("cuda", [0])), ("cpu", ("cpu", 1))]
+)
+def test_training_is_on_the_gpu_of_the_model(device, asked, monkeypatch, tmp_path):
+    """Else Lightning takes the first one."""
+    found = []
+    monkeypatch.setattr(
+        "lightning_fabric.Fabric", lambda accelerator, devices: found.append((accelerator, devices)) or 1 / 0
+    )
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device(device))]))
+    with pytest.raises(ZeroDivisionError):
+        litmini.evaluation.verify._train(model, [], OptimConfig(), tmp_path / "state")
+    assert found == [asked]

@@ -21,6 +21,7 @@ from gpu_parts import (
     device_of_tests,
     kernels_chosen,
     loss_and_gradients,
+    needs_grouped_matmuls,
     no_sync,
     operators,
     ready,
@@ -106,6 +107,7 @@ def test_the_kernel_is_the_one_that_was_chosen(name, device):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FLEX])
 def test_forward_and_backward_wait_for_nothing(name, device, monkeypatch):
+    needs_grouped_matmuls(name, device)
     monkeypatch.setattr(
         recurrent_kernels, "DEVICES", ()
     )  # that of flash-linear-attention waits for bounds of documents

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_parts import counted_syncs, device_of_tests, needs_gpu, tiny
+from gpu_parts import counted_syncs, device_of_tests, needs_gpu, needs_grouped_matmuls, tiny
 from numerics import assert_as_accurate
 from torch import nn
 
@@ -65,13 +65,16 @@ def test_greedy_decoding_takes_the_largest_logits(name, lengths, device):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral"])
 def test_a_graph_decodes_what_its_kernels_do(name, device, monkeypatch):
-    """The same tokens with CUDA graphs and without, sampled and greedy; the host waits once for eight of them."""
+    """The same tokens with CUDA graphs and without, sampled and greedy, also when requests have left and another graph takes
+    the memory of the one before; the host waits once for eight of them."""
     needs_gpu("a CUDA graph")
+    needs_grouped_matmuls(name, device)
     settings = [{}, {"temperature": 1.2, "seed": 1, "top_p": 0.9}, {"repetition_penalty": 1.3}]
 
     def decode() -> tuple[list[list[int]], list[str]]:
         model = tiny(name, torch.bfloat16, device).eval()
-        requests = [Request([5, 6, 7 + i], SamplingConfig(max_new_tokens=33, **s), []) for i, s in enumerate(settings)]
+        lengths = [{"max_new_tokens": 33 + 12 * i, **s} for i, s in enumerate(settings)]
+        requests = [Request([5, 6, 7 + i], SamplingConfig(**s), []) for i, s in enumerate(lengths)]
         batch = Batch(model)
         batch.add(requests)
         batch.step()
@@ -83,5 +86,5 @@ def test_a_graph_decodes_what_its_kernels_do(name, device, monkeypatch):
 
     captured, syncs = decode()
     assert len(syncs) == 1, syncs
-    monkeypatch.setattr(decoding, "capture", lambda function: function)
+    monkeypatch.setattr(decoding, "capture", lambda function, device, before: function)
     assert decode()[0] == captured

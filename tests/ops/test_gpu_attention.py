@@ -1,5 +1,6 @@
 """The attention of GPUs, on a CPU: the varlen operator by its contract, FlexAttention uncompiled, and tensors that pretend."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 import varlen_kernel
 from numerics import ULPS, assert_as_accurate, assert_close, assert_gradients_close
 from packed_batch import packed_batch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
-from litmini.models import FAMILIES, family
-from litmini.ops import chunks, varlen
+from litmini.models import FAMILIES, family, gemma2, llama
+from litmini.ops import chunks, flex_attention, varlen
 from litmini.ops.attention import Documents, record_kernels
+from litmini.ops.kv_cache import KVCache
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
 FLEX = ("gemma2", "gpt_oss", "mpt")
@@ -101,6 +104,48 @@ def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     varlen.parameters.cache_clear()
     varlen.has_flash.cache_clear()
     assert heads == [(4, 4, 4)] * model.config.n_layers
+
+
+def test_heads_that_flex_does_not_compile_take_another_kernel():
+    config = replace(gemma2.PRESETS["tiny"], head_dim=8)
+    model, data = gemma2.Model(config).eval(), {**batch(), "labels": None}
+    model.init_weights(torch.Generator().manual_seed(0))
+    real = data["documents"] > 0
+    with torch.no_grad(), record_kernels() as kernels:
+        assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
+    assert kernels == {"explicit", "documents"}
+
+
+def test_flex_stays_compiled_for_more_forms_than_torch_allows(monkeypatch):
+    """Uncompiled, it would have the scores of all tokens in memory."""
+    monkeypatch.setattr(flex_attention.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    flex_attention.compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run = flex_attention.compiled(flex_attention.flex_attention)
+        for window in (3, 7):
+            ids = torch.ones(2, 32, dtype=torch.int64)
+            blocks = flex_attention.block_mask(ids, torch.arange(32).expand(2, -1), window)
+            run(*torch.randn(3, 2, 2, 32, 16), block_mask=blocks)
+    flex_attention.compiled.cache_clear()
+    assert counters["frames"] == {"total": 2, "ok": 2}
+
+
+def test_heads_that_the_operator_refuses_take_another_kernel(monkeypatch):
+    """Its sizes are multiples of 8; packed, and over a static cache."""
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    model = llama.Model(replace(llama.PRESETS["tiny"], head_dim=12)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    data = {**batch(), "labels": None}
+    real = data["documents"] > 0
+    with torch.no_grad(), record_kernels() as kernels:
+        assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
+        cache = KVCache(model.config, 4, T, torch.float32, static=True)
+        assert_close(model(data["tokens"], cache=cache), model(data["tokens"]))
+    assert kernels == {"sdpa", "documents"}
+    with pytest.raises(UserError, match="--attention varlen cannot compute .* heads of 12"):
+        model(**with_kernel(data, "varlen"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "falcon"])

@@ -1,5 +1,9 @@
 """The loss of GPUs, on a CPU: its chunks, its fused kernel, and the matmul that keeps fp32."""
 
+import importlib.util
+import shutil
+import sysconfig
+
 import matmul_kernel  # noqa: F401  (registers it)
 import pytest
 import torch
@@ -20,7 +24,7 @@ from litmini.ops.cross_entropy import (
     linear_cross_entropy,
     rows_at_once,
 )
-from litmini.ops.fused_loss import gradient_of_logits_
+from litmini.ops.fused_loss import gradient_of_logits_, has_triton
 
 GIB = 2**30
 
@@ -66,6 +70,25 @@ def test_the_fused_kernel_equals_the_plain_one(softcap, z_weight, dtype):
         _gradient_of_logits_(theirs, wanted, softcap, z_weight, buffer),
     )
     assert difference(ours.float(), theirs.float()) <= (ulps() if dtype == torch.float32 else 2**-8)
+
+
+def test_triton_needs_a_compiler_and_headers_of_python(monkeypatch, tmp_path):
+    """Without them, the first step of each run would fail; with them, only an old GPU is without it."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/gcc")
+    monkeypatch.delenv("CC", raising=False)
+    assert not has_triton(device)
+    (tmp_path / "Python.h").touch()
+    assert has_triton(device)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not has_triton(device)
+    monkeypatch.setenv("CC", "mycc")
+    assert has_triton(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not has_triton(device)
 
 
 def test_it_is_compiled_for_whole_chunks_and_for_the_rest():

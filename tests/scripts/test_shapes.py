@@ -10,7 +10,11 @@ import pytest
 import run_shapes
 import shapes
 import torch
+import varlen_kernel
 from shape_models import DOCUMENTS, packed
+
+from litmini.training import setup
+from litmini.training.setup import on_device
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -30,10 +34,52 @@ def test_both_tools_train_the_same_shape(task):
         assert row["loss"] == pytest.approx(6.24, abs=0.1)  # ln 512
 
 
+@pytest.mark.parametrize("task", ["lora", "full"])
+def test_batches_of_a_gpu_reach_the_model_as_they_are(task, monkeypatch):
+    """Their documents and targets are frozen dataclasses, which Lightning's own mixed precision refuses."""
+    monkeypatch.setattr(setup, "on_device", lambda batch, device, _: on_device(batch, device, "varlen"))
+    calls = len(varlen_kernel.calls)
+    row = run_shapes.run_row(job("litmini", task), CPU)
+    assert "failed" not in row and row["loss"] == pytest.approx(6.24, abs=0.1)
+    assert len(varlen_kernel.calls) > calls
+
+
+def test_rows_run_on_the_gpu_that_is_asked_for(monkeypatch):
+    """Else Lightning takes the first one, and memory and time are those of the first one."""
+    asked = []
+
+    class Refused(Exception):
+        pass
+
+    def fabric(**how):
+        asked.append((how["accelerator"], how["devices"]))
+        raise Refused
+
+    monkeypatch.setattr(run_shapes, "random_model", lambda job, device: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(run_shapes, "fabric_class", lambda: fabric)
+    for device in ("cuda:1", "cuda", "cpu"):
+        with pytest.raises(Refused):
+            run_shapes.litmini_training(job("litmini", "full"), torch.device(device), [])
+    assert asked == [("cuda", [1]), ("cuda", 1), ("cpu", 1)]
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for device in ("cuda:1", "cuda", "cpu"):
+        run_shapes.use(torch.device(device))
+    assert used == [torch.device("cuda:1")]
+
+
 def test_both_tools_decode():
     for tool in ("litmini", "transformers"):
         row = run_shapes.run_row(job(tool, "decode"), CPU)
         assert row["tokens_per_second"] > 0 and row["batch_8_tokens_per_second"] > 0 and row["of_bandwidth"] > 0, row
+
+
+def test_bandwidth_is_that_of_memory_and_not_of_a_cache(monkeypatch):
+    made, plain = [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device: made.append((n, str(device))) or plain(8))
+    for device in ("cuda:0", "cpu"):
+        assert run_shapes.read_bandwidth(torch.device(device)) > 0
+    assert made == [(2**29, "cuda:0"), (2**26, "cpu")]
 
 
 def test_a_row_that_fails_is_a_result(monkeypatch):

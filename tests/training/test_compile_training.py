@@ -32,6 +32,17 @@ from litmini.training.setup import on_device
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
+@pytest.mark.parametrize("compile_model", [compile_decoding, lambda model: compile_training(model, torch.bfloat16)])
+def test_a_gpu_without_a_compiler_is_refused(compile_model, monkeypatch):
+    """And not at the first kernel, with the error of Triton's build."""
+    model = llama.Model(llama.PRESETS["tiny"])
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
+    monkeypatch.setattr("litmini.ops.fused_loss.has_triton", lambda device: False)
+    with pytest.raises(UserError, match="install gcc and python3-dev"):
+        compile_model(model)
+
+
 def test_compile_refuses(tiny_dir, tmp_path, monkeypatch):
     base = ["generate.py", "--checkpoint_dir", tiny_dir, "--prompt=Hi", "--compile"]
     assert "not for --bits 4" in run(*base, "--bits=4", status=1)

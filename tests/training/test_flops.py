@@ -124,6 +124,13 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
     assert 1e8 < peak < 1e15 and source == "measured with a matmul of 1024 x 1024 in float32"
 
 
+@pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA RTX A1000"])
+def test_a_card_with_a_longer_name_is_another_card(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.zeros(2, 2))
+    assert "measured" in peak_flops(torch.device("cuda"), torch.bfloat16)[1]
+
+
 @pytest.mark.parametrize(
     ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12)]
 )
