@@ -10,7 +10,6 @@ Differs from llama.py in the fused linears, the partial rotary embedding and Lon
 Papers: Phi-3 (arXiv 2404.14219), Phi-4 (2412.08905), Phi-4-mini (2503.01743), LongRoPE (2402.13753).
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -197,15 +196,9 @@ def text_lengths(positions: Tensor, documents: Tensor | None, cache: Any) -> Ten
     return last[index].view_as(positions) + 1
 
 
-@functools.lru_cache
-def _factors(long_rope: LongRope, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return LongRoPE's factors, (rotary_dim / 2,) fp32 each; a host that made them in each forward would wait for a GPU."""
-    with torch.inference_mode(False):  # training takes them, too
-        short, long = (
-            torch.tensor(f, dtype=torch.float32, device=device)
-            for f in (long_rope.short_factors, long_rope.long_factors)
-        )
-    return short, long
+def _filled(factors: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return factors (n,) in fp32, filled in on the device: for a copy of the host's, a GPU would be waited for."""
+    return torch.stack([torch.full((), factor, dtype=torch.float32, device=device) for factor in factors])
 
 
 def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -218,7 +211,7 @@ def rotary(positions: Tensor, lengths: Tensor, config: Config, dtype: torch.dtyp
     wavelengths = config.rope_theta**exponents  # (rotary_dim / 2,), in positions per radian
     attention_factor = 1.0  # on cos and sin, so attention scores are larger by its square
     if s := config.long_rope:
-        short, long = (wavelengths * factors for factors in _factors(s, positions.device))
+        short, long = (wavelengths * _filled(f, positions.device) for f in (s.short_factors, s.long_factors))
         is_long = (lengths > s.original_positions)[:, None, :, None]  # (B, 1, T or 1, 1)
         wavelengths = torch.where(is_long, long, short)  # (B, 1, T or 1, rotary_dim / 2)
         stretch = max(config.max_positions / s.original_positions, 1.0)
