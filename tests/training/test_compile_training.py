@@ -22,6 +22,7 @@ from litmini.errors import UserError
 from litmini.generation.compile import compile_decoding
 from litmini.methods.adapters import add_adapters
 from litmini.methods.lora import LoRALinear
+from litmini.methods.nf4 import quantize_linears
 from litmini.models import gemma2, llama, mamba2, mixtral, qwen3_5, qwen3_moe
 from litmini.tasks import setup
 from litmini.training import compile as training_compile
@@ -172,7 +173,7 @@ def test_training_equals_what_is_not_compiled_and_compiles_once(family, recomput
     assert counters["stats"]["unique_graphs"] == graphs[-1]
 
 
-@pytest.mark.parametrize("options", ["", "lora", "lora recomputed"])
+@pytest.mark.parametrize("options", ["", "lora", "lora recomputed", "4 bits lora some"])
 @pytest.mark.parametrize("family", [llama, mixtral])
 def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, options, fresh, monkeypatch):
     """As a GPU compiles: for the size of packed sequences, whatever their documents; then once for another number of rows."""
@@ -181,8 +182,10 @@ def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, opti
     model = family.Model(family.PRESETS["tiny"])
     model.init_weights(torch.Generator().manual_seed(0))
     model.bfloat16()
+    if "4 bits" in options:
+        quantize_linears(model)
     if "lora" in options:
-        add_adapters(model, LoraConfig(rank=4))
+        add_adapters(model, LoraConfig(rank=4, targets=["q_proj", "o_proj"] if "some" in options else ["all-linear"]))
     compile_training(model, torch.bfloat16, "aot_eager", static=True)
     if "recomputed" in options:
         checkpoint_activations(model)
