@@ -77,6 +77,21 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
     assert_gradients_close(gradients, expected_gradients, amplified * ULPS)
 
 
+@pytest.mark.parametrize("head_dim", [8, 18])
+def test_heads_of_any_size_go_through_varlen(head_dim, monkeypatch):
+    """FlashAttention takes multiples of 8."""
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    module = family(MODULES["llama"])
+    model, data = module.Model(replace(module.PRESETS["tiny"], head_dim=head_dim, window=7)), batch()
+    model.init_weights(torch.Generator().manual_seed(0))
+    with record_kernels() as kernels:
+        loss, gradients = loss_and_gradients(model, with_kernel(data, None))
+    assert kernels == {"varlen"}
+    expected, expected_gradients = loss_and_gradients(model, data)
+    assert_close(loss, expected)
+    assert_gradients_close(gradients, expected_gradients)
+
+
 def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     """torch 2.10's `varlen_attn` has no `enable_gqa`; without windows, it is not used."""
     plain, heads = torch.nn.attention.varlen.varlen_attn, []
