@@ -208,7 +208,8 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
         {"tokens": tokens, "positions": torch.arange(8)[None] % 4, "documents": documents}, device, attention
     )
     training = model.training
-    with torch.random.fork_rng(), record_kernels() as kernels:
+    gpus = [device] if device.type == "cuda" else []  # by default it would initialize those of the other processes
+    with torch.random.fork_rng(gpus), record_kernels() as kernels:
         model.train()(**batch)
     model.train(training)
     return " and ".join(sorted(kernels))
