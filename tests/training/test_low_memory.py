@@ -106,12 +106,15 @@ def test_a_gradient_that_is_not_finite_is_not_used_in_backward(fabric):
     assert torch.equal(flat(model).nan_to_num(7), before.nan_to_num(7))
 
 
-def test_steps_in_backward_refuse_accumulation_clipping_and_ranks():
+def test_steps_in_backward_refuse_accumulation_clipping_ranks_and_scaled_losses():
     config = dict(checkpoint_dir="c", out_dir="o", data=DataConfig("d"), optim=OptimConfig(in_backward=True))
     with pytest.raises(UserError, match="global_batch_size above .*, optim.max_grad_norm .*, several devices"):
         FinetuneFullConfig(**config, train=TrainConfig(global_batch_size=8, micro_batch_size=4), devices=2)
     one = TrainConfig(global_batch_size=4, micro_batch_size=4)
-    FinetuneFullConfig(**{**config, "optim": OptimConfig(in_backward=True, max_grad_norm=None)}, train=one)
+    config["optim"] = OptimConfig(in_backward=True, max_grad_norm=None)
+    FinetuneFullConfig(**config, train=one)
+    with pytest.raises(UserError, match="does not go with precision 16-mixed, whose loss is scaled.$"):
+        FinetuneFullConfig(**config, train=one, precision="16-mixed")
     with pytest.raises(UserError, match="stochastic_rounding goes with"):
         make_optimizer(tiny(), OptimConfig(name="sgd", stochastic_rounding=True))
 
