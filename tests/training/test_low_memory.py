@@ -80,6 +80,18 @@ def test_rounding_resumes_to_the_bit_and_keeps_averages_in_fp32(fabric, tmp_path
     assert torch.equal(flat(rest), flat(whole)) and not torch.equal(flat(part), flat(whole))
 
 
+def test_resuming_leaves_offloaded_state_on_the_cpu(fabric, tmp_path):
+    """It may be more than a GPU holds; the meta device stands for one."""
+    model = tiny()
+    optimizer, _ = train(fabric, model, OptimConfig(offload=True), steps=1)
+    save_state(tmp_path, Progress(step=1), model, optimizer)
+    again = tiny().to("meta")
+    resumed = make_optimizer(again, OptimConfig(offload=True))
+    load_state(tmp_path, again, resumed)
+    found = {v.device.type for state in resumed.state.values() for v in state.values()}
+    assert found == {"cpu"} and len(resumed.state) == len(list(again.parameters()))
+
+
 @pytest.mark.parametrize("option", [{"in_backward": True}, {"offload": True}])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adamw8bit"])
 def test_parameter_by_parameter_equals_all_at_once(fabric, option, name):
