@@ -8,6 +8,7 @@ from numerics import ulps
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_parts import Listening, make_setup
 
 from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig
@@ -78,6 +79,35 @@ def test_rounding_resumes_to_the_bit_and_keeps_averages_in_fp32(fabric, tmp_path
     assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
     train(fabric, rest, optim, prepare=lambda optimizer: load_state(tmp_path, rest, optimizer))
     assert torch.equal(flat(rest), flat(whole)) and not torch.equal(flat(part), flat(whole))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that the host reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_rounding_waits_for_no_step_but_the_first_after_resuming(tmp_path):
+    """On a GPU, the number of steps is on the device."""
+    model, again = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    optimizer, resumed = (make_optimizer(one, OptimConfig(stochastic_rounding=True)) for one in (model, again))
+
+    def reads(model, optimizer) -> int:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with Reads() as seen:
+            optimizer.step()
+        return seen.count
+
+    assert [reads(model, optimizer) for _ in range(2)] == [0, 0]
+    save_state(tmp_path, Progress(step=2), model, optimizer)
+    load_state(tmp_path, again, resumed)
+    assert [reads(again, resumed) for _ in range(2)] == [len(list(again.parameters())), 0]
+    assert [reads(model, optimizer) for _ in range(2)] == [0, 0] and torch.equal(flat(again), flat(model))
 
 
 def test_resuming_leaves_offloaded_state_on_the_cpu(fabric, tmp_path):
