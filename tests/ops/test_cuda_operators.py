@@ -15,9 +15,9 @@ from litmini.ops.kv_cache import KVCache
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
-ROWS, PADDING = [[17, 1, 22, 10], [50], [1, 1, 1, 32, 15], [42, 8]], [0, 0, 5, 8]
-T = 50
-COMPILED = ("gemma2", "mpt")  # FlexAttention is compiled, where no dispatch mode may be active
+ROWS, PADDING = [[47, 1, 42, 10], [100], [1, 1, 1, 82, 15], [92, 8]], [0, 0, 5, 8]
+T = 100  # more than a chunk of recurrent layers
+COMPILED = ("gemma2", "gpt_oss", "mpt")  # FlexAttention is compiled, where no dispatch mode may be active
 SYNCS = ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique")
 
 
