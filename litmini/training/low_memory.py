@@ -83,7 +83,8 @@ class PerParameter(torch.optim.Optimizer):
             self._steps[parameter] = self._steps_done(parameter) + 1
         # the learning rate of this step
         inner.param_groups[0].update({k: v for k, v in group.items() if k != "params"})
-        inner.state[work] = {k: _to(v, gradient.device) for k, v in self.state[parameter].items()}
+        state = self.state[parameter]  # of a paged optimizer, a copy on the device would not be paged
+        inner.state[work] = {k: _to(v, gradient.device) for k, v in state.items()} if self.offload else dict(state)
         if work is not parameter:
             work.data, gradient = parameter.float(), gradient.float()
         work.grad = gradient

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from bitsandbytes.optim import PagedAdamW8bit
 from lightning_fabric import Fabric
 from numerics import ulps
 from torch import nn
@@ -17,6 +18,7 @@ from litmini.distributed.fabric import make_fabric, mixed_precision
 from litmini.errors import UserError
 from litmini.models import llama
 from litmini.runs.training_state import load_state, save_state
+from litmini.training import low_memory
 from litmini.training.loop import fit
 from litmini.training.memory import full_rows
 from litmini.training.objective import LanguageModeling
@@ -79,6 +81,53 @@ def test_rounding_resumes_to_the_bit_and_keeps_averages_in_fp32(fabric, tmp_path
     assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
     train(fabric, rest, optim, prepare=lambda optimizer: load_state(tmp_path, rest, optimizer))
     assert torch.equal(flat(rest), flat(whole)) and not torch.equal(flat(part), flat(whole))
+
+
+@pytest.fixture
+def paged(monkeypatch):
+    """Optimizers with state that says whether it is paged, as on a GPU: there it is managed memory."""
+    made = []
+
+    def buffer(self, p, dtype):
+        made.append(torch.zeros_like(p, dtype=dtype))
+        return made[-1]
+
+    monkeypatch.setattr(PagedAdamW8bit, "get_state_buffer", buffer)
+    return made
+
+
+def take_steps(model, optimizer, count: int) -> None:
+    for _ in range(count):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+def is_paged(optimizer, paged) -> bool:
+    moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
+    return bool(moments) and all(any(one is buffer for buffer in paged) for one in moments)
+
+
+def test_paged_state_stays_paged_when_a_run_resumes(paged, tmp_path):
+    model, again = tiny(), tiny()
+    optimizer, resumed = (PagedAdamW8bit(one.parameters(), lr=1e-3) for one in (model, again))
+    take_steps(model, optimizer, 2)
+    save_state(tmp_path, Progress(step=2), model, optimizer)
+    load_state(tmp_path, again, resumed)
+    for one, other in ((model, optimizer), (again, resumed)):
+        assert is_paged(other, paged)
+        take_steps(one, other, 1)
+    assert torch.equal(flat(again), flat(model)) and is_paged(resumed, paged)
+
+
+def test_paged_state_stays_paged_parameter_by_parameter(paged, monkeypatch):
+    """Managed memory is memory of the CPU to torch, so that a copy to a parameter's device would be another tensor."""
+    monkeypatch.setattr(low_memory, "_to", lambda value, device: value.clone() if torch.is_tensor(value) else value)
+    model = tiny()
+    groups = [{"params": list(model.parameters())}]
+    optimizer = low_memory.PerParameter(groups, lambda own: PagedAdamW8bit(own, lr=1e-3))
+    take_steps(model, optimizer, 2)
+    assert is_paged(optimizer, paged)
 
 
 class Reads(TorchDispatchMode):
