@@ -23,6 +23,7 @@ from litmini.generation.compile import compile_decoding
 from litmini.methods.adapters import add_adapters
 from litmini.methods.lora import LoRALinear
 from litmini.methods.nf4 import quantize_linears
+from litmini.methods.reference import at_start
 from litmini.models import gemma2, llama, mamba2, mixtral, qwen3_5, qwen3_moe
 from litmini.tasks import setup
 from litmini.training import compile as training_compile
@@ -200,6 +201,30 @@ def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, opti
     assert not counters["graph_break"] and varlen_kernel.calls
     first = 2 if "lora" in options else 1  # the first block's input needs no gradient
     assert graphs == [first] * 4 + [2 * first] * 3, graphs
+
+
+def test_a_reference_and_sequences_of_any_size_stay_compiled(fresh, monkeypatch):
+    """As policy optimization runs a model: without gradients, without its adapters, and with both."""
+    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = llama.Model(llama.PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.bfloat16()
+    add_adapters(model, LoraConfig(rank=4))
+    compile_training(model, torch.bfloat16, "eager", static=True)
+    graphs = []
+    for rows, length in ((4, 40), (4, 56), (2, 64), (3, 72), (2, 40)):
+        tokens = torch.randint(0, 512, (rows, length))
+        batch = {"tokens": tokens, "documents": torch.ones_like(tokens), "labels": tokens}
+        batch = on_device({**batch, "positions": torch.arange(length).expand(rows, -1)}, torch.device("cpu"), "varlen")
+        model.train()
+        with torch.no_grad():
+            model(**batch)
+            with at_start(model):
+                model(**batch)
+        model(**batch)[0].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [4, 8, 12, 12, 12]  # for one size, one number of sequences, and any
 
 
 def test_importing_attention_and_methods_imports_no_compiler():
