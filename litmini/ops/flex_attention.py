@@ -66,4 +66,9 @@ def attend_flex(
 
 @functools.lru_cache(1)
 def _compiled() -> Any:
+    """Return FlexAttention, compiled for each kind of size, window and gradient.
+
+    Beyond the compiler's usual limit of eight it would run uncompiled, with all scores in memory.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention)

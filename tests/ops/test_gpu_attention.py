@@ -1,5 +1,6 @@
 """The attention of GPUs, on a CPU: the varlen operator by its contract, FlexAttention uncompiled, and tensors that pretend."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 import varlen_kernel
 from numerics import ULPS, assert_as_accurate, assert_close, assert_gradients_close
 from packed_batch import packed_batch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
 from litmini.models import FAMILIES, family
-from litmini.ops import chunks, varlen
+from litmini.ops import chunks, flex_attention, varlen
 from litmini.ops.attention import Documents, record_kernels
 
 MODULES = {name.rsplit(".", 1)[-1]: model_type for model_type, name in reversed(FAMILIES.items())}  # one type each
@@ -137,6 +139,25 @@ def test_flex_equals_the_cpu_path(name):
         ours = model(**with_kernel(data, "flex" if name == "llama" else None))
         assert kernels == {"flex"}
         assert_close(ours[real], model(**data)[real])
+
+
+def test_flex_stays_compiled_for_sequences_of_any_size(monkeypatch):
+    """Uncompiled, it would have all scores in memory."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(flex_attention, "flex_attention", flex_attention._compiled.__wrapped__())
+    said: list[str] = []  # of what runs uncompiled
+    monkeypatch.setattr(
+        torch.nn.attention.flex_attention, "_warn_once", lambda warning_id, **_: said.append(warning_id)
+    )
+    model = tiny("gemma2", torch.float32).eval()
+    for rows, length in ((4, 40), (4, 56), (2, 64), (3, 130), (1, 80), (4, 200), (1, 300), (2, 90)):
+        data = with_kernel(packed_batch([[length]] * rows, [0] * rows), "flex")
+        with torch.no_grad():
+            model(**{**data, "labels": None})
+    assert counters["stats"]["unique_graphs"] > 8 and not said
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
