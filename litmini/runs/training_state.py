@@ -79,16 +79,10 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in restored[name].items()
             }
             if getattr(optimizer, "is_paged", False):
-                _page(optimizer, parameter)
+                from litmini.training.low_memory import page
+
+                page(optimizer, parameter)
     return progress
-
-
-def _page(optimizer: Any, parameter: Tensor) -> None:
-    """Move a parameter's moments into memory that bitsandbytes moves to the CPU when a GPU is full, as in a new run."""
-    state = optimizer.state[parameter]
-    for name in ("state1", "state2"):
-        moments, state[name] = state[name], optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
-        state[name].copy_(moments)
 
 
 SHARDS = "training_state"  # directory in a checkpoint, with one safetensors file per process

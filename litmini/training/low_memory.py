@@ -110,6 +110,14 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def page(optimizer: Any, parameter: Tensor) -> None:
+    """Move a parameter's moments into memory that bitsandbytes moves to the CPU when a GPU is full, as in a new run."""
+    state = optimizer.state[parameter]
+    for name in ("state1", "state2"):
+        moments, state[name] = state[name], optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+        state[name].copy_(moments)
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Let every `Block` of a model keep only its input for the backward pass and recompute the rest.
 
