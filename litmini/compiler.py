@@ -22,13 +22,14 @@ def check_compiler(model: nn.Module, dtype: torch.dtype) -> None:
     if next(model.parameters()).device.type == "cpu" and not has_cxx():
         raise UserError(f"--compile needs a C++ compiler, and {_cxx()} is not there; install g++, or set CXX.")
     if not compilable(model, dtype):
-        raise UserError("--compile: torch.compile knows the matmuls of grouped experts in bf16, but not in fp32.")
+        found = "fp32" if dtype == torch.float32 else "fp16"
+        raise UserError(f"--compile: torch.compile knows the matmuls of grouped experts in bf16, but not in {found}.")
 
 
 def compilable(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether torch.compile knows all of the model's matmuls, in `dtype`: grouped ones have no fp32 in torch 2.13."""
+    """Whether torch.compile knows all of the model's matmuls, in `dtype`: grouped ones have no fp32, nor fp16 on every GPU."""
     modules = (module for block in blocks(model) for module in block.modules() if not isinstance(module, nn.Conv1d))
-    return dtype != torch.float32 or all(p.ndim < 3 for module in modules for p in module.parameters(recurse=False))
+    return dtype == torch.bfloat16 or all(p.ndim < 3 for module in modules for p in module.parameters(recurse=False))
 
 
 def has_cxx() -> bool:

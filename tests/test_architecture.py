@@ -169,7 +169,7 @@ def test_a_lora_run_imports_what_it_needs(tiny_dir, tmp_path):
     families = {name for name in found if name.startswith("litmini.models.")} - {"litmini.models.hf_config"}
     assert families == {"litmini.models.llama"}
     with_code = {name: lines for name, lines in found.items() if lines > 3}  # packages are a docstring
-    assert len(with_code) <= 68 and sum(with_code.values()) <= 11_250, (len(with_code), sum(with_code.values()))
+    assert len(with_code) <= 68 and sum(with_code.values()) <= 11_300, (len(with_code), sum(with_code.values()))
 
 
 def test_no_pickle_and_no_remote_code():

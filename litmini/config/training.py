@@ -74,7 +74,7 @@ class OptimConfig:
     """Update bf16 weights (--precision bf16-true) in fp32 with stochastic rounding, so that small updates are not lost."""
     in_backward: bool = False
     """Update each parameter in the backward pass and drop its gradient: gradients need no memory. Needs one
-    micro-batch in a step, one device, and max_grad_norm null."""
+    micro-batch in a step, one device, max_grad_norm null, and another precision than 16-mixed."""
     offload: bool = False
     """Keep the optimizer state in CPU memory. For GPUs; slower."""
 
@@ -165,6 +165,7 @@ class RunConfig(ABC):
             "optim.max_grad_norm (null is none)": self.optim.max_grad_norm is not None,
             "several devices": self.devices * self.num_nodes > 1,
             "train.on_nonfinite skip": self.train.on_nonfinite == "skip",
+            "precision 16-mixed, whose loss is scaled": self.precision == "16-mixed",
         }
         if self.optim.in_backward and any(clash.values()):
             raise UserError(

@@ -31,6 +31,7 @@ class NF4Linear(QuantizedLayer):
 
     absmax_scale: Tensor
     absmax_offset: Tensor
+    code: Tensor
 
     def __init__(self, base: nn.Module, double: bool = True, on: torch.device | None = None) -> None:
         """Quantise `base`, an `nn.Linear` or a family's `GroupedLinear`, which is left as it is.
@@ -52,7 +53,10 @@ class NF4Linear(QuantizedLayer):
         packed, absmax = (torch.cat(parts) for parts in zip(*quantized, strict=True))
         if double:
             offset = absmax.mean()
-            absmax, scale = _kernels().quantize_blockwise.default(absmax - offset, _code(absmax.device), NESTED)
+            code = _code(absmax.device)
+            absmax, scale = _kernels().quantize_blockwise.default(absmax - offset, code, NESTED)
+            # a buffer, as compiled code could not look it up; its own, as buffers of several layers count as tied
+            self.register_buffer("code", code.to(home, copy=True), persistent=False)
             self.register_buffer("absmax_scale", scale.to(home))  # 1 / 16,384 of the weights: every rank has it whole
             self.register_buffer("absmax_offset", offset.view(1).to(home))
         self.weight = nn.Parameter(packed.view(*rows, self.in_features // 2).to(home), requires_grad=False)
@@ -62,11 +66,13 @@ class NF4Linear(QuantizedLayer):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         absmax = self.absmax
         if self.nested:
-            absmax = _kernels().dequantize_blockwise.default(
-                absmax, self.absmax_scale, _code(absmax.device), NESTED, torch.float32
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                absmax, self.absmax_scale, self.code, NESTED, torch.float32
             )
             absmax = absmax + self.absmax_offset
-        return _dequantize(self.weight, absmax, self.shape, dtype or self.dtype)
+        packed, dtype = self.weight.view(-1, 1), dtype or self.dtype
+        dequantize = torch.ops.bitsandbytes.dequantize_4bit.default  # `__init__` has imported them
+        return dequantize(packed, absmax.view(-1), BLOCK, "nf4", list(self.shape), dtype)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Return x W^T + bias; of grouped experts, x holds the tokens of each in turn, which end at `offsets`."""
@@ -97,10 +103,6 @@ class _NF4Matmul(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override,no-untyped-def]
         weight = ctx.layer.dequantize(ctx.dtype)
         return grad @ weight if ctx.offsets is None else F.grouped_mm(grad, weight, offs=ctx.offsets), None, None
-
-
-def _dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return _kernels().dequantize_4bit.default(packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", list(shape), dtype)
 
 
 @functools.lru_cache(maxsize=1)

@@ -219,7 +219,6 @@ def choose_kernel(
         "varlen": not (changed or dropout)
         and q.dtype in varlen.DTYPES
         and q.shape[-1] <= varlen.HEAD_DIM
-        and q.shape[-1] % varlen.ALIGN == 0
         and mask.flash,
         "flex": not dropout and mask.blocks is not None and q.shape[-1] >= FLEX_HEAD_DIM,
         "sdpa": not changed,

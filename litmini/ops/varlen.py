@@ -13,12 +13,13 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litmini.ops.cpu_attention import expand_heads
 
 HEAD_DIM, DTYPES = 256, (torch.bfloat16, torch.float16)  # FlashAttention's largest head, and its dtypes
-ALIGN = 8  # heads of other sizes would have to be padded to a multiple of it
+MULTIPLE = 8  # of which its heads are multiples
 
 NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.interface")}
 """Compute capability of a GPU -> the newer FlashAttention for it: torch's name, and the module that torch takes it from."""
@@ -126,7 +127,9 @@ def _varlen(
     if used is not None:
         how["seqused_k"] = used
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (tokens, heads, head_dim)
+    if padding := -head_dim % MULTIPLE:  # zeros, which change no score
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     y: Any = varlen_attn(
         q, k, v, query_bounds, key_bounds, longest_query, longest_key, scale=scale, window_size=window, **how
     )
-    return y.view(B, T, n_heads, head_dim).transpose(1, 2)
+    return y[..., :head_dim].view(B, T, n_heads, head_dim).transpose(1, 2)

@@ -71,11 +71,17 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             restored[name][key] = value
     if missing := sorted(trainable.keys() - names):
         raise UserError(f"{directory} belongs to another model: it lacks {', '.join(missing[:5])}.")
+    offloaded = getattr(optimizer, "offload", False)  # what stays on the CPU may be more than a GPU holds
     for name, parameter in trainable.items():
         if restored[name]:
+            device = torch.device("cpu") if offloaded else parameter.device
             optimizer.state[parameter] = {
-                k: v.to(parameter.device) if isinstance(v, torch.Tensor) else v for k, v in restored[name].items()
+                k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in restored[name].items()
             }
+            if getattr(optimizer, "is_paged", False):
+                from litmini.training.low_memory import page
+
+                page(optimizer, parameter)
     return progress
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from litmini.config.training import OptimConfig, RunConfig
 from litmini.data.dataset import Example
+from litmini.distributed.fabric import compute_dtype
 from litmini.distributed.fsdp import is_sharded, local_bytes
 from litmini.errors import UserError, counted
 from litmini.methods.adapters import experts_left_out, keep_casts
@@ -175,11 +176,12 @@ def make_setup(
         newer = activate_newer(fabric.device)
     run.results["attention"] = attention_kernels(wrapped, fabric.device, attention) + (f" ({newer})" if newer else "")
     fabric.print(f"attention: {run.results['attention']}")
-    worth = is_auto(config.compile, fabric.device) and _worth_compiling(fabric, model, dtype, throughput.flops, data)
+    matmuls = compute_dtype(config.precision)
+    worth = is_auto(config.compile, fabric.device) and _worth_compiling(fabric, model, matmuls, throughput.flops, data)
     if config.compile is True or worth:
         from litmini.training.compile import compile_training
 
-        compile_training(model, dtype)
+        compile_training(model, matmuls)
     if config.train.checkpoint_activations:
         from litmini.training.low_memory import checkpoint_activations
 
@@ -208,7 +210,8 @@ def attention_kernels(model: nn.Module, device: torch.device, attention: str | N
         {"tokens": tokens, "positions": torch.arange(8)[None] % 4, "documents": documents}, device, attention
     )
     training = model.training
-    with torch.random.fork_rng(), record_kernels() as kernels:
+    gpus = [device] if device.type == "cuda" else []  # by default it would initialize those of the other processes
+    with torch.random.fork_rng(gpus), record_kernels() as kernels:
         model.train()(**batch)
     model.train(training)
     return " and ".join(sorted(kernels))

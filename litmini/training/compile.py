@@ -55,9 +55,12 @@ def compile_training(
     if static is None:
         static = device.type == "cuda"
     if static:
+        import torch._dynamo
         import torch.compiler.config as compiler
 
         compiler.dynamic_sources = compiler.dynamic_sources or DYNAMIC
+        # the first block and others, with adapters and without, with gradients and without, for each kind of size
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def choose(module: nn.Module, plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         return (compiled if module.training else plain)(*args, **kwargs)

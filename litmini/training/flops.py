@@ -110,10 +110,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PUBLISHED.items():
-            if re.search(rf"{known}\b", name):  # an L40 is no L4
+            if re.search(rf"{known}(?!\d)", name):  # neither an L40 for an L4, nor an A1000 for an A100
                 return peak, f"published for {known}"
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, dtype=dtype, device=device)
+    (a @ a)[0, 0].item()  # loads the kernels, which on a GPU may take longer than all that follows
     best, end = 0.0, time.perf_counter() + 0.1
     while not best or time.perf_counter() < end:
         started = time.perf_counter()

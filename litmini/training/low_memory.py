@@ -46,6 +46,7 @@ class PerParameter(torch.optim.Optimizer):
             raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --strategy fsdp.")
         self.in_backward, self.offload = in_backward, offload
         self.squares: list[Tensor] = []  # squared gradient norms of the steps in one backward pass
+        self._steps: dict[Tensor, int] = {}  # of each rounded parameter: on a GPU, the host would wait for its state's
         self._parts: dict[Tensor, tuple[int, torch.optim.Optimizer, Tensor, dict[str, Any]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -78,25 +79,43 @@ class PerParameter(torch.optim.Optimizer):
             self.squares.append(gradient.float().square().sum())
             if not self.squares[-1].isfinite():  # CPU-GPU sync point
                 return
+        if work is not parameter:
+            self._steps[parameter] = self._steps_done(parameter) + 1
         # the learning rate of this step
         inner.param_groups[0].update({k: v for k, v in group.items() if k != "params"})
-        inner.state[work] = {k: _to(v, gradient.device) for k, v in self.state[parameter].items()}
+        state = self.state[parameter]  # of a paged optimizer, a copy on the device would not be paged
+        inner.state[work] = {k: _to(v, gradient.device) for k, v in state.items()} if self.offload else dict(state)
         if work is not parameter:
             work.data, gradient = parameter.float(), gradient.float()
         work.grad = gradient
         inner.step()
         state = inner.state.pop(work)
         if work is not parameter:
-            generator = torch.Generator(parameter.device).manual_seed(hash((number, int(state["step"]))) % 2**63)
+            seed = hash((number, self._steps[parameter])) % 2**63
+            generator = torch.Generator(parameter.device).manual_seed(seed)
             parameter.copy_(stochastic_round(work.data, torch.bfloat16, generator))
             work.data, work.grad = work.data.new_empty(0), None
         elif self.in_backward:
             work.grad = None
         self.state[parameter] = {k: _to(v, torch.device("cpu")) for k, v in state.items()} if self.offload else state
 
+    def _steps_done(self, parameter: Tensor) -> int:
+        """Return the number of a rounded parameter's steps, from its state at first: that of a resumed run has one."""
+        if parameter not in self._steps:
+            self._steps[parameter] = int(self.state[parameter].get("step", 0))  # CPU-GPU sync point
+        return self._steps[parameter]
+
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def page(optimizer: Any, parameter: Tensor) -> None:
+    """Move a parameter's moments into memory that bitsandbytes moves to the CPU when a GPU is full, as in a new run."""
+    state = optimizer.state[parameter]
+    for name in ("state1", "state2"):
+        moments, state[name] = state[name], optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+        state[name].copy_(moments)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -61,12 +61,11 @@ class CopyStream:
 class _Storage:
     """The bytes of one activation: on the device, in CPU memory, or on their way."""
 
-    def __init__(self, source: Tensor, pool: dict[int, list[Tensor]]) -> None:
+    def __init__(self, source: Tensor) -> None:
         self.device, self.size = source.device, source.numel()
         self.source: Tensor | None = source  # (bytes,) uint8; held until the copy to the CPU has ended
-        pinned = source.device.type == "cuda"
-        free = pool.setdefault(self.size, [])
-        self.host = free.pop() if free else torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned)
+        pinned = source.device.type == "cuda"  # torch keeps what is freed for others of about its size
+        self.host: Tensor | None = torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned)
         self.event: Any = None
         self.copy: Tensor | None = None  # on the device again
 
@@ -84,7 +83,6 @@ class _Offload:
     def __init__(self, smallest: int, out: Any, back: Any) -> None:
         self._smallest, self._out, self._back = smallest, out, back
         self._last: _Part | None = None
-        self._pool: dict[int, list[Tensor]] = {}  # bytes -> free buffers, as packed sequences have the same sizes again
 
     def run(self, block: nn.Module, is_first: bool, is_last: bool, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Return forward(*args, **kwargs), offloading what it keeps."""
@@ -115,7 +113,7 @@ class _Offload:
         raw = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
         key = (raw.data_ptr(), tensor._version)  # three matmuls of one input keep it once
         if key not in part.storages:
-            kept = part.storages[key] = _Storage(raw, self._pool)
+            kept = part.storages[key] = _Storage(raw)
             kept.event = self._out.copy(kept.host, raw)
         return part, part.storages[key], tensor.dtype, tensor.size(), tensor.stride()
 
@@ -138,7 +136,6 @@ class _Offload:
             return kept.source.view(dtype).as_strided(size, stride)  # type: ignore[no-any-return]
         if kept.host is not None:  # the first who needs it
             self._back.wait(kept.event)
-            self._pool[kept.size].append(kept.host)
             kept.host = None
         return kept.copy.view(dtype).as_strided(size, stride)  # type: ignore[no-any-return]
 

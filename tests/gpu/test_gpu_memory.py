@@ -52,7 +52,7 @@ def test_offloading_changes_no_gradient(device):
     loss, expected = loss_and_gradients(model, data)
     most = peak(model, data) if device.type == "cuda" else 0.0
     offload_activations(model)
-    for _ in range(2):  # pinned buffers are used again
+    for _ in range(2):  # pinned memory is used again
         again, found = loss_and_gradients(model, data)
         assert again == pytest.approx(loss, rel=1e-5)
         assert max(difference(found[n], expected[n]) for n in found) <= 10 * REPEATED

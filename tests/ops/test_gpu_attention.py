@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litmini.errors import UserError
-from litmini.models import FAMILIES, family, gemma2, llama
+from litmini.models import FAMILIES, family, gemma2
 from litmini.ops import chunks, flex_attention, varlen
 from litmini.ops.attention import Documents, record_kernels
 from litmini.ops.kv_cache import KVCache
@@ -80,6 +80,25 @@ def test_varlen_equals_the_cpu_path(name, monkeypatch):
     assert_gradients_close(gradients, expected_gradients, amplified * ULPS)
 
 
+@pytest.mark.parametrize("head_dim", [8, 18])
+def test_heads_of_any_size_go_through_varlen(head_dim, monkeypatch):
+    """FlashAttention takes multiples of 8; packed, and over a static cache."""
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    module = family(MODULES["llama"])
+    model, data = module.Model(replace(module.PRESETS["tiny"], head_dim=head_dim, window=7)), batch()
+    model.init_weights(torch.Generator().manual_seed(0))
+    with record_kernels() as kernels:
+        loss, gradients = loss_and_gradients(model, with_kernel(data, None))
+    assert kernels == {"varlen"}
+    expected, expected_gradients = loss_and_gradients(model, data)
+    assert_close(loss, expected)
+    assert_gradients_close(gradients, expected_gradients)
+    with torch.no_grad(), record_kernels() as kernels:
+        cache = KVCache(model.config, 4, T, torch.float32, static=True)
+        assert_close(model(data["tokens"], cache=cache), model(data["tokens"]))
+    assert "varlen" in kernels
+
+
 def test_varlen_of_an_older_torch_gets_as_many_key_heads(monkeypatch):
     """torch 2.10's `varlen_attn` has no `enable_gqa`; without windows, it is not used."""
     plain, heads = torch.nn.attention.varlen.varlen_attn, []
@@ -116,38 +135,6 @@ def test_heads_that_flex_does_not_compile_take_another_kernel():
     assert kernels == {"explicit", "documents"}
 
 
-def test_flex_stays_compiled_for_more_forms_than_torch_allows(monkeypatch):
-    """Uncompiled, it would have the scores of all tokens in memory."""
-    monkeypatch.setattr(flex_attention.torch, "compile", functools.partial(torch.compile, backend="eager"))
-    flex_attention.compiled.cache_clear()
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=1):
-        run = flex_attention.compiled(flex_attention.flex_attention)
-        for window in (3, 7):
-            ids = torch.ones(2, 32, dtype=torch.int64)
-            blocks = flex_attention.block_mask(ids, torch.arange(32).expand(2, -1), window)
-            run(*torch.randn(3, 2, 2, 32, 16), block_mask=blocks)
-    flex_attention.compiled.cache_clear()
-    assert counters["frames"] == {"total": 2, "ok": 2}
-
-
-def test_heads_that_the_operator_refuses_take_another_kernel(monkeypatch):
-    """Its sizes are multiples of 8; packed, and over a static cache."""
-    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
-    model = llama.Model(replace(llama.PRESETS["tiny"], head_dim=12)).eval()
-    model.init_weights(torch.Generator().manual_seed(0))
-    data = {**batch(), "labels": None}
-    real = data["documents"] > 0
-    with torch.no_grad(), record_kernels() as kernels:
-        assert_close(model(**with_kernel(data, None))[real], model(**data)[real])
-        cache = KVCache(model.config, 4, T, torch.float32, static=True)
-        assert_close(model(data["tokens"], cache=cache), model(data["tokens"]))
-    assert kernels == {"sdpa", "documents"}
-    with pytest.raises(UserError, match="--attention varlen cannot compute .* heads of 12"):
-        model(**with_kernel(data, "varlen"))
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "falcon"])
 def test_varlen_in_16_bits_is_as_accurate_as_the_cpu_path(name):
     data = {**batch(), "labels": None}
@@ -167,6 +154,27 @@ def test_flex_equals_the_cpu_path(name):
         ours = model(**with_kernel(data, "flex" if name == "llama" else None))
         assert kernels == {"flex"}
         assert_close(ours[real], model(**data)[real])
+
+
+def test_flex_stays_compiled_for_sequences_of_any_size(monkeypatch):
+    """Uncompiled, it would have all scores in memory."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(
+        flex_attention, "flex_attention", flex_attention.compiled.__wrapped__(flex_attention.flex_attention)
+    )
+    said: list[str] = []  # of what runs uncompiled
+    monkeypatch.setattr(
+        torch.nn.attention.flex_attention, "_warn_once", lambda warning_id, **_: said.append(warning_id)
+    )
+    model = tiny("gemma2", torch.float32).eval()
+    for rows, length in ((4, 40), (4, 56), (2, 64), (3, 130), (1, 80), (4, 200), (1, 300), (2, 90)):
+        data = with_kernel(packed_batch([[length]] * rows, [0] * rows), "flex")
+        with torch.no_grad():
+            model(**{**data, "labels": None})
+    assert counters["stats"]["unique_graphs"] > 8 and not said
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

@@ -22,6 +22,8 @@ from litmini.errors import UserError
 from litmini.generation.compile import compile_decoding
 from litmini.methods.adapters import add_adapters, keep_casts
 from litmini.methods.lora import LoRALinear
+from litmini.methods.nf4 import quantize_linears
+from litmini.methods.reference import at_start
 from litmini.models import gemma2, llama, mamba2, mixtral, qwen3_5, qwen3_moe
 from litmini.tasks import setup
 from litmini.training import compile as training_compile
@@ -65,12 +67,15 @@ def test_compile_refuses(tiny_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", [mixtral, qwen3_moe])
 def test_stacked_experts_compile_in_bf16_alone(family):
-    """torch.compile would fail in the first step: it knows no grouped products of fp32."""
+    """torch.compile would fail in the first step: it knows no grouped products of fp32 and, on most GPUs, of fp16."""
     model = family.Model(family.PRESETS["tiny"])
-    assert compilable(model, torch.bfloat16) and not compilable(model, torch.float32)
-    for compile_ in (compile_decoding, lambda model: compile_training(model, torch.float32)):
-        with pytest.raises(UserError, match="experts in bf16, but not in fp32"):
-            compile_(model)
+    assert compilable(model, torch.bfloat16)
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
+        assert not compilable(model, dtype)
+        with pytest.raises(UserError, match=f"experts in bf16, but not in {name}"):
+            compile_training(model, dtype)
+    with pytest.raises(UserError, match="experts in bf16, but not in fp32"):
+        compile_decoding(model)
     for other in (llama, mamba2, qwen3_5):  # convolutions are no experts
         assert compilable(other.Model(other.PRESETS["tiny"]), torch.float32)
 
@@ -188,7 +193,7 @@ def test_training_equals_what_is_not_compiled_and_compiles_once(family, recomput
     assert counters["stats"]["unique_graphs"] == graphs[-1]
 
 
-@pytest.mark.parametrize("options", ["", "lora", "lora recomputed"])
+@pytest.mark.parametrize("options", ["", "lora", "lora recomputed", "4 bits lora some"])
 @pytest.mark.parametrize("family", [llama, mixtral])
 def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, options, fresh, monkeypatch):
     """As a GPU compiles: for the size of packed sequences, whatever their documents; then once for another number of rows."""
@@ -197,8 +202,10 @@ def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, opti
     model = family.Model(family.PRESETS["tiny"])
     model.init_weights(torch.Generator().manual_seed(0))
     model.bfloat16()
+    if "4 bits" in options:
+        quantize_linears(model)
     if "lora" in options:
-        add_adapters(model, LoraConfig(rank=4))
+        add_adapters(model, LoraConfig(rank=4, targets=["q_proj", "o_proj"] if "some" in options else ["all-linear"]))
     compile_training(model, torch.bfloat16, "aot_eager", static=True)
     if "recomputed" in options:
         checkpoint_activations(model)
@@ -210,6 +217,30 @@ def test_through_varlen_a_block_is_one_graph_for_all_packed_batches(family, opti
     assert not counters["graph_break"] and varlen_kernel.calls
     first = 2 if "lora" in options else 1  # the first block's input needs no gradient
     assert graphs == [first] * 4 + [2 * first] * 3, graphs
+
+
+def test_a_reference_and_sequences_of_any_size_stay_compiled(fresh, monkeypatch):
+    """As policy optimization runs a model: without gradients, without its adapters, and with both."""
+    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = llama.Model(llama.PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.bfloat16()
+    add_adapters(model, LoraConfig(rank=4))
+    compile_training(model, torch.bfloat16, "eager", static=True)
+    graphs = []
+    for rows, length in ((4, 40), (4, 56), (2, 64), (3, 72), (2, 40)):
+        tokens = torch.randint(0, 512, (rows, length))
+        batch = {"tokens": tokens, "documents": torch.ones_like(tokens), "labels": tokens}
+        batch = on_device({**batch, "positions": torch.arange(length).expand(rows, -1)}, torch.device("cpu"), "varlen")
+        model.train()
+        with torch.no_grad():
+            model(**batch)
+            with at_start(model):
+                model(**batch)
+        model(**batch)[0].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [4, 8, 12, 12, 12]  # for one size, one number of sequences, and any
 
 
 def test_importing_attention_and_methods_imports_no_compiler():

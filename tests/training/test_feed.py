@@ -14,6 +14,7 @@ from litmini.models import llama
 from litmini.ops import varlen
 from litmini.ops.attention import Documents
 from litmini.ops.cross_entropy import IGNORE, Targets
+from litmini.tasks.setup import attention_kernels
 from litmini.training.loop import evaluate, fit
 from litmini.training.objective import LanguageModeling
 from litmini.training.optimizer import make_optimizer
@@ -130,3 +131,14 @@ def test_a_step_waits_for_the_device_once(monkeypatch):
     monkeypatch.setattr(varlen_kernel, "_documents", lambda bounds: [slice(0, 16), slice(16, 32)])
     loop._take_step(setup, LanguageModeling(), ready, 32, None)
     assert reads == ["tolist"]
+
+
+def test_finding_the_kernel_leaves_the_random_state_and_other_gpus_alone(monkeypatch):
+    """torch.random.fork_rng would initialize every GPU of the machine."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"initialized {device}"))
+    model = llama.Model(llama.PRESETS["tiny"])
+    model.init_weights()
+    before = torch.get_rng_state()
+    assert attention_kernels(model, CPU, "sdpa") == "sdpa"
+    assert torch.equal(torch.get_rng_state(), before)

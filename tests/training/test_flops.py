@@ -1,5 +1,7 @@
 """Flops against torch's own counter, and the peak that they are compared with."""
 
+import time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,9 +133,32 @@ def test_a_card_with_a_longer_name_is_another_card(monkeypatch, name: str) -> No
     assert "measured" in peak_flops(torch.device("cuda"), torch.bfloat16)[1]
 
 
+class Slow:
+    """A matrix whose first matmul takes longer than all others, as the first one on a GPU does."""
+
+    done = 0
+
+    def __matmul__(self, other):
+        self.done += 1
+        time.sleep(0.2 if self.done == 1 else 0.001)
+        return torch.zeros(1, 1)
+
+
+def test_the_first_matmul_is_not_the_peak(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *shape, **how: Slow())
+    assert peak_flops(CPU, torch.float32)[0] > 2 * 1024**3 / 0.15
+
+
 @pytest.mark.parametrize(
     ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12)]
 )
 def test_the_peak_of_a_known_card_is_published(monkeypatch, name: str, peak: float) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), torch.bfloat16)[0] == peak
+
+
+@pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU"])
+def test_the_peak_of_another_card_is_not_that_of_one_whose_name_begins_so(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "ones", lambda *_, ones=torch.ones, **how: ones(8, 8))
+    assert peak_flops(torch.device("cuda"), torch.bfloat16)[1].startswith("measured")

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from bitsandbytes.optim import PagedAdamW8bit
 from lightning_fabric import Fabric
 from numerics import ulps
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_parts import Listening, make_setup
 
 from litmini.config.finetune import DataConfig, FinetuneFullConfig, FinetuneLoraConfig
@@ -16,6 +18,7 @@ from litmini.distributed.fabric import make_fabric, mixed_precision
 from litmini.errors import UserError
 from litmini.models import llama
 from litmini.runs.training_state import load_state, save_state
+from litmini.training import low_memory
 from litmini.training.loop import fit
 from litmini.training.memory import full_rows
 from litmini.training.objective import LanguageModeling
@@ -80,6 +83,94 @@ def test_rounding_resumes_to_the_bit_and_keeps_averages_in_fp32(fabric, tmp_path
     assert torch.equal(flat(rest), flat(whole)) and not torch.equal(flat(part), flat(whole))
 
 
+@pytest.fixture
+def paged(monkeypatch):
+    """Optimizers with state that says whether it is paged, as on a GPU: there it is managed memory."""
+    made = []
+
+    def buffer(self, p, dtype):
+        made.append(torch.zeros_like(p, dtype=dtype))
+        return made[-1]
+
+    monkeypatch.setattr(PagedAdamW8bit, "get_state_buffer", buffer)
+    return made
+
+
+def take_steps(model, optimizer, count: int) -> None:
+    for _ in range(count):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+def is_paged(optimizer, paged) -> bool:
+    moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
+    return bool(moments) and all(any(one is buffer for buffer in paged) for one in moments)
+
+
+def test_paged_state_stays_paged_when_a_run_resumes(paged, tmp_path):
+    model, again = tiny(), tiny()
+    optimizer, resumed = (PagedAdamW8bit(one.parameters(), lr=1e-3) for one in (model, again))
+    take_steps(model, optimizer, 2)
+    save_state(tmp_path, Progress(step=2), model, optimizer)
+    load_state(tmp_path, again, resumed)
+    for one, other in ((model, optimizer), (again, resumed)):
+        assert is_paged(other, paged)
+        take_steps(one, other, 1)
+    assert torch.equal(flat(again), flat(model)) and is_paged(resumed, paged)
+
+
+def test_paged_state_stays_paged_parameter_by_parameter(paged, monkeypatch):
+    """Managed memory is memory of the CPU to torch, so that a copy to a parameter's device would be another tensor."""
+    monkeypatch.setattr(low_memory, "_to", lambda value, device: value.clone() if torch.is_tensor(value) else value)
+    model = tiny()
+    groups = [{"params": list(model.parameters())}]
+    optimizer = low_memory.PerParameter(groups, lambda own: PagedAdamW8bit(own, lr=1e-3))
+    take_steps(model, optimizer, 2)
+    assert is_paged(optimizer, paged)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that the host reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_rounding_waits_for_no_step_but_the_first_after_resuming(tmp_path):
+    """On a GPU, the number of steps is on the device."""
+    model, again = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    optimizer, resumed = (make_optimizer(one, OptimConfig(stochastic_rounding=True)) for one in (model, again))
+
+    def reads(model, optimizer) -> int:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with Reads() as seen:
+            optimizer.step()
+        return seen.count
+
+    assert [reads(model, optimizer) for _ in range(2)] == [0, 0]
+    save_state(tmp_path, Progress(step=2), model, optimizer)
+    load_state(tmp_path, again, resumed)
+    assert [reads(again, resumed) for _ in range(2)] == [len(list(again.parameters())), 0]
+    assert [reads(model, optimizer) for _ in range(2)] == [0, 0] and torch.equal(flat(again), flat(model))
+
+
+def test_resuming_leaves_offloaded_state_on_the_cpu(fabric, tmp_path):
+    """It may be more than a GPU holds; the meta device stands for one."""
+    model = tiny()
+    optimizer, _ = train(fabric, model, OptimConfig(offload=True), steps=1)
+    save_state(tmp_path, Progress(step=1), model, optimizer)
+    again = tiny().to("meta")
+    resumed = make_optimizer(again, OptimConfig(offload=True))
+    load_state(tmp_path, again, resumed)
+    found = {v.device.type for state in resumed.state.values() for v in state.values()}
+    assert found == {"cpu"} and len(resumed.state) == len(list(again.parameters()))
+
+
 @pytest.mark.parametrize("option", [{"in_backward": True}, {"offload": True}])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adamw8bit"])
 def test_parameter_by_parameter_equals_all_at_once(fabric, option, name):
@@ -106,12 +197,15 @@ def test_a_gradient_that_is_not_finite_is_not_used_in_backward(fabric):
     assert torch.equal(flat(model).nan_to_num(7), before.nan_to_num(7))
 
 
-def test_steps_in_backward_refuse_accumulation_clipping_and_ranks():
+def test_steps_in_backward_refuse_accumulation_clipping_ranks_and_scaled_losses():
     config = dict(checkpoint_dir="c", out_dir="o", data=DataConfig("d"), optim=OptimConfig(in_backward=True))
     with pytest.raises(UserError, match="global_batch_size above .*, optim.max_grad_norm .*, several devices"):
         FinetuneFullConfig(**config, train=TrainConfig(global_batch_size=8, micro_batch_size=4), devices=2)
     one = TrainConfig(global_batch_size=4, micro_batch_size=4)
-    FinetuneFullConfig(**{**config, "optim": OptimConfig(in_backward=True, max_grad_norm=None)}, train=one)
+    config["optim"] = OptimConfig(in_backward=True, max_grad_norm=None)
+    FinetuneFullConfig(**config, train=one)
+    with pytest.raises(UserError, match="does not go with precision 16-mixed, whose loss is scaled.$"):
+        FinetuneFullConfig(**config, train=one, precision="16-mixed")
     with pytest.raises(UserError, match="stochastic_rounding goes with"):
         make_optimizer(tiny(), OptimConfig(name="sgd", stochastic_rounding=True))
 
