@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -248,7 +249,9 @@ def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
     The gradients are dropped, so the run is unchanged.
     """
     setup.model.train()
-    setup.fabric.backward(objective.loss(setup.model, on_device(batch, setup.fabric.device, setup.attention)))
+    steps = getattr(setup.optimizer, "in_backward", False)
+    with setup.optimizer.without_steps() if steps else nullcontext():
+        setup.fabric.backward(objective.loss(setup.model, on_device(batch, setup.fabric.device, setup.attention)))
     setup.optimizer.zero_grad()
     if isinstance(objective, Measuring):
         objective.take_sums()

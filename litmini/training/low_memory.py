@@ -5,7 +5,8 @@ of bf16 weights; activation checkpointing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class PerParameter(torch.optim.Optimizer):
         super().__init__(groups, {})
         if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
             raise UserError("optim.stochastic_rounding, in_backward and offload do not go with --strategy fsdp.")
-        self.in_backward, self.offload = in_backward, offload
+        self.in_backward, self.offload, self._is_paused = in_backward, offload, False
         self.squares: list[Tensor] = []  # squared gradient norms of the steps in one backward pass
         self._steps: dict[Tensor, int] = {}  # of each rounded parameter: on a GPU, the host would wait for its state's
         self._parts: dict[Tensor, tuple[int, torch.optim.Optimizer, Tensor, dict[str, Any]]] = {}
@@ -69,6 +70,16 @@ class PerParameter(torch.optim.Optimizer):
         self.squares.clear()
         return total
 
+    @contextmanager
+    def without_steps(self) -> Iterator[None]:
+        """Let backward passes drop gradients and change nothing."""
+        original = getattr(self, "optimizer", self)  # Fabric's wrapper has these methods, too
+        original._is_paused = True
+        try:
+            yield
+        finally:
+            original._is_paused = False
+
     @torch.no_grad()
     def _update(self, parameter: Tensor) -> None:
         number, inner, work, group = self._parts[parameter]
@@ -76,6 +87,8 @@ class PerParameter(torch.optim.Optimizer):
         assert gradient is not None
         if self.in_backward:
             parameter.grad = None
+            if self._is_paused:
+                return
             self.squares.append(gradient.float().square().sum())
             if not self.squares[-1].isfinite():  # CPU-GPU sync point
                 return

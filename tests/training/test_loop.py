@@ -170,18 +170,20 @@ def test_vectors_do_not_decay():
     assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
 
 
-def test_a_memory_warmup_leaves_no_trace(fabric):
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(in_backward=True, max_grad_norm=None)])
+def test_a_memory_warmup_leaves_no_trace(fabric, optim):
     results = []
     for warmed_up in (False, True):
         torch.manual_seed(0)
         model = add_lora(tiny_model(), dropout=0.3)
-        wrapped, optimizer = fabric.setup(model, make_optimizer(model, OptimConfig()))
+        wrapped, optimizer = fabric.setup(model, make_optimizer(model, optim))
         setup = make_setup(fabric, wrapped, optimizer, [[ragged(4)]] * 2, 1e-2)
         if warmed_up:
             memory_warmup(setup, LanguageModeling(), ragged(4))
             assert all(p.grad is None for p in model.parameters())
         fit(setup, LanguageModeling())
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        norms = [metrics["grad_norm"] for metrics in setup.recorder.rows]
+        results.append(torch.cat([*(p.detach().flatten() for p in model.parameters()), torch.tensor(norms)]))
     assert torch.equal(*results)
 
 
