@@ -1,4 +1,4 @@
-"""What torch.compile needs, for training and for generation: a C++ compiler on a CPU, and matmuls that it knows."""
+"""What torch.compile needs, for training and for generation: a compiler, and matmuls that it knows."""
 
 import os
 import shutil
@@ -17,9 +17,18 @@ def check_compiler(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: of the matmuls.
 
     Raises:
-        UserError: there is no C++ compiler, or it is a model that cannot be compiled.
+        UserError: there is no compiler, or it is a model that cannot be compiled.
     """
-    if next(model.parameters()).device.type == "cpu" and not has_cxx():
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        from litmini.ops.fused_loss import has_triton
+
+        if not has_triton(device):
+            raise UserError(
+                "--compile needs a GPU of compute capability 7.0 or more, Triton, a C compiler and Python's headers, and not "
+                "all of them are there; install gcc and python3-dev, or leave --compile out."
+            )
+    if device.type == "cpu" and not has_cxx():
         raise UserError(f"--compile needs a C++ compiler, and {_cxx()} is not there; install g++, or set CXX.")
     if not compilable(model, dtype):
         found = "fp32" if dtype == torch.float32 else "fp16"

@@ -35,7 +35,7 @@ ROOMS = {
     "staging": "errors system",
     "hub_errors": "",
     "system": "errors",
-    "compiler": "errors distributed",
+    "compiler": "errors distributed ops",
     "literal_tokens": "",
     "new_tokens": "errors",
     "templates": "errors files literal_tokens",

@@ -16,7 +16,6 @@ from litmini.compiler import check_compiler
 from litmini.distributed.fsdp import blocks
 from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer
-from litmini.ops.fused_loss import check_triton
 
 LARGEST_GROUP = 5
 """Most blocks of a graph. Compiling takes as long as they are many, and 5 of SmolLM2-135M take most of what can be had."""
@@ -48,9 +47,7 @@ def compile_decoding(model: nn.Module) -> None:
     Raises:
         UserError: there is no compiler, or it is a model that cannot be compiled.
     """
-    parameter = next(model.parameters())
-    check_triton(parameter.device)
-    check_compiler(model, parameter.dtype)
+    check_compiler(model, next(model.parameters()).dtype)
     _swap_linears(model)
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks, windows that are full or not, one row or more
     _CompiledGroups(blocks(model)).install()

@@ -70,7 +70,7 @@ def attend_flex(
 @functools.lru_cache
 def compiled(function: Any) -> Any:
     """Return `function` compiled for whatever comes: beyond its limit, torch runs it uncompiled, with all scores in memory."""
-    import torch._dynamo
+    from torch._dynamo import config as dynamo
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
     return torch.compile(function)

@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litmini.errors import UserError
-
 
 def has_triton(device: torch.device) -> bool:
     """Return whether torch.compile can make kernels for a GPU: Triton is installed, and supports compute capability 7.0 on.
@@ -26,15 +24,6 @@ def has_triton(device: torch.device) -> bool:
     has_headers = (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").is_file()
     has_package = importlib.util.find_spec("triton") is not None
     return has_package and has_c and has_headers and torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def check_triton(device: torch.device) -> None:
-    """Raise a `UserError` for a GPU for which torch.compile cannot make kernels, before it tries."""
-    if device.type == "cuda" and not has_triton(device):
-        raise UserError(
-            "--compile needs a GPU of compute capability 7.0 or more, Triton, a C compiler and Python's headers, and not all "
-            "of them are there; install gcc and python3-dev, or leave --compile out."
-        )
 
 
 def gradient_of_logits_(

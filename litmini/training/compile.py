@@ -46,21 +46,16 @@ def compile_training(
     Raises:
         UserError: there is no compiler, or the model cannot be compiled.
     """
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        from litmini.ops.fused_loss import check_triton
-
-        check_triton(device)
     check_compiler(model, dtype)
     if static is None:
-        static = device.type == "cuda"
+        static = next(model.parameters()).device.type == "cuda"
     if static:
-        import torch._dynamo
         import torch.compiler.config as compiler
+        from torch._dynamo import config as dynamo
 
         compiler.dynamic_sources = compiler.dynamic_sources or DYNAMIC
         # the first block and others, with adapters and without, with gradients and without, for each kind of size
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
 
     def choose(module: nn.Module, plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         return (compiled if module.training else plain)(*args, **kwargs)
