@@ -16,6 +16,7 @@ from litmini.compiler import check_compiler
 from litmini.distributed.fsdp import blocks
 from litmini.errors import UserError
 from litmini.methods.base_layer import AdapterLayer
+from litmini.ops.uncompiled import allow_forms
 
 LARGEST_GROUP = 5
 """Most blocks of a graph. Compiling takes as long as they are many, and 5 of SmolLM2-135M take most of what can be had."""
@@ -49,7 +50,7 @@ def compile_decoding(model: nn.Module) -> None:
     """
     check_compiler(model, next(model.parameters()).dtype)
     _swap_linears(model)
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, windows that are full or not, one row or more
+    allow_forms()
     _CompiledGroups(blocks(model)).install()
     for module in _heads(model):
         _CompiledGroups([module]).install()

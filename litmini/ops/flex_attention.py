@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-FORMS = 64
-"""Most compilations of a function: windows or none, sizes, gradients or none, in any combination."""
-
 
 def block_mask(documents: Tensor, positions: Tensor, window: int | None) -> BlockMask:
     """Return which blocks of scores are computed: causal, within a document and a window.
@@ -69,8 +66,8 @@ def attend_flex(
 
 @functools.lru_cache
 def compiled(function: Any) -> Any:
-    """Return `function` compiled for whatever comes: beyond its limit, torch runs it uncompiled, with all scores in memory."""
-    from torch._dynamo import config as dynamo
+    """Return `function` compiled for whatever comes: uncompiled, it would have all scores in memory."""
+    from litmini.ops.uncompiled import allow_forms
 
-    dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
+    allow_forms()
     return torch.compile(function)

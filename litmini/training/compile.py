@@ -51,11 +51,11 @@ def compile_training(
         static = next(model.parameters()).device.type == "cuda"
     if static:
         import torch.compiler.config as compiler
-        from torch._dynamo import config as dynamo
+
+        from litmini.ops.uncompiled import allow_forms
 
         compiler.dynamic_sources = compiler.dynamic_sources or DYNAMIC
-        # the first block and others, with adapters and without, with gradients and without, for each kind of size
-        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
+        allow_forms()
 
     def choose(module: nn.Module, plain: Any, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         return (compiled if module.training else plain)(*args, **kwargs)

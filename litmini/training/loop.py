@@ -249,8 +249,8 @@ def memory_warmup(setup: Setup, objective: Objective, batch: Batch) -> None:
     The gradients are dropped, so the run is unchanged.
     """
     setup.model.train()
-    steps = getattr(setup.optimizer, "in_backward", False)
-    with setup.optimizer.without_steps() if steps else nullcontext():
+    optimizer: Any = setup.optimizer.optimizer  # in Fabric's wrapper
+    with optimizer.without_steps() if getattr(optimizer, "in_backward", False) else nullcontext():
         setup.fabric.backward(objective.loss(setup.model, on_device(batch, setup.fabric.device, setup.attention)))
     setup.optimizer.zero_grad()
     if isinstance(objective, Measuring):

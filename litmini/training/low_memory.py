@@ -73,12 +73,11 @@ class PerParameter(torch.optim.Optimizer):
     @contextmanager
     def without_steps(self) -> Iterator[None]:
         """Let backward passes drop gradients and change nothing."""
-        original = getattr(self, "optimizer", self)  # Fabric's wrapper has these methods, too
-        original._is_paused = True
+        self._is_paused = True
         try:
             yield
         finally:
-            original._is_paused = False
+            self._is_paused = False
 
     @torch.no_grad()
     def _update(self, parameter: Tensor) -> None:

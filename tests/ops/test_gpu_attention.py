@@ -54,6 +54,16 @@ def loss_and_gradients(model: torch.nn.Module, data: dict) -> tuple[torch.Tensor
     return loss.detach(), gradients
 
 
+def assert_trains_as_on_a_cpu(model: torch.nn.Module, data: dict, kernel: str) -> None:
+    """Loss and gradients by the kernel that a GPU takes, which is `kernel`, are those of a CPU."""
+    with record_kernels() as kernels:
+        loss, gradients = loss_and_gradients(model, with_kernel(data, None))
+    assert kernels == {kernel}
+    expected, expected_gradients = loss_and_gradients(model, data)
+    assert_close(loss, expected)
+    assert_gradients_close(gradients, expected_gradients)
+
+
 def attention_layers(model) -> int:
     return model.config.n_layers - sum(hasattr(module, "state_size") for module in model.modules())
 
@@ -87,12 +97,7 @@ def test_heads_of_any_size_go_through_varlen(head_dim, monkeypatch):
     module = family(MODULES["llama"])
     model, data = module.Model(replace(module.PRESETS["tiny"], head_dim=head_dim, window=7)), batch()
     model.init_weights(torch.Generator().manual_seed(0))
-    with record_kernels() as kernels:
-        loss, gradients = loss_and_gradients(model, with_kernel(data, None))
-    assert kernels == {"varlen"}
-    expected, expected_gradients = loss_and_gradients(model, data)
-    assert_close(loss, expected)
-    assert_gradients_close(gradients, expected_gradients)
+    assert_trains_as_on_a_cpu(model, data, "varlen")
     with torch.no_grad(), record_kernels() as kernels:
         cache = KVCache(model.config, 4, T, torch.float32, static=True)
         assert_close(model(data["tokens"], cache=cache), model(data["tokens"]))
@@ -180,13 +185,7 @@ def test_flex_stays_compiled_for_sequences_of_any_size(monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_a_dense_mask_equals_the_cpu_path(name):
     """fp32 on a GPU, and attention dropout."""
-    model, data = tiny(name, torch.float32), batch()
-    with record_kernels() as kernels:
-        loss, gradients = loss_and_gradients(model, with_kernel(data, None))
-    assert kernels == {"sdpa"}
-    expected, expected_gradients = loss_and_gradients(model, data)
-    assert_close(loss, expected)
-    assert_gradients_close(gradients, expected_gradients)
+    assert_trains_as_on_a_cpu(tiny(name, torch.float32), batch(), "sdpa")
 
 
 class Operators(TorchDispatchMode):

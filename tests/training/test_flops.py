@@ -1,7 +1,5 @@
 """Flops against torch's own counter, and the peak that they are compared with."""
 
-import time
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,17 +134,18 @@ def test_a_card_with_a_longer_name_is_another_card(monkeypatch, name: str) -> No
 class Slow:
     """A matrix whose first matmul takes longer than all others, as the first one on a GPU does."""
 
-    done = 0
+    seconds = 0.0
 
     def __matmul__(self, other):
-        self.done += 1
-        time.sleep(0.2 if self.done == 1 else 0.001)
+        self.seconds += 0.001 if self.seconds else 0.2
         return torch.zeros(1, 1)
 
 
 def test_the_first_matmul_is_not_the_peak(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "ones", lambda *shape, **how: Slow())
-    assert peak_flops(CPU, torch.float32)[0] > 2 * 1024**3 / 0.15
+    slow = Slow()
+    monkeypatch.setattr(torch, "ones", lambda *shape, **how: slow)
+    monkeypatch.setattr("litmini.training.flops.time.perf_counter", lambda: slow.seconds)
+    assert peak_flops(CPU, torch.float32)[0] == pytest.approx(2 * 1024**3 / 0.001)
 
 
 @pytest.mark.parametrize(
